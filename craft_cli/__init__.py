@@ -1,0 +1,49 @@
+"""CRAFT: fine-tune a transformer by a few thousand numbers over frozen Tucker factors (arXiv 2602.17510).
+
+Public names are imported when first used, so that `import craft_cli` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CraftError": "errors",
+    "Factors": "factors",
+    "ModelAdapter": "attached",
+    "Ranks": "ranks",
+    "RunConfig": "config",
+    "TuckerTensor": "tucker",
+    "attach": "attached",
+    "decompose": "decomposition",
+    "evaluate": "evaluation",
+    "hosvd": "tucker",
+    "inspect": "inspection",
+    "load": "attached",
+    "merge": "merging",
+    "train": "training",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from craft_cli.attached import ModelAdapter, attach, load
+    from craft_cli.config import RunConfig
+    from craft_cli.decomposition import decompose
+    from craft_cli.errors import CraftError
+    from craft_cli.evaluation import evaluate
+    from craft_cli.factors import Factors
+    from craft_cli.inspection import inspect
+    from craft_cli.merging import merge
+    from craft_cli.ranks import Ranks
+    from craft_cli.training import train
+    from craft_cli.tucker import TuckerTensor, hosvd
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'craft_cli' has no attribute '{name}'")
+    return getattr(import_module(f"craft_cli.{_HOME[name]}"), name)

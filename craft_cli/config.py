@@ -1,0 +1,205 @@
+"""What a run is: one frozen, validated object. Defaults < recipe < flags.
+
+Every setting stands here once, with its type, default and help; the command line and the recipes are made from it.
+pydantic validates, but is imported only then, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from annotated_types import Ge, Gt, Le
+
+from craft_cli.errors import ConfigError, nearest
+from craft_cli.ranks import Ranks
+
+Positive = Annotated[int, Gt(0)]
+Rate = Annotated[float, Ge(0.0)]
+
+
+GROUPS = ("Model and data", "Adapter", "Optimisation", "Processes and precision", "This call only")
+
+
+def _setting(default: Any, text: str) -> Any:
+    """A field with its help; the group is that of the block it stands in."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run, fully specified. The fields are the flags of `craft train` and the keys of a recipe."""
+
+    model: str = _setting("roberta-base", "Hub id, local folder, or 'demo'.")
+    revision: str | None = _setting(None, "Branch, tag or commit of a hub model.")
+    task: str | None = _setting(None, "A known task: sst2, mrpc, or the sample task opinions.")
+    data_dir: str | None = _setting(None, "Folder with train.* and validation.* (jsonl, csv, tsv, parquet).")
+    train_file: str | None = _setting(None, "Training file (jsonl, csv, tsv, parquet).")
+    validation_file: str | None = _setting(None, "Validation file.")
+    text_columns: tuple[str, ...] | None = _setting(None, "One or two text columns, as in: sentence1,sentence2.")
+    label_column: str | None = _setting(None, "Label column.")
+    max_train_samples: Positive | None = _setting(None, "Use only the first rows for training.")
+    max_eval_samples: Positive | None = _setting(None, "Use only the first rows for evaluation.")
+    max_seq_length: Positive = _setting(128, "Tokens kept of each example.")
+
+    targets: tuple[str, ...] = _setting(("query", "value"), "Projections to adapt: query,key,value,output.")
+    ranks: Ranks = _setting(Ranks(64, 64, 8), "OUT,IN,LAYERS; a rank above its dimension is lowered.")
+    init_noise: bool = _setting(False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.")
+
+    learning_rate: Rate = _setting(3e-3, "Of the transforms; 0 trains the head alone.")
+    head_learning_rate: Rate = _setting(1e-3, "Of the task head.")
+    weight_decay: Rate = _setting(0.0, "Pulls K (and the head's matrices) to zero: towards the base model.")
+    warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = _setting(0.06, "Share of the steps with a rising rate.")
+    num_train_epochs: Annotated[float, Gt(0.0)] = _setting(3.0, "Passes over the training data.")
+    max_steps: Positive | None = _setting(None, "Stop after this many updates, whatever the epochs.")
+    per_device_train_batch_size: Positive = _setting(32, "Examples a process takes at once.")
+    per_device_eval_batch_size: Positive = _setting(64, "Examples a process evaluates at once.")
+    gradient_accumulation_steps: Positive = _setting(1, "Batches a process adds up for one update.")
+    max_grad_norm: Rate = _setting(1.0, "Clip the gradient's norm; 0 does not.")
+    logging_steps: Positive = _setting(10, "Updates between two lines of metrics.jsonl.")
+    seed: Annotated[int, Ge(0)] = _setting(42, "Of the head's start, the order of the data and dropout.")
+
+    num_processes: Positive | None = _setting(None, "Processes to start; all visible GPUs, or one, without.")
+    bf16: bool = _setting(False, "bfloat16 autocast; transforms stay float32.")
+    fp16: bool = _setting(False, "float16 autocast with loss scaling; transforms stay float32.")
+    use_cpu: bool = _setting(False, "Stay on the CPU even where there is a GPU.")
+
+    cache_dir: str | None = _setting(None, "Folder of the factor files; ~/.cache/craft without.")
+    output_dir: str | None = _setting(None, "Run folder; runs/TASK-MODEL-TIME without.")
+    overwrite: bool = _setting(False, "Empty an output folder that is not empty.")
+    dry_run: bool = _setting(False, "Check everything, down to one real step, and stop.")
+
+    @classmethod
+    def groups(cls) -> dict[str, str]:
+        """The group of every field; each begins with a certain one."""
+        first = dict(zip(("model", "targets", "learning_rate", "num_processes", "cache_dir"), GROUPS, strict=True))
+        group, found = GROUPS[0], {}
+        for field in dataclasses.fields(cls):
+            group = first.get(field.name, group)
+            found[field.name] = group
+        return found
+
+    @classmethod
+    def build(cls, flags: Mapping[str, Any] | None = None, recipe: Mapping[str, Any] | None = None) -> RunConfig:
+        """Defaults, overridden by a recipe, overridden by flags.
+
+        Args:
+            flags: by field name; None stands for "not given".
+            recipe: by field name.
+
+        Raises:
+            ConfigError: everything that is wrong, one line each, naming the flag or key.
+        """
+        given = dict(recipe or {}) | {name: value for name, value in (flags or {}).items() if value is not None}
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in given:
+            if key not in names:
+                raise ConfigError(f"unknown key '{key}'{nearest(key, names)}")
+        config = cls(**parse_settings(given))
+        problems = _contradictions(config)
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return config
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings that make a recipe which repeats this run: all that matter and are not None."""
+        kept = {}
+        for name, group in self.groups().items():
+            value = getattr(self, name)
+            if group != GROUPS[-1] and value is not None:
+                kept[name] = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        return kept
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by field name, each converted to its type and checked by itself.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each, naming the flag.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    problems, values = [], {}
+    hints = get_type_hints(RunConfig, include_extras=True)
+    for name, raw in given.items():
+        value: Any = raw
+        try:
+            if name == "ranks":
+                values[name] = Ranks.parse(value)
+                continue
+            if name in ("targets", "text_columns") and isinstance(value, str):
+                value = tuple(part.strip() for part in value.split(","))
+            if isinstance(value, bool) and "bool" not in str(hints[name]):
+                raise ConfigError(f"{flag(name)}: expected {_expected(hints[name])}, not {str(value).lower()}")
+            values[name] = TypeAdapter(hints[name]).validate_python(value)
+        except ConfigError as error:
+            problems.append(str(error))
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"][0].lower() + error.errors()[0]["msg"][1:]
+            problems.append(f"{flag(name)}: {reason.replace('input', 'it')}, but is '{raw}'")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return values
+
+
+def _expected(hint: Any) -> str:
+    return "a number" if "int" in str(hint) or "float" in str(hint) else "text"
+
+
+def _contradictions(config: RunConfig) -> list[str]:
+    problems = []
+    if config.bf16 and config.fp16:
+        problems.append("--bf16 and --fp16 exclude each other")
+    if config.data_dir and (config.train_file or config.validation_file):
+        problems.append("--data-dir and --train-file/--validation-file exclude each other")
+    if not (config.task or config.data_dir or config.train_file or config.validation_file):
+        problems.append("nothing to train on: give --task, --data-dir or --train-file (or --recipe quickstart)")
+    if config.train_file and not config.validation_file:
+        problems.append("--train-file needs --validation-file beside it")
+    if config.text_columns is not None and not 1 <= len(config.text_columns) <= 2:
+        problems.append("--text-columns: one or two columns")
+    return problems
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """The settings in a recipe: a shipped one by its name, or a YAML file.
+
+    Raises:
+        ConfigError: there is none, or it is no YAML mapping.
+    """
+    import yaml
+
+    path = Path(name).expanduser()
+    if not (path.suffix in (".yaml", ".yml") or path.is_file()):
+        shipped = shipped_recipes()
+        if name not in shipped:
+            raise ConfigError(f"--recipe: no recipe '{name}'{nearest(name, shipped)} (or give a path ending in .yaml)")
+        path = shipped[name]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--recipe: {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--recipe: {path}: not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--recipe: {path}: expected lines of the form 'key: value'")
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+    for key in content:
+        if key not in names:
+            raise ConfigError(f"{path}: unknown key '{key}'{nearest(str(key), names)}")
+    return content
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with craft, by name: inside an installed package, or at the top of a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

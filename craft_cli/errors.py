@@ -1,0 +1,33 @@
+"""The errors a user is meant to read: one line each, saying what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class CraftError(Exception):
+    """Something the user can mend. The command line prints it as one line and exits with 1."""
+
+
+class ConfigError(CraftError):
+    """A flag, a recipe key or a combination of them that cannot be used."""
+
+
+class ModelError(CraftError):
+    """A model or checkpoint that is missing, unsupported or not the one expected."""
+
+
+class DataError(CraftError):
+    """A data file, column, row or label that cannot be used."""
+
+
+class FileError(CraftError):
+    """A file of ours that is damaged, or a place that cannot be written."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name closest to `name`, or the list of all known ones."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"

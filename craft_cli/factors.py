@@ -1,0 +1,233 @@
+"""The frozen factors of a model's projections: as an object, as a file, and the cache of those files.
+
+A cache entry is found by what the weights are (sha256 of each stack), never by name. Because HOSVD factors nest, an
+entry serves every request for some of its projections at the same or smaller ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from craft_cli.errors import FileError
+from craft_cli.files import read_header, read_tensors, write_tensors
+from craft_cli.ranks import Ranks
+from craft_cli.tucker import MODES, TuckerTensor
+
+KIND = "factors"
+METHOD = "hosvd"
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Decompositions of some projections of one model.
+
+    Attributes:
+        model: hub id, folder or `demo`, as decomposed.
+        revision: commit of a hub model.
+        model_type: its family.
+        dtype: of the decomposed weights, such as `float32`.
+        fingerprints: sha256 of every projection's stack.
+        decompositions: by projection, in canonical order of the request.
+        path: the file they came from.
+    """
+
+    model: str
+    revision: str | None
+    model_type: str
+    dtype: str
+    fingerprints: Mapping[str, str]
+    decompositions: Mapping[str, TuckerTensor]
+    path: Path | None = field(default=None)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The projections decomposed."""
+        return tuple(self.decompositions)
+
+    def ranks(self, target: str) -> Ranks:
+        """The ranks kept of one projection."""
+        return Ranks.of_modes(self.decompositions[target].ranks)
+
+    def select(self, targets: tuple[str, ...], ranks: Ranks) -> Factors:
+        """Only these projections, at these ranks (lowered to the dimensions).
+
+        Raises:
+            ValueError: a rank above what is kept here.
+        """
+        chosen = {}
+        for target in targets:
+            decomposition = self.decompositions[target]
+            chosen[target] = decomposition.truncated(ranks.lowered(decomposition.shape).by_mode)
+        return replace(
+            self, decompositions=chosen, fingerprints={target: self.fingerprints[target] for target in targets}
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Which weights these are factors of, for the headers of files."""
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "model_type": self.model_type,
+            "dtype": self.dtype,
+            "sha256": dict(self.fingerprints),
+            "method": METHOD,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: `TARGET.core`, `TARGET.factor.MODE`, `TARGET.spectrum.MODE`, float32.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        header = self.identity() | {
+            "targets": list(self.targets),
+            "shapes": {target: list(d.shape) for target, d in self.decompositions.items()},
+            "ranks": {target: list(d.ranks) for target, d in self.decompositions.items()},
+        }
+        write_tensors(Path(path), KIND, factor_tensors(self.decompositions), header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Factors:
+        """Read a file of factors.
+
+        Raises:
+            FileError: there is none, it is damaged, or it is something else.
+        """
+        path = Path(path)
+        tensors, header = read_tensors(path, KIND)
+        return from_tensors(tensors, header, path)
+
+
+def factor_tensors(decompositions: Mapping[str, TuckerTensor]) -> dict[str, Tensor]:
+    """Every tensor of some decompositions by its name in a file."""
+    tensors = {}
+    for target, decomposition in decompositions.items():
+        tensors[f"{target}.core"] = decomposition.core
+        for mode, factor, spectrum in zip(MODES, decomposition.factors, decomposition.spectra, strict=True):
+            tensors[f"{target}.factor.{mode}"] = factor
+            tensors[f"{target}.spectrum.{mode}"] = spectrum
+    return tensors
+
+
+def from_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Factors:
+    """The factors that `factor_tensors` and `Factors.identity` describe.
+
+    Raises:
+        FileError: a tensor or a header entry is missing or of the wrong shape.
+    """
+    try:
+        decompositions = {
+            target: TuckerTensor(
+                tensors[f"{target}.core"],
+                _by_mode(tensors, f"{target}.factor"),
+                _by_mode(tensors, f"{target}.spectrum"),
+            )
+            for target in header["targets"]
+        }
+        return Factors(
+            model=header["model"],
+            revision=header["revision"],
+            model_type=header["model_type"],
+            dtype=header["dtype"],
+            fingerprints={target: header["sha256"][target] for target in header["targets"]},
+            decompositions=decompositions,
+            path=path,
+        )
+    except (KeyError, TypeError) as error:
+        raise FileError(f"{path} is damaged: {error} is missing") from error
+    except ValueError as error:
+        raise FileError(f"{path} is damaged: {error}") from error
+
+
+def _by_mode(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor, Tensor]:
+    layer, out, in_ = (tensors[f"{prefix}.{mode}"] for mode in MODES)
+    return layer, out, in_
+
+
+class FactorCache:
+    """A folder of factor files.
+
+    Args:
+        folder: `~/.cache/craft` (or below XDG_CACHE_HOME) without.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.folder = Path(folder).expanduser() if folder else home / "craft"
+
+    def find(self, fingerprints: Mapping[str, str], ranks: Ranks) -> tuple[Factors | None, list[str]]:
+        """An entry that holds these projections of these very weights at these ranks or larger.
+
+        Returns:
+            The entry, untruncated, or None; and a line for each damaged entry passed over.
+        """
+        damaged = []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                header = read_header(path, KIND)
+                if not _serves(header, fingerprints, ranks):
+                    continue
+                return Factors.load(path), damaged
+            except FileError as error:
+                damaged.append(str(error))
+        return None, damaged
+
+    def ranks_at(self, path: Path, fingerprints: Mapping[str, str]) -> dict[str, Ranks]:
+        """The ranks of the entry at `path`, which a larger one is to replace; empty if there is none to keep."""
+        try:
+            header = read_header(path, KIND)
+            if header["sha256"] != dict(fingerprints):
+                return {}
+            return {target: Ranks.of_modes(tuple(header["ranks"][target])) for target in fingerprints}
+        except (FileError, KeyError, TypeError):
+            return {}
+
+    def path_for(self, model: str, fingerprints: Mapping[str, str]) -> Path:
+        """Where the entry for these projections is written: readable name, then what the weights are."""
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or "model").strip(".-") or "model"
+        key = sha256(json.dumps(sorted(fingerprints.items())).encode()).hexdigest()
+        return self.folder / f"{slug}-{key[:16]}.safetensors"
+
+    @contextmanager
+    def lock(self, path: Path) -> Iterator[None]:
+        """Held while an entry is made, so that a second process waits for it and then finds it.
+
+        Raises:
+            FileError: the cache folder cannot be written.
+        """
+        from filelock import FileLock
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_suffix(".lock"))
+            lock.acquire()
+        except OSError as error:
+            raise FileError(f"cannot use the cache folder {self.folder}: {error.strerror}; give --cache-dir") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _serves(header: Mapping[str, Any], fingerprints: Mapping[str, str], ranks: Ranks) -> bool:
+    """Whether a cache entry's header promises these projections at these ranks."""
+    try:
+        for target, fingerprint in fingerprints.items():
+            if header["sha256"].get(target) != fingerprint:
+                return False
+            shape, kept = header["shapes"][target], header["ranks"][target]
+            if any(need > have for need, have in zip(ranks.lowered(tuple(shape)).by_mode, kept, strict=True)):
+                return False
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return True

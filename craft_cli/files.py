@@ -1,0 +1,184 @@
+"""Writing so that nothing is ever half there, and reading so that damage is noticed.
+
+A file or folder is written beside its place and moved there when whole. Our own tensor files are safetensors with one
+header entry `craft`: a JSON object that names the kind of file, the format version and a checksum of the contents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craft_cli.errors import FileError
+
+FORMAT_VERSION = 1
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step; a failure leaves the former file whole.
+
+    Raises:
+        FileError: it cannot be written (disk full, no permission).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` by `content` as indented JSON."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        FileError: there is no such file, or it holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path} is damaged or not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+def cannot_write(path: Path, error: Exception) -> FileError:
+    """One line for a failed write: the reason, and that nothing was lost."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return FileError(f"cannot write {path}: {reason}; free space or choose another place (what was there is untouched)")
+
+
+@contextmanager
+def whole_folder(destination: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `destination`, moved there when the block ends well and removed when it does not.
+
+    Raises:
+        FileError: the destination is not empty and may not be overwritten, or something cannot be written.
+    """
+    check_free(destination, overwrite=overwrite)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".part", dir=destination.parent))
+    except OSError as error:
+        raise cannot_write(destination, error) from error
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        former = None
+        if destination.exists():
+            former = temporary.with_suffix(".old")
+            destination.rename(former)
+        temporary.rename(destination)
+        if former:
+            shutil.rmtree(former)
+    except OSError as error:
+        raise cannot_write(destination, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(destination: Path, *, overwrite: bool) -> None:
+    """Refuse a destination that holds something.
+
+    Raises:
+        FileError: it is a file, or a folder that is not empty and may not be overwritten.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise FileError(f"{destination} is a file; choose a folder")
+    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+        raise FileError(f"{destination} is not empty; choose another --output-dir or give --overwrite")
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor as they lie in memory, in row-major order."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write a tensor file of ours in one step.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    full = {"kind": kind, "format_version": FORMAT_VERSION, "checksum": checksum(tensors), **header}
+    write_bytes(path, save(tensors, metadata={"craft": json.dumps(full)}))
+
+
+def read_header(path: Path, kind: str) -> dict[str, Any]:
+    """The header of a tensor file of ours, without its tensors.
+
+    Raises:
+        FileError: there is no such file, it is damaged, or it is something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("craft", "null"))
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise FileError(f"{path} is damaged or truncated ({str(error).strip()})") from error
+    if not isinstance(header, dict) or header.get("kind") != kind:
+        raise FileError(f"{path} is not a file of craft's with {kind}")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise FileError(
+            f"{path} has format version {header.get('format_version')}, this craft reads {FORMAT_VERSION}: upgrade craft"
+        )
+    return header
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file of ours.
+
+    Raises:
+        FileError: there is no such file, it is damaged, or it is something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    header = read_header(path, kind)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path} is damaged or truncated ({str(error).strip()})") from error
+    if checksum(tensors) != header.get("checksum"):
+        raise FileError(f"{path} is damaged: its contents do not match their checksum")
+    return tensors, header

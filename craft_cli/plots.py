@@ -1,0 +1,75 @@
+"""The pictures: training curve and spectra. matplotlib without a window, files only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from craft_cli.errors import ConfigError
+from craft_cli.files import cannot_write
+
+_INK, _BLUE, _ORANGE, _GREY = "#222222", "#2563a8", "#d9730d", "#9a9a9a"
+
+
+def training_curve(lines: Sequence[Mapping[str, Any]], metric: str, path: Path, title: str) -> None:
+    """Loss of the updates (left axis) and the chosen metric of the evaluations (right axis) over steps."""
+    figure, axes = _figure(1)
+    left = axes[0]
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if f"eval_{metric}" in line]
+    left.plot([x["step"] for x in steps], [x["loss"] for x in steps], color=_BLUE, linewidth=1.4)
+    left.set_xlabel("update")
+    left.set_ylabel("training loss", color=_BLUE)
+    left.set_ylim(bottom=0)
+    right = left.twinx()
+    right.plot(
+        [x["step"] for x in evaluations], [x[f"eval_{metric}"] for x in evaluations],
+        color=_ORANGE, marker="o", linewidth=1.4, clip_on=False,
+    )  # fmt: skip
+    right.set_ylabel(f"validation {metric}", color=_ORANGE)
+    right.spines["top"].set_visible(False)
+    left.set_title(title, loc="left", fontsize=10, color=_INK)
+    _save(figure, path)
+
+
+def spectra(decompositions: Mapping[str, Any], path: Path, title: str) -> None:
+    """Singular values of every mode, normalised, one panel a mode, one line a projection; ranks kept are marked."""
+    from craft_cli.tucker import MODES
+
+    figure, axes = _figure(3)
+    colours = [_BLUE, _ORANGE, "#3a8f4d", "#8a4fa3"]
+    for mode, (name, axis) in enumerate(zip(MODES, axes, strict=True)):
+        for colour, (target, decomposition) in zip(colours, decompositions.items(), strict=False):
+            values = decomposition.spectra[mode] / max(float(decomposition.spectra[mode][0]), 1e-30)
+            rank = decomposition.ranks[mode]
+            numbers = range(1, len(values) + 1)
+            axis.plot(numbers, values.tolist(), color=colour, linewidth=1.4, label=target, marker="." if len(values) < 50 else "")
+            axis.plot([rank], [float(values[rank - 1])], "o", color=colour, markersize=6)
+        axis.set_xlabel(f"{name} mode: singular value number")
+        axis.set_ylim(0, 1.05)
+        axis.set_xlim(left=0)
+    axes[0].set_ylabel("singular value / largest")
+    axes[2].legend(frameon=False, title="projection (dot: rank kept)", alignment="left")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK)
+    _save(figure, path)
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 if panels == 1 else 4 * panels, 3.8), layout="constrained", dpi=130)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color=_GREY, alpha=0.25)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    except ValueError as error:  # an unknown ending
+        raise ConfigError(f"--plot: {path}: {error}") from error

@@ -1,0 +1,59 @@
+"""Ranks as a user writes them: OUT,IN,LAYERS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from craft_cli.errors import ConfigError
+
+
+class Ranks(NamedTuple):
+    """Multilinear ranks in the order of the command line (the paper writes layer, out, in)."""
+
+    out: int
+    in_: int
+    layers: int
+
+    @classmethod
+    def parse(cls, ranks: str | Sequence[int]) -> Ranks:
+        """From `64,64,8` or (64, 64, 8).
+
+        Raises:
+            ConfigError: not three positive whole numbers.
+        """
+        parts = ranks.split(",") if isinstance(ranks, str) else list(ranks)
+        try:
+            if any(isinstance(part, (bool, float)) for part in parts):
+                raise ValueError
+            numbers = [int(part) for part in parts]
+            if len(numbers) != 3 or min(numbers) < 1:
+                raise ValueError
+        except (ValueError, TypeError):
+            raise ConfigError(
+                f"--ranks: expected three positive whole numbers OUT,IN,LAYERS such as 64,64,8, not '{ranks}'"
+            ) from None
+        return cls(*numbers)
+
+    @classmethod
+    def of_modes(cls, modes: tuple[int, int, int]) -> Ranks:
+        """From (r_layer, r_out, r_in)."""
+        layers, out, in_ = modes
+        return cls(out, in_, layers)
+
+    @property
+    def by_mode(self) -> tuple[int, int, int]:
+        """(r_layer, r_out, r_in), the order of a stack's modes."""
+        return self.layers, self.out, self.in_
+
+    def lowered(self, shape: tuple[int, int, int]) -> Ranks:
+        """No rank above its dimension of a stack (L, d_out, d_in)."""
+        layer, out, in_ = shape
+        return Ranks(min(self.out, out), min(self.in_, in_), min(self.layers, layer))
+
+    def count_parameters(self) -> int:
+        """Numbers trained for one projection: r_layer^2 + r_out^2 + r_in^2."""
+        return self.out**2 + self.in_**2 + self.layers**2
+
+    def __str__(self) -> str:
+        return f"{self.out},{self.in_},{self.layers}"

@@ -1,0 +1,440 @@
+"""Use-case: train an adapter and a head. One explicit loop on Accelerate, to be read from top to bottom.
+
+N processes with batch B and A accumulated batches compute what one process with batch N A B computes: the rows of an
+update are fixed by seed and epoch (`batches`), every loss is a sum over rows divided by the rows of the whole update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch.nn import functional
+from transformers import get_linear_schedule_with_warmup
+
+from craft_cli.attached import ModelAdapter, attach
+from craft_cli.batches import plan_epoch, share_out
+from craft_cli.cards import model_card
+from craft_cli.checkpoints import Checkpoint, resolve
+from craft_cli.config import RunConfig
+from craft_cli.data import DataSource, Encoded, collate, encode, load_splits
+from craft_cli.decomposition import Decomposition, decompose_checkpoint
+from craft_cli.errors import ConfigError, CraftError
+from craft_cli.evaluation import in_order, length_sorted_batches, measure, predict
+from craft_cli.models import head_of, load_classifier, load_tokenizer
+from craft_cli.plots import training_curve
+from craft_cli.runs import Run, start_run
+from craft_cli.tasks import Task, align_labels
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is about to happen, for the header of a run."""
+
+    model: str
+    task: str
+    labels: tuple[str, ...]
+    train_examples: int
+    eval_examples: int
+    targets: tuple[str, ...]
+    ranks: str
+    adapter_parameters: int
+    head_parameters: int
+    devices: str
+    effective_batch: str
+    updates: int
+    output: str | None
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run reached.
+
+    Attributes:
+        output: the run folder; None for a dry run.
+        metrics: of the best evaluation.
+        baseline: share of the most frequent label in the validation rows.
+        epoch: of the best evaluation.
+        updates: made in all.
+        seconds: of the loop, evaluations included.
+        parameters: `adapter` and `head`, numbers trained.
+        examples: rows of each evaluation.
+    """
+
+    output: str | None
+    metrics: Mapping[str, float]
+    baseline: float
+    epoch: float
+    updates: int
+    seconds: float
+    parameters: Mapping[str, int]
+    examples: int
+
+
+class Listener:
+    """Hears of a run's progress; the console shows it. Only the main process speaks."""
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Something before the loop goes on: rows tokenised, layers decomposed."""
+
+    def started(self, plan: Plan) -> None:
+        """The loop begins."""
+
+    def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
+        """An update was made; `examples` in this update."""
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Rows of the running evaluation."""
+
+    def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float], *, best: bool) -> None:
+        """An evaluation is complete."""
+
+    def interrupted(self, adapter: Path | None) -> None:
+        """Ctrl-C: where the best adapter so far lies."""
+
+
+@dataclass
+class _Prepared:
+    """All that is needed before a model is built."""
+
+    checkpoint: Checkpoint
+    decomposition: Decomposition
+    task: Task
+    labels: tuple[str, ...]
+    tokenizer: Any
+    train: Encoded
+    validation: Encoded
+    notes: list[str] = field(default_factory=list)
+
+
+def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
+    """Fine-tune a sequence classifier.
+
+    Under `accelerate launch` or `torchrun` each process calls this and they join; only the main one writes and reports.
+
+    Raises:
+        CraftError: the configuration, the model or the data cannot be used, or the loss is no longer finite.
+        KeyboardInterrupt: after the best adapter so far is safe.
+    """
+    accelerator = _accelerator(config)
+    listener = listener if listener is not None and accelerator.is_main_process else Listener()
+    with accelerator.main_process_first():  # the others then find the caches filled
+        prepared = _prepare(config, listener)
+
+    set_seed(config.seed)
+    model, adapter = _build(config, prepared)
+    update_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    updates_per_epoch = math.ceil(len(prepared.train) / update_size)
+    total = math.ceil(config.num_train_epochs * updates_per_epoch)
+    total = 1 if config.dry_run else min(total, config.max_steps or total)
+    parameters = {"adapter": adapter.count_parameters(), "head": adapter.count_head_parameters()}
+    run = None if config.dry_run else _open_run(config, prepared, accelerator)
+    listener.started(_plan(config, prepared, accelerator, parameters, update_size, total, run))
+
+    optimizer = torch.optim.AdamW(_parameter_groups(config, adapter))
+    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(config.warmup_ratio * total), total)
+    model, optimizer = accelerator.prepare(model, optimizer)  # not the schedule: it counts updates, not processes
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.manual_seed(config.seed + 1 + accelerator.process_index)  # dropout differs between processes
+    log = _Log(config, prepared, adapter, run if accelerator.is_main_process else None, listener)
+
+    step, began = 0, time.perf_counter()
+    try:
+        for epoch in range(math.ceil(total / updates_per_epoch)):
+            model.train()
+            for update in plan_epoch(prepared.train.lengths, update_size, seed=config.seed, epoch=epoch):
+                loss = torch.zeros((), device=accelerator.device)
+                batches = share_out(
+                    update,
+                    config.per_device_train_batch_size,
+                    process=accelerator.process_index,
+                    processes=accelerator.num_processes,
+                )
+                for number, rows in enumerate(batches, start=1):
+                    with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(model):
+                        part = _batch_loss(model, prepared, rows, accelerator.device)
+                        part = part * (accelerator.num_processes / len(update))  # DDP takes the mean over processes
+                        accelerator.backward(part)
+                        loss += part.detach()
+                if config.max_grad_norm:
+                    accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
+                optimizer.step()
+                rate = schedule.get_last_lr()[0]
+                schedule.step()
+                optimizer.zero_grad()
+                step += 1
+                log.update(step, step / updates_per_epoch, accelerator.reduce(loss, "mean"), rate, len(update))
+                if step == total:
+                    break
+            if config.dry_run:
+                break
+            logits = _evaluate(model, prepared.validation, config, prepared.tokenizer, accelerator, listener)
+            log.evaluation(step, step / updates_per_epoch, measure_by_name(logits, prepared))
+    except KeyboardInterrupt:
+        if accelerator.is_main_process:
+            log.keep_anything(step, step / updates_per_epoch)
+        raise
+    if config.dry_run:
+        rows = list(range(min(len(prepared.validation), config.per_device_eval_batch_size)))
+        predict(accelerator.unwrap_model(model), prepared.validation, [rows], prepared.tokenizer, accelerator.device)
+    seconds = time.perf_counter() - began
+    result = TrainResult(
+        output=str(run.path) if run else None,
+        metrics=log.best,
+        baseline=_majority(prepared.validation.labels),
+        epoch=log.best_epoch,
+        updates=step,
+        seconds=seconds,
+        parameters=parameters,
+        examples=len(prepared.validation),
+    )
+    if run and accelerator.is_main_process:
+        run.write_results(asdict(result))
+    accelerator.end_training()
+    return result
+
+
+# -- before the loop ----------------------------------------------------------------------------------------------------
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
+    if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
+        raise ConfigError("--fp16 needs a GPU; on the CPU use --bf16 or neither")
+    return Accelerator(
+        mixed_precision=precision,
+        cpu=config.use_cpu or not torch.cuda.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the factors never change
+    )
+
+
+def _prepare(config: RunConfig, listener: Listener) -> _Prepared:
+    source = DataSource.of(config)
+    task, (train_split, validation_split) = load_splits(source, ["train", "validation"])
+    checkpoint = resolve(config.model, config.revision)
+    decomposition = decompose_checkpoint(
+        checkpoint,
+        config.targets,
+        config.ranks,
+        cache_dir=config.cache_dir,
+        progress=lambda target, done, total: listener.preparing(f"decomposing {target}", done, total),
+    )
+    tokenizer = load_tokenizer(checkpoint)
+    encoded = []
+    for split, rows in ((train_split, config.max_train_samples), (validation_split, config.max_eval_samples)):
+        encoded.append(
+            encode(
+                split.first(rows),
+                tokenizer,
+                config.max_seq_length,
+                lambda done, total: listener.preparing("tokenising", done, total),
+            )
+        )
+    return _Prepared(checkpoint, decomposition, task, task.labels, tokenizer, *encoded, notes=list(decomposition.notes))
+
+
+def _build(config: RunConfig, prepared: _Prepared) -> tuple[Any, ModelAdapter]:
+    """The adapted model; the labels are put in the order of the checkpoint's head if it names the same ones."""
+    named = prepared.checkpoint.config()
+    same = named.num_labels == len(prepared.labels)
+    if same:
+        with contextlib.suppress(CraftError):  # other names: the head is trained for ours
+            prepared.labels = align_labels(prepared.labels, named.id2label)
+    model, fresh = load_classifier(prepared.checkpoint, prepared.labels)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = prepared.tokenizer.pad_token_id
+    model.config.problem_type = "single_label_classification"
+    number = {name: position for position, name in enumerate(prepared.labels)}
+    for encoded in (prepared.train, prepared.validation):
+        encoded.labels[:] = [number[prepared.task.labels[label]] for label in encoded.labels]
+    return model, attach(model, prepared.decomposition.factors, init_noise=config.init_noise, head=head_of(model, fresh))
+
+
+def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str, Any]]:
+    """Transforms first, then the head; weight decay on matrices only."""
+    head = dict(adapter.model.named_parameters())
+    tensors = [head[name] for name in adapter.head]
+    return [
+        {"params": list(adapter.parameters()), "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": [t for t in tensors if t.ndim > 1], "lr": config.head_learning_rate, "weight_decay": config.weight_decay},
+        {"params": [t for t in tensors if t.ndim <= 1], "lr": config.head_learning_rate, "weight_decay": 0.0},
+    ]
+
+
+def _open_run(config: RunConfig, prepared: _Prepared, accelerator: Accelerator) -> Run:
+    """The run folder, made by the main process and known to all."""
+    made: list[Any] = [None]
+    if accelerator.is_main_process:
+        label = f"{prepared.task.name}-{Path(prepared.checkpoint.name).name}"
+        try:
+            run = start_run(config.output_dir, label, overwrite=config.overwrite)
+            run.write_recipe(_resolved_recipe(config, prepared))
+            made = [run.path]
+        except CraftError as error:
+            made = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(made)
+    if isinstance(made[0], CraftError):
+        raise made[0]
+    return Run(made[0])
+
+
+def _resolved_recipe(config: RunConfig, prepared: _Prepared) -> dict[str, Any]:
+    """The configuration that repeats this run from any folder."""
+    recipe = config.recipe()
+    source = DataSource.of(config).resolved()
+    recipe |= {name: path for name, path in asdict(source).items() if name.endswith(("_dir", "_file")) and path}
+    if source.task is None:
+        recipe["text_columns"] = ",".join(prepared.task.text_columns)
+        recipe["label_column"] = prepared.task.label_column
+    if Path(config.model).expanduser().is_dir():
+        recipe["model"] = str(Path(config.model).expanduser().resolve())
+    elif prepared.checkpoint.revision:
+        recipe["revision"] = prepared.checkpoint.revision
+    return recipe | {"ranks": str(config.ranks)}
+
+
+def _plan(
+    config: RunConfig,
+    prepared: _Prepared,
+    accelerator: Accelerator,
+    parameters: Mapping[str, int],
+    update_size: int,
+    total: int,
+    run: Run | None,
+) -> Plan:
+    factors = prepared.decomposition.factors
+    kind = "GPU" if accelerator.device.type == "cuda" else accelerator.device.type.upper()
+    effective = f"{update_size} = {config.per_device_train_batch_size} a device"
+    if accelerator.num_processes > 1:
+        effective += f" x {accelerator.num_processes} processes"
+    if config.gradient_accumulation_steps > 1:
+        effective += f" x {config.gradient_accumulation_steps} accumulated"
+    return Plan(
+        model=prepared.checkpoint.name,
+        task=prepared.task.name,
+        labels=prepared.labels,
+        train_examples=len(prepared.train),
+        eval_examples=len(prepared.validation),
+        targets=factors.targets,
+        ranks=" | ".join(dict.fromkeys(str(factors.ranks(target)) for target in factors.targets)),
+        adapter_parameters=parameters["adapter"],
+        head_parameters=parameters["head"],
+        devices=f"{accelerator.num_processes} x {kind}" + (f", {accelerator.mixed_precision}" if config.bf16 or config.fp16 else ""),
+        effective_batch=effective,
+        updates=total,
+        output=str(run.path) if run else None,
+        notes=prepared.notes,
+    )
+
+
+# -- in the loop --------------------------------------------------------------------------------------------------------
+
+
+def _batch_loss(model: Any, prepared: _Prepared, rows: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Sum of the rows' cross-entropies; a process without rows takes part with a row of weight zero."""
+    inputs, labels = collate(prepared.train, rows or [0], prepared.tokenizer)
+    logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+    loss = functional.cross_entropy(logits.float(), labels.to(device), reduction="sum")
+    return loss if rows else loss * 0.0
+
+
+def _evaluate(
+    model: Any, encoded: Encoded, config: RunConfig, tokenizer: Any, accelerator: Accelerator, listener: Listener
+) -> torch.Tensor:
+    """Logits (examples, labels) of all rows in their order, on every process; each row is computed once."""
+    batches = length_sorted_batches(encoded, config.per_device_eval_batch_size)
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    with accelerator.autocast():
+        outputs = predict(accelerator.unwrap_model(model), encoded, mine, tokenizer, accelerator.device, listener.evaluating)
+    everyone = gather_object(list(zip(mine, outputs, strict=True)))
+    return in_order([logits for _, logits in everyone], [rows for rows, _ in everyone], len(encoded))
+
+
+def measure_by_name(logits: torch.Tensor, prepared: _Prepared) -> dict[str, float]:
+    """The task's metrics in the task's own label numbers, whatever order the head has."""
+    position = [prepared.labels.index(name) for name in prepared.task.labels]
+    gold = [prepared.task.labels.index(prepared.labels[label]) for label in prepared.validation.labels]
+    return measure(logits[:, position], gold, prepared.task.metrics)
+
+
+def _majority(labels: Sequence[int]) -> float:
+    return max(labels.count(label) for label in set(labels)) / len(labels)
+
+
+class _Log:
+    """What the run folder is told: metrics.jsonl, the curve, the best adapter."""
+
+    def __init__(
+        self, config: RunConfig, prepared: _Prepared, adapter: ModelAdapter, run: Run | None, listener: Listener
+    ) -> None:
+        self.config, self.prepared, self.adapter, self.run, self.listener = config, prepared, adapter, run, listener
+        self.best: dict[str, float] = {}
+        self.best_epoch = 0.0
+        self._lines: list[dict[str, Any]] = []
+
+    def update(self, step: int, epoch: float, loss: torch.Tensor, rate: float, examples: int) -> None:
+        value = float(loss)
+        if not math.isfinite(value):
+            raise CraftError(f"the loss is {value} at update {step}: lower --learning-rate or --head-learning-rate")
+        self.listener.updated(step, value, rate, examples)
+        if step % self.config.logging_steps == 0 or step == 1:
+            self._append({"step": step, "epoch": round(epoch, 6), "loss": value, "learning_rate": rate})
+
+    def evaluation(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        name = self.prepared.task.metrics[0]
+        better = not self.best or metrics[name] > self.best[name]
+        if better:
+            self.best, self.best_epoch = dict(metrics), epoch
+            self._save()
+        self._append({"step": step, "epoch": round(epoch, 6)} | {f"eval_{key}": value for key, value in metrics.items()})
+        if self.run:
+            training_curve(self._lines, name, self.run.curve, f"{self.prepared.task.name} on {self.prepared.checkpoint.name}")
+        self.listener.evaluated(step, epoch, metrics, best=better)
+
+    def keep_anything(self, step: int, epoch: float) -> None:
+        """Interrupted: without an evaluation so far, the adapter as it is now is the best one."""
+        if self.run and not self.best and step:
+            self.best_epoch = epoch
+            self._save()
+        kept = self.run.adapter if self.run and (self.best or step) else None
+        self.listener.interrupted(kept)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._lines.append(line)
+        if self.run:
+            self.run.append_metrics(line)
+
+    def _save(self) -> None:
+        if self.run is None:
+            return
+        recipe = _resolved_recipe(self.config, self.prepared)
+        source = asdict(DataSource.of(self.config).resolved())
+        source |= {"text_columns": self.prepared.task.text_columns, "label_column": self.prepared.task.label_column}
+        self.adapter.training_record = json.loads(
+            json.dumps(
+                {
+                    "task": self.prepared.task.name,
+                    "data": source,
+                    "labels": self.prepared.labels,
+                    "max_seq_length": self.config.max_seq_length,
+                    "epoch": self.best_epoch,
+                    "metrics": self.best,
+                    "recipe": recipe,
+                }
+            )
+        )
+        parameters = {"adapter": self.adapter.count_parameters(), "head": self.adapter.count_head_parameters()}
+        card = model_card(self.adapter.training_record, self.prepared.checkpoint.name, recipe["ranks"], parameters)
+        self.adapter.save(self.run.adapter, card=card)
+

@@ -1,0 +1,19 @@
+"""Tucker decomposition of stacked layer matrices, on torch alone: operations, format, algorithm."""
+
+from craft_cli.tucker.hosvd import Matrix, canonical_signs, gram_matrices, hosvd, stack_shape
+from craft_cli.tucker.ops import fold, mode_product, multi_mode_product, unfold
+from craft_cli.tucker.tucker_tensor import MODES, TuckerTensor
+
+__all__ = [
+    "MODES",
+    "Matrix",
+    "TuckerTensor",
+    "canonical_signs",
+    "fold",
+    "gram_matrices",
+    "hosvd",
+    "mode_product",
+    "multi_mode_product",
+    "stack_shape",
+    "unfold",
+]

@@ -1,0 +1,88 @@
+"""Where one projection of one layer lives inside a module's weight.
+
+A view is (module path, rows, transposed): BERT's `query` is a whole weight; GPT-2's fused, transposed `c_attn` holds
+query, key and value as thirds of its output; GPT-NeoX interleaves them head by head. All are the same to those who
+read, adapt or merge: a matrix (d_out, d_in) in the orientation of `nn.Linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A regular pattern of output rows: out of each of `count` equal parts, `size` rows from `start` on.
+
+    A plain range is one part. Query, key and value interleaved by head are `Rows(which * head_size, head_size, heads)`.
+    """
+
+    start: int
+    size: int
+    count: int = 1
+
+    def of(self, tensor: Tensor, dim: int) -> Tensor:
+        """These rows of `tensor` along `dim` as a view in place: that dimension becomes (count, size)."""
+        parts = tensor.unflatten(dim, (self.count, -1))
+        return parts.narrow(dim + 1 if dim >= 0 else dim, self.start, self.size)
+
+    def ranges(self, total: int, start: int, stop: int) -> Iterator[slice]:
+        """Rows start..stop of the selection, as ranges of the `total` stored rows."""
+        stride = total // self.count
+        while start < stop:
+            part, offset = divmod(start, self.size)
+            take = min(self.size - offset, stop - start)
+            first = part * stride + self.start + offset
+            yield slice(first, first + take)
+            start += take
+
+
+@dataclass(frozen=True)
+class View:
+    """One layer's projection: the matrix (d_out, d_in) inside the weight of `module`.
+
+    Attributes:
+        module: path of the module, relative to the base model.
+        rows: which of its output rows; all without.
+        transposed: whether the weight is stored (d_in, d_out), as `transformers`' Conv1D does.
+    """
+
+    module: str
+    rows: Rows | None = None
+    transposed: bool = False
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """(d_out, d_in) of the view into a stored weight of this shape."""
+        d_out, d_in = reversed(stored) if self.transposed else stored
+        return (self.rows.size * self.rows.count if self.rows else d_out), d_in
+
+    def read(self, weight: Tensor) -> Tensor:
+        """The matrix (d_out, d_in) out of the module's weight; a copy where the rows are interleaved."""
+        matrix = weight.T if self.transposed else weight
+        return self.rows.of(matrix, 0).flatten(0, 1) if self.rows else matrix
+
+    def add_to_weight(self, weight: Tensor, delta: Tensor) -> None:
+        """weight += delta (d_out, d_in) in place, added in float32 or wider and rounded once to the weight's dtype."""
+        matrix = weight.T if self.transposed else weight
+        if self.rows:
+            matrix = self.rows.of(matrix, 0)
+            delta = delta.unflatten(0, (self.rows.count, self.rows.size))
+        matrix.copy_(matrix.to(delta.dtype) + delta)
+
+    def add_to_output(self, output: Tensor, delta: Tensor) -> Tensor:
+        """The module's output (..., stored rows) with delta (..., d_out) added at these rows."""
+        if self.rows is None:
+            return output + delta
+        self.rows.of(output, -1).add_(delta.unflatten(-1, (self.rows.count, self.rows.size)))
+        return output
+
+    def module_of(self, root: nn.Module) -> nn.Module:
+        """The module itself.
+
+        Raises:
+            AttributeError: `root` has no such module.
+        """
+        return root.get_submodule(self.module)

@@ -103,6 +103,10 @@ class Adapter(nn.Module):
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._current: dict[str, tuple[Tensor, tuple[Tensor, ...], Tensor]] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        """For copies and pickles: the slices of the last forward belong to its graph and stay behind."""
+        return self.__dict__ | {"_current": {}}
+
     def items(self) -> Iterator[tuple[str, ProjectionAdapter]]:
         """(name, projection), in the order they were given."""
         for name, projection in self.projections.items():

@@ -24,6 +24,8 @@ for _stream in (sys.stdout, sys.stderr):  # a code page or an ASCII pipe must no
         _stream.reconfigure(errors="replace")
 
 out = Console(highlight=False)
+if not out.is_terminal:
+    out.width = max(out.width, 120)  # a file has no width; let no table break there
 err = Console(stderr=True, highlight=False)
 
 
@@ -63,7 +65,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout; all columns but the first are numbers, to the right."""
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        grid.add_column(column, justify="left" if number == 0 else "right", overflow="fold", no_wrap=number < 3)
     for row in rows:
         grid.add_row(*[show(value) for value in row])
     out.print(grid)

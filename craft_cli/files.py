@@ -137,7 +137,7 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], header: 
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    full = {"kind": kind, "format_version": FORMAT_VERSION, "checksum": checksum(tensors), **header}
+    full = {**header, "kind": kind, "format_version": FORMAT_VERSION, "checksum": checksum(tensors)}
     write_bytes(path, save(tensors, metadata={"craft": json.dumps(full)}))
 
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
@@ -126,8 +128,16 @@ def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
         CraftError: the configuration, the model or the data cannot be used, or the loss is no longer finite.
         KeyboardInterrupt: after the best adapter so far is safe.
     """
-    accelerator = _accelerator(config)
-    listener = listener if listener is not None and accelerator.is_main_process else Listener()
+    shared = is_initialized()
+    try:
+        return _train(config, _accelerator(config), listener or Listener())
+    finally:
+        if not shared:  # a second run in this interpreter may want another precision
+            AcceleratorState._reset_state()
+
+
+def _train(config: RunConfig, accelerator: Accelerator, listener: Listener) -> TrainResult:
+    listener = listener if accelerator.is_main_process else Listener()
     with accelerator.main_process_first():  # the others then find the caches filled
         prepared = _prepare(config, listener)
 
@@ -143,7 +153,9 @@ def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
 
     optimizer = torch.optim.AdamW(_parameter_groups(config, adapter))
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(config.warmup_ratio * total), total)
-    model, optimizer = accelerator.prepare(model, optimizer)  # not the schedule: it counts updates, not processes
+    with warnings.catch_warnings():  # torch 2.13 renames the option, 2.6 does not know the new name
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        model, optimizer = accelerator.prepare(model, optimizer)  # not the schedule: it counts updates, not processes
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.manual_seed(config.seed + 1 + accelerator.process_index)  # dropout differs between processes
     log = _Log(config, prepared, adapter, run if accelerator.is_main_process else None, listener)
@@ -372,6 +384,9 @@ def _majority(labels: Sequence[int]) -> float:
     return max(labels.count(label) for label in set(labels)) / len(labels)
 
 
+_TOO_FAST = ": lower --learning-rate or --head-learning-rate (the best adapter so far is kept)"
+
+
 class _Log:
     """What the run folder is told: metrics.jsonl, the curve, the best adapter."""
 
@@ -386,13 +401,15 @@ class _Log:
     def update(self, step: int, epoch: float, loss: torch.Tensor, rate: float, examples: int) -> None:
         value = float(loss)
         if not math.isfinite(value):
-            raise CraftError(f"the loss is {value} at update {step}: lower --learning-rate or --head-learning-rate")
+            raise CraftError(f"the loss is {value} at update {step}{_TOO_FAST}")
         self.listener.updated(step, value, rate, examples)
         if step % self.config.logging_steps == 0 or step == 1:
             self._append({"step": step, "epoch": round(epoch, 6), "loss": value, "learning_rate": rate})
 
     def evaluation(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
         name = self.prepared.task.metrics[0]
+        if not math.isfinite(metrics["loss"]):
+            raise CraftError(f"the validation loss is {metrics['loss']} after update {step}{_TOO_FAST}")
         better = not self.best or metrics[name] > self.best[name]
         if better:
             self.best, self.best_epoch = dict(metrics), epoch

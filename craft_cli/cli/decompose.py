@@ -61,11 +61,11 @@ def command(
         )
         return
     console.table(
-        ["projection", "layers x out x in", "ranks", "energy kept", "numbers", "seconds"],
+        ["projection", "L x out x in", "ranks", "energy kept", "numbers", "seconds"],
         [
             [
                 row["name"],
-                " x ".join(map(str, row["shape"])),
+                "x".join(map(str, row["shape"])),
                 row["ranks"],
                 console.percent(row["energy"]),
                 row["parameters"],

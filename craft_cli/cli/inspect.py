@@ -34,6 +34,8 @@ def command(
     console.out.print()
     columns, rows = _table(found.projections)
     console.table(columns, rows)
+    if "energy" in columns:
+        console.out.print("energy: kept of the squared norm; of a random tensor of that shape; of each mode by itself")
     if any("change_by_layer" in row for row in found.projections):
         console.out.print()
         _changes(found.projections)
@@ -42,12 +44,16 @@ def command(
 def _table(projections: Any) -> tuple[list[str], list[list[Any]]]:
     from craft_cli.console import percent
 
-    columns = ["projection", "layers x out x in", "ranks", "numbers"]
-    rows = [[row["name"], " x ".join(map(str, row["shape"])), row["ranks"], row["parameters"]] for row in projections]
+    columns = ["projection", "L x out x in", "ranks"]
+    rows: list[list[Any]] = [[row["name"], "x".join(map(str, row["shape"])), row["ranks"]] for row in projections]
     if all("energy" in row for row in projections):
-        columns += ["energy kept", "random", "by layer", "by out", "by in"]
+        columns += ["energy", "random", "layer", "out", "in"]
         for cells, row in zip(rows, projections, strict=True):
             cells += [percent(row["energy"]), percent(row["energy_random"]), *map(percent, row["energy_by_mode"].values())]
+    else:
+        columns += ["numbers"]
+        for cells, row in zip(rows, projections, strict=True):
+            cells.append(row["parameters"])
     return columns, rows
 
 

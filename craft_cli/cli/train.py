@@ -46,7 +46,7 @@ def command(
     console.facts(
         {
             "best": f"{console.show(result.metrics)} after epoch {result.epoch:g}",
-            "always the same label": f"accuracy {result.baseline:.4f}",
+            "baseline": f"accuracy {result.baseline:.4f} for always the most frequent label",
             "time": f"{result.updates:,} updates in {result.seconds:.0f} s",
             "adapter": f"{result.output}/adapter",
             "curve": f"{result.output}/training_curve.png",

@@ -1,0 +1,156 @@
+"""Pico models and data made on the spot: real files, no download, no data from outside."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORDS = (
+    "the a this that film book meal room was is felt seems good great lovely fine bad awful poor dull and but not very "
+    "rather never always quite"
+).split()
+
+_SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+_COMMON: dict[str, Any] = {
+    "vocab_size": 64, "max_position_embeddings": 48, "pad_token_id": 0, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+PICO: dict[str, dict[str, Any]] = {
+    "bert": _SIZES | _COMMON,
+    "roberta": _SIZES | _COMMON,
+    "xlm-roberta": _SIZES | _COMMON,
+    "electra": _SIZES | _COMMON | {"embedding_size": 16},
+    "deberta-v2": _SIZES | _COMMON | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+    "distilbert": {
+        "vocab_size": 64, "max_position_embeddings": 48, "dim": 24, "n_layers": 3, "n_heads": 2, "hidden_dim": 32,
+        "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0, "pad_token_id": 0,
+    },
+    "gpt2": {
+        "vocab_size": 64, "n_positions": 48, "n_embd": 24, "n_layer": 3, "n_head": 2, "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+    },
+    "llama": _SIZES
+    | {
+        "vocab_size": 64, "max_position_embeddings": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 10, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+    },
+}  # fmt: skip
+"""A pico configuration of every supported family; llama's query is 40 x 24, its key and value 20 x 24."""
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every test in a folder of its own, with its own caches, away from the hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "120")
+    torch.manual_seed(0)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer over `WORDS`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
+        model_max_length=40,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def build_pico(family: str, folder: Path, **changes: Any) -> Path:
+    """Save a base model (no head) with random weights and a tokenizer."""
+    from transformers import AutoConfig, AutoModel
+
+    dtype = changes.pop("dtype", torch.float32)
+    shards = changes.pop("max_shard_size", "1GB")
+    torch.manual_seed(7)
+    model = AutoModel.from_config(AutoConfig.for_model(family, **(PICO[family] | changes)))
+    with torch.no_grad():  # larger than the usual start, so that attention matters
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shards)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function of (family, **changes of the configuration) that gives the folder of a pico base model."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "bert", **changes: Any) -> Path:
+        key = f"{family}-{changes}"
+        if key not in made:
+            made[key] = build_pico(family, tmp_path_factory.mktemp(family), **changes)
+        return made[key]
+
+    return make
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def opinions(count: int, seed: int, *, pair: bool = False) -> list[dict[str, Any]]:
+    """Rows in the columns of sst2 (or mrpc) whose label can be learned from one word."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        label = number % 2
+        words = draw.choices(WORDS[:12], k=draw.randint(2, 12)) + [draw.choice(WORDS[13:16] if label else WORDS[17:20])]
+        draw.shuffle(words)
+        text = " ".join(words)
+        rows.append({"sentence1": text, "sentence2": "the film was", "label": label} if pair else {"sentence": text, "label": label})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl (45 rows) and validation.jsonl (23 rows) in the columns of sst2."""
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder / "train.jsonl", opinions(45, 1))
+    write_rows(folder / "validation.jsonl", opinions(23, 2))
+    return folder
+
+
+def classifier(folder: Path, labels: int = 2, **options: Any) -> Any:
+    """A classifier with a random head on a base model's folder, as a user of transformers would load it."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(3)
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels, **options).eval()
+
+
+def shake(adapter: Any, scale: float = 0.3) -> None:
+    """Give every transform a random K."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def token_batch(rows: int = 3, tokens: int = 9) -> dict[str, torch.Tensor]:
+    """Token ids of the pico vocabulary with some padding at the end."""
+    ids = torch.randint(3, 30, (rows, tokens), generator=torch.Generator().manual_seed(9))
+    mask = torch.ones_like(ids)
+    ids[-1, -3:], mask[-1, -3:] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}

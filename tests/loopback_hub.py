@@ -1,0 +1,168 @@
+"""A Hugging Face hub on 127.0.0.1: repositories out of local folders, and a log of what was asked for.
+
+It answers what huggingface_hub and datasets ask when they read: information on a repository, its tree, information on
+paths, and files. As on the hub, a repository that does not exist answers 401 and the rest of what is missing 404, with
+the header that tells what it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+_FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line of the log."""
+
+    method: str
+    path: str
+    status: int
+
+
+class LoopbackHub:
+    """Serves from `with` to its end, or to `stop()`; the port stays the same one."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.repositories: dict[str, dict[str, tuple[str, Path]]] = {}
+        """By `models/owner/name` or `datasets/owner/name`, then by branch and by commit: the commit and its folder."""
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server.daemon_threads = False  # they are joined in server_close
+        self._server.hub = self  # type: ignore[attr-defined]
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> LoopbackHub:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """From now on connections are refused."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+            self._server.server_close()
+
+    def add(self, name: str, folder: Path, *, branch: str = "main", kind: str = "models") -> str:
+        """Serve a folder as a branch of a repository; gives its commit."""
+        digest = hashlib.sha1(f"{kind}/{name}/{branch}".encode())
+        for file in files_of(folder):
+            digest.update(f"{file} {_oid(folder / file)}".encode())
+        commit = digest.hexdigest()
+        revisions = self.repositories.setdefault(f"{kind}/{name}", {})
+        revisions[branch] = revisions[commit] = (commit, folder)
+        return commit
+
+    def downloaded(self) -> list[str]:
+        """The files that were fetched, sorted, in all repositories; a file fetched twice is there twice."""
+        got = [_FILE.fullmatch(request.path) for request in self.requests if (request.method, request.status) == ("GET", 200)]
+        return sorted(unquote(match[4]) for match in got if match)
+
+
+def files_of(folder: Path) -> list[str]:
+    """The paths of all files below a folder, relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _oid(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = 20  # a connection without a request must not keep the hub from ending
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def _answer(self) -> None:
+        form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
+        url = urlsplit(self.path)
+        if match := _API.fullmatch(url.path):
+            kind, name, what, revision, below = match.groups()
+        elif match := _FILE.fullmatch(url.path):
+            kind, what = "datasets" if match[1] else "models", "file"
+            name, revision, below = match.groups()[1:]
+        else:
+            return self._send(404, b"")
+        revisions = self.server.hub.repositories.get(f"{kind}/{name}")  # type: ignore[attr-defined]
+        if revisions is None:
+            return self._send(401, b"", {"X-Error-Message": "Invalid username or password."})
+        found = revisions.get(unquote(revision or "main"))
+        if found is None:
+            return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        commit, folder = found
+        below = unquote(below or "")
+        if what == "file":
+            return self._send_file(folder, below, commit)
+        if what == "paths-info":
+            entries = _entries(folder)
+            return self._send_json([entries[path] for path in form["paths"] if path in entries])
+        if what == "tree":
+            return self._send_tree(folder, below, recursive=parse_qs(url.query).get("recursive") in (["True"], ["true"]))
+        siblings = [{"rfilename": file} for file in files_of(folder)]
+        return self._send_json({"id": name, "sha": commit, "siblings": siblings})
+
+    def _send_file(self, folder: Path, file: str, commit: str) -> None:
+        if file not in files_of(folder):
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{_oid(folder / file)}"'}
+        return self._send(200, (folder / file).read_bytes(), headers)
+
+    def _send_tree(self, folder: Path, below: str, *, recursive: bool) -> None:
+        if below and not (folder / below).is_dir():
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+        parent = Path(below)
+        shown = {
+            path: entry
+            for path, entry in _entries(folder).items()
+            if Path(path).parent == parent or (recursive and parent in Path(path).parents)
+        }
+        return self._send_json(list(shown.values()))
+
+    def _send_json(self, content: Any) -> None:
+        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        hub: LoopbackHub = self.server.hub  # type: ignore[attr-defined]
+        hub.requests.append(Request(self.command, urlsplit(self.path).path, status))
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the hub tells of every file and folder, by path."""
+    entries: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir():
+            entries[name] = {"type": "directory", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest()}
+        else:
+            entries[name] = {"type": "file", "path": name, "oid": _oid(path), "size": path.stat().st_size}
+    return entries

@@ -1,0 +1,210 @@
+"""The adapter's maths and hooks on plain torch modules (DESIGN property 2), without transformers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from craft_cli.adapter import PAPER_NOISE, Adapter, ProjectionAdapter
+from craft_cli.tucker import TuckerTensor, hosvd, multi_mode_product
+from craft_cli.views import Rows, View
+
+
+def decomposed(shape: tuple[int, int, int], ranks: tuple[int, int, int] | None = None) -> TuckerTensor:
+    stack = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return hosvd(stack, ranks, dtype=torch.float64)
+
+
+def shake(module: nn.Module, scale: float = 0.5) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
+
+
+def dense_change(adapter: ProjectionAdapter) -> torch.Tensor:
+    """The formula of the paper, literally: two dense reconstructions and their difference, (L, d_out, d_in)."""
+    d = adapter.decomposition
+    with_j = [u @ (torch.eye(len(k), dtype=k.dtype) + k) for u, k in zip(d.factors, adapter.transforms.values(), strict=True)]
+    return multi_mode_product(d.core, with_j) - multi_mode_product(d.core, d.factors)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4), (2, 4, 6), (1, 3, 2)])
+def test_slices_equal_the_dense_formula_at_every_rank(shape: tuple[int, int, int]) -> None:
+    full = decomposed(shape)
+    for ranks in itertools.product(*(range(1, size + 1) for size in shape)):
+        adapter = ProjectionAdapter(full.truncated(ranks))
+        shake(adapter)
+        expected = dense_change(adapter).detach()
+        actual = torch.stack(list(adapter.deltas())).detach()
+        assert (actual - expected).norm() <= 1e-12 * max(1.0, float(expected.norm()))
+        assert adapter.slices().shape == (shape[0], ranks[1], ranks[2])
+
+
+def test_at_the_start_the_change_is_exactly_zero_but_its_gradients_are_not() -> None:
+    adapter = ProjectionAdapter(decomposed((3, 5, 4), (2, 3, 2)))
+    slices = adapter.slices()
+    assert torch.equal(slices, torch.zeros_like(slices))
+    (slices * torch.randn(slices.shape, dtype=slices.dtype)).sum().backward()
+    assert all(k.grad is not None and k.grad.norm() > 0 for k in adapter.transforms.values())
+
+
+def test_the_papers_start_is_near_the_base_but_not_at_it() -> None:
+    adapter = ProjectionAdapter(decomposed((6, 40, 40), (6, 40, 40)), PAPER_NOISE)
+    spread = torch.cat([k.detach().flatten() for k in adapter.transforms.values()]).std()
+    assert float(spread) == pytest.approx(0.01 * 0.02, rel=0.1)
+
+
+class Block(nn.Module):
+    """Two layers: a fused transposed weight as in GPT-2, and an interleaved one as in GPT-NeoX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.ModuleList(Transposed(6, 15) for _ in range(2))
+        self.mixed = nn.ModuleList(nn.Linear(5, 12).double() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for fused, mixed in zip(self.fused, self.mixed, strict=True):
+            x = torch.tanh(mixed(torch.tanh(fused(x))[..., :5]))[..., :6]
+        return x
+
+
+class Transposed(nn.Module):
+    """A linear layer that stores its weight (d_in, d_out)."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_in, d_out, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+VIEWS = {
+    "middle": [View(f"fused.{n}", Rows(5, 5), transposed=True) for n in range(2)],
+    "heads": [View(f"mixed.{n}", Rows(2, 2, count=3)) for n in range(2)],  # rows 2,3 6,7 10,11 of 12
+}
+
+
+def adapted_block() -> tuple[Block, Adapter]:
+    torch.manual_seed(0)
+    block = Block()
+    stacks = {name: [v.read(v.module_of(block).weight.detach()) for v in views] for name, views in VIEWS.items()}  # type: ignore[arg-type]
+    adapter = Adapter({name: hosvd(stack, (2, 2, 3), dtype=torch.float64) for name, stack in stacks.items()})
+    adapter.attach(block, VIEWS)
+    return block, adapter
+
+
+def test_a_view_reads_the_rows_it_names() -> None:
+    weight = torch.arange(24.0).reshape(12, 2)
+    assert VIEWS["heads"][0].read(weight)[:, 0].tolist() == [4, 6, 12, 14, 20, 22]
+    assert [list(range(12))[part] for part in Rows(2, 2, 3).ranges(12, 1, 5)] == [[3], [6, 7], [10]]
+    assert VIEWS["middle"][0].read(torch.randn(6, 15)).shape == (5, 6)
+
+
+def test_hooks_compute_what_changed_weights_compute() -> None:
+    block, adapter = adapted_block()
+    x = torch.randn(4, 3, 6, dtype=torch.float64)
+    base = copy.deepcopy(block)
+    base.get_submodule("craft").detach(base)  # type: ignore[operator]
+    assert torch.equal(block(x), base(x))
+    shake(adapter)
+    for name, projection in adapter.items():
+        for view, delta in zip(VIEWS[name], dense_change(projection), strict=True):
+            weight = view.module_of(base).get_parameter("weight").data
+            target = weight.T if view.transposed else weight
+            rows = range(5, 10) if view.rows == Rows(5, 5) else [2, 3, 6, 7, 10, 11]
+            for row, change in zip(rows, delta, strict=True):
+                target[row] += change
+    assert torch.allclose(block(x), base(x), rtol=1e-12, atol=1e-12)
+    merged = copy.deepcopy(block)
+    changed = merged.get_submodule("craft").merge(merged)  # type: ignore[operator]
+    assert changed == ["fused.0", "fused.1", "mixed.0", "mixed.1"]
+    assert torch.allclose(merged(x), base(x), rtol=1e-12, atol=1e-12)
+    assert not hasattr(merged, "craft")
+
+
+def test_detached_is_the_base_bit_for_bit() -> None:
+    block, adapter = adapted_block()
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items() if "craft" not in name}
+    x = torch.randn(4, 6, dtype=torch.float64)
+    expected = block(x)
+    shake(adapter)
+    assert not torch.equal(block(x), expected)
+    adapter.detach(block)
+    assert torch.equal(block(x), expected)
+    assert block.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
+
+
+def test_gradients_equal_those_through_dense_weights_and_checkpointing_changes_nothing() -> None:
+    block, adapter = adapted_block()
+    shake(adapter, 0.1)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    for parameter in block.parameters():
+        parameter.requires_grad_(any(parameter is k for k in adapter.parameters()))
+
+    def gradients(run: object) -> list[torch.Tensor]:
+        adapter.zero_grad()
+        for _ in range(2):  # accumulated: a fresh graph each time
+            run(x).square().sum().backward()  # type: ignore[operator]
+        return [k.grad.clone() for k in adapter.parameters() if k.grad is not None]
+
+    plain = gradients(block)
+    again = gradients(lambda inputs: checkpoint(block, inputs, use_reentrant=False))
+    assert len(plain) == 6
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(plain, again, strict=True))
+
+    def dense(inputs: torch.Tensor) -> torch.Tensor:
+        deltas = {name: dense_change(p) for name, p in adapter.items()}
+        for layer in range(2):
+            fused = block.fused[layer].weight.detach()
+            fused = torch.cat([fused[:, :5], fused[:, 5:10] + deltas["middle"][layer].T, fused[:, 10:]], dim=1)
+            change = torch.zeros(12, 5, dtype=torch.float64).index_add(
+                0, torch.tensor([2, 3, 6, 7, 10, 11]), deltas["heads"][layer]
+            )
+            mixed = block.mixed[layer]
+            hidden = torch.tanh(inputs @ fused)[..., :5]
+            inputs = torch.tanh(nn.functional.linear(hidden, mixed.weight + change, mixed.bias))[..., :6]  # type: ignore[operator,arg-type]
+        return inputs
+
+    reference = gradients(dense)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(plain, reference, strict=True))
+
+
+def test_misuse_is_told() -> None:
+    block, adapter = adapted_block()
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        adapter.attach(block, VIEWS)
+    with pytest.raises(ValueError, match="merging changes no tensor"):
+        adapter.merge(block)
+    adapter.detach(block)
+    with pytest.raises(ValueError, match="attached to no model"):
+        adapter.merge(block)
+    with pytest.raises(ValueError, match=r"the model has 2 layers \(6, 5\), the factors are for \(3, 6, 5\)"):
+        Adapter({"heads": decomposed((3, 6, 5))}).attach(block, VIEWS)
+
+
+def test_a_merge_that_rounds_away_fails() -> None:
+    linear = nn.ModuleList([nn.Linear(4, 6, bias=False, dtype=torch.bfloat16)])
+    adapter = Adapter({"p": hosvd(linear[0].weight.detach()[None].float(), (1, 2, 2))})  # type: ignore[operator,index]
+    adapter.attach(linear, {"p": [View("0")]})
+    with torch.no_grad():
+        for k in adapter.parameters():
+            k.fill_(1e-9)
+    before = linear[0].weight.clone()  # type: ignore[operator]
+    with pytest.raises(ValueError, match="round to"):
+        adapter.merge(linear)
+    assert torch.equal(linear[0].weight, before)  # type: ignore[arg-type]
+
+
+def test_the_core_needs_no_transformers() -> None:
+    code = "import sys, craft_cli.adapter, craft_cli.tucker; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -212,6 +212,8 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener) -> T
     )
     if run and accelerator.is_main_process:
         run.write_results(asdict(result))
+    accelerator.wait_for_everyone()
+    model, optimizer = accelerator.free_memory(accelerator.unwrap_model(model), optimizer)  # DDP before its group
     accelerator.end_training()
     return result
 

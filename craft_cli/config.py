@@ -7,18 +7,19 @@ pydantic validates, but is imported only then, so that `--help` stays fast.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from craft_cli.errors import ConfigError, nearest
 from craft_cli.ranks import Ranks
 
 Positive = Annotated[int, Gt(0)]
-Rate = Annotated[float, Ge(0.0)]
+Rate = Annotated[float, Ge(0.0), Lt(math.inf)]
 
 
 GROUPS = ("Model and data", "Adapter", "Optimisation", "Processes and precision", "This call only")
@@ -53,7 +54,7 @@ class RunConfig:
     head_learning_rate: Rate = _setting(1e-3, "Of the task head.")
     weight_decay: Rate = _setting(0.0, "Pulls K (and the head's matrices) to zero: towards the base model.")
     warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = _setting(0.06, "Share of the steps with a rising rate.")
-    num_train_epochs: Annotated[float, Gt(0.0)] = _setting(3.0, "Passes over the training data.")
+    num_train_epochs: Annotated[float, Gt(0.0), Lt(math.inf)] = _setting(3.0, "Passes over the training data.")
     max_steps: Positive | None = _setting(None, "Stop after this many updates, whatever the epochs.")
     per_device_train_batch_size: Positive = _setting(32, "Examples a process takes at once.")
     per_device_eval_batch_size: Positive = _setting(64, "Examples a process evaluates at once.")
@@ -97,7 +98,7 @@ class RunConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         for key in given:
             if key not in names:
-                raise ConfigError(f"unknown key '{key}'{nearest(key, names)}")
+                raise ConfigError(f"unknown key '{key}'{nearest(str(key), names)}")
         config = cls(**parse_settings(given))
         problems = _contradictions(config)
         if problems:

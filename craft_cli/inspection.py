@@ -64,7 +64,9 @@ def inspect(
     elif found.is_file():
         factors = Factors.load(found)
         decompositions = factors.decompositions
-        inspection = Inspection("factors", str(found), _identity(factors), [_kept(*item) for item in decompositions.items()])
+        inspection = Inspection(
+            "factors", str(found), _identity(factors), [_kept(*item) for item in decompositions.items()]
+        )
     elif path is None or found.suffix == ".safetensors":
         raise FileError(f"{found}: no such file")
     else:
@@ -159,7 +161,12 @@ def _change_norms(decomposition: TuckerTensor, k: Mapping[str, torch.Tensor]) ->
 
 
 def _identity(factors: Factors) -> dict[str, Any]:
-    return {"base_model": factors.model, "revision": factors.revision, "family": factors.model_type, "dtype": factors.dtype}
+    return {
+        "base_model": factors.model,
+        "revision": factors.revision,
+        "family": factors.model_type,
+        "dtype": factors.dtype,
+    }
 
 
 def _kept(name: str, decomposition: TuckerTensor) -> dict[str, Any]:

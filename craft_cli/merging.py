@@ -24,7 +24,7 @@ computed in float32, so the merged one differs by the rounding of its weights to
 _PROBE = (
     "A short sentence.",
     "An opinion that takes its time, turns round once or twice, and in the end says very little at all.",
-    "42 numbers, (brackets) and \"quotes\": 100 % of it!",
+    '42 numbers, (brackets) and "quotes": 100 % of it!',
     "Not bad.",
 )
 

@@ -44,7 +44,14 @@ def spectra(decompositions: Mapping[str, Any], path: Path, title: str) -> None:
             values = decomposition.spectra[mode] / max(float(decomposition.spectra[mode][0]), 1e-30)
             rank = decomposition.ranks[mode]
             numbers = range(1, len(values) + 1)
-            axis.plot(numbers, values.tolist(), color=colour, linewidth=1.4, label=target, marker="." if len(values) < 50 else "")
+            axis.plot(
+                numbers,
+                values.tolist(),
+                color=colour,
+                linewidth=1.4,
+                label=target,
+                marker="." if len(values) < 50 else "",
+            )
             axis.plot([rank], [float(values[rank - 1])], "o", color=colour, markersize=6)
         axis.set_xlabel(f"{name} mode: singular value number")
         axis.set_ylim(0, 1.05)

@@ -1,10 +1,10 @@
 """Run folders: what lies where, and which one is the latest.
 
-    recipe.yaml           the resolved configuration; running it again repeats the run
-    metrics.jsonl         a line for each logged update and each evaluation
-    training_curve.png
-    adapter/              the best adapter
-    all_results.json      the summary
+recipe.yaml           the resolved configuration; running it again repeats the run
+metrics.jsonl         a line for each logged update and each evaluation
+training_curve.png
+adapter/              the best adapter
+all_results.json      the summary
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def _empty(run: Run) -> None:
     import shutil
 
     if not run.is_run():
-        raise FileError(f"{run.path} is not empty and is no run of craft's: --overwrite does not touch it; choose another")
+        raise FileError(
+            f"{run.path} is not empty and is no run of craft's: --overwrite does not touch it; choose another"
+        )
     for entry in run.path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

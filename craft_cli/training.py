@@ -271,7 +271,9 @@ def _build(config: RunConfig, prepared: _Prepared) -> tuple[Any, ModelAdapter]:
     number = {name: position for position, name in enumerate(prepared.labels)}
     for encoded in (prepared.train, prepared.validation):
         encoded.labels[:] = [number[prepared.task.labels[label]] for label in encoded.labels]
-    return model, attach(model, prepared.decomposition.factors, init_noise=config.init_noise, head=head_of(model, fresh))
+    return model, attach(
+        model, prepared.decomposition.factors, init_noise=config.init_noise, head=head_of(model, fresh)
+    )
 
 
 def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str, Any]]:
@@ -280,7 +282,11 @@ def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str
     tensors = [head[name] for name in adapter.head]
     return [
         {"params": list(adapter.parameters()), "lr": config.learning_rate, "weight_decay": config.weight_decay},
-        {"params": [t for t in tensors if t.ndim > 1], "lr": config.head_learning_rate, "weight_decay": config.weight_decay},
+        {
+            "params": [t for t in tensors if t.ndim > 1],
+            "lr": config.head_learning_rate,
+            "weight_decay": config.weight_decay,
+        },
         {"params": [t for t in tensors if t.ndim <= 1], "lr": config.head_learning_rate, "weight_decay": 0.0},
     ]
 
@@ -344,7 +350,8 @@ def _plan(
         ranks=" | ".join(dict.fromkeys(str(factors.ranks(target)) for target in factors.targets)),
         adapter_parameters=parameters["adapter"],
         head_parameters=parameters["head"],
-        devices=f"{accelerator.num_processes} x {kind}" + (f", {accelerator.mixed_precision}" if config.bf16 or config.fp16 else ""),
+        devices=f"{accelerator.num_processes} x {kind}"
+        + (f", {accelerator.mixed_precision}" if config.bf16 or config.fp16 else ""),
         effective_batch=effective,
         updates=total,
         output=str(run.path) if run else None,
@@ -370,7 +377,9 @@ def _evaluate(
     batches = length_sorted_batches(encoded, config.per_device_eval_batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     with accelerator.autocast():
-        outputs = predict(accelerator.unwrap_model(model), encoded, mine, tokenizer, accelerator.device, listener.evaluating)
+        outputs = predict(
+            accelerator.unwrap_model(model), encoded, mine, tokenizer, accelerator.device, listener.evaluating
+        )
     everyone = gather_object(list(zip(mine, outputs, strict=True)))
     return in_order([logits for _, logits in everyone], [rows for rows, _ in everyone], len(encoded))
 
@@ -416,9 +425,13 @@ class _Log:
         if better:
             self.best, self.best_epoch = dict(metrics), epoch
             self._save()
-        self._append({"step": step, "epoch": round(epoch, 6)} | {f"eval_{key}": value for key, value in metrics.items()})
+        self._append(
+            {"step": step, "epoch": round(epoch, 6)} | {f"eval_{key}": value for key, value in metrics.items()}
+        )
         if self.run:
-            training_curve(self._lines, name, self.run.curve, f"{self.prepared.task.name} on {self.prepared.checkpoint.name}")
+            training_curve(
+                self._lines, name, self.run.curve, f"{self.prepared.task.name} on {self.prepared.checkpoint.name}"
+            )
         self.listener.evaluated(step, epoch, metrics, best=better)
 
     def keep_anything(self, step: int, epoch: float) -> None:
@@ -456,4 +469,3 @@ class _Log:
         parameters = {"adapter": self.adapter.count_parameters(), "head": self.adapter.count_head_parameters()}
         card = model_card(self.adapter.training_record, self.prepared.checkpoint.name, recipe["ranks"], parameters)
         self.adapter.save(self.run.adapter, card=card)
-

@@ -65,7 +65,7 @@ class View:
         return self.rows.of(matrix, 0).flatten(0, 1) if self.rows else matrix
 
     def add_to_weight(self, weight: Tensor, delta: Tensor) -> None:
-        """weight += delta (d_out, d_in) in place, added in float32 or wider and rounded once to the weight's dtype."""
+        """Weight += delta (d_out, d_in) in place, added in float32 or wider and rounded once to the weight's dtype."""
         matrix = weight.T if self.transposed else weight
         if self.rows:
             matrix = self.rows.of(matrix, 0)

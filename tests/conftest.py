@@ -11,10 +11,36 @@ from typing import Any
 import pytest
 import torch
 
-WORDS = (
-    "the a this that film book meal room was is felt seems good great lovely fine bad awful poor dull and but not very "
-    "rather never always quite"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "this",
+    "that",
+    "film",
+    "book",
+    "meal",
+    "room",
+    "was",
+    "is",
+    "felt",
+    "seems",
+    "good",
+    "great",
+    "lovely",
+    "fine",
+    "bad",
+    "awful",
+    "poor",
+    "dull",
+    "and",
+    "but",
+    "not",
+    "very",
+    "rather",
+    "never",
+    "always",
+    "quite",
+]
 
 _SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 _COMMON: dict[str, Any] = {
@@ -116,10 +142,14 @@ def opinions(count: int, seed: int, *, pair: bool = False) -> list[dict[str, Any
     rows = []
     for number in range(count):
         label = number % 2
-        words = draw.choices(WORDS[:12], k=draw.randint(2, 12)) + [draw.choice(WORDS[13:16] if label else WORDS[17:20])]
+        words = [*draw.choices(WORDS[:12], k=draw.randint(2, 12)), draw.choice(WORDS[13:16] if label else WORDS[17:20])]
         draw.shuffle(words)
         text = " ".join(words)
-        rows.append({"sentence1": text, "sentence2": "the film was", "label": label} if pair else {"sentence": text, "label": label})
+        rows.append(
+            {"sentence1": text, "sentence2": "the film was", "label": label}
+            if pair
+            else {"sentence": text, "label": label}
+        )
     return rows
 
 

@@ -69,7 +69,11 @@ class LoopbackHub:
 
     def downloaded(self) -> list[str]:
         """The files that were fetched, sorted, in all repositories; a file fetched twice is there twice."""
-        got = [_FILE.fullmatch(request.path) for request in self.requests if (request.method, request.status) == ("GET", 200)]
+        got = [
+            _FILE.fullmatch(request.path)
+            for request in self.requests
+            if (request.method, request.status) == ("GET", 200)
+        ]
         return sorted(unquote(match[4]) for match in got if match)
 
 
@@ -121,7 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
             entries = _entries(folder)
             return self._send_json([entries[path] for path in form["paths"] if path in entries])
         if what == "tree":
-            return self._send_tree(folder, below, recursive=parse_qs(url.query).get("recursive") in (["True"], ["true"]))
+            return self._send_tree(
+                folder, below, recursive=parse_qs(url.query).get("recursive") in (["True"], ["true"])
+            )
         siblings = [{"rfilename": file} for file in files_of(folder)]
         return self._send_json({"id": name, "sha": commit, "siblings": siblings})
 

@@ -32,7 +32,9 @@ def shake(module: nn.Module, scale: float = 0.5) -> None:
 def dense_change(adapter: ProjectionAdapter) -> torch.Tensor:
     """The formula of the paper, literally: two dense reconstructions and their difference, (L, d_out, d_in)."""
     d = adapter.decomposition
-    with_j = [u @ (torch.eye(len(k), dtype=k.dtype) + k) for u, k in zip(d.factors, adapter.transforms.values(), strict=True)]
+    with_j = [
+        u @ (torch.eye(len(k), dtype=k.dtype) + k) for u, k in zip(d.factors, adapter.transforms.values(), strict=True)
+    ]
     return multi_mode_product(d.core, with_j) - multi_mode_product(d.core, d.factors)
 
 

@@ -13,7 +13,9 @@ LENGTHS = random.Random(3).choices(range(4, 128), k=4003)
 
 
 def padding(updates: list[list[int]]) -> int:
-    return sum(max(LENGTHS[row] for row in update) * len(update) - sum(LENGTHS[row] for row in update) for update in updates)
+    return sum(
+        max(LENGTHS[row] for row in update) * len(update) - sum(LENGTHS[row] for row in update) for update in updates
+    )
 
 
 @pytest.mark.parametrize(("rows", "size"), [(4003, 32), (10, 32), (32, 32), (33, 32), (1, 1), (7, 2)])

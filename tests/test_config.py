@@ -81,7 +81,9 @@ def test_an_unknown_key_names_the_nearest_one() -> None:
 
 
 def test_an_unknown_key_in_a_recipe_file_names_the_file_too() -> None:
-    assert recipe_problem(recipe_file("task: sst2\nrank: 4,4,2")) == "own.yaml: unknown key 'rank'; did you mean 'ranks'?"
+    assert (
+        recipe_problem(recipe_file("task: sst2\nrank: 4,4,2")) == "own.yaml: unknown key 'rank'; did you mean 'ranks'?"
+    )
 
 
 def test_a_key_which_is_no_text_is_unknown_like_any_other() -> None:
@@ -147,7 +149,11 @@ def test_yes_or_no_is_refused_where_something_else_is_wanted(name: str, value: b
 
 
 def test_lists_are_written_with_commas_or_as_lists() -> None:
-    assert parse_settings({"text_columns": "a, b"}) == parse_settings({"text_columns": ["a", "b"]}) == {"text_columns": ("a", "b")}
+    assert (
+        parse_settings({"text_columns": "a, b"})
+        == parse_settings({"text_columns": ["a", "b"]})
+        == {"text_columns": ("a", "b")}
+    )
     assert parse_settings({"targets": "query"}) == {"targets": ("query",)}
     assert parse_settings({"ranks": "8, 6,2"}) == parse_settings({"ranks": [8, 6, 2]}) == {"ranks": Ranks(8, 6, 2)}
 

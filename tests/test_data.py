@@ -211,7 +211,9 @@ def test_a_row_without_text_or_label_is_told_with_file_and_line(row: dict[str, A
 
 
 def test_a_csv_row_without_label_is_told_with_its_line() -> None:
-    assert problem(own, write("t.csv", 'text,label\n"a\nb",x\n\nc,y\nd,\n')).startswith("t.csv, line 6: column 'label' has no")
+    assert problem(own, write("t.csv", 'text,label\n"a\nb",x\n\nc,y\nd,\n')).startswith(
+        "t.csv, line 6: column 'label' has no"
+    )
     assert problem(own, write("t.csv", "text,label\na,x\nb\nc,y\n")).startswith("t.csv, line 3: column 'label' has no")
 
 
@@ -279,7 +281,11 @@ def test_a_known_task_takes_numbers_and_names(labels: list[Any]) -> None:
 
 
 def test_a_pair_task_reads_both_texts() -> None:
-    path = str(write_as(".tsv", [{"sentence1": "a", "sentence2": "b", "label": 1}, {"sentence1": "c", "sentence2": "d", "label": 0}]))
+    path = str(
+        write_as(
+            ".tsv", [{"sentence1": "a", "sentence2": "b", "label": 1}, {"sentence1": "c", "sentence2": "d", "label": 0}]
+        )
+    )
     task, (split,) = own(path, task="mrpc")
     assert split.texts == [("a", "b"), ("c", "d")]
     assert (split.labels, task.metrics) == ([1, 0], ("accuracy", "f1"))
@@ -304,7 +310,11 @@ def test_labels_are_aligned_by_name_never_by_position() -> None:
     mnli = ("entailment", "neutral", "contradiction")
     assert align_labels(mnli, {0: "contradiction", 1: "neutral", 2: "entailment"}) == mnli[::-1]
     assert align_labels(ours, {0: "LABEL_0", 1: "LABEL_1"}) == align_labels(ours, None) == ours
-    for other in ({0: "yes", 1: "no"}, {0: "negative", 1: "neutral", 2: "positive"}, {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}):
+    for other in (
+        {0: "yes", 1: "no"},
+        {0: "negative", 1: "neutral", 2: "positive"},
+        {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"},
+    ):
         message = problem(align_labels, ours, other)
         assert all(name in message for name in (*ours, *other.values()))
 
@@ -354,7 +364,10 @@ def test_rows_are_encoded_in_order_and_cut(tokenizer: Any) -> None:
     calls: list[tuple[int, int]] = []
     encoded = encode(split, tokenizer, 8, lambda done, total: calls.append((done, total)))
     assert encoded.lengths == [6, 3, 8]
-    assert [f["input_ids"] for f in encoded.features[:2]] == [tokenizer("the film is good")["input_ids"], tokenizer("bad")["input_ids"]]
+    assert [f["input_ids"] for f in encoded.features[:2]] == [
+        tokenizer("the film is good")["input_ids"],
+        tokenizer("bad")["input_ids"],
+    ]
     assert (encoded.labels, len(encoded), calls) == ([1, 0, 1], 3, [(3, 3)])
     assert encode(split, tokenizer, 10_000).lengths[2] == tokenizer.model_max_length
 

@@ -98,7 +98,9 @@ def test_a_later_family_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch, t
     def interleaved(which: int) -> Callable[[PreTrainedConfig], View]:
         def view(config: PreTrainedConfig) -> View:
             size = config.hidden_size // config.num_attention_heads
-            return View("layers.{layer}.attention.query_key_value", Rows(which * size, size, config.num_attention_heads))
+            return View(
+                "layers.{layer}.attention.query_key_value", Rows(which * size, size, config.num_attention_heads)
+            )
 
         return view
 
@@ -191,8 +193,8 @@ def test_targets_and_ranks_of_the_api(pico: Make) -> None:
         craft.attach(model, factors, ranks=(20, 12, 3))
     with pytest.raises(ConfigError, match="not output"):
         craft.attach(model, craft.decompose(str(pico()), ("query",), (4, 4, 2)), targets=("output",))
+    craft.attach(model, factors)
     with pytest.raises(ModelError, match="carries an adapter already"):
-        craft.attach(model, factors)
         craft.attach(model, factors)
 
 

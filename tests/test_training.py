@@ -50,7 +50,12 @@ def tensors(run: str = "out") -> dict[str, torch.Tensor]:
 
 def craft_command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "craft_cli", *arguments], capture_output=True, text=True, timeout=240, check=False, **options
+        [sys.executable, "-m", "craft_cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        **options,
     )
 
 
@@ -71,7 +76,13 @@ class Remember(Listener):
 def test_a_run_leaves_what_it_promises_and_learns(pico: Make, data_dir: Path) -> None:
     heard = Remember()
     result = craft.train(config(pico(), data_dir, num_train_epochs=12, ranks="24,24,3"), heard)
-    assert sorted(os.listdir("out")) == ["adapter", "all_results.json", "metrics.jsonl", "recipe.yaml", "training_curve.png"]
+    assert sorted(os.listdir("out")) == [
+        "adapter",
+        "all_results.json",
+        "metrics.jsonl",
+        "recipe.yaml",
+        "training_curve.png",
+    ]
     assert sorted(os.listdir("out/adapter")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert Path("out/training_curve.png").read_bytes().startswith(b"\x89PNG")
     assert Path("runs/latest").resolve() == Path("out").resolve()
@@ -117,7 +128,9 @@ def test_the_first_updates_are_those_of_a_plain_torch_loop(pico: Make, data_dir:
     adapter = craft.attach(model, craft.decompose(str(pico()), ranks=(6, 5, 2)))
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=3e-2)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=3e-2
+    )
     updates = plan_epoch(encoded.lengths, 8, seed=42, epoch=0)
     for number, rows in enumerate(updates):
         for group in optimizer.param_groups:
@@ -139,7 +152,9 @@ def test_two_processes_and_accumulation_compute_what_one_batch_does(pico: Make, 
     """45 rows in updates of 8: the last update holds 5, which two processes cannot share evenly."""
     one = config(pico(), data_dir)
     craft.train(one)
-    craft.train(config(pico(), data_dir, per_device_train_batch_size=2, gradient_accumulation_steps=4, output_dir="accumulated"))
+    craft.train(
+        config(pico(), data_dir, per_device_train_batch_size=2, gradient_accumulation_steps=4, output_dir="accumulated")
+    )
     flags = ["--output-dir", "two", "--per-device-train-batch-size", "2", "--gradient_accumulation_steps", "2"]
     done = craft_command("train", "--recipe", "out/recipe.yaml", "--num-processes", "2", *flags, "--json")
     assert done.returncode == 0, done.stderr
@@ -249,7 +264,9 @@ def test_pairs_and_own_files(pico: Make) -> None:
     write_rows(Path("mrpc/validation.jsonl"), opinions(9, 2, pair=True))
     result = craft.train(config(pico(), Path("mrpc"), task="mrpc", num_train_epochs=1))
     assert set(result.metrics) == {"accuracy", "f1", "loss"}
-    Path("own.csv").write_text("opinion,stars\n" + "".join(f"the film was {w},{s}\n" for w, s in [("good", "up"), ("bad", "down")] * 6))
+    Path("own.csv").write_text(
+        "opinion,stars\n" + "".join(f"the film was {w},{s}\n" for w, s in [("good", "up"), ("bad", "down")] * 6)
+    )
     own = {
         "task": None, "data_dir": None, "train_file": "own.csv", "validation_file": "own.csv", "text_columns": "opinion",
         "label_column": "stars", "output_dir": "own", "num_train_epochs": 1,

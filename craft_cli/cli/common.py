@@ -57,7 +57,9 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 
 def _option(field: dataclasses.Field[Any], *, show_default: bool) -> inspect.Parameter:
     hint = str(get_type_hints(RunConfig)[field.name])
-    kind: Any = bool if "bool" in hint else str if "str" in hint or "Ranks" in hint else float if "float" in hint else int
+    kind: Any = (
+        bool if "bool" in hint else str if "str" in hint or "Ranks" in hint else float if "float" in hint else int
+    )
     name = f"{flag(field.name)}/--no-{flag(field.name)[2:]}" if kind is bool else flag(field.name)
     default = field.default
     shown = ",".join(default) if isinstance(default, tuple) and field.name != "ranks" else str(default)

@@ -13,9 +13,13 @@ from craft_cli.cli.common import JsonFlag, reports_errors
 def command(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or 'demo'.")],
     targets: Annotated[str, typer.Option(help="Of query,key,value,output.")] = "query,value",
-    ranks: Annotated[str, typer.Option(metavar="OUT,IN,LAYERS", help="Ranks to keep; smaller ones need no new run.")] = "64,64,8",
+    ranks: Annotated[
+        str, typer.Option(metavar="OUT,IN,LAYERS", help="Ranks to keep; smaller ones need no new run.")
+    ] = "64,64,8",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    cache_dir: Annotated[str | None, typer.Option(help="Folder of the factor files.", show_default="~/.cache/craft")] = None,
+    cache_dir: Annotated[
+        str | None, typer.Option(help="Folder of the factor files.", show_default="~/.cache/craft")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda.", show_default="cpu")] = None,
     force: Annotated[bool, typer.Option("--force", help="Decompose again even if the cache has it.")] = False,
     json: JsonFlag = False,

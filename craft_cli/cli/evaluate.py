@@ -16,7 +16,9 @@ from craft_cli.cli.common import JsonFlag, reports_errors, with_settings
     "max_eval_samples", "max_seq_length", "per_device_eval_batch_size", "use_cpu",
 )  # fmt: skip
 def command(
-    path: Annotated[str | None, typer.Argument(help="Run, adapter, checkpoint or hub id.", show_default="the latest run")] = None,
+    path: Annotated[
+        str | None, typer.Argument(help="Run, adapter, checkpoint or hub id.", show_default="the latest run")
+    ] = None,
     json: JsonFlag = False,
     **settings: Any,
 ) -> None:

@@ -15,7 +15,9 @@ def command(
     path: Annotated[
         str | None, typer.Argument(help="Model, file of factors, run or adapter.", show_default="the latest run")
     ] = None,
-    ranks: Annotated[str | None, typer.Option(metavar="OUT,IN,LAYERS", help="Of a model: count the numbers trained.")] = None,
+    ranks: Annotated[
+        str | None, typer.Option(metavar="OUT,IN,LAYERS", help="Of a model: count the numbers trained.")
+    ] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the spectra (png, svg, pdf).")] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -28,7 +30,14 @@ def command(
         found = inspect(path, ranks=ranks, plot=plot)
     if json:
         content = asdict(found)
-        console.print_json({"kind": content["kind"], "path": content["path"], **content["facts"], "projections": content["projections"]})
+        console.print_json(
+            {
+                "kind": content["kind"],
+                "path": content["path"],
+                **content["facts"],
+                "projections": content["projections"],
+            }
+        )
         return
     console.facts({found.kind: found.path, **found.facts, "plot": plot})
     console.out.print()
@@ -49,7 +58,11 @@ def _table(projections: Any) -> tuple[list[str], list[list[Any]]]:
     if all("energy" in row for row in projections):
         columns += ["energy", "random", "layer", "out", "in"]
         for cells, row in zip(rows, projections, strict=True):
-            cells += [percent(row["energy"]), percent(row["energy_random"]), *map(percent, row["energy_by_mode"].values())]
+            cells += [
+                percent(row["energy"]),
+                percent(row["energy_random"]),
+                *map(percent, row["energy_by_mode"].values()),
+            ]
     else:
         columns += ["numbers"]
         for cells, row in zip(rows, projections, strict=True):

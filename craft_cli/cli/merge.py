@@ -14,7 +14,8 @@ from craft_cli.cli.common import JsonFlag, reports_errors
 def command(
     path: Annotated[str | None, typer.Argument(help="Run or adapter.", show_default="the latest run")] = None,
     output_dir: Annotated[
-        str | None, typer.Option("--output-dir", "--output", "-o", help="Folder to write.", show_default="merged, in the run")
+        str | None,
+        typer.Option("--output-dir", "--output", "-o", help="Folder to write.", show_default="merged, in the run"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
     json: JsonFlag = False,

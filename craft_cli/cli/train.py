@@ -14,7 +14,9 @@ from craft_cli.cli.common import JsonFlag, reports_errors, with_settings
 @reports_errors
 @with_settings()
 def command(
-    recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name or a YAML file; flags override it.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A shipped recipe's name or a YAML file; flags override it.")
+    ] = None,
     json: JsonFlag = False,
     **settings: Any,
 ) -> None:

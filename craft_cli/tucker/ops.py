@@ -36,7 +36,7 @@ def fold(matrix: Tensor, mode: int, shape: Sequence[int]) -> Tensor:
 
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """tensor x_mode matrix: every mode-`mode` fibre multiplied by `matrix` (j, d_mode).
+    """Tensor x_mode matrix: every mode-`mode` fibre multiplied by `matrix` (j, d_mode).
 
     Raises:
         ValueError: the matrix has not d_mode columns.
@@ -49,7 +49,7 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
 
 
 def multi_mode_product(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """tensor x_0 matrices[0] x_1 matrices[1] ..., one matrix for every mode."""
+    """Tensor x_0 matrices[0] x_1 matrices[1] ..., one matrix for every mode."""
     for mode, matrix in enumerate(matrices):
         tensor = mode_product(tensor, matrix, mode)
     return tensor

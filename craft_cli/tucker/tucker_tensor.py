@@ -88,7 +88,7 @@ class TuckerTensor:
         )
 
     def reconstruct(self) -> Tensor:
-        """core x0 U_layer x1 U_out x2 U_in, dense, (L, d_out, d_in)."""
+        """Core x0 U_layer x1 U_out x2 U_in, dense, (L, d_out, d_in)."""
         return multi_mode_product(self.core, self.factors)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> TuckerTensor:

@@ -30,17 +30,20 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from craft_cli.attached import ModelAdapter, attach, load
-    from craft_cli.config import RunConfig
-    from craft_cli.decomposition import decompose
-    from craft_cli.errors import CraftError
-    from craft_cli.evaluation import evaluate
-    from craft_cli.factors import Factors
-    from craft_cli.inspection import inspect
-    from craft_cli.merging import merge
-    from craft_cli.ranks import Ranks
-    from craft_cli.training import train
-    from craft_cli.tucker import TuckerTensor, hosvd
+    from craft_cli.attached import ModelAdapter as ModelAdapter
+    from craft_cli.attached import attach as attach
+    from craft_cli.attached import load as load
+    from craft_cli.config import RunConfig as RunConfig
+    from craft_cli.decomposition import decompose as decompose
+    from craft_cli.errors import CraftError as CraftError
+    from craft_cli.evaluation import evaluate as evaluate
+    from craft_cli.factors import Factors as Factors
+    from craft_cli.inspection import inspect as inspect
+    from craft_cli.merging import merge as merge
+    from craft_cli.ranks import Ranks as Ranks
+    from craft_cli.training import train as train
+    from craft_cli.tucker import TuckerTensor as TuckerTensor
+    from craft_cli.tucker import hosvd as hosvd
 
 
 def __getattr__(name: str) -> Any:

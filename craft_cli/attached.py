@@ -53,6 +53,8 @@ class ModelAdapter(Adapter):
         training_record: what the adapter was trained on, for those who find its folder later.
     """
 
+    model: Any
+
     def __init__(self, model: Any, factors: Factors, head: Iterable[str], init_noise: float = 0.0) -> None:
         super().__init__(factors.decompositions, init_noise)
         object.__setattr__(self, "model", model)  # not a submodule: the adapter is a submodule of the model
@@ -94,7 +96,9 @@ class ModelAdapter(Adapter):
         Raises:
             FileError: it cannot be written, or reads back different; a former adapter there is untouched.
         """
-        state = {f"transform.{name}.{mode}": k for name, p in self.items() for mode, k in p.transforms.items()}
+        state: dict[str, Tensor] = {
+            f"transform.{name}.{mode}": k for name, p in self.items() for mode, k in p.transforms.items()
+        }
         state |= factor_tensors({name: projection.decomposition for name, projection in self.items()})
         state |= {f"head.{name}": tensor for name, tensor in self.head_state().items()}
         config = self.model.config

@@ -171,7 +171,7 @@ class FactorCache:
         Returns:
             The entry, untruncated, or None; and a line for each damaged entry passed over.
         """
-        damaged = []
+        damaged: list[str] = []
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 header = read_header(path, KIND)

@@ -125,7 +125,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor as they lie in memory, in row-major order."""
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

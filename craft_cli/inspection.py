@@ -98,7 +98,7 @@ def random_energy(shape: tuple[int, int, int], ranks: tuple[int, int, int]) -> f
 def _model(model: str, ranks: Ranks) -> Inspection:
     checkpoint = find_checkpoint(model, DEFAULT_TARGETS)
     config = checkpoint.config()
-    projections = []
+    projections: list[dict[str, Any]] = []
     for target, stack in read_stacks(checkpoint, config, TARGETS).items():
         lowered = ranks.lowered(stack_shape(stack))
         projections.append(

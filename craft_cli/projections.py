@@ -22,7 +22,11 @@ Family = Mapping[str, Callable[[Any], View]]
 def separate(attention: str, query: str, key: str, value: str, output: str) -> Family:
     """A family with one linear module for each projection, below the path `attention`."""
     names = {"query": query, "key": key, "value": value, "output": output}
-    return {target: lambda config, name=name: View(f"{attention}.{name}") for target, name in names.items()}
+
+    def at(name: str) -> Callable[[Any], View]:
+        return lambda config: View(f"{attention}.{name}")
+
+    return {target: at(name) for target, name in names.items()}
 
 
 _BERT = separate("encoder.layer.{layer}.attention", "self.query", "self.key", "self.value", "output.dense")

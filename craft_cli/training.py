@@ -254,7 +254,9 @@ def _prepare(config: RunConfig, listener: Listener) -> _Prepared:
                 lambda done, total: listener.preparing("tokenising", done, total),
             )
         )
-    return _Prepared(checkpoint, decomposition, task, task.labels, tokenizer, *encoded, notes=list(decomposition.notes))
+    return _Prepared(
+        checkpoint, decomposition, task, task.labels, tokenizer, encoded[0], encoded[1], list(decomposition.notes)
+    )
 
 
 def _build(config: RunConfig, prepared: _Prepared) -> tuple[Any, ModelAdapter]:

@@ -27,7 +27,8 @@ class Rows:
     def of(self, tensor: Tensor, dim: int) -> Tensor:
         """These rows of `tensor` along `dim` as a view in place: that dimension becomes (count, size)."""
         parts = tensor.unflatten(dim, (self.count, -1))
-        return parts.narrow(dim + 1 if dim >= 0 else dim, self.start, self.size)
+        narrowed: Tensor = parts.narrow(dim + 1 if dim >= 0 else dim, self.start, self.size)
+        return narrowed
 
     def ranges(self, total: int, start: int, stop: int) -> Iterator[slice]:
         """Rows start..stop of the selection, as ranges of the `total` stored rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ def command(
             checkpoint, names, wanted, cache_dir=cache_dir, device=device, force=force, progress=progress
         )
     factors = done.factors
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name,
             "shape": list(decomposition.shape),

@@ -36,7 +36,7 @@ def command(
         raise SystemExit(launch(processes, sys.argv[1:]))
 
     with console.TrainingConsole() as listener:
-        result = train(config, listener)
+        result = train(config, listener)  # type: ignore[arg-type]  # a Listener in all but import
     if not is_main_process():
         return
     if json:

@@ -45,7 +45,8 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
         raise ValueError(
             f"cannot multiply a tensor {tuple(tensor.shape)} along mode {mode} by a matrix {tuple(matrix.shape)}"
         )
-    return torch.tensordot(matrix, tensor, dims=([1], [mode])).movedim(0, mode)
+    product: Tensor = torch.tensordot(matrix, tensor, dims=([1], [mode]))
+    return product.movedim(0, mode)
 
 
 def multi_mode_product(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:

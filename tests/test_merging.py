@@ -1,0 +1,141 @@
+"""Merging, evaluating and inspecting what a run left (DESIGN properties 4, 5)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PICO, build_pico, classifier, shake, token_batch
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import craft_cli as craft
+from craft_cli.data import DataSource, load_splits
+from craft_cli.errors import ConfigError, FileError, ModelError
+from craft_cli.inspection import random_energy
+from craft_cli.models import load_adapted
+from craft_cli.tucker import hosvd
+
+Make = Callable[..., Path]
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+
+
+def saved_adapter(base: Path, folder: str = "adapter") -> Path:
+    """An adapter with random transforms and head, and label names."""
+    model = classifier(base, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+    model.config.pad_token_id = 0
+    adapter = craft.attach(model, craft.decompose(str(base), ("query", "value"), (6, 5, 2)))
+    shake(adapter)
+    adapter.save(folder)
+    return Path(folder)
+
+
+@pytest.mark.parametrize("family", PICO)
+def test_merged_is_a_plain_checkpoint_that_computes_the_same(family: str, pico: Make) -> None:
+    base = pico(family)
+    result = craft.merge(saved_adapter(base), "merged")
+    assert set(os.listdir("merged")) == {"config.json", "model.safetensors"} | TOKENIZER
+    for name in TOKENIZER:
+        assert Path("merged", name).read_bytes() == (base / name).read_bytes()
+    plain, report = AutoModelForSequenceClassification.from_pretrained("merged", output_loading_info=True)
+    assert not any(report.values())
+    assert plain.config.id2label == {0: "no", 1: "yes"}
+    adapted, _, _ = load_adapted(Path("adapter"))
+    with torch.no_grad():
+        expected = adapted.eval()(**token_batch()).logits
+        difference = (plain.eval()(**token_batch()).logits - expected).abs().max()
+    assert difference <= 1e-5 * expected.abs().max()
+    assert result.difference <= result.tolerance == 1e-5
+    assert result.tensors_changed == (3 if family == "gpt2" else 6)
+
+
+def test_merging_keeps_the_dtype_of_the_base(tmp_path: Path) -> None:
+    base = build_pico("bert", tmp_path / "half", dtype=torch.bfloat16)
+    craft.merge(saved_adapter(base), "merged")
+    merged, original = load_file("merged/model.safetensors"), load_file(base / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    _, adapter, _ = load_adapted(Path("adapter"))
+    name = "encoder.layer.1.attention.self.value.weight"
+    delta = list(adapter.projections["value"].deltas())[1].detach()  # type: ignore[operator]
+    assert torch.equal(merged[f"bert.{name}"], (original[name].float() + delta).bfloat16())  # rounded once
+
+
+def test_merge_never_touches_what_is_there(pico: Make) -> None:
+    saved_adapter(pico())
+    Path("out").mkdir()
+    Path("out/notes.txt").write_text("mine")
+    with pytest.raises(FileError, match="out is not empty"):
+        craft.merge("adapter", "out")
+    assert os.listdir("out") == ["notes.txt"]
+    with pytest.raises(FileError, match="neither a run nor an adapter"):
+        craft.merge(pico(), "out2")
+    assert craft.merge("adapter", "merged").files == craft.merge("adapter", "merged", overwrite=True).files
+    assert sorted(path.name for path in Path().iterdir() if path.name.startswith(".")) == []
+
+
+def test_merging_onto_another_base_is_refused(pico: Make, tmp_path: Path) -> None:
+    base = build_pico("bert", tmp_path / "base")
+    saved_adapter(base)
+    shutil.copy(
+        build_pico("bert", tmp_path / "x", initializer_range=0.1) / "model.safetensors", base / "model.safetensors"
+    )
+    with pytest.raises(ModelError, match="other weights"):
+        craft.merge("adapter", "merged")
+    assert not Path("merged").exists()
+
+
+def test_eval_counts_every_row_once_and_agrees_with_plain_transformers(pico: Make, data_dir: Path) -> None:
+    saved_adapter(pico())
+    craft.merge("adapter", "merged")
+    source = DataSource(data_dir=str(data_dir), text_columns=("sentence",))
+    with pytest.raises(ConfigError, match="on which data"):
+        craft.evaluate("merged")
+    _, (split,) = load_splits(DataSource(task="sst2", data_dir=str(data_dir)), ["validation"])
+    model = AutoModelForSequenceClassification.from_pretrained("merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    predictions = []
+    with torch.no_grad():
+        for (text,) in split.texts:  # one at a time: no padding, no order
+            predictions.append(int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()))
+    model.config.id2label, model.config.label2id = {0: "0", 1: "1"}, {"0": 0, "1": 1}
+    model.save_pretrained("merged")
+    result = craft.evaluate("merged", source=source, per_device_eval_batch_size=4)
+    assert result.examples == 23
+    assert result.metrics["accuracy"] == pytest.approx(accuracy_score(split.labels, predictions))
+    with pytest.raises(ConfigError, match="no trained head"):
+        craft.evaluate(pico(), source=source)
+
+
+def test_inspect_tells_norms_energy_and_counts(pico: Make) -> None:
+    saved_adapter(pico())
+    found = craft.inspect("adapter", plot="spectra.png")
+    assert Path("spectra.png").read_bytes().startswith(b"\x89PNG")
+    assert found.kind == "adapter"
+    assert found.facts["parameters"] == {"adapter": 130, "head": 50}
+    _, adapter, _ = load_adapted(Path("adapter"))
+    for row, (name, projection) in zip(found.projections, adapter.items(), strict=True):
+        assert (row["name"], row["shape"], row["ranks"]) == (name, [3, 24, 24], [6, 5, 2])
+        norms = [float(delta.detach().norm()) for delta in projection.deltas()]
+        assert np.allclose(row["change_by_layer"], norms, rtol=1e-4)
+        for mode, k in projection.transforms.items():
+            assert row["k_norms"][mode] == pytest.approx(float(k.detach().norm()), rel=1e-5)
+    model = craft.inspect(pico("llama"), ranks="8,8,2")
+    assert [row["shape"] for row in model.projections] == [[3, 40, 24], [3, 20, 24], [3, 20, 24], [3, 24, 40]]
+    assert model.facts["parameters"] == {"adapter": 2 * (64 + 64 + 4)}
+    factors = craft.decompose(str(pico()), ranks=(6, 5, 2))
+    assert factors.path is not None
+    row = craft.inspect(factors.path).projections[0]
+    assert row["energy"] == pytest.approx(factors.decompositions["query"].energy)
+
+
+def test_the_random_tensor_is_one(pico: Make) -> None:
+    stack = torch.randn(4, 60, 40, generator=torch.Generator().manual_seed(11))
+    assert random_energy((4, 60, 40), (3, 20, 10)) == pytest.approx(hosvd(stack, (3, 20, 10)).energy, rel=0.1)
+    wide = torch.randn(2, 1536, 96, generator=torch.Generator().manual_seed(12))  # scaled down inside
+    assert random_energy((2, 1536, 96), (2, 128, 16)) == pytest.approx(hosvd(wide, (2, 128, 16)).energy, rel=0.1)

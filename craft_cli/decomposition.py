@@ -164,9 +164,10 @@ def read_stacks(checkpoint: Checkpoint, config: Any, targets: Sequence[str]) -> 
     Raises:
         ModelError: a tensor is missing or layers differ in shape, or the family is unsupported.
     """
+    all_views = layer_views(config, targets)
     reader = checkpoint.open()
     stacks = {}
-    for target, views in layer_views(config, targets).items():
+    for target, views in all_views.items():
         stacks[target] = reader.matrices(views)
         try:
             stack_shape(stacks[target])

@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,16 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
 
-from craft_cli.attached import ModelAdapter, attach
+from craft_cli.attached import ModelAdapter
 from craft_cli.batches import plan_epoch, share_out
 from craft_cli.cards import model_card
-from craft_cli.checkpoints import Checkpoint, resolve
 from craft_cli.config import RunConfig
-from craft_cli.data import DataSource, Encoded, collate, encode, load_splits
-from craft_cli.decomposition import Decomposition, decompose_checkpoint
+from craft_cli.data import DataSource, Encoded, collate
 from craft_cli.errors import ConfigError, CraftError
-from craft_cli.evaluation import in_order, length_sorted_batches, measure, predict
-from craft_cli.models import head_of, load_classifier, load_tokenizer
+from craft_cli.evaluation import in_order, length_sorted_batches, predict
 from craft_cli.plots import training_curve
+from craft_cli.preparation import Prepared, build, measure_by_name, prepare, resolved_recipe
 from craft_cli.runs import Run, start_run
-from craft_cli.tasks import Task, align_labels
 
 
 @dataclass(frozen=True)
@@ -105,20 +102,6 @@ class Listener:
         """Ctrl-C: where the best adapter so far lies."""
 
 
-@dataclass
-class _Prepared:
-    """All that is needed before a model is built."""
-
-    checkpoint: Checkpoint
-    decomposition: Decomposition
-    task: Task
-    labels: tuple[str, ...]
-    tokenizer: Any
-    train: Encoded
-    validation: Encoded
-    notes: list[str] = field(default_factory=list)
-
-
 def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
     """Fine-tune a sequence classifier.
 
@@ -139,10 +122,10 @@ def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
 def _train(config: RunConfig, accelerator: Accelerator, listener: Listener) -> TrainResult:
     listener = listener if accelerator.is_main_process else Listener()
     with accelerator.main_process_first():  # the others then find the caches filled
-        prepared = _prepare(config, listener)
+        prepared = prepare(config, listener.preparing)
 
     set_seed(config.seed)
-    model, adapter = _build(config, prepared)
+    model, adapter = build(config, prepared)
     update_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     updates_per_epoch = math.ceil(len(prepared.train) / update_size)
     total = math.ceil(config.num_train_epochs * updates_per_epoch)
@@ -232,52 +215,6 @@ def _accelerator(config: RunConfig) -> Accelerator:
     )
 
 
-def _prepare(config: RunConfig, listener: Listener) -> _Prepared:
-    source = DataSource.of(config)
-    task, (train_split, validation_split) = load_splits(source, ["train", "validation"])
-    checkpoint = resolve(config.model, config.revision)
-    decomposition = decompose_checkpoint(
-        checkpoint,
-        config.targets,
-        config.ranks,
-        cache_dir=config.cache_dir,
-        progress=lambda target, done, total: listener.preparing(f"decomposing {target}", done, total),
-    )
-    tokenizer = load_tokenizer(checkpoint)
-    encoded = []
-    for split, rows in ((train_split, config.max_train_samples), (validation_split, config.max_eval_samples)):
-        encoded.append(
-            encode(
-                split.first(rows),
-                tokenizer,
-                config.max_seq_length,
-                lambda done, total: listener.preparing("tokenising", done, total),
-            )
-        )
-    return _Prepared(
-        checkpoint, decomposition, task, task.labels, tokenizer, encoded[0], encoded[1], list(decomposition.notes)
-    )
-
-
-def _build(config: RunConfig, prepared: _Prepared) -> tuple[Any, ModelAdapter]:
-    """The adapted model; the labels are put in the order of the checkpoint's head if it names the same ones."""
-    named = prepared.checkpoint.config()
-    same = named.num_labels == len(prepared.labels)
-    if same:
-        with contextlib.suppress(CraftError):  # other names: the head is trained for ours
-            prepared.labels = align_labels(prepared.labels, named.id2label)
-    model, fresh = load_classifier(prepared.checkpoint, prepared.labels)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = prepared.tokenizer.pad_token_id
-    model.config.problem_type = "single_label_classification"
-    number = {name: position for position, name in enumerate(prepared.labels)}
-    for encoded in (prepared.train, prepared.validation):
-        encoded.labels[:] = [number[prepared.task.labels[label]] for label in encoded.labels]
-    return model, attach(
-        model, prepared.decomposition.factors, init_noise=config.init_noise, head=head_of(model, fresh)
-    )
-
-
 def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str, Any]]:
     """Transforms first, then the head; weight decay on matrices only."""
     head = dict(adapter.model.named_parameters())
@@ -293,14 +230,14 @@ def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str
     ]
 
 
-def _open_run(config: RunConfig, prepared: _Prepared, accelerator: Accelerator) -> Run:
+def _open_run(config: RunConfig, prepared: Prepared, accelerator: Accelerator) -> Run:
     """The run folder, made by the main process and known to all."""
     made: list[Any] = [None]
     if accelerator.is_main_process:
         label = f"{prepared.task.name}-{Path(prepared.checkpoint.name).name}"
         try:
             run = start_run(config.output_dir, label, overwrite=config.overwrite)
-            run.write_recipe(_resolved_recipe(config, prepared))
+            run.write_recipe(resolved_recipe(config, prepared))
             made = [run.path]
         except CraftError as error:
             made = [error]
@@ -311,24 +248,9 @@ def _open_run(config: RunConfig, prepared: _Prepared, accelerator: Accelerator) 
     return Run(made[0])
 
 
-def _resolved_recipe(config: RunConfig, prepared: _Prepared) -> dict[str, Any]:
-    """The configuration that repeats this run from any folder."""
-    recipe = config.recipe()
-    source = DataSource.of(config).resolved()
-    recipe |= {name: path for name, path in asdict(source).items() if name.endswith(("_dir", "_file")) and path}
-    if source.task is None:
-        recipe["text_columns"] = ",".join(prepared.task.text_columns)
-        recipe["label_column"] = prepared.task.label_column
-    if Path(config.model).expanduser().is_dir():
-        recipe["model"] = str(Path(config.model).expanduser().resolve())
-    elif prepared.checkpoint.revision:
-        recipe["revision"] = prepared.checkpoint.revision
-    return recipe | {"ranks": str(config.ranks)}
-
-
 def _plan(
     config: RunConfig,
-    prepared: _Prepared,
+    prepared: Prepared,
     accelerator: Accelerator,
     parameters: Mapping[str, int],
     update_size: int,
@@ -364,7 +286,7 @@ def _plan(
 # -- in the loop --------------------------------------------------------------------------------------------------------
 
 
-def _batch_loss(model: Any, prepared: _Prepared, rows: Sequence[int], device: torch.device) -> torch.Tensor:
+def _batch_loss(model: Any, prepared: Prepared, rows: Sequence[int], device: torch.device) -> torch.Tensor:
     """Sum of the rows' cross-entropies; a process without rows takes part with a row of weight zero."""
     inputs, labels = collate(prepared.train, rows or [0], prepared.tokenizer)
     logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
@@ -386,13 +308,6 @@ def _evaluate(
     return in_order([logits for _, logits in everyone], [rows for rows, _ in everyone], len(encoded))
 
 
-def measure_by_name(logits: torch.Tensor, prepared: _Prepared) -> dict[str, float]:
-    """The task's metrics in the task's own label numbers, whatever order the head has."""
-    position = [prepared.labels.index(name) for name in prepared.task.labels]
-    gold = [prepared.task.labels.index(prepared.labels[label]) for label in prepared.validation.labels]
-    return measure(logits[:, position], gold, prepared.task.metrics)
-
-
 def _majority(labels: Sequence[int]) -> float:
     return max(labels.count(label) for label in set(labels)) / len(labels)
 
@@ -404,7 +319,7 @@ class _Log:
     """What the run folder is told: metrics.jsonl, the curve, the best adapter."""
 
     def __init__(
-        self, config: RunConfig, prepared: _Prepared, adapter: ModelAdapter, run: Run | None, listener: Listener
+        self, config: RunConfig, prepared: Prepared, adapter: ModelAdapter, run: Run | None, listener: Listener
     ) -> None:
         self.config, self.prepared, self.adapter, self.run, self.listener = config, prepared, adapter, run, listener
         self.best: dict[str, float] = {}
@@ -452,7 +367,7 @@ class _Log:
     def _save(self) -> None:
         if self.run is None:
             return
-        recipe = _resolved_recipe(self.config, self.prepared)
+        recipe = resolved_recipe(self.config, self.prepared)
         source = asdict(DataSource.of(self.config).resolved())
         source |= {"text_columns": self.prepared.task.text_columns, "label_column": self.prepared.task.label_column}
         self.adapter.training_record = json.loads(

@@ -236,7 +236,8 @@ def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[V
         def fetch(file: str) -> Path:
             return Path(hub.hf_hub_download(model, file, revision=info.sha))
 
-        folder = fetch("config.json").parent
+        # by the name of the branch: only then the cache knows next time which commit the branch is
+        folder = Path(hub.hf_hub_download(model, "config.json", revision=revision)).parent
         needed = views(folder)
         if needed is None:
             for file in sorted(file for file in files if _matches(file, TOKENIZER_FILES)):

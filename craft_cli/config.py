@@ -185,7 +185,8 @@ def load_recipe(name: str) -> dict[str, Any]:
             raise ConfigError(f"--recipe: no recipe '{name}'{nearest(name, shipped)} (or give a path ending in .yaml)")
         path = shipped[name]
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except FileNotFoundError:
         raise ConfigError(f"--recipe: {path}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -193,7 +194,10 @@ def load_recipe(name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--recipe: {path}: expected lines of the form 'key: value'")
     names = [field.name for field in dataclasses.fields(RunConfig)]
+    keys = [key.value for key, _ in yaml.compose(text, yaml.SafeLoader).value]
     for key in content:
+        if keys.count(key) > 1:  # YAML would take the last one in silence
+            raise ConfigError(f"{path}: '{key}' is there {keys.count(key)} times; keep one")
         if key not in names:
             raise ConfigError(f"{path}: unknown key '{key}'{nearest(str(key), names)}")
     return content

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -238,9 +239,13 @@ def read_file(path: Path) -> Any:
 
 def _hub_table(hub: tuple[str, str], split: str) -> tuple[Any, str]:
     from datasets import load_dataset
+    from huggingface_hub import HfApi
 
     name = f"{hub[0]} ({hub[1]}, {split})"
+    with contextlib.suppress(Exception), _quiet_datasets(), _cache_only():
+        return load_dataset(*hub, split=split), name
     try:
+        HfApi().dataset_info(hub[0], timeout=10)  # fails at once where `datasets` would try again for half a minute
         with _quiet_datasets():
             return load_dataset(*hub, split=split), name
     except Exception as error:  # the hub's HTTP client, `datasets` and pyarrow each raise their own
@@ -251,18 +256,34 @@ def _hub_table(hub: tuple[str, str], split: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """No bars and no log lines of `datasets` among our own output."""
+def _cache_only() -> Iterator[None]:
+    """`datasets` looks in its cache and asks no hub, so that a second use needs none."""
     import datasets
 
-    level = datasets.logging.get_verbosity()
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """No bars and no log lines of `datasets` and the hub's client among our own output."""
+    import datasets
+    from huggingface_hub.utils import logging as hub_logging
+
+    level, hub_level = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
     bars = datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    hub_logging.set_verbosity(hub_logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if not bars:
             datasets.enable_progress_bars()
 

@@ -174,12 +174,11 @@ class FactorCache:
         damaged: list[str] = []
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                header = read_header(path, KIND)
-                if not _serves(header, fingerprints, ranks):
-                    continue
-                return Factors.load(path), damaged
+                if _serves(read_header(path, KIND), fingerprints, ranks):
+                    return Factors.load(path), damaged
             except FileError as error:
-                damaged.append(str(error))
+                if _key(fingerprints) in path.name:  # another model's is made again when that is decomposed
+                    damaged.append(str(error))
         return None, damaged
 
     def ranks_at(self, path: Path, fingerprints: Mapping[str, str]) -> dict[str, Ranks]:
@@ -195,8 +194,7 @@ class FactorCache:
     def path_for(self, model: str, fingerprints: Mapping[str, str]) -> Path:
         """Where the entry for these projections is written: readable name, then what the weights are."""
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or "model").strip(".-") or "model"
-        key = sha256(json.dumps(sorted(fingerprints.items())).encode()).hexdigest()
-        return self.folder / f"{slug}-{key[:16]}.safetensors"
+        return self.folder / f"{slug}-{_key(fingerprints)}.safetensors"
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
@@ -217,6 +215,11 @@ class FactorCache:
             yield
         finally:
             lock.release()
+
+
+def _key(fingerprints: Mapping[str, str]) -> str:
+    """What the weights are, for the name of an entry."""
+    return sha256(json.dumps(sorted(fingerprints.items())).encode()).hexdigest()[:16]
 
 
 def _serves(header: Mapping[str, Any], fingerprints: Mapping[str, str], ranks: Ranks) -> bool:

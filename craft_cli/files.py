@@ -96,6 +96,8 @@ def whole_folder(destination: Path, *, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(former)
     except OSError as error:
         raise cannot_write(destination, error) from error
+    except FileError as error:  # speak of the place the user knows
+        raise FileError(str(error).replace(str(temporary), str(destination))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -43,7 +43,9 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None]) -> Pre
         progress: called with (what, done, total).
     """
     source = DataSource.of(config)
+    progress("loading data", 0, 1)
     task, (train_split, validation_split) = load_splits(source, ["train", "validation"])
+    progress("loading data", 1, 1)
     checkpoint = resolve(config.model, config.revision)
     decomposition = decompose_checkpoint(
         checkpoint,

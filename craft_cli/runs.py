@@ -82,18 +82,32 @@ def start_run(output_dir: str | None, label: str, *, overwrite: bool) -> Run:
         FileError: the folder is taken or cannot be made.
     """
     if output_dir:
-        path = Path(output_dir).expanduser()
-        check_free(path, overwrite=overwrite)
+        run = check_output(output_dir, overwrite=overwrite)
     else:
-        path = _free_name(RUNS / f"{label}-{datetime.now():%Y%m%d-%H%M%S}")
-    run = Run(path)
+        run = Run(_free_name(RUNS / f"{label}-{datetime.now():%Y%m%d-%H%M%S}"))
+    path = run.path
     try:
-        if path.is_dir() and any(path.iterdir()):
-            _empty(run)
+        if path.is_dir():
+            _empty(path)
         path.mkdir(parents=True, exist_ok=True)
         _point_latest(path)
     except OSError as error:
         raise cannot_write(path, error) from error
+    return run
+
+
+def check_output(output_dir: str, *, overwrite: bool) -> Run:
+    """The run that may be made in this folder: it is empty, or may be overwritten and holds a run.
+
+    Raises:
+        FileError: the folder is taken.
+    """
+    run = Run(Path(output_dir).expanduser())
+    check_free(run.path, overwrite=overwrite)
+    if run.path.is_dir() and any(run.path.iterdir()) and not run.is_run():
+        raise FileError(
+            f"{run.path} is not empty and is no run of craft's: --overwrite does not touch it; choose another"
+        )
     return run
 
 
@@ -133,14 +147,10 @@ def _free_name(path: Path) -> Path:
     return candidate
 
 
-def _empty(run: Run) -> None:
+def _empty(folder: Path) -> None:
     import shutil
 
-    if not run.is_run():
-        raise FileError(
-            f"{run.path} is not empty and is no run of craft's: --overwrite does not touch it; choose another"
-        )
-    for entry in run.path.iterdir():
+    for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

@@ -32,7 +32,7 @@ from craft_cli.errors import ConfigError, CraftError
 from craft_cli.evaluation import in_order, length_sorted_batches, predict
 from craft_cli.plots import training_curve
 from craft_cli.preparation import Prepared, build, measure_by_name, prepare, resolved_recipe
-from craft_cli.runs import Run, start_run
+from craft_cli.runs import Run, check_output, start_run
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
 
 def _train(config: RunConfig, accelerator: Accelerator, listener: Listener) -> TrainResult:
     listener = listener if accelerator.is_main_process else Listener()
+    if config.output_dir and not config.dry_run:  # before hours of preparation; taken when the loop begins
+        check_output(config.output_dir, overwrite=config.overwrite)
     with accelerator.main_process_first():  # the others then find the caches filled
         prepared = prepare(config, listener.preparing)
 
@@ -135,7 +137,7 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener) -> T
     listener.started(_plan(config, prepared, accelerator, parameters, update_size, total, run))
 
     optimizer = torch.optim.AdamW(_parameter_groups(config, adapter))
-    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(config.warmup_ratio * total), total)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(config.warmup_ratio * total), total)
     with warnings.catch_warnings():  # torch 2.13 renames the option, 2.6 does not know the new name
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         model, optimizer = accelerator.prepare(model, optimizer)  # not the schedule: it counts updates, not processes

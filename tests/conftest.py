@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
+import craft_cli as craft
+from craft_cli.cli import app
 
 WORDS = [
     "the",
@@ -184,3 +189,56 @@ def token_batch(rows: int = 3, tokens: int = 9) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     ids[-1, -3:], mask[-1, -3:] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def tree() -> dict[str, bytes | None]:
+    """Everything in the working folder but the caches."""
+    found = [path for path in Path().rglob("*") if path.parts[0] != "cache"]
+    return {str(path): path.read_bytes() if path.is_file() else None for path in found}
+
+
+def failure(*arguments: str, lines: int = 1) -> str:
+    """Run a command that must fail as errors do; gives what it says."""
+    before = tree()
+    result = invoke(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    told = result.stderr.splitlines()
+    assert len(told) == lines, result.stderr
+    assert all(line.startswith("error: ") for line in told)
+    assert "Traceback" not in result.stderr
+    assert "unexpected" not in result.stderr
+    assert tree() == before
+    return result.stderr
+
+
+@pytest.fixture(scope="session")
+def made(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model, data, and a run whose adapter changes something."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shutil.copytree(pico(), "base")
+        write_rows(Path("data/train.jsonl"), opinions(12, 1))
+        write_rows(Path("data/validation.jsonl"), opinions(6, 2))
+        adapter = craft.attach(classifier(Path("base")), craft.decompose("base", ranks="6,5,2", cache_dir="factors"))
+        shake(adapter)
+        adapter.save("run/adapter")
+        Path("run/recipe.yaml").write_text("task: sst2\n")
+    return folder
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage, in the working folder."""
+    for entry in ("base", "data", "run"):
+        shutil.copytree(made / entry, tmp_path / entry)
+    config = Path("run/adapter/adapter_config.json")
+    content = json.loads(config.read_text())
+    content["base_model"]["model"] = str(tmp_path / "base")
+    config.write_text(json.dumps(content))
+    return tmp_path / "run"

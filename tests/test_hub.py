@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import build_pico
+from conftest import build_pico, opinions
+from datasets import ClassLabel, Dataset
 from loopback_hub import LoopbackHub
 
 
@@ -82,6 +83,72 @@ def test_training_from_the_hub_then_offline(hub: LoopbackHub, tmp_path: Path, da
     hub.stop()
     assert craft(hub, *arguments, "--use-cpu", "--output-dir", "again").returncode == 0
     assert craft(hub, "merge", "out").returncode == 0
+
+
+def test_a_branch_that_moved_on_is_another_revision(hub: LoopbackHub, tmp_path: Path) -> None:
+    old = build_pico("bert", tmp_path / "old")
+    first = hub.add("someone/pico", old, branch="v1")
+    second = hub.add("someone/pico", build_pico("bert", tmp_path / "new", vocab_size=65))
+    assert first != second
+    for revision, commit in {"v1": first, "main": second, first[:40]: first}.items():
+        done = craft(hub, "decompose", "someone/pico", "--revision", revision, "--ranks", "6,5,2", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["revision"] == commit
+
+
+def test_training_after_decomposing_fetches_the_rest(hub: LoopbackHub, tmp_path: Path, data_dir: Path) -> None:
+    """Decomposing leaves a few shards and no tokenizer in the cache: that is not yet a model to train."""
+    folder = build_pico("bert", tmp_path / "model", max_shard_size="8KB")
+    hub.add("someone/pico", folder)
+    assert craft(hub, "decompose", "someone/pico", "--ranks", "4,4,2").returncode == 0
+    done = craft(
+        hub, "train", "--model", "someone/pico", "--task", "sst2", "--data-dir", str(data_dir), "--ranks", "4,4,2",
+        "--use-cpu", "--dry-run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    fetched = hub.downloaded()
+    assert len(set(fetched)) == len(fetched)  # nothing twice
+    assert {name for name in fetched if name.endswith(".safetensors")} == {
+        path.name for path in folder.glob("*.safetensors")
+    }
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(fetched)
+
+
+def glue(folder: Path) -> Path:
+    """A data set laid out as nyu-mll/glue: a configuration a task, parquet files by split."""
+    (folder / "sst2").mkdir(parents=True)
+    for split, count in {"train": 24, "validation": 10}.items():
+        table = Dataset.from_list(opinions(count, 1)).cast_column("label", ClassLabel(names=["negative", "positive"]))
+        table.to_parquet(folder / f"sst2/{split}-00000-of-00001.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: sst2\n  data_files:\n  - split: train\n    path: sst2/train-*\n"
+        "  - split: validation\n    path: sst2/validation-*\n---\n"
+    )
+    return folder
+
+
+def test_a_task_by_its_name_alone_then_offline(hub: LoopbackHub, tmp_path: Path, pico: Callable[..., Path]) -> None:
+    hub.add("nyu-mll/glue", glue(tmp_path / "glue"), kind="datasets")
+    command = ["train", "--model", str(pico()), "--task", "sst2", "--ranks", "4,4,2", "--max-steps", "2", "--use-cpu"]
+    done = craft(hub, *command, "--output-dir", "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["examples"] == 10
+    asked = len(hub.requests)
+    evaluated = craft(hub, "eval", "out", "--json")
+    assert json.loads(evaluated.stdout)["examples"] == 10, evaluated.stderr
+    assert len(hub.requests) == asked  # what is in the cache is not asked for
+    hub.stop()
+    again = craft(hub, *command, "--output-dir", "again")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_task_by_its_name_alone_without_a_hub(hub: LoopbackHub, pico: Callable[..., Path]) -> None:
+    hub.stop()
+    done = craft(hub, "train", "--model", str(pico()), "--task", "sst2", "--use-cpu")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the data set nyu-mll/glue (sst2, train) is not in the cache" in done.stderr
+    assert "connect once, or give --data-dir" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_what_the_hub_does_not_have(hub: LoopbackHub, tmp_path: Path) -> None:

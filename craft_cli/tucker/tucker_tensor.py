@@ -60,7 +60,7 @@ class TuckerTensor:
     def energy(self) -> float:
         """||G||^2 / ||W||^2, the part of the squared norm that the core keeps; 1.0 for a stack of zeros."""
         total = self.spectra[0].double().square().sum()
-        return float(self.core.double().square().sum() / total) if total > 0 else 1.0
+        return min(1.0, float(self.core.double().square().sum() / total)) if total > 0 else 1.0  # float32 rounds up too
 
     @property
     def energy_by_mode(self) -> tuple[float, float, float]:

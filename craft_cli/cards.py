@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+DEMO_ID = "sentence-transformers/all-MiniLM-L6-v2"
+"""Where the demo model comes from."""
 
 
 def model_card(record: Mapping[str, Any], base_model: str, ranks: str, parameters: Mapping[str, int]) -> str:
@@ -15,14 +19,14 @@ def model_card(record: Mapping[str, Any], base_model: str, ranks: str, parameter
         ranks: OUT,IN,LAYERS.
         parameters: `adapter` and `head`, numbers trained.
     """
+    import yaml
+
+    metadata: dict[str, Any] = {"library_name": "craft", "tags": ["craft", "text-classification"]}
+    if not Path(base_model).is_absolute():  # the hub links to ids only
+        metadata["base_model"] = DEMO_ID if base_model == "demo" else base_model
     metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in record["metrics"].items())
-    recipe = "\n".join(f"{key}: {value}" for key, value in record["recipe"].items())
     return f"""---
-library_name: craft
-base_model: {base_model}
-tags:
-- craft
-- text-classification
+{yaml.safe_dump(metadata, sort_keys=False).strip()}
 ---
 
 # CRAFT adapter on {base_model}
@@ -43,6 +47,6 @@ Method: frozen Tucker factors of the stacked attention weights, one small traine
 ## Recipe
 
 ```yaml
-{recipe}
+{yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True).strip()}
 ```
 """

@@ -194,7 +194,8 @@ def load_recipe(name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--recipe: {path}: expected lines of the form 'key: value'")
     names = [field.name for field in dataclasses.fields(RunConfig)]
-    keys = [key.value for key, _ in yaml.compose(text, yaml.SafeLoader).value]
+    root: Any = yaml.compose(text, yaml.SafeLoader)
+    keys = [key.value for key, _ in root.value]
     for key in content:
         if keys.count(key) > 1:  # YAML would take the last one in silence
             raise ConfigError(f"{path}: '{key}' is there {keys.count(key)} times; keep one")

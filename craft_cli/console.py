@@ -19,7 +19,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -87,6 +86,8 @@ def show(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}" if value == 0 or not 1e-4 <= abs(value) < 1 else f"{value:.4f}"
+    if isinstance(value, Path):
+        return f"~/{value.relative_to(Path.home())}" if value.is_relative_to(Path.home()) else str(value)
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {show(entry)}" for name, entry in value.items())
     if isinstance(value, (list, tuple)):
@@ -96,7 +97,7 @@ def show(value: Any) -> str:
 
 def percent(value: float) -> str:
     """A part of one as a percentage."""
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}%"
 
 
 @contextmanager
@@ -129,7 +130,7 @@ class TrainingConsole:
     def __init__(self) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"), TimeRemainingColumn(),
             console=err, transient=True, disable=not err.is_terminal, expand=True,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}

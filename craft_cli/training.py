@@ -207,7 +207,7 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener) -> T
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
-    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None  # None: as `accelerate launch` says
     if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
         raise ConfigError("--fp16 needs a GPU; on the CPU use --bf16 or neither")
     return Accelerator(
@@ -277,7 +277,7 @@ def _plan(
         adapter_parameters=parameters["adapter"],
         head_parameters=parameters["head"],
         devices=f"{accelerator.num_processes} x {kind}"
-        + (f", {accelerator.mixed_precision}" if config.bf16 or config.fp16 else ""),
+        + ("" if accelerator.mixed_precision == "no" else f", {accelerator.mixed_precision}"),
         effective_batch=effective,
         updates=total,
         output=str(run.path) if run else None,

@@ -41,7 +41,7 @@ def dense_change(adapter: ProjectionAdapter) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(3, 5, 4), (2, 4, 6), (1, 3, 2)])
 def test_slices_equal_the_dense_formula_at_every_rank(shape: tuple[int, int, int]) -> None:
     full = decomposed(shape)
-    for ranks in itertools.product(*(range(1, size + 1) for size in shape)):
+    for ranks in itertools.product(range(1, shape[0] + 1), range(1, shape[1] + 1), range(1, shape[2] + 1)):
         adapter = ProjectionAdapter(full.truncated(ranks))
         shake(adapter)
         expected = dense_change(adapter).detach()
@@ -98,7 +98,10 @@ VIEWS = {
 def adapted_block() -> tuple[Block, Adapter]:
     torch.manual_seed(0)
     block = Block()
-    stacks = {name: [v.read(v.module_of(block).weight.detach()) for v in views] for name, views in VIEWS.items()}  # type: ignore[arg-type]
+    stacks = {
+        name: [v.read(v.module_of(block).get_parameter("weight").detach()) for v in views]
+        for name, views in VIEWS.items()
+    }
     adapter = Adapter({name: hosvd(stack, (2, 2, 3), dtype=torch.float64) for name, stack in stacks.items()})
     adapter.attach(block, VIEWS)
     return block, adapter
@@ -167,7 +170,7 @@ def test_gradients_equal_those_through_dense_weights_and_checkpointing_changes_n
     def dense(inputs: torch.Tensor) -> torch.Tensor:
         deltas = {name: dense_change(p) for name, p in adapter.items()}
         for layer in range(2):
-            fused = block.fused[layer].weight.detach()
+            fused = block.fused[layer].get_parameter("weight").detach()
             fused = torch.cat([fused[:, :5], fused[:, 5:10] + deltas["middle"][layer].T, fused[:, 10:]], dim=1)
             change = torch.zeros(12, 5, dtype=torch.float64).index_add(
                 0, torch.tensor([2, 3, 6, 7, 10, 11]), deltas["heads"][layer]
@@ -196,7 +199,7 @@ def test_misuse_is_told() -> None:
 
 def test_a_merge_that_rounds_away_fails() -> None:
     linear = nn.ModuleList([nn.Linear(4, 6, bias=False, dtype=torch.bfloat16)])
-    adapter = Adapter({"p": hosvd(linear[0].weight.detach()[None].float(), (1, 2, 2))})  # type: ignore[operator,index]
+    adapter = Adapter({"p": hosvd(linear[0].weight.detach()[None].float(), (1, 2, 2))})  # type: ignore[operator]
     adapter.attach(linear, {"p": [View("0")]})
     with torch.no_grad():
         for k in adapter.parameters():

@@ -169,6 +169,26 @@ def test_two_processes_and_accumulation_compute_what_one_batch_does(pico: Make, 
     assert record["training"]["recipe"]["num_processes"] == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29543"],
+        ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "bf16"],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_it_joins_what_another_launcher_started(launcher: list[str], pico: Make, data_dir: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "craft_cli", "train", "--model", str(pico()), "--ranks", "6,5,2",
+         "--task", "sst2", "--data-dir", str(data_dir), "--use-cpu", "--max-steps", "3", "--output-dir", "out", "--json"],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["examples"] == 23
+    assert ("2 x CPU" if "torch" in launcher[0] else "1 x CPU, bf16") in done.stderr
+
+
 def test_ctrl_c_keeps_the_best_adapter_and_says_where(pico: Make, tmp_path: Path) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", opinions(400, 1))
     write_rows(tmp_path / "data" / "validation.jsonl", opinions(20, 2))
@@ -189,6 +209,11 @@ def test_ctrl_c_keeps_the_best_adapter_and_says_where(pico: Make, tmp_path: Path
     assert craft.evaluate("out").examples == 20
     assert not [path for path in Path("out").rglob("*") if ".part" in path.name]
     assert craft.inspect("out").facts["state"] == "not finished"
+
+
+def test_a_run_of_one_update_changes_the_transforms(pico: Make, data_dir: Path) -> None:
+    craft.train(config(pico(), data_dir, max_steps=1))
+    assert any(tensor.any() for name, tensor in tensors().items() if name.startswith("transform."))
 
 
 def test_learning_rate_zero_trains_the_head_alone(pico: Make, data_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_every_rank_keeps_the_energy_identity_and_the_bound(shape: tuple[int, in
     stack = stack_of(shape)
     total = stack.square().sum()
     full = hosvd(stack, dtype=torch.float64)
-    for ranks in itertools.product(*(range(1, size + 1) for size in shape)):
+    for ranks in itertools.product(range(1, shape[0] + 1), range(1, shape[1] + 1), range(1, shape[2] + 1)):
         part = full.truncated(ranks)
         assert part.ranks == ranks
         for factor in part.factors:
@@ -129,7 +130,9 @@ class CountingLayer:
 
 
 def test_the_stack_is_never_held_whole() -> None:
-    stack, log, passes = stack_of((5, 12, 4)), [], []
+    stack = stack_of((5, 12, 4))
+    log: list[Any] = []
+    passes: list[int] = []
     lazily = hosvd([CountingLayer(layer, log) for layer in stack], dtype=torch.float64, advance=passes.append)
     assert torch.equal(lazily.core, hosvd(stack, dtype=torch.float64).core)
     assert sum(passes) == 3 * 5

@@ -24,6 +24,8 @@ _HOME = {
     "inspect": "inspection",
     "load": "attached",
     "merge": "merging",
+    "predict": "prediction",
+    "submit": "submission",
     "train": "training",
 }
 
@@ -40,7 +42,9 @@ if TYPE_CHECKING:
     from craft_cli.factors import Factors as Factors
     from craft_cli.inspection import inspect as inspect
     from craft_cli.merging import merge as merge
+    from craft_cli.prediction import predict as predict
     from craft_cli.ranks import Ranks as Ranks
+    from craft_cli.submission import submit as submit
     from craft_cli.training import train as train
     from craft_cli.tucker import TuckerTensor as TuckerTensor
     from craft_cli.tucker import hosvd as hosvd

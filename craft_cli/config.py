@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -19,6 +19,7 @@ from craft_cli.errors import ConfigError, nearest
 from craft_cli.ranks import Ranks
 
 Positive = Annotated[int, Gt(0)]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Rate = Annotated[float, Ge(0.0), Lt(math.inf)]
 
 
@@ -36,12 +37,25 @@ class RunConfig:
 
     model: str = _setting("roberta-base", "Hub id, local folder, or 'demo'.")
     revision: str | None = _setting(None, "Branch, tag or commit of a hub model.")
-    task: str | None = _setting(None, "A known task: sst2, mrpc, or the sample task opinions.")
-    data_dir: str | None = _setting(None, "Folder with train.* and validation.* (jsonl, csv, tsv, parquet).")
-    train_file: str | None = _setting(None, "Training file (jsonl, csv, tsv, parquet).")
-    validation_file: str | None = _setting(None, "Validation file.")
+    task: str | None = _setting(
+        None, "A task of GLUE's (cola, sst2, mrpc, qqp, stsb, mnli, ...), or the sample opinions."
+    )
+    data_dir: str | None = _setting(None, "Folder with train.* and validation.*, or one saved by datasets.")
+    train_file: str | None = _setting(None, "Training file (jsonl, json, csv, tsv, parquet).")
+    validation_file: str | None = _setting(None, "Validation file; without, a share of the training rows is held out.")
+    dataset_name: str | None = _setting(None, "Data set on the hub.")
+    dataset_config_name: str | None = _setting(None, "Its configuration.")
+    train_split: str | None = _setting(None, "Split to train on, where it is not called train.")
+    validation_split: str | None = _setting(None, "Split to evaluate on, where it is not called validation.")
+    validation_share: Annotated[float, Gt(0.0), Lt(1.0)] | None = _setting(
+        None, "Share of the training rows held out without validation data; 0.1 without."
+    )
     text_columns: tuple[str, ...] | None = _setting(None, "One or two text columns, as in: sentence1,sentence2.")
     label_column: str | None = _setting(None, "Label column.")
+    label_separator: str | None = _setting(None, "What stands between labels where several apply, as in: a;b.")
+    problem_type: ProblemType | None = _setting(
+        None, "Of own data: single_label_classification, multi_label_classification or regression; found without."
+    )
     max_train_samples: Positive | None = _setting(None, "Use only the first rows for training.")
     max_eval_samples: Positive | None = _setting(None, "Use only the first rows for evaluation.")
     max_seq_length: Positive = _setting(128, "Tokens kept of each example.")
@@ -51,7 +65,7 @@ class RunConfig:
     init_noise: bool = _setting(False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.")
 
     learning_rate: Rate = _setting(3e-3, "Of the transforms; 0 trains the head alone.")
-    head_learning_rate: Rate = _setting(1e-3, "Of the task head.")
+    head_learning_rate: Rate = _setting(3e-3, "Of the task head.")
     weight_decay: Rate = _setting(0.0, "Pulls K (and the head's matrices) to zero: towards the base model.")
     warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = _setting(0.06, "Share of the steps with a rising rate.")
     num_train_epochs: Annotated[float, Gt(0.0), Lt(math.inf)] = _setting(3.0, "Passes over the training data.")
@@ -59,6 +73,8 @@ class RunConfig:
     per_device_train_batch_size: Positive = _setting(32, "Examples a process takes at once.")
     per_device_eval_batch_size: Positive = _setting(64, "Examples a process evaluates at once.")
     gradient_accumulation_steps: Positive = _setting(1, "Batches a process adds up for one update.")
+    class_weights: Literal["balanced"] | None = _setting(None, "balanced: rows of rare labels weigh more.")
+    threshold: Annotated[float, Gt(0.0), Lt(1.0)] = _setting(0.5, "Where several labels can apply: above it one does.")
     max_grad_norm: Rate = _setting(1.0, "Clip the gradient's norm; 0 does not.")
     logging_steps: Positive = _setting(10, "Updates between two lines of metrics.jsonl.")
     seed: Annotated[int, Ge(0)] = _setting(42, "Of the head's start, the order of the data and dropout.")
@@ -159,12 +175,18 @@ def _contradictions(config: RunConfig) -> list[str]:
     problems = []
     if config.bf16 and config.fp16:
         problems.append("--bf16 and --fp16 exclude each other")
-    if config.data_dir and (config.train_file or config.validation_file):
-        problems.append("--data-dir and --train-file/--validation-file exclude each other")
-    if not (config.task or config.data_dir or config.train_file or config.validation_file):
+    if bool(config.data_dir) + bool(config.train_file or config.validation_file) + bool(config.dataset_name) > 1:
+        problems.append("--data-dir, --train-file/--validation-file and --dataset-name exclude each other")
+    if not (config.task or config.data_dir or config.train_file or config.validation_file or config.dataset_name):
         problems.append("nothing to train on: give --task, --data-dir or --train-file (or --recipe quickstart)")
-    if config.train_file and not config.validation_file:
-        problems.append("--train-file needs --validation-file beside it")
+    if config.validation_file and not config.train_file and not config.task:
+        problems.append("--validation-file needs --train-file beside it")
+    if config.train_file and config.task and not config.validation_file:
+        problems.append("--train-file with --task needs --validation-file beside it")
+    if config.problem_type and config.task:
+        problems.append("--problem-type is for own data; --task knows its own")
+    if config.dataset_config_name and not config.dataset_name:
+        problems.append("--dataset-config-name needs --dataset-name")
     if config.text_columns is not None and not 1 <= len(config.text_columns) <= 2:
         problems.append("--text-columns: one or two columns")
     return problems
@@ -180,10 +202,7 @@ def load_recipe(name: str) -> dict[str, Any]:
 
     path = Path(name).expanduser()
     if not (path.suffix in (".yaml", ".yml") or path.is_file()):
-        shipped = shipped_recipes()
-        if name not in shipped:
-            raise ConfigError(f"--recipe: no recipe '{name}'{nearest(name, shipped)} (or give a path ending in .yaml)")
-        path = shipped[name]
+        path = recipe_path(name)
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
@@ -202,6 +221,24 @@ def load_recipe(name: str) -> dict[str, Any]:
         if key not in names:
             raise ConfigError(f"{path}: unknown key '{key}'{nearest(str(key), names)}")
     return content
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a shipped recipe.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise ConfigError(f"--recipe: no recipe '{name}'{nearest(name, shipped)} (or give a path ending in .yaml)")
+    return shipped[name]
+
+
+def describe_recipe(path: Path) -> str:
+    """The first comment of a recipe."""
+    with open(path, encoding="utf-8") as file:
+        return file.readline().lstrip("# ").strip()
 
 
 def shipped_recipes() -> dict[str, Path]:

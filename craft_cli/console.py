@@ -59,9 +59,11 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2, ensure_ascii=False, default=str))
 
 
-def facts(pairs: Mapping[str, Any]) -> None:
+def facts(pairs: Mapping[str, Any], *, rename: bool = True) -> None:
     """Names and values, a line each; values are never broken, so that paths can be copied."""
-    pairs = {name.replace("_", " "): show(value) for name, value in pairs.items() if value is not None}
+    pairs = {
+        name.replace("_", " ") if rename else name: show(value) for name, value in pairs.items() if value is not None
+    }
     width = max(map(len, pairs))
     for name, value in pairs.items():
         out.print(f"[bold]{name:<{width}}[/]  ", end="")
@@ -163,6 +165,7 @@ class TrainingConsole:
         grid.add_row("model", plan.model)
         grid.add_row("task", f"{plan.task} ({', '.join(plan.labels)})")
         grid.add_row("data", f"{plan.train_examples:,} to train on, {plan.eval_examples:,} to evaluate on")
+        grid.add_row("tokens", plan.tokens)
         grid.add_row("adapter", f"{' and '.join(plan.targets)}, ranks {plan.ranks} (OUT,IN,LAYERS)")
         grid.add_row(
             "trained", f"{plan.adapter_parameters:,} numbers in the adapter, {plan.head_parameters:,} in the head"

@@ -1,31 +1,33 @@
-"""From files or the hub to rows, and from rows to token ids.
-
-`datasets` reads the files; what it cannot read is named with its file and line.
-"""
+"""From files, saved data sets or the hub to texts and gold labels."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from craft_cli.errors import ConfigError, DataError
+from craft_cli.labels import label_numbers, settle_task
+from craft_cli.tables import (
+    Table,
+    hub_splits,
+    hub_table,
+    is_saved,
+    read_file,
+    saved_splits,
+    saved_table,
+    split_file,
+    split_files,
+)
+from craft_cli.tasks import OWN, SINGLE, Task, task_named
 
-from craft_cli.errors import DataError
-from craft_cli.tasks import OWN, Task, task_named
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_DIALECTS: dict[str, Any] = {
-    ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL},
-    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # as GLUE's files: a quote is a character
-}
-_COLUMN_GUESSES = (("text",), ("sentence",), ("sentence1", "sentence2"), ("premise", "hypothesis"))
+TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
+_TEXTS = (
+    ("text",), ("sentence",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
+    ("question", "sentence"),
+)  # fmt: skip
+_LABELS = ("label", "labels", "score", "target", "class")
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,21 @@ class DataSource:
     data_dir: str | None = None
     train_file: str | None = None
     validation_file: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_split: str | None = None
+    validation_split: str | None = None
+    validation_share: float | None = None
     text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
+    label_separator: str | None = None
+    problem_type: str | None = None
+    seed: int | None = None
 
     @classmethod
     def of(cls, settings: Any) -> DataSource:
         """Taken from an object or mapping that has such settings among others."""
-        get = settings.get if isinstance(settings, dict) else lambda name: getattr(settings, name)
+        get = settings.get if isinstance(settings, Mapping) else lambda name: getattr(settings, name)
         values = {name: get(name) for name in cls.__dataclass_fields__}
         if values["text_columns"]:
             values["text_columns"] = tuple(values["text_columns"])
@@ -58,6 +68,11 @@ class DataSource:
             validation_file=absolute(self.validation_file),
         )
 
+    @property
+    def given(self) -> bool:
+        """Whether it says where rows come from at all."""
+        return bool(self.task or self.data_dir or self.train_file or self.validation_file or self.dataset_name)
+
 
 @dataclass(frozen=True)
 class Split:
@@ -65,342 +80,198 @@ class Split:
 
     Attributes:
         texts: for each row one text or two.
-        labels: number of each row's label in the task's `labels`.
+        labels: gold of each row: the number of its label in the task's `labels`, a real number for a regression, a 0.0 or
+            1.0 for every label where several apply. None if they are not known.
         origin: file or hub name, for messages.
     """
 
     texts: list[tuple[str, ...]]
-    labels: list[int]
+    labels: list[Any] | None
     origin: str
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.texts)
 
     def first(self, rows: int | None) -> Split:
         """Only the first rows."""
-        return self if rows is None else Split(self.texts[:rows], self.labels[:rows], self.origin)
+        return self if rows is None else self.select(range(min(rows, len(self))))
+
+    def select(self, rows: Sequence[int], part: str = "") -> Split:
+        """Only these rows; `part` says which, for messages."""
+        labels = None if self.labels is None else [self.labels[row] for row in rows]
+        return Split([self.texts[row] for row in rows], labels, self.origin + part)
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Token ids of one split, not padded.
+class Loaded:
+    """A task and the splits asked for, by name, in the order of the request; notes for the user."""
 
-    Attributes:
-        features: for each row the tokenizer's lists (`input_ids` and what the model needs beside them).
-        labels: label numbers.
-    """
+    task: Task
+    splits: dict[str, Split]
+    notes: list[str] = field(default_factory=list)
 
-    features: list[dict[str, list[int]]]
-    labels: list[int]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [len(feature["input_ids"]) for feature in self.features]
+    def of(self, part: str) -> dict[str, Split]:
+        """The splits of a part: of `validation` the task's several ones."""
+        return {name: split for name, split in self.splits.items() if name.startswith(part)}
 
 
-def load_splits(
-    source: DataSource, names: Sequence[str], labels: Sequence[str] | None = None
-) -> tuple[Task, list[Split]]:
+def load_splits(source: DataSource, parts: Sequence[str], known: Task = OWN) -> Loaded:
     """The task and its splits.
 
     Args:
         source: where from.
-        names: `train`, `validation`; labels of the user's own data are collected from the first one.
-        labels: the label names, where they are known already.
+        parts: of `train`, `validation`, `test`; labels of the user's own data are collected from the first one.
+        known: what is known of the user's own task already (labels, kind of problem).
 
     Raises:
-        ConfigError: an unknown task.
+        ConfigError: an unknown task, or one that cannot be trained on.
         DataError: a file, column, row or label that cannot be used.
     """
-    task = task_named(source.task) if source.task else OWN
-    tables = [_table(source, task, name) for name in names]
-    columns = tables[0][0].column_names
+    task = task_named(source.task) if source.task else known
+    if TRAIN in parts and task.train is None:
+        raise ConfigError(
+            f"--task {task.name} is for evaluation only: train on mnli, then `craft eval --task {task.name}`"
+        )
     task = replace(
         task,
-        text_columns=source.text_columns or task.text_columns or _guess_columns(columns, tables[0][1]),
-        label_column=source.label_column or task.label_column,
-        labels=tuple(labels) if labels is not None else task.labels,
+        text_columns=source.text_columns or task.text_columns,
+        label_separator=source.label_separator or task.label_separator,
+        problem_type=source.problem_type or task.problem_type,
     )
-    splits = []
-    for table, origin in tables:
-        for column in (*task.text_columns, task.label_column):
-            if column not in table.column_names:
-                wanted = "--label-column" if column == task.label_column else "--text-columns"
-                raise DataError(
-                    f"{origin} has no column '{column}'; it has {', '.join(table.column_names)} (choose with {wanted})"
-                )
-        texts = list(zip(*(_texts(table[column], column, origin) for column in task.text_columns), strict=True))
-        values = list(table[task.label_column])
-        if not task.labels:
-            task = replace(task, labels=_collect_labels(values, task.label_column, origin))
-        splits.append(Split(texts, _label_numbers(values, task, origin), origin))
-    return task, splits
+    held_out = VALIDATION in parts and task.name == OWN.name and not _has_validation(source)
+    if source.validation_share and not held_out and VALIDATION in parts:
+        raise ConfigError("--validation-share: there is validation data, so nothing is held out; give one or the other")
+    tables: dict[str, Table] = {}
+    for part in parts:
+        for name in [TRAIN] if held_out and part != TEST else _split_names(source, task, part):
+            if name not in tables:
+                tables[name] = _table(source, task, name)
+
+    splits: dict[str, Split] = {}
+    for name, table in tables.items():
+        task = _with_columns(task, source, table, labelled=not name.startswith(TEST))
+        texts = list(zip(*(_texts(table, column) for column in task.text_columns), strict=True))
+        labels = None
+        if task.label_column in table.columns:
+            values = table.column(task.label_column)
+            task = settle_task(task, values, table.place, table.origin)
+            labels = label_numbers(values, task, table.place)
+        splits[name] = Split(texts, labels, table.origin)
+    notes = []
+    if held_out:
+        share, seed = source.validation_share or 0.1, source.seed or 0
+        kept, apart = hold_out(splits[TRAIN], share, seed, stratify=task.problem_type == SINGLE)
+        note = (
+            f"{len(apart)} of {len(splits[TRAIN])} rows of {splits[TRAIN].origin} held out to evaluate on (seed {seed})"
+        )
+        notes = [note] if TRAIN in parts else []
+        whole = splits.pop(TRAIN)
+        if TRAIN in parts:
+            splits[TRAIN] = whole.select(kept)
+        splits[VALIDATION] = whole.select(apart, f", {len(apart)} rows held out")
+    return Loaded(task, splits, notes)
 
 
-def encode(
-    split: Split, tokenizer: Any, max_seq_length: int, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Encoded:
-    """Tokenise a split; of a pair the longer text is cut first.
-
-    Args:
-        progress: called with (rows done, rows in all).
-    """
-    limit = min(max_seq_length, tokenizer.model_max_length)
-    features: list[dict[str, list[int]]] = []
-    for start in range(0, len(split), 1000):
-        columns = list(zip(*split.texts[start : start + 1000], strict=True))
-        batch = tokenizer(*[list(column) for column in columns], truncation="longest_first", max_length=limit)
-        for row in range(len(batch["input_ids"])):
-            features.append({name: batch[name][row] for name in batch if name != "attention_mask"})
-        progress(len(features), len(split))
-    return Encoded(features, split.labels)
-
-
-def collate(encoded: Encoded, rows: Sequence[int], tokenizer: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """A batch, padded to its longest row: model inputs (rows, tokens) and label numbers (rows,)."""
-    inputs = tokenizer.pad([encoded.features[row] for row in rows], padding="longest", return_tensors="pt")
-    return dict(inputs), torch.tensor([encoded.labels[row] for row in rows])
-
-
-# -- reading ------------------------------------------------------------------------------------------------------------
-
-
-def _table(source: DataSource, task: Task, split: str) -> tuple[Any, str]:
-    """The rows of a split as a `datasets.Dataset`, and the name to call it in messages."""
-    given = source.train_file if split == "train" else source.validation_file
-    if given:
-        path = Path(given).expanduser()
-    elif source.data_dir:
-        path = _split_file(Path(source.data_dir).expanduser(), split)
-    elif task.sample:
-        shipped = Path(__file__).parent / "samples" / task.sample / f"{split}.jsonl"
-        return read_file(shipped), f"the shipped sample {task.sample}, {split}"
-    elif task.hub:
-        return _hub_table(task.hub, split)
-    else:
-        raise DataError(f"no {split} data: give --data-dir or --{split}-file")
-    return read_file(path), str(path)
-
-
-def _split_file(folder: Path, split: str) -> Path:
-    if not folder.is_dir():
-        raise DataError(f"--data-dir: {folder}: no such folder")
-    found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
-    if len(found) != 1:
-        names = ", ".join(f"{split}{suffix}" for suffix in SUFFIXES)
-        problem = f"holds {' and '.join(path.name for path in found)}" if found else "holds none"
-        raise DataError(f"--data-dir: expected one of {names} in {folder}, which {problem}")
-    return found[0]
-
-
-def read_file(path: Path) -> Any:
-    """A file as a `datasets.Dataset`.
+def hold_out(split: Split, share: float, seed: int, *, stratify: bool) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows to evaluate on, the same for the same seed; every label in both where it can be.
 
     Raises:
-        DataError: it is missing, empty, of an unknown kind, or a row cannot be read (file and line named).
+        DataError: too few rows.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty")
-    from datasets import Dataset, Features, Value
+    from sklearn.model_selection import train_test_split
 
-    if path.suffix != ".parquet":
-        _check_utf8(path)
-    try:
-        with _quiet_datasets():
-            if path.suffix == ".parquet":
-                table = Dataset.from_parquet(str(path))
-            elif path.suffix in _DIALECTS:  # every cell is text: "007" stays "007", "NA" stays "NA"
-                with open(path, encoding="utf-8-sig", newline="") as file:
-                    header = next(csv.reader(file, **_DIALECTS[path.suffix]))
-                features = Features({column: Value("string") for column in header})
-                options = {
-                    "sep" if name == "delimiter" else name: value for name, value in _DIALECTS[path.suffix].items()
-                }
-                table = Dataset.from_csv(
-                    str(path), features=features, keep_default_na=False, encoding="utf-8-sig", **options
-                )
-            else:
-                table = Dataset.from_json(str(path))
-    except Exception as error:  # `datasets` wraps what pandas and pyarrow raise, differently for each
-        if "corresponds to no data" in str(error):
-            raise DataError(f"{path} holds no rows") from error
-        raise _unreadable(path, error) from error
-    if len(table) == 0:
-        raise DataError(f"{path} holds no rows")
-    return table
+    rows, labels = list(range(len(split))), split.labels
+    apart = max(1, round(share * len(rows)))
+    if len(rows) < 2:
+        raise DataError(f"{split.origin}: {len(rows)} row(s) cannot be divided into training and validation")
+    if stratify and labels:
+        kinds = set(labels)
+        stratify = min(labels.count(label) for label in kinds) > 1 and len(kinds) <= min(apart, len(rows) - apart)
+    kept, held = train_test_split(rows, test_size=apart, random_state=seed, stratify=labels if stratify else None)
+    return sorted(kept), sorted(held)
 
 
-def _hub_table(hub: tuple[str, str], split: str) -> tuple[Any, str]:
-    from datasets import load_dataset
-    from huggingface_hub import HfApi
+# -- where the splits are ------------------------------------------------------------------------------------------------
 
-    name = f"{hub[0]} ({hub[1]}, {split})"
-    with contextlib.suppress(Exception), _quiet_datasets(), _cache_only():
-        return load_dataset(*hub, split=split), name
-    try:
-        HfApi().dataset_info(hub[0], timeout=10)  # fails at once where `datasets` would try again for half a minute
-        with _quiet_datasets():
-            return load_dataset(*hub, split=split), name
-    except Exception as error:  # the hub's HTTP client, `datasets` and pyarrow each raise their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+
+def _split_names(source: DataSource, task: Task, part: str) -> list[str]:
+    """What the splits of a part are called: MNLI has two to evaluate on, where they are not given as one file."""
+    if part == TRAIN:
+        return [TRAIN]
+    if part == TEST:
+        return list(dict.fromkeys(split for split, _ in task.server.values())) if task.server else [TEST]
+    if source.validation_file:
+        return [VALIDATION]
+    folder = Path(source.data_dir).expanduser() if source.data_dir else None
+    there = [name for name in task.validation if folder is None or is_saved(folder) or split_files(folder, name)]
+    return there or [VALIDATION]
+
+
+def _has_validation(source: DataSource) -> bool:
+    """Whether the user's own data has rows to evaluate on; else some of the training rows are held out."""
+    if source.data_dir:
+        folder = Path(source.data_dir).expanduser()
+        if is_saved(folder):
+            return VALIDATION in saved_splits(folder) or source.validation_split is not None
+        return not folder.is_dir() or not split_files(folder, TRAIN) or bool(split_files(folder, VALIDATION))
+    if source.dataset_name:
+        return source.validation_split is not None or VALIDATION in hub_splits(
+            source.dataset_name, source.dataset_config_name
+        )
+    return source.validation_file is not None
+
+
+def _table(source: DataSource, task: Task, split: str) -> Table:
+    given = source.train_file if split == TRAIN else source.validation_file if split.startswith(VALIDATION) else None
+    renamed = source.train_split if split == TRAIN else source.validation_split if split == VALIDATION else None
+    if given:
+        return read_file(Path(given).expanduser())
+    if source.data_dir:
+        folder = Path(source.data_dir).expanduser()
+        return saved_table(folder, renamed or split) if is_saved(folder) else read_file(split_file(folder, split))
+    if task.sample:
+        shipped = Path(__file__).parent / "samples" / task.sample / f"{split}.jsonl"
+        return replace(read_file(shipped), origin=f"the shipped sample {task.sample}, {split}")
+    if source.dataset_name or task.hub:
+        name, config = (
+            (source.dataset_name, source.dataset_config_name) if source.dataset_name else task.hub or ("", "")
+        )
+        return hub_table(str(name), config, renamed or split)
+    raise DataError(f"no {split} data: give --data-dir or --{split}-file")
+
+
+# -- columns ------------------------------------------------------------------------------------------------------------
+
+
+def guess_texts(columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns of one text or a pair by their usual names; none if there are none."""
+    return next((guess for guess in _TEXTS if set(guess) <= set(columns)), ())
+
+
+def _with_columns(task: Task, source: DataSource, table: Table, *, labelled: bool) -> Task:
+    """The task with its columns: as given, as the task has them, or as they are usually called."""
+    texts = task.text_columns or guess_texts(table.columns)
+    if not texts:
         raise DataError(
-            f"the data set {name} is not in the cache and cannot be fetched ({reason}): connect once, or give --data-dir"
-        ) from error
+            f"{table.origin}: which columns hold the text? It has {', '.join(table.columns)} (choose with --text-columns)"
+        )
+    label = source.label_column or task.label_column
+    if not source.label_column and task.name == OWN.name and label not in table.columns:
+        label = next((guess for guess in _LABELS if guess in table.columns), label)
+    wanted_columns = dict.fromkeys(texts, "--text-columns") | ({label: "--label-column"} if labelled else {})
+    for column, wanted in wanted_columns.items():
+        if column not in table.columns:
+            raise DataError(
+                f"{table.origin} has no column '{column}'; it has {', '.join(table.columns)} (choose with {wanted})"
+            )
+    return replace(task, text_columns=texts, label_column=label)
 
 
-@contextmanager
-def _cache_only() -> Iterator[None]:
-    """`datasets` looks in its cache and asks no hub, so that a second use needs none."""
-    import datasets
-
-    offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """No bars and no log lines of `datasets` and the hub's client among our own output."""
-    import datasets
-    from huggingface_hub.utils import logging as hub_logging
-
-    level, hub_level = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
-    bars = datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    hub_logging.set_verbosity(hub_logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    """The file and the line at fault, found by reading it again slowly."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    reason = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
-    if path.suffix == ".jsonl":
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if text.strip():
-                try:
-                    row = json.loads(text)
-                except ValueError as fault:
-                    return DataError(f"{path}, line {number}: not JSON ({fault})")
-                if not isinstance(row, dict):
-                    return DataError(f"{path}, line {number}: expected a JSON object for each line")
-    if path.suffix in _DIALECTS:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, **_DIALECTS[path.suffix])
-            header = next(reader, [])
-            for fields in reader:
-                if len(fields) > len(header):
-                    return DataError(
-                        f"{path}, line {reader.line_num}: {len(fields)} fields, but the header names {len(header)}"
-                    )
-    return DataError(f"{path}: {reason}")
-
-
-def _check_utf8(path: Path) -> None:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                raise DataError(
-                    f"{path}, line {number}: not UTF-8; convert the file with: iconv -f latin1 -t utf8 {path}"
-                ) from None
-
-
-def _line_of(path: str, row: int) -> str:
-    """Where data row `row` (from 0) stands in its file, as well as can be told."""
-    if path.endswith(".jsonl") and Path(path).is_file():
-        with open(path, encoding="utf-8") as file:
-            filled = [number for number, line in enumerate(file, start=1) if line.strip()]
-        return f"{path}, line {filled[row]}"
-    if Path(path).suffix in _DIALECTS and Path(path).is_file():
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, **_DIALECTS[Path(path).suffix])
-            rows = (reader.line_num for fields in reader if fields)
-            for _ in range(row + 1):  # the header first
-                next(rows)
-            return f"{path}, line {next(rows)}"
-    return f"{path}, row {row + 1}"
-
-
-def _texts(values: Sequence[Any], column: str, origin: str) -> list[str]:
+def _texts(table: Table, column: str) -> list[str]:
     texts = []
-    for row, value in enumerate(values):
+    for row, value in enumerate(table.column(column)):
         if value is None or isinstance(value, (list, dict)):
             problem = "has no text" if value is None else "is a list, not a text,"
-            raise DataError(f"{_line_of(origin, row)}: column '{column}' {problem}")
+            raise DataError(f"{table.place(row)}: column '{column}' {problem}")
         texts.append(str(value))
     return texts
-
-
-def _collect_labels(values: Sequence[Any], column: str, origin: str) -> tuple[str, ...]:
-    """The distinct labels, numbers in their order and names in alphabetical order."""
-    for row, value in enumerate(values):
-        if value is None or value == "" or isinstance(value, (list, dict)):
-            raise DataError(f"{_line_of(origin, row)}: column '{column}' has no label")
-        if _number(value) is not None and not float(value).is_integer():
-            raise DataError(f"{origin}: column '{column}' holds real numbers ({value}); craft trains classifiers")
-    labels = sorted(
-        {_label_name(value) for value in values}, key=lambda name: (_number(name) is None, _number(name) or 0, name)
-    )
-    if len(labels) < 2:
-        raise DataError(
-            f"{origin}: column '{column}' holds one label only ({labels[0]}); nothing can be learned from it"
-        )
-    return tuple(labels)
-
-
-def _label_numbers(values: Sequence[Any], task: Task, origin: str) -> list[int]:
-    numbers = {name: number for number, name in enumerate(task.labels)}
-    if task.name != OWN.name:  # a known task's data may hold the numbers themselves
-        numbers |= {str(number): number for number in range(len(task.labels))}
-    found = []
-    for row, value in enumerate(values):
-        name = _label_name(value)
-        if name not in numbers:
-            known = ", ".join(task.labels)
-            raise DataError(f"{_line_of(origin, row)}: label '{name}' is not among those trained on ({known})")
-        found.append(numbers[name])
-    return found
-
-
-def _label_name(value: Any) -> str:
-    """The label as text; 1.0 is label 1."""
-    number = _number(value)
-    return str(int(number)) if number is not None and number.is_integer() else str(value)
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _guess_columns(columns: Sequence[str], origin: str) -> tuple[str, ...]:
-    for guess in _COLUMN_GUESSES:
-        if all(column in columns for column in guess):
-            return guess
-    raise DataError(f"{origin}: which columns hold the text? It has {', '.join(columns)} (choose with --text-columns)")

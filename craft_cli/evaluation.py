@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-from craft_cli.checkpoints import resolve
-from craft_cli.data import DataSource, Encoded, collate, encode, load_splits
-from craft_cli.errors import ConfigError, CraftError
-from craft_cli.models import load_adapted, load_classifier, load_tokenizer
-from craft_cli.runs import find_adapter, find_run
-from craft_cli.tasks import align_labels, compute_metrics
+from craft_cli.data import VALIDATION, DataSource, load_splits
+from craft_cli.errors import DataError
+from craft_cli.inference import load_subject
+from craft_cli.metrics import by_label, confusion, renamed
+from craft_cli.objectives import decide, measure
+from craft_cli.records import records, write_records
+from craft_cli.tasks import MULTI, REGRESSION, Task
 
 
 @dataclass(frozen=True)
@@ -26,20 +23,30 @@ class Evaluation:
     Attributes:
         subject: what was evaluated.
         data: on which rows.
-        metrics: by scikit-learn's names, and `loss`.
+        metrics: by scikit-learn's and scipy's names, and `loss`; those of MNLI's second split have its name behind them.
         examples: how many rows were counted, each once.
+        labels: names, in the order of the confusion matrix.
+        confusion: rows by gold label (down) and predicted label (across); of one label a row only.
+        by_label: precision, recall, f1 and support of each label; not of a regression.
+        predictions: the file written.
     """
 
     subject: str
     data: str
     metrics: Mapping[str, float]
     examples: int
+    labels: tuple[str, ...] = ()
+    confusion: Sequence[Sequence[int]] | None = None
+    by_label: Mapping[str, Mapping[str, float]] | None = None
+    predictions: str | None = None
 
 
 def evaluate(
     path: str | Path | None = None,
     *,
     source: DataSource | None = None,
+    split: str = VALIDATION,
+    predictions: str | Path | None = None,
     max_eval_samples: int | None = None,
     max_seq_length: int | None = None,
     per_device_eval_batch_size: int = 64,
@@ -51,7 +58,9 @@ def evaluate(
     Args:
         path: a run, an adapter, a checkpoint's folder or a hub id; the latest run without.
         source: task or files; what is not given is as in training (runs and adapters know it).
-        max_eval_samples: only the first rows.
+        split: `validation`, or `test` where that is labelled.
+        predictions: write a row for each example into this file (.jsonl or .csv).
+        max_eval_samples: only the first rows of each split.
         max_seq_length: tokens kept; as in training without, 128 for a checkpoint.
         per_device_eval_batch_size: rows at once.
         use_cpu: stay on the CPU.
@@ -61,90 +70,42 @@ def evaluate(
         ConfigError: a checkpoint needs a task or files.
         CraftError: the model or the data cannot be used.
     """
-    found = find_run(None if path is None else str(path))
-    adapter_path = find_adapter(found)
-    record: dict[str, Any] = {}
-    if adapter_path:
-        model, adapter, checkpoint = load_adapted(adapter_path)
-        record = adapter.training_record
-    else:
-        checkpoint = resolve(str(path or found))
-        model, fresh = load_classifier(checkpoint)
-        if fresh:
-            raise ConfigError(f"{found} has no trained head ({', '.join(fresh)} would be random): train it first")
-    source = _source(source or DataSource(), record.get("data"))
-    if source == DataSource():
-        raise ConfigError(f"{found}: on which data? Give --task, --data-dir or --validation-file")
-    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    task, (split,) = load_splits(source, ["validation"], None if source.task else names)
-    labels = align_labels(task.labels, model.config.id2label)
-    position = [labels.index(name) for name in task.labels]  # of each of the task's labels in the head
-    split = split.first(max_eval_samples)
-
-    tokenizer = load_tokenizer(checkpoint)
-    encoded = encode(split, tokenizer, max_seq_length or record.get("max_seq_length", 128))
-    device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    model.to(device)
-    batches = length_sorted_batches(encoded, per_device_eval_batch_size)
-    logits = in_order(predict(model, encoded, batches, tokenizer, device, progress), batches, len(encoded))
-    metrics = measure(logits[:, position], encoded.labels, task.metrics)
-    return Evaluation(str(path or found), split.origin, metrics, len(encoded))
-
-
-def _source(given: DataSource, trained: Mapping[str, Any] | None) -> DataSource:
-    """The data of the training, overridden by what is given."""
-    known = DataSource.of(trained) if trained else DataSource()
-    if given.task and given.task != known.task:
-        known = DataSource()
-    if given.data_dir or given.validation_file:
-        known = replace(known, data_dir=None, train_file=None, validation_file=None)
-    return replace(known, **{name: value for name, value in asdict(given).items() if value is not None})
+    subject = load_subject(path, use_cpu=use_cpu)
+    loaded = load_splits(subject.source(source or DataSource()), [split], subject.task())
+    task = loaded.task
+    metrics: dict[str, float] = {}
+    gold: list[Any] = []
+    found: list[Any] = []
+    rows: list[dict[str, Any]] = []
+    for name, whole in loaded.splits.items():
+        part = whole.first(max_eval_samples)
+        if part.labels is None:
+            raise DataError(
+                f"{part.origin} keeps its labels hidden: craft eval --split test --submission FILE, or craft predict"
+            )
+        logits = subject.logits(subject.encode(part, max_seq_length), task.labels, per_device_eval_batch_size, progress)
+        metrics |= renamed(measure(logits, part.labels, task, subject.threshold), name, loaded.splits)
+        gold += part.labels
+        found += decide(logits, task.problem_type, subject.threshold)
+        if predictions:
+            rows += records(logits, task, subject.threshold, part.labels)
+    if predictions:
+        write_records(Path(predictions), rows)
+    return Evaluation(
+        subject=subject.name,
+        data=" and ".join(part.origin for part in loaded.splits.values()),
+        metrics=metrics,
+        examples=len(gold),
+        labels=task.labels,
+        predictions=str(predictions) if predictions else None,
+        **_tables(task, gold, found),
+    )
 
 
-def length_sorted_batches(encoded: Encoded, batch_size: int) -> list[list[int]]:
-    """All rows once, rows of similar length together."""
-    order = sorted(range(len(encoded)), key=lambda row: -encoded.lengths[row])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-@torch.no_grad()
-def predict(
-    model: Any,
-    encoded: Encoded,
-    batches: Sequence[Sequence[int]],
-    tokenizer: Any,
-    device: torch.device,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Tensor]:
-    """Logits (rows, labels) of every batch, float32 on the CPU."""
-    was_training = model.training
-    model.eval()
-    outputs, done, total = [], 0, sum(len(batch) for batch in batches)
-    for batch in batches:
-        inputs, _ = collate(encoded, batch, tokenizer)
-        outputs.append(model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.float().cpu())
-        done += len(batch)
-        progress(done, total)
-    model.train(was_training)
-    return outputs
-
-
-def in_order(outputs: Sequence[Tensor], batches: Sequence[Sequence[int]], examples: int) -> Tensor:
-    """Logits (examples, labels) in the order of the rows.
-
-    Raises:
-        CraftError: a row was counted twice or not at all.
-    """
-    rows = torch.tensor([row for batch in batches for row in batch])
-    if sorted(rows.tolist()) != list(range(examples)):
-        raise CraftError(f"evaluation counted {len(rows)} rows of {examples}; please report this")
-    logits = torch.cat(list(outputs))
-    return torch.empty_like(logits).index_copy_(0, rows, logits)
-
-
-def measure(logits: Tensor, labels: Sequence[int], names: Sequence[str]) -> dict[str, float]:
-    """The task's metrics, and the mean loss."""
-    metrics = compute_metrics(names, labels, logits.argmax(dim=-1).tolist())
-    return metrics | {"loss": float(functional.cross_entropy(logits, torch.tensor(labels)))}
+def _tables(task: Task, gold: list[Any], found: list[Any]) -> dict[str, Any]:
+    if task.problem_type == REGRESSION:
+        return {}
+    tables: dict[str, Any] = {"by_label": by_label(gold, found, task.labels)}
+    if task.problem_type != MULTI:
+        tables["confusion"] = confusion(gold, found, task.labels)
+    return tables

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from craft_cli.attached import ModelAdapter, attach
+from craft_cli.batches import plan_epoch
 from craft_cli.checkpoints import Checkpoint, resolve
 from craft_cli.config import RunConfig
-from craft_cli.data import DataSource, Encoded, encode, load_splits
+from craft_cli.data import TRAIN, VALIDATION, DataSource, Split, load_splits
 from craft_cli.decomposition import Decomposition, decompose_checkpoint
 from craft_cli.errors import CraftError
-from craft_cli.evaluation import measure
+from craft_cli.factors import FactorCache
+from craft_cli.metrics import renamed
 from craft_cli.models import head_of, load_classifier, load_tokenizer
-from craft_cli.tasks import Task, align_labels
+from craft_cli.objectives import measure
+from craft_cli.tasks import REGRESSION, Task, align_labels
+from craft_cli.tokens import Encoded, encode, padding
 
 
 @dataclass
 class Prepared:
-    """All that is needed before a model is built."""
+    """All that is needed before a model is built.
+
+    Attributes:
+        checkpoint: of the base.
+        decomposition: its factors.
+        task: with its labels.
+        labels: names of the model's outputs, in the order of its head: the task's, or those a checkpoint had already.
+        tokenizer: the base's.
+        train: rows to train on; labels are numbers of the task's, not of the head's order.
+        validation: rows to evaluate on, by split.
+        notes: what the user should know.
+        report: what is noticed in the data, for a dry run.
+    """
 
     checkpoint: Checkpoint
     decomposition: Decomposition
@@ -31,8 +48,28 @@ class Prepared:
     labels: tuple[str, ...]
     tokenizer: Any
     train: Encoded
-    validation: Encoded
-    notes: list[str] = field(default_factory=list)
+    validation: dict[str, Encoded]
+    notes: list[str]
+    report: list[str]
+
+    def in_task_order(self, logits: Tensor) -> Tensor:
+        """Logits (rows, outputs of the head) with a column for each of the task's labels, in their order."""
+        return (
+            logits if self.labels == self.task.labels else logits[:, [self.labels.index(n) for n in self.task.labels]]
+        )
+
+    def measure(self, logits: Mapping[str, Tensor], threshold: float) -> dict[str, float]:
+        """The metrics of all validation splits, by name."""
+        metrics: dict[str, float] = {}
+        for name, encoded in self.validation.items():
+            found = measure(self.in_task_order(logits[name]), encoded.labels or [], self.task, threshold)
+            metrics |= renamed(found, name, self.validation)
+        return metrics
+
+    @property
+    def eval_examples(self) -> int:
+        """Rows of each evaluation."""
+        return sum(map(len, self.validation.values()))
 
 
 def prepare(config: RunConfig, progress: Callable[[str, int, int], None]) -> Prepared:
@@ -42,9 +79,8 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None]) -> Pre
         config: of the run.
         progress: called with (what, done, total).
     """
-    source = DataSource.of(config)
     progress("loading data", 0, 1)
-    task, (train_split, validation_split) = load_splits(source, ["train", "validation"])
+    loaded = load_splits(DataSource.of(config), [TRAIN, VALIDATION])
     progress("loading data", 1, 1)
     checkpoint = resolve(config.model, config.revision)
     decomposition = decompose_checkpoint(
@@ -55,38 +91,91 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None]) -> Pre
         progress=lambda target, done, total: progress(f"decomposing {target}", done, total),
     )
     tokenizer = load_tokenizer(checkpoint)
-    encoded = []
-    for split, rows in ((train_split, config.max_train_samples), (validation_split, config.max_eval_samples)):
-        encoded.append(
-            encode(
-                split.first(rows),
-                tokenizer,
-                config.max_seq_length,
-                lambda done, total: progress("tokenising", done, total),
-            )
+    rows = {
+        name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
+        for name, split in loaded.splits.items()
+    }
+    encoded = {
+        name: encode(
+            split,
+            tokenizer,
+            config.max_seq_length,
+            lambda done, total: progress("tokenising", done, total),
+            FactorCache(config.cache_dir).folder,
         )
+        for name, split in rows.items()
+    }
+    notes = [*decomposition.notes, *loaded.notes]
+    for name, part in encoded.items():
+        if part.cut:
+            share = f"{part.cut:,} of {len(part):,} rows of {rows[name].origin}"
+            notes.append(f"{share} are longer than {part.limit} tokens and were cut (--max-seq-length)")
+    train = encoded.pop(TRAIN)
     return Prepared(
-        checkpoint, decomposition, task, task.labels, tokenizer, encoded[0], encoded[1], list(decomposition.notes)
+        checkpoint, decomposition, loaded.task, loaded.task.labels, tokenizer, train, encoded, notes, _report(rows)
+    )
+
+
+def _report(splits: Mapping[str, Split]) -> list[str]:
+    """Rows that stand several times in the training data, or in what is evaluated too."""
+    train = splits[TRAIN]
+    labels: dict[tuple[str, ...], Any] = {}
+    repeated = contradicting = 0
+    for text, label in zip(train.texts, train.labels or [], strict=True):
+        if text in labels:
+            repeated += 1
+            contradicting += label != labels[text]
+        else:
+            labels[text] = label
+    lines = []
+    if repeated:
+        lines.append(
+            f"{repeated:,} rows of {train.origin} repeat an earlier text, {contradicting:,} with another label"
+        )
+    for name, split in splits.items():
+        shared = sum(text in labels for text in split.texts)
+        if name != TRAIN and shared:
+            lines.append(f"{shared:,} of {len(split):,} rows of {split.origin} are in the training data too")
+    empty = sum(not any(part.strip() for part in text) for split in splits.values() for text in split.texts)
+    return [*lines, f"{empty:,} rows hold no text"] if empty else lines
+
+
+def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> str:
+    """Lengths, and the padding of the first epoch with rows of similar length together and without."""
+    lengths, size = prepared.train.lengths, config.per_device_train_batch_size
+    updates = plan_epoch(lengths, update_size, seed=config.seed, epoch=0)
+    batches = [update[start : start + size] for update in updates for start in range(0, len(update), size)]
+    plain = [range(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size)]
+    return (
+        f"median {median(lengths):g}, longest {max(lengths)}; padding {100 * padding(lengths, batches):.1f}% "
+        f"(unsorted {100 * padding(lengths, plain):.1f}%)"
     )
 
 
 def build(config: RunConfig, prepared: Prepared) -> tuple[Any, ModelAdapter]:
-    """The adapted model; the labels are put in the order of the checkpoint's head if it names the same ones."""
+    """The adapted model; where the checkpoint's head names the same labels, it keeps their order."""
+    task = prepared.task
     named = prepared.checkpoint.config()
-    same = named.num_labels == len(prepared.labels)
-    if same:
+    if task.problem_type != REGRESSION and named.num_labels == len(task.labels):
         with contextlib.suppress(CraftError):  # other names: the head is trained for ours
-            prepared.labels = align_labels(prepared.labels, named.id2label)
+            prepared.labels = align_labels(task.labels, named.id2label)
     model, fresh = load_classifier(prepared.checkpoint, prepared.labels)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = prepared.tokenizer.pad_token_id
-    model.config.problem_type = "single_label_classification"
-    number = {name: position for position, name in enumerate(prepared.labels)}
-    for encoded in (prepared.train, prepared.validation):
-        encoded.labels[:] = [number[prepared.task.labels[label]] for label in encoded.labels]
+    model.config.problem_type = task.problem_type
     return model, attach(
         model, prepared.decomposition.factors, init_noise=config.init_noise, head=head_of(model, fresh)
     )
+
+
+def data_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """Where the rows came from, so that they are found again from anywhere."""
+    task = prepared.task
+    return asdict(DataSource.of(config).resolved()) | {
+        "text_columns": task.text_columns,
+        "label_column": task.label_column,
+        "label_separator": task.label_separator,
+    }
 
 
 def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
@@ -97,15 +186,9 @@ def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     if source.task is None:
         recipe["text_columns"] = ",".join(prepared.task.text_columns)
         recipe["label_column"] = prepared.task.label_column
+        recipe["problem_type"] = prepared.task.problem_type
     if Path(config.model).expanduser().is_dir():
         recipe["model"] = str(Path(config.model).expanduser().resolve())
     elif prepared.checkpoint.revision:
         recipe["revision"] = prepared.checkpoint.revision
     return recipe | {"ranks": str(config.ranks)}
-
-
-def measure_by_name(logits: torch.Tensor, prepared: Prepared) -> dict[str, float]:
-    """The task's metrics in the task's own label numbers, whatever order the head has."""
-    position = [prepared.labels.index(name) for name in prepared.task.labels]
-    gold = [prepared.task.labels.index(prepared.labels[label]) for label in prepared.validation.labels]
-    return measure(logits[:, position], gold, prepared.task.metrics)

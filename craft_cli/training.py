@@ -20,19 +20,19 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
 
 from craft_cli.attached import ModelAdapter
 from craft_cli.batches import plan_epoch, share_out
 from craft_cli.cards import model_card
 from craft_cli.config import RunConfig
-from craft_cli.data import DataSource, Encoded, collate
 from craft_cli.errors import ConfigError, CraftError
-from craft_cli.evaluation import in_order, length_sorted_batches, predict
+from craft_cli.inference import in_order, length_sorted_batches, predict_batches
+from craft_cli.objectives import balanced_weights, constant_metric, summed_loss
 from craft_cli.plots import training_curve
-from craft_cli.preparation import Prepared, build, measure_by_name, prepare, resolved_recipe
+from craft_cli.preparation import Prepared, build, data_record, describe_tokens, prepare, resolved_recipe
 from craft_cli.runs import Run, check_output, start_run
+from craft_cli.tokens import Encoded, collate
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Plan:
     labels: tuple[str, ...]
     train_examples: int
     eval_examples: int
+    tokens: str
     targets: tuple[str, ...]
     ranks: str
     adapter_parameters: int
@@ -62,7 +63,7 @@ class TrainResult:
     Attributes:
         output: the run folder; None for a dry run.
         metrics: of the best evaluation.
-        baseline: share of the most frequent label in the validation rows.
+        baseline: the first metric for always answering the same: the most frequent label or the mean of the training rows.
         epoch: of the best evaluation.
         updates: made in all.
         seconds: of the loop, evaluations included.
@@ -143,6 +144,9 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener) -> T
         model, optimizer = accelerator.prepare(model, optimizer)  # not the schedule: it counts updates, not processes
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.manual_seed(config.seed + 1 + accelerator.process_index)  # dropout differs between processes
+    weights = None
+    if config.class_weights:
+        weights = torch.tensor(balanced_weights(prepared.train.labels or [], prepared.task), device=accelerator.device)
     log = _Log(config, prepared, adapter, run if accelerator.is_main_process else None, listener)
 
     step, began = 0, time.perf_counter()
@@ -159,7 +163,7 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener) -> T
                 )
                 for number, rows in enumerate(batches, start=1):
                     with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(model):
-                        part = _batch_loss(model, prepared, rows, accelerator.device)
+                        part = _batch_loss(model, prepared, rows, accelerator.device, weights)
                         part = part * (accelerator.num_processes / len(update))  # DDP takes the mean over processes
                         accelerator.backward(part)
                         loss += part.detach()
@@ -175,25 +179,29 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener) -> T
                     break
             if config.dry_run:
                 break
-            logits = _evaluate(model, prepared.validation, config, prepared.tokenizer, accelerator, listener)
-            log.evaluation(step, step / updates_per_epoch, measure_by_name(logits, prepared))
+            logits = {
+                name: _evaluate(model, encoded, config, prepared.tokenizer, accelerator, listener)
+                for name, encoded in prepared.validation.items()
+            }
+            log.evaluation(step, step / updates_per_epoch, prepared.measure(logits, config.threshold))
     except KeyboardInterrupt:
         if accelerator.is_main_process:
             log.keep_anything(step, step / updates_per_epoch)
         raise
     if config.dry_run:
-        rows = list(range(min(len(prepared.validation), config.per_device_eval_batch_size)))
-        predict(accelerator.unwrap_model(model), prepared.validation, [rows], prepared.tokenizer, accelerator.device)
+        encoded = next(iter(prepared.validation.values()))
+        rows = list(range(min(len(encoded), config.per_device_eval_batch_size)))
+        predict_batches(accelerator.unwrap_model(model), encoded, [rows], prepared.tokenizer, accelerator.device)
     seconds = time.perf_counter() - began
     result = TrainResult(
         output=str(run.path) if run else None,
         metrics=log.best,
-        baseline=_majority(prepared.validation.labels),
+        baseline=_baseline(prepared),
         epoch=log.best_epoch,
         updates=step,
         seconds=seconds,
         parameters=parameters,
-        examples=len(prepared.validation),
+        examples=prepared.eval_examples,
     )
     if run and accelerator.is_main_process:
         run.write_results(asdict(result))
@@ -271,7 +279,8 @@ def _plan(
         task=prepared.task.name,
         labels=prepared.labels,
         train_examples=len(prepared.train),
-        eval_examples=len(prepared.validation),
+        eval_examples=prepared.eval_examples,
+        tokens=describe_tokens(config, prepared, update_size),
         targets=factors.targets,
         ranks=" | ".join(dict.fromkeys(str(factors.ranks(target)) for target in factors.targets)),
         adapter_parameters=parameters["adapter"],
@@ -281,18 +290,21 @@ def _plan(
         effective_batch=effective,
         updates=total,
         output=str(run.path) if run else None,
-        notes=prepared.notes,
+        notes=[*prepared.notes, *(prepared.report if config.dry_run else [])],
     )
 
 
 # -- in the loop --------------------------------------------------------------------------------------------------------
 
 
-def _batch_loss(model: Any, prepared: Prepared, rows: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Sum of the rows' cross-entropies; a process without rows takes part with a row of weight zero."""
-    inputs, labels = collate(prepared.train, rows or [0], prepared.tokenizer)
+def _batch_loss(
+    model: Any, prepared: Prepared, rows: Sequence[int], device: torch.device, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Sum of the rows' losses; a process without rows takes part with a row of weight zero."""
+    inputs, gold = collate(prepared.train, rows or [0], prepared.tokenizer)
+    assert gold is not None
     logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
-    loss = functional.cross_entropy(logits.float(), labels.to(device), reduction="sum")
+    loss = summed_loss(prepared.in_task_order(logits), gold.to(device), prepared.task.problem_type, weights)
     return loss if rows else loss * 0.0
 
 
@@ -303,15 +315,16 @@ def _evaluate(
     batches = length_sorted_batches(encoded, config.per_device_eval_batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     with accelerator.autocast():
-        outputs = predict(
+        outputs = predict_batches(
             accelerator.unwrap_model(model), encoded, mine, tokenizer, accelerator.device, listener.evaluating
         )
     everyone = gather_object(list(zip(mine, outputs, strict=True)))
     return in_order([logits for _, logits in everyone], [rows for rows, _ in everyone], len(encoded))
 
 
-def _majority(labels: Sequence[int]) -> float:
-    return max(labels.count(label) for label in set(labels)) / len(labels)
+def _baseline(prepared: Prepared) -> float:
+    gold = next(iter(prepared.validation.values())).labels
+    return constant_metric(prepared.train.labels or [], gold or [], prepared.task)
 
 
 _TOO_FAST = ": lower --learning-rate or --head-learning-rate (the best adapter so far is kept)"
@@ -370,14 +383,14 @@ class _Log:
         if self.run is None:
             return
         recipe = resolved_recipe(self.config, self.prepared)
-        source = asdict(DataSource.of(self.config).resolved())
-        source |= {"text_columns": self.prepared.task.text_columns, "label_column": self.prepared.task.label_column}
         self.adapter.training_record = json.loads(
             json.dumps(
                 {
                     "task": self.prepared.task.name,
-                    "data": source,
-                    "labels": self.prepared.labels,
+                    "data": data_record(self.config, self.prepared),
+                    "problem_type": self.prepared.task.problem_type,
+                    "labels": self.prepared.task.labels,
+                    "threshold": self.config.threshold,
                     "max_seq_length": self.config.max_seq_length,
                     "epoch": self.best_epoch,
                     "metrics": self.best,

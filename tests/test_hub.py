@@ -142,6 +142,23 @@ def test_a_task_by_its_name_alone_then_offline(hub: LoopbackHub, tmp_path: Path,
     assert again.returncode == 0, again.stderr
 
 
+def test_a_data_set_of_ones_own_with_a_configuration_and_split_names(
+    hub: LoopbackHub, tmp_path: Path, pico: Callable[..., Path]
+) -> None:
+    hub.add("someone/reviews", glue(tmp_path / "reviews"), kind="datasets")
+    command = [
+        "train", "--model", str(pico()), "--dataset-name", "someone/reviews", "--dataset-config-name", "sst2",
+        "--train-split", "validation", "--validation-split", "train", "--ranks", "4,4,2", "--max-steps", "2", "--use-cpu",
+    ]  # fmt: skip
+    done = craft(hub, *command, "--output-dir", "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["examples"] == 24
+    record = json.loads(Path("out/adapter/adapter_config.json").read_text())
+    assert list(record["model"]["id2label"].values()) == ["negative", "positive"]
+    hub.stop()
+    assert json.loads(craft(hub, "eval", "out", "--json").stdout)["examples"] == 24
+
+
 def test_a_task_by_its_name_alone_without_a_hub(hub: LoopbackHub, pico: Callable[..., Path]) -> None:
     hub.stop()
     done = craft(hub, "train", "--model", str(pico()), "--task", "sst2", "--use-cpu")

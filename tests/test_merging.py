@@ -96,7 +96,7 @@ def test_eval_counts_every_row_once_and_agrees_with_plain_transformers(pico: Mak
     source = DataSource(data_dir=str(data_dir), text_columns=("sentence",))
     with pytest.raises(ConfigError, match="on which data"):
         craft.evaluate("merged")
-    _, (split,) = load_splits(DataSource(task="sst2", data_dir=str(data_dir)), ["validation"])
+    split = load_splits(DataSource(task="sst2", data_dir=str(data_dir)), ["validation"]).splits["validation"]
     model = AutoModelForSequenceClassification.from_pretrained("merged").eval()
     tokenizer = AutoTokenizer.from_pretrained("merged")
     predictions = []

@@ -23,9 +23,10 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 import craft_cli as craft
 from craft_cli.batches import plan_epoch
 from craft_cli.config import RunConfig
-from craft_cli.data import DataSource, Encoded, collate, encode, load_splits
+from craft_cli.data import DataSource, load_splits
 from craft_cli.errors import ConfigError, CraftError, DataError, FileError
 from craft_cli.runs import Run
+from craft_cli.tokens import Encoded, collate, encode
 from craft_cli.training import Listener, Plan, TrainResult
 
 Make = Callable[..., Path]
@@ -118,7 +119,7 @@ def test_the_first_updates_are_those_of_a_plain_torch_loop(pico: Make, data_dir:
     craft.train(config(pico(), data_dir, **settings))
 
     tokenizer = AutoTokenizer.from_pretrained(pico())
-    _, (split,) = load_splits(DataSource(task="sst2", data_dir=str(data_dir)), ["train"])
+    split = load_splits(DataSource(task="sst2", data_dir=str(data_dir)), ["train"]).splits["train"]
     encoded = encode(split, tokenizer, 128)
     from accelerate.utils import set_seed
     from transformers import AutoModelForSequenceClassification
@@ -136,6 +137,7 @@ def test_the_first_updates_are_those_of_a_plain_torch_loop(pico: Make, data_dir:
         for group in optimizer.param_groups:
             group["lr"] = 3e-2 * (len(updates) - number) / len(updates)
         inputs, labels = collate(encoded, rows, tokenizer)
+        assert labels is not None
         loss = functional.cross_entropy(model(**inputs).logits, labels)
         assert lines()[number]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
         optimizer.zero_grad()
@@ -240,7 +242,7 @@ def test_every_setting_has_an_effect(pico: Make, data_dir: Path) -> None:
         {
             "head_learning_rate": 1e-2, "learning_rate": 1e-2, "weight_decay": 0.5, "warmup_ratio": 0.9, "max_grad_norm": 1e-3,
             "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "seed": 1, "init_noise": True, "bf16": True,
-            "max_train_samples": 30, "max_seq_length": 4,
+            "max_train_samples": 29, "max_seq_length": 4, "class_weights": "balanced",
         }.items()
     ):  # fmt: skip
         craft.train(config(pico(), data_dir, num_train_epochs=1, output_dir=f"run{number}", **{name: value}))
@@ -261,6 +263,68 @@ def test_every_setting_has_an_effect(pico: Make, data_dir: Path) -> None:
     assert lines()[-1]["step"] == 1
     with pytest.raises(ConfigError, match="--fp16 needs a GPU"):
         craft.train(config(pico(), data_dir, fp16=True))
+
+
+def test_what_is_noticed_in_the_data_is_told(pico: Make) -> None:
+    long = "the " * 30
+    rows = [
+        ("good film", 1),
+        ("bad film", 0),
+        ("good film", 0),
+        (long, 1),
+        ("", 0),
+        ("fine", 1),
+        ("dull", 0),
+        ("poor", 0),
+    ]
+    write_rows(Path("train.jsonl"), [{"text": text, "label": label} for text, label in rows])
+    write_rows(Path("validation.jsonl"), [{"text": "good film", "label": 1}, {"text": "lovely", "label": 1}])
+    own = {"task": None, "data_dir": None, "train_file": "train.jsonl", "validation_file": "validation.jsonl"}
+    cut = "1 of 8 rows of train.jsonl are longer than 12 tokens and were cut (--max-seq-length)"
+    _, plan = run_with(pico, Path(), **own, dry_run=True, max_seq_length=12)
+    assert list(plan.notes) == [
+        cut,
+        "1 rows of train.jsonl repeat an earlier text, 1 with another label",
+        "1 of 2 rows of validation.jsonl are in the training data too",
+        "1 rows hold no text",
+    ]
+    assert plan.tokens.startswith("median 3.5, longest 12; padding ")
+    _, plan = run_with(pico, Path(), **own, max_seq_length=12, max_steps=1)
+    assert list(plan.notes) == [cut]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train_file": "real.jsonl", "class_weights": "balanced"}, "a regression has no labels to weigh"),
+        (
+            {"train_file": "real.jsonl", "validation_file": "real.jsonl", "validation_share": 0.5},
+            "there is validation data",
+        ),
+        ({"task": "sst2", "problem_type": "regression"}, "--problem-type is for own data"),
+        ({"train_file": "a", "dataset_name": "b"}, "exclude each other"),
+        ({"task": "sst2", "dataset_config_name": "b"}, "--dataset-config-name needs --dataset-name"),
+    ],
+)
+def test_settings_that_contradict_the_data_are_refused(pico: Make, settings: dict[str, Any], told: str) -> None:
+    write_rows(Path("real.jsonl"), [{"text": "good", "label": row / 4} for row in range(12)])
+    with pytest.raises(ConfigError, match=told):
+        craft.train(config(pico(), Path(), **({"task": None, "data_dir": None} | settings)))
+
+
+def test_rare_labels_weigh_more_when_balanced(pico: Make) -> None:
+    """With one rare label and no signal, a head of bias alone ends at even odds, not at the frequencies."""
+    write_rows(Path("t.jsonl"), [{"text": "the film", "label": int(row % 8 == 0)} for row in range(4000)])
+    own = {"task": None, "data_dir": None, "train_file": "t.jsonl", "validation_file": "t.jsonl", "learning_rate": 0.0,
+           "head_learning_rate": 0.03, "num_train_epochs": 1, "per_device_train_batch_size": 40}  # fmt: skip
+    even = {}
+    for weights in (None, "balanced"):
+        craft.train(config(pico(), Path(), **own, class_weights=weights, output_dir=f"run-{weights}"))
+        Path("in.txt").write_text("the film\n")
+        craft.predict(f"run-{weights}", input="in.txt", output="out.jsonl", use_cpu=True)
+        even[weights] = json.loads(Path("out.jsonl").read_text())["scores"]["1"]
+    assert even[None] < 0.3
+    assert 0.4 < even["balanced"] < 0.6
 
 
 def test_dry_run_writes_nothing_and_finds_what_is_wrong(pico: Make, data_dir: Path) -> None:
@@ -306,9 +370,9 @@ def test_under_the_hugging_face_trainer(pico: Make, data_dir: Path, tmp_path: Pa
     model = classifier(pico())
     adapter = craft.attach(model, craft.decompose(str(pico()), ranks=(24, 24, 3)))
     tokenizer = AutoTokenizer.from_pretrained(pico())
-    _, (split,) = load_splits(DataSource(task="sst2", data_dir=str(data_dir)), ["train"])
+    split = load_splits(DataSource(task="sst2", data_dir=str(data_dir)), ["train"]).splits["train"]
     encoded: Encoded = encode(split, tokenizer, 128)
-    rows = [feature | {"labels": label} for feature, label in zip(encoded.features, encoded.labels, strict=True)]
+    rows = [feature | {"labels": label} for feature, label in zip(encoded.features, encoded.labels or [], strict=True)]
     frozen = model.bert.encoder.layer[0].attention.self.query.weight.clone()
     arguments = TrainingArguments(
         str(tmp_path / "hf"), per_device_train_batch_size=8, num_train_epochs=8, learning_rate=3e-2, report_to="none",

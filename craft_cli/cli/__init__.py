@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from craft_cli.cli import decompose, evaluate, inspect, merge, train
+from craft_cli.cli import decompose, evaluate, inspect, merge, predict, recipes, train
 
 app = typer.Typer(
     name="craft",
@@ -20,8 +20,10 @@ app = typer.Typer(
 app.command("decompose")(decompose.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
+app.command("predict")(predict.command)
 app.command("merge")(merge.command)
 app.command("inspect")(inspect.command)
+app.add_typer(recipes.app, name="recipes")
 
 
 @app.callback(invoke_without_command=True)

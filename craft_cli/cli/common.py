@@ -58,7 +58,13 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 def _option(field: dataclasses.Field[Any], *, show_default: bool) -> inspect.Parameter:
     hint = str(get_type_hints(RunConfig)[field.name])
     kind: Any = (
-        bool if "bool" in hint else str if "str" in hint or "Ranks" in hint else float if "float" in hint else int
+        bool
+        if "bool" in hint
+        else str
+        if any(text in hint for text in ("str", "Ranks", "Literal"))
+        else float
+        if "float" in hint
+        else int
     )
     name = f"{flag(field.name)}/--no-{flag(field.name)[2:]}" if kind is bool else flag(field.name)
     default = field.default

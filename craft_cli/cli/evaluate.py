@@ -8,16 +8,32 @@ from typing import Annotated, Any
 import typer
 
 from craft_cli.cli.common import JsonFlag, reports_errors, with_settings
+from craft_cli.errors import ConfigError
 
 
 @reports_errors
 @with_settings(
-    "task", "data_dir", "validation_file", "text_columns", "label_column",
-    "max_eval_samples", "max_seq_length", "per_device_eval_batch_size", "use_cpu",
+    "task", "data_dir", "validation_file", "dataset_name", "dataset_config_name", "validation_split", "text_columns",
+    "label_column", "max_eval_samples", "max_seq_length", "per_device_eval_batch_size", "use_cpu",
 )  # fmt: skip
 def command(
-    path: Annotated[
-        str | None, typer.Argument(help="Run, adapter, checkpoint or hub id.", show_default="the latest run")
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PATH]...",
+            help="Run, adapter, checkpoint or hub id; several with --submission.",
+            show_default="the latest run",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="validation, or test.")] = "validation",
+    confusion: Annotated[
+        bool, typer.Option("--confusion", help="Show what was taken for what, and each label.")
+    ] = False,
+    predictions: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a row for each example (.jsonl or .csv).")
+    ] = None,
+    submission: Annotated[
+        str | None, typer.Option(metavar="FILE", help="With --split test: the zip that the GLUE server takes.")
     ] = None,
     json: JsonFlag = False,
     **settings: Any,
@@ -28,15 +44,67 @@ def command(
     from craft_cli.data import DataSource
 
     given = parse_settings({name: value for name, value in settings.items() if value is not None})
-    source = DataSource(**{name: given.pop(name) for name in list(given) if name in DataSource.__dataclass_fields__})
+    given["source"] = DataSource(
+        **{name: given.pop(name) for name in list(given) if name in DataSource.__dataclass_fields__}
+    )
+    if split not in ("validation", "test"):
+        raise ConfigError(f"--split: expected validation or test, not '{split}'")
+    if submission and (split != "test" or predictions or confusion):
+        raise ConfigError(
+            "--submission needs --split test, and neither --predictions nor --confusion: it has no labels"
+        )
+    if len(paths or []) > 1 and not submission:
+        raise ConfigError("several runs are evaluated together for --submission only; name one")
+
     with console.status("starting"):
         from craft_cli.evaluation import evaluate
+        from craft_cli.submission import submit
     with console.bars() as progress:
-        result = evaluate(
-            path, source=source, progress=lambda done, total: progress("evaluating", done, total), **given
-        )
-    if json:
-        console.print_json(asdict(result))
+        given["progress"] = lambda done, total: progress("evaluating", done, total)
+        if submission:
+            written = submit(paths or [None], submission, **given)
+        else:
+            result = evaluate(paths[0] if paths else None, split=split, predictions=predictions, **given)
+    if submission:
+        if json:
+            console.print_json(asdict(written))
+        else:
+            console.facts(asdict(written))
         return
-    console.facts({"evaluated": result.subject, "on": result.data, "examples": result.examples})
+    if json:
+        content = asdict(result)
+        console.print_json({name: value for name, value in content.items() if value is not None})
+        return
+    console.facts(
+        {
+            "evaluated": result.subject,
+            "on": result.data,
+            "examples": result.examples,
+            "predictions": result.predictions,
+        }
+    )
     console.table(["metric", "value"], [[name, f"{value:.4f}"] for name, value in result.metrics.items()])
+    if confusion:
+        _tables(result)
+
+
+def _tables(result: Any) -> None:
+    from craft_cli import console
+
+    if result.by_label is None:
+        raise ConfigError("--confusion: a regression has no labels to take for one another")
+    console.out.print()
+    columns = ["precision", "recall", "f1", "support"]
+    console.table(
+        ["label", *columns],
+        [
+            [label, *[f"{row[name]:.4f}" if name != "support" else row[name] for name in columns]]
+            for label, row in result.by_label.items()
+        ],
+    )
+    if result.confusion is not None:
+        console.out.print()
+        console.table(
+            ["gold (down), predicted", *result.labels],
+            [[label, *row] for label, row in zip(result.labels, result.confusion, strict=True)],
+        )

@@ -48,7 +48,7 @@ def command(
     console.facts(
         {
             "best": f"{console.show(result.metrics)} after epoch {result.epoch:g}",
-            "baseline": f"accuracy {result.baseline:.4f} for always the most frequent label",
+            "baseline": f"{next(iter(result.metrics))} {result.baseline:.4f} for always the same answer",
             "time": f"{result.updates:,} updates in {result.seconds:.0f} s",
             "adapter": f"{result.output}/adapter",
             "curve": f"{result.output}/training_curve.png",

@@ -1,0 +1,37 @@
+"""`craft recipes`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from craft_cli.cli.common import JsonFlag, reports_errors
+
+app = typer.Typer(help="List the shipped recipes, or show one to start from.", invoke_without_command=True)
+
+
+@app.callback()
+@reports_errors
+def listing(context: typer.Context, json: JsonFlag = False) -> None:
+    """List the shipped recipes, a line each."""
+    if context.invoked_subcommand:
+        return
+    from craft_cli import console
+    from craft_cli.config import describe_recipe, shipped_recipes
+
+    found = {name: describe_recipe(path) for name, path in shipped_recipes().items()}
+    if json:
+        console.print_json(found)
+    else:
+        console.facts(found, rename=False)
+
+
+@app.command("show")
+@reports_errors
+def show(name: Annotated[str, typer.Argument(help="A recipe's name.")]) -> None:
+    """Print a recipe, to start a file of your own from."""
+    from craft_cli import console
+    from craft_cli.config import recipe_path
+
+    console.out.print(recipe_path(name).read_text(encoding="utf-8"), markup=False, soft_wrap=True, end="")

@@ -1,0 +1,113 @@
+"""Metrics by the names of scikit-learn and scipy, and the two kinds of tables made of predictions.
+
+Every metric is a number for whatever was predicted: a correlation with something constant is 0, and so is the F1 of a
+label that neither occurs nor is predicted.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def compute_metrics(names: Sequence[str], gold: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+    """Metrics of predictions.
+
+    Args:
+        names: of `accuracy`, `f1`, `matthews_correlation`, `pearson`, `spearman`, `f1_micro`, `f1_macro`.
+        gold: label numbers; real numbers for correlations; for `f1_micro` and `f1_macro` a 0 or 1 for every label.
+        predictions: the same.
+
+    `f1` is that of label 1 where there are two labels, the macro average where there are more.
+    """
+    with warnings.catch_warnings():  # of constant input and undefined ratios: they are defined here
+        warnings.simplefilter("ignore")
+        values = {name: float(_METRICS[name](np.asarray(gold), np.asarray(predictions))) for name in names}
+    return {name: value if math.isfinite(value) else 0.0 for name, value in values.items()}
+
+
+def _accuracy(gold: Any, predictions: Any) -> Any:
+    from sklearn.metrics import accuracy_score
+
+    return accuracy_score(gold, predictions)
+
+
+def _f1(gold: Any, predictions: Any) -> Any:
+    from sklearn.metrics import f1_score
+
+    binary = max(gold.max(), predictions.max()) <= 1
+    return f1_score(gold, predictions, average="binary" if binary else "macro", zero_division=0.0)
+
+
+def _matthews(gold: Any, predictions: Any) -> Any:
+    from sklearn.metrics import matthews_corrcoef
+
+    return matthews_corrcoef(gold, predictions)
+
+
+def _pearson(gold: Any, predictions: Any) -> Any:
+    from scipy.stats import pearsonr
+
+    return pearsonr(gold, predictions).statistic if len(gold) > 1 else 0.0
+
+
+def _spearman(gold: Any, predictions: Any) -> Any:
+    from scipy.stats import spearmanr
+
+    return spearmanr(gold, predictions).statistic if len(gold) > 1 else 0.0
+
+
+def _f1_of_many(average: str) -> Callable[[Any, Any], Any]:
+    def f1(gold: Any, predictions: Any) -> Any:
+        from sklearn.metrics import f1_score
+
+        return f1_score(gold, predictions, average=average, zero_division=0.0)
+
+    return f1
+
+
+_METRICS: dict[str, Callable[[Any, Any], Any]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews_correlation": _matthews,
+    "pearson": _pearson,
+    "spearman": _spearman,
+    "f1_micro": _f1_of_many("micro"),
+    "f1_macro": _f1_of_many("macro"),
+}
+
+
+def confusion(gold: Sequence[int], predictions: Sequence[int], labels: Sequence[str]) -> list[list[int]]:
+    """Rows counted by gold label (down) and predicted label (across)."""
+    from sklearn.metrics import confusion_matrix
+
+    matrix: list[list[int]] = confusion_matrix(gold, predictions, labels=range(len(labels))).tolist()
+    return matrix
+
+
+def by_label(gold: Sequence[Any], predictions: Sequence[Any], labels: Sequence[str]) -> dict[str, Mapping[str, float]]:
+    """Precision, recall, f1 and support (rows of this gold label) of every label."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    columns = precision_recall_fscore_support(
+        np.asarray(gold), np.asarray(predictions), labels=range(len(labels)), zero_division=0.0
+    )
+    names = ("precision", "recall", "f1", "support")
+    return {
+        label: {
+            name: int(column[number]) if name == "support" else float(column[number])
+            for name, column in zip(names, columns, strict=True)
+        }
+        for number, label in enumerate(labels)
+    }
+
+
+def renamed(metrics: Mapping[str, float], split: str, splits: Sequence[str] | Mapping[str, Any]) -> dict[str, float]:
+    """Metrics by their names; those of other splits than the first have its name behind: `accuracy_mismatched`."""
+    if split == next(iter(splits)):
+        return dict(metrics)
+    return {f"{name}_{split.removeprefix('validation_')}": value for name, value in metrics.items()}

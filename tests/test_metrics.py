@@ -1,0 +1,152 @@
+"""Metrics, losses and predictions of every kind of problem, against scikit-learn, scipy and cases computed by hand."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from craft_cli.metrics import by_label, compute_metrics, confusion
+from craft_cli.objectives import balanced_weights, constant_metric, decide, measure, scores, summed_loss
+from craft_cli.tasks import MULTI, NUMBER, REGRESSION, SINGLE, Task
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_metrics_are_those_of_scikit_learn(classes: int) -> None:
+    from sklearn.metrics import accuracy_score, f1_score
+
+    draw = random.Random(classes)
+    labels, predictions = (draw.choices(range(classes), k=300) for _ in range(2))
+    average = "binary" if classes == 2 else "macro"
+    assert compute_metrics(("accuracy", "f1"), labels, predictions) == {
+        "accuracy": accuracy_score(labels, predictions),
+        "f1": f1_score(labels, predictions, average=average),
+    }
+    assert list(compute_metrics(("f1",), labels, predictions)) == ["f1"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "expected"),
+    [
+        ([0, 1, 0], [0, 0, 0], {"accuracy": 2 / 3, "f1": 0.0}),  # one label predicted
+        ([0, 0, 0], [0, 0, 0], {"accuracy": 1.0, "f1": 0.0}),  # the label f1 is of does not occur
+        ([1, 1], [1, 1], {"accuracy": 1.0, "f1": 1.0}),
+        ([0, 1, 2], [2, 2, 2], {"accuracy": 1 / 3, "f1": 0.5 / 3}),
+        ([1], [0], {"accuracy": 0.0, "f1": 0.0}),
+    ],
+)
+def test_metrics_of_degenerate_predictions_are_numbers(
+    labels: list[int], predictions: list[int], expected: dict[str, float]
+) -> None:
+    assert compute_metrics(("accuracy", "f1"), labels, predictions) == pytest.approx(expected)  # and no warning
+
+
+def test_correlations_are_those_of_scipy_and_matthews_that_of_scikit_learn() -> None:
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import matthews_corrcoef
+
+    draw = random.Random(3)
+    gold = [draw.random() * 5 for _ in range(80)]
+    guess = [value + draw.random() for value in gold]
+    assert compute_metrics(("pearson", "spearman"), gold, guess) == {
+        "pearson": pytest.approx(pearsonr(gold, guess).statistic),
+        "spearman": pytest.approx(spearmanr(gold, guess).statistic),
+    }
+    labels, found = (draw.choices(range(2), k=80) for _ in range(2))
+    assert compute_metrics(("matthews_correlation",), labels, found)["matthews_correlation"] == pytest.approx(
+        matthews_corrcoef(labels, found)
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "gold", "guess", "expected"),
+    [
+        (("pearson", "spearman"), [1.0, 2.0, 3.0], [2.0, 4.0, 6.0], 1.0),
+        (("pearson", "spearman"), [1.0, 2.0, 3.0], [3.0, 2.0, 1.0], -1.0),
+        (("pearson", "spearman"), [1.0, 2.0, 3.0], [2.5, 2.5, 2.5], 0.0),  # constant output
+        (("pearson", "spearman"), [2.0, 2.0], [1.0, 3.0], 0.0),  # constant gold
+        (("pearson", "spearman"), [2.0], [1.0], 0.0),  # one row
+        (("matthews_correlation",), [0, 1, 1, 0], [1, 1, 1, 1], 0.0),  # one label predicted
+        (("matthews_correlation",), [1, 1], [1, 1], 0.0),
+        (("matthews_correlation",), [0, 1, 1, 0], [1, 0, 0, 1], -1.0),
+        (("f1_micro", "f1_macro"), [[1, 0], [0, 1]], [[1, 0], [0, 1]], 1.0),
+        (("f1_micro", "f1_macro"), [[1, 0], [0, 1]], [[0, 0], [0, 0]], 0.0),  # nothing predicted
+    ],
+)
+def test_metrics_by_hand_are_numbers_without_warnings(
+    names: tuple[str, ...], gold: list[Any], guess: list[Any], expected: float
+) -> None:
+    assert compute_metrics(names, gold, guess) == dict.fromkeys(names, pytest.approx(expected))
+
+
+def test_micro_counts_cells_and_macro_labels() -> None:
+    gold, guess = [[1, 0], [1, 1], [1, 0]], [[1, 1], [1, 0], [1, 1]]
+    # label 0: f1 1; label 1: no hit, two false alarms, one miss: f1 0. Cells: 3 hits, 2 false alarms, 1 miss.
+    assert compute_metrics(("f1_micro", "f1_macro"), gold, guess) == pytest.approx({"f1_micro": 6 / 9, "f1_macro": 0.5})
+
+
+def test_the_tables_count_what_was_taken_for_what() -> None:
+    gold, guess, labels = [0, 0, 1, 1, 2], [0, 1, 1, 1, 0], ("a", "b", "c")
+    assert confusion(gold, guess, labels) == [[1, 1, 0], [0, 2, 0], [1, 0, 0]]
+    table = by_label(gold, guess, labels)
+    assert table["b"] == {"precision": pytest.approx(2 / 3), "recall": 1.0, "f1": pytest.approx(0.8), "support": 2}
+    assert table["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
+    assert confusion([0, 0], [0, 0], labels) == [[2, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_losses_are_those_of_torch_summed_over_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, generator=generator)
+    gold = torch.tensor([0, 2, 1, 1, 0])
+    weights = torch.tensor([0.5, 2.0, 3.0])
+    assert summed_loss(logits, gold, SINGLE) == pytest.approx(float(functional.cross_entropy(logits, gold)) * 5)
+    weighted = functional.cross_entropy(logits, gold, weight=weights, reduction="sum")
+    assert summed_loss(logits, gold, SINGLE, weights) == pytest.approx(float(weighted))
+    several = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1]])
+    binary = functional.binary_cross_entropy_with_logits(logits, several)
+    assert summed_loss(logits, several, MULTI) == pytest.approx(float(binary) * 5)
+    real = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert summed_loss(logits[:, :1], real, REGRESSION) == pytest.approx(
+        float(functional.mse_loss(logits[:, 0], real)) * 5
+    )
+
+
+def test_scores_and_decisions() -> None:
+    logits = torch.tensor([[0.0, 2.0, -1.0], [1.0, -3.0, 0.5]])
+    assert scores(logits, SINGLE).sum(dim=-1).tolist() == pytest.approx([1, 1])
+    assert decide(logits, SINGLE) == [1, 0]
+    assert decide(logits, MULTI) == [[0, 1, 0], [1, 0, 1]]
+    assert decide(logits, MULTI, threshold=0.8) == [[0, 1, 0], [0, 0, 0]]
+    assert decide(logits[:, :1], REGRESSION) == [0.0, 1.0]
+    assert scores(logits[:, :1], REGRESSION).tolist() == [[0.0], [1.0]]
+
+
+def test_balanced_weights_are_scikit_learns() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    gold = [0] * 7 + [1] * 2 + [2]
+    task = Task("own", labels=("a", "b", "c"))
+    expected = compute_class_weight("balanced", classes=np.array([0, 1, 2]), y=gold)
+    assert balanced_weights(gold, task) == pytest.approx(list(expected))
+    several = Task("own", labels=("a", "b"), problem_type=MULTI)
+    assert balanced_weights([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], several) == pytest.approx([1 / 3, 3.0])
+
+
+def test_the_constant_answer_is_taken_from_the_training_rows() -> None:
+    single = Task("own", labels=("a", "b"), metrics=("accuracy",))
+    assert constant_metric([1, 1, 0], [0, 0, 0, 1], single) == 0.25
+    real = Task("own", labels=NUMBER, metrics=("pearson",), problem_type=REGRESSION)
+    assert constant_metric([1.0, 5.0], [1.0, 2.0, 3.0], real) == 0.0
+    several = Task("own", labels=("a", "b"), metrics=("f1_micro",), problem_type=MULTI)
+    assert constant_metric([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]], several) == 1.0
+
+
+def test_measure_has_the_tasks_metrics_and_the_loss() -> None:
+    task = Task("own", labels=NUMBER, metrics=("pearson", "spearman"), problem_type=REGRESSION)
+    found = measure(torch.tensor([[1.0], [2.0], [4.0]]), [1.0, 2.0, 3.0], task)
+    assert list(found) == ["pearson", "spearman", "loss"]
+    assert found["loss"] == pytest.approx(1 / 3)

@@ -65,7 +65,7 @@ class RunConfig:
     init_noise: bool = _setting(False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.")
 
     learning_rate: Rate = _setting(3e-3, "Of the transforms; 0 trains the head alone.")
-    head_learning_rate: Rate = _setting(3e-3, "Of the task head.")
+    head_learning_rate: Rate = _setting(2e-3, "Of the task head.")
     weight_decay: Rate = _setting(0.0, "Pulls K (and the head's matrices) to zero: towards the base model.")
     warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = _setting(0.06, "Share of the steps with a rising rate.")
     num_train_epochs: Annotated[float, Gt(0.0), Lt(math.inf)] = _setting(3.0, "Passes over the training data.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from craft_cli.tables import (
 )
 from craft_cli.tasks import OWN, SINGLE, Task, task_named
 
-TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 _TEXTS = (
     ("text",), ("sentence",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
     ("question", "sentence"),
@@ -268,10 +269,15 @@ def _with_columns(task: Task, source: DataSource, table: Table, *, labelled: boo
 
 
 def _texts(table: Table, column: str) -> list[str]:
-    texts = []
-    for row, value in enumerate(table.column(column)):
-        if value is None or isinstance(value, (list, dict)):
-            problem = "has no text" if value is None else "is a list, not a text,"
-            raise DataError(f"{table.place(row)}: column '{column}' {problem}")
-        texts.append(str(value))
-    return texts
+    return [text_of(value, column, partial(table.place, row)) for row, value in enumerate(table.column(column))]
+
+
+def text_of(value: Any, column: str, place: Callable[[], str]) -> str:
+    """The text in a cell.
+
+    Raises:
+        DataError: there is none (`place` tells where).
+    """
+    if value is None or isinstance(value, (list, dict)):
+        raise DataError(f"{place()}: column '{column}' {'has no text' if value is None else 'is a list, not a text,'}")
+    return str(value)

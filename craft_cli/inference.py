@@ -122,10 +122,10 @@ class Subject:
             raise ConfigError(f"{self.name}: on which data? Give --task, --data-dir or --validation-file")
         return source
 
-    def encode(self, split: Split, max_seq_length: int | None = None, cache: Path | None = None) -> Encoded:
+    def encode(self, split: Split, max_seq_length: int | None = None) -> Encoded:
         """Token ids, at the length of its training where none is given."""
         limit = max_seq_length or int(self.record.get("max_seq_length", 128))
-        return encode(split, self.tokenizer, limit, cache=cache)
+        return encode(split, self.tokenizer, limit)
 
     def logits(
         self,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
-from craft_cli.data import Split, guess_texts
+from craft_cli.data import Split, guess_texts, text_of
 from craft_cli.errors import DataError
 from craft_cli.inference import load_subject
 from craft_cli.records import RecordWriter, format_of, open_records, records
@@ -97,13 +97,7 @@ def _texts(row: Row, columns: Sequence[str], origin: str, *, divide: bool) -> tu
         if not tab:
             raise DataError(f"{origin}, {row.place}: this model takes two texts; put a tab between them")
         return first, second
-    texts = []
-    for column in columns:
-        value = row.cells.get(column)
-        if value is None or isinstance(value, (list, dict)):
-            raise DataError(f"{origin}, {row.place}: column '{column}' has no text")
-        texts.append(str(value))
-    return tuple(texts)
+    return tuple(text_of(row.cells.get(column), column, lambda: f"{origin}, {row.place}") for column in columns)
 
 
 @contextmanager

@@ -38,8 +38,7 @@ class Prepared:
         tokenizer: the base's.
         train: rows to train on; labels are numbers of the task's, not of the head's order.
         validation: rows to evaluate on, by split.
-        notes: what the user should know.
-        report: what is noticed in the data, for a dry run.
+        notes: what the user should know; in a dry run also what is noticed in the data.
     """
 
     checkpoint: Checkpoint
@@ -50,7 +49,6 @@ class Prepared:
     train: Encoded
     validation: dict[str, Encoded]
     notes: list[str]
-    report: list[str]
 
     def in_task_order(self, logits: Tensor) -> Tensor:
         """Logits (rows, outputs of the head) with a column for each of the task's labels, in their order."""
@@ -110,10 +108,10 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None]) -> Pre
         if part.cut:
             share = f"{part.cut:,} of {len(part):,} rows of {rows[name].origin}"
             notes.append(f"{share} are longer than {part.limit} tokens and were cut (--max-seq-length)")
+    if config.dry_run:
+        notes += _report(rows)
     train = encoded.pop(TRAIN)
-    return Prepared(
-        checkpoint, decomposition, loaded.task, loaded.task.labels, tokenizer, train, encoded, notes, _report(rows)
-    )
+    return Prepared(checkpoint, decomposition, loaded.task, loaded.task.labels, tokenizer, train, encoded, notes)
 
 
 def _report(splits: Mapping[str, Split]) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from craft_cli.errors import ConfigError
-from craft_cli.files import cannot_write
+from craft_cli.files import whole_file
 from craft_cli.objectives import decide, scores
 from craft_cli.tasks import MULTI, REGRESSION, Task
 
@@ -91,16 +91,10 @@ def open_records(path: Path, kind: str) -> Iterator[RecordWriter]:
     Raises:
         FileError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            yield RecordWriter(file, kind)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        yield RecordWriter(text, kind)
+        text.detach()
 
 
 def write_records(path: Path, rows: Iterable[dict[str, Any]]) -> None:

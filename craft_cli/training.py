@@ -290,7 +290,7 @@ def _plan(
         effective_batch=effective,
         updates=total,
         output=str(run.path) if run else None,
-        notes=[*prepared.notes, *(prepared.report if config.dry_run else [])],
+        notes=prepared.notes,
     )
 
 

@@ -186,6 +186,10 @@ def test_what_cannot_be_predicted_is_told(runs: Path) -> None:
     )
     assert len(predicted(single, "-i", "in.csv", "--text-columns", "words")) == 1
     assert "predictions are written as .jsonl or .csv" in failure("predict", single, "-i", "in.csv", "-o", "out.xlsx")
+    written = invoke("predict", single, "-i", "in.csv", "--text-columns", "words", "--format", "csv", "--use-cpu")
+    assert written.stdout.splitlines()[0] == "prediction,score_negative,score_positive"
+    write_rows(Path("in.jsonl"), [{"sentence": "good"}, {"sentence": None}])
+    assert "in.jsonl, line 2: column 'sentence' has no text" in invoke("predict", single, "-i", "in.jsonl").stderr
 
 
 # -- craft eval ---------------------------------------------------------------------------------------------------------
@@ -201,6 +205,8 @@ def test_a_predictions_file_holds_gold_and_agrees_with_the_metrics(runs: Path) -
         )
         right = sum(row["prediction"] == row["label"] for row in rows)
         assert (len(rows), right / len(rows)) == (20, found.metrics["accuracy"])
+    assert "p.csv" in invoke("eval", str(runs / "single"), "--predictions", "p.csv", "--use-cpu").stdout
+    assert Path("p.csv").read_bytes() == Path("out.csv").read_bytes()
     several = craft.evaluate(runs / "several", predictions="several.jsonl")
     rows = lines(Path("several.jsonl").read_text())
     assert several.examples == len(rows) == 5  # a tenth of 48
@@ -215,7 +221,9 @@ def test_the_confusion_matrix_counts_every_row(runs: Path) -> None:
     found = json.loads(invoke("eval", str(runs / "single"), "--json", "--use-cpu").stdout)
     assert sum(map(sum, found["confusion"])) == found["examples"] == 20
     assert [row["support"] for row in found["by_label"].values()] == [10, 10]
-    assert "a regression has no labels" in invoke("eval", str(runs / "real"), "--confusion", "--use-cpu").stderr
+    refused = invoke("eval", str(runs / "real"), "--confusion", "--use-cpu")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "a regression has no labels" in refused.stderr
 
 
 def test_a_regression_is_evaluated_saved_and_merged(runs: Path) -> None:

@@ -71,6 +71,8 @@ def command(
         else:
             console.facts(asdict(written))
         return
+    if confusion and result.by_label is None:
+        raise ConfigError("--confusion: a regression has no labels to take for one another")
     if json:
         content = asdict(result)
         console.print_json({name: value for name, value in content.items() if value is not None})
@@ -91,8 +93,6 @@ def command(
 def _tables(result: Any) -> None:
     from craft_cli import console
 
-    if result.by_label is None:
-        raise ConfigError("--confusion: a regression has no labels to take for one another")
     console.out.print()
     columns = ["precision", "recall", "f1", "support"]
     console.table(

@@ -11,7 +11,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from craft_cli.config import RunConfig
 from craft_cli.errors import CraftError
@@ -33,6 +35,31 @@ def processes_to_start(config: RunConfig) -> int:
     if gpus and wanted > gpus:
         raise CraftError(f"--num-processes {wanted}: only {gpus} GPUs are visible")
     return wanted if wanted > 1 else 0
+
+
+@contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C takes effect when the block ends.
+
+    For what must not be cut in the middle: a C extension that is being imported (the first picture brings matplotlib)
+    turns the interrupt into an error of its own, or aborts the interpreter.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield
+        return
+    pressed = False
+
+    def remember(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+
+    former = signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:

@@ -28,6 +28,7 @@ from craft_cli.cards import model_card
 from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, CraftError
 from craft_cli.inference import in_order, length_sorted_batches, predict_batches
+from craft_cli.launch import ctrl_c_waits
 from craft_cli.objectives import balanced_weights, constant_metric, summed_loss
 from craft_cli.plots import training_curve
 from craft_cli.preparation import Prepared, build, data_record, describe_tokens, prepare, resolved_recipe
@@ -183,7 +184,8 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener) -> T
                 name: _evaluate(model, encoded, config, prepared.tokenizer, accelerator, listener)
                 for name, encoded in prepared.validation.items()
             }
-            log.evaluation(step, step / updates_per_epoch, prepared.measure(logits, config.threshold))
+            with ctrl_c_waits():
+                log.evaluation(step, step / updates_per_epoch, prepared.measure(logits, config.threshold))
     except KeyboardInterrupt:
         if accelerator.is_main_process:
             log.keep_anything(step, step / updates_per_epoch)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,28 +187,6 @@ def test_it_joins_what_another_launcher_started(launcher: list[str], pico: Make,
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["examples"] == 23
     assert ("2 x CPU" if "torch" in launcher[0] else "1 x CPU, bf16") in done.stderr
-
-
-def test_ctrl_c_keeps_the_best_adapter_and_says_where(pico: Make, tmp_path: Path) -> None:
-    write_rows(tmp_path / "data" / "train.jsonl", opinions(400, 1))
-    write_rows(tmp_path / "data" / "validation.jsonl", opinions(20, 2))
-    command = [
-        sys.executable, "-m", "craft_cli", "train", "--model", str(pico()), "--task", "sst2", "--data-dir", "data",
-        "--ranks", "6,5,2", "--use-cpu", "--num-train-epochs", "500", "--output-dir", "out", "--logging-steps", "1",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not Path("out/adapter/adapter_config.json").is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert out == ""
-    assert "interrupted; the best adapter so far is in out/adapter" in err
-    assert "Traceback" not in err
-    assert craft.evaluate("out").examples == 20
-    assert not [path for path in Path("out").rglob("*") if ".part" in path.name]
-    assert craft.inspect("out").facts["state"] == "not finished"
 
 
 def test_a_run_of_one_update_changes_the_transforms(pico: Make, data_dir: Path) -> None:

@@ -1,0 +1,63 @@
+"""Ctrl-C: what was reached is kept, nothing is cut in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import opinions, write_rows
+from test_training import config
+
+import craft_cli as craft
+from craft_cli import training
+from craft_cli.training import Listener
+
+Make = Callable[..., Path]
+
+
+def test_ctrl_c_keeps_the_best_adapter_and_says_where(pico: Make, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", opinions(400, 1))
+    write_rows(tmp_path / "data" / "validation.jsonl", opinions(20, 2))
+    command = [
+        sys.executable, "-m", "craft_cli", "train", "--model", str(pico()), "--task", "sst2", "--data-dir", "data",
+        "--ranks", "6,5,2", "--use-cpu", "--num-train-epochs", "500", "--output-dir", "out", "--logging-steps", "1",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not Path("out/adapter/adapter_config.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "interrupted; the best adapter so far is in out/adapter" in err
+    assert "Traceback" not in err
+    assert craft.evaluate("out").examples == 20
+    assert not [path for path in Path("out").rglob("*") if ".part" in path.name]
+    assert craft.inspect("out").facts["state"] == "not finished"
+
+
+def test_ctrl_c_does_not_cut_what_is_being_written(pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first picture imports matplotlib; an interrupt in there once aborted the interpreter."""
+    heard: list[Path | None] = []
+    drawn: list[str] = []
+
+    class Hears(Listener):
+        def interrupted(self, adapter: Path | None) -> None:
+            heard.append(adapter)
+
+    def draw(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        drawn.append("whole")
+
+    monkeypatch.setattr(training, "training_curve", draw)
+    with pytest.raises(KeyboardInterrupt):
+        craft.train(config(pico(), data_dir), Hears())
+    assert (drawn, heard) == (["whole"], [Path("out/adapter")])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

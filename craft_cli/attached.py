@@ -67,6 +67,30 @@ class ModelAdapter(Adapter):
         state = self.model.state_dict()
         return {name: state[name] for name in self.head}
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """A copy of transforms and head on the CPU, by their names in the adapter's file."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._trained().items()}
+
+    @torch.no_grad()
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `trained_state` gave, or a part of it.
+
+        Raises:
+            ModelError: a tensor has no place here, or not this shape.
+        """
+        mine = self._trained()
+        for name, tensor in state.items():
+            if name not in mine or mine[name].shape != tensor.shape:
+                found = f"is {tuple(mine[name].shape)}" if name in mine else "is missing"
+                raise ModelError(f"{name} {tuple(tensor.shape)} {found} in this model")
+            mine[name].copy_(tensor)
+
+    def _trained(self) -> dict[str, Tensor]:
+        transforms: dict[str, Tensor] = {
+            f"transform.{name}.{mode}": k for name, p in self.items() for mode, k in p.transforms.items()
+        }
+        return transforms | {f"head.{name}": tensor for name, tensor in self.head_state().items()}
+
     def count_head_parameters(self) -> int:
         """How many numbers of the head are trained."""
         return sum(tensor.numel() for tensor in self.head_state().values())
@@ -96,11 +120,20 @@ class ModelAdapter(Adapter):
         Raises:
             FileError: it cannot be written, or reads back different; a former adapter there is untouched.
         """
-        state: dict[str, Tensor] = {
-            f"transform.{name}.{mode}": k for name, p in self.items() for mode, k in p.transforms.items()
-        }
+        path = Path(path)
+        if path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
+            raise FileError(f"{path} is a folder with something else than an adapter in it; choose another")
+        with whole_folder(path, overwrite=True) as folder:
+            self.write(folder, card=card)
+
+    def write(self, folder: Path, *, card: str | None = None) -> None:
+        """Write the adapter's files into a folder that is there, and check them by reading them back.
+
+        Raises:
+            FileError: one cannot be written, or reads back different.
+        """
+        state = self._trained()
         state |= factor_tensors({name: projection.decomposition for name, projection in self.items()})
-        state |= {f"head.{name}": tensor for name, tensor in self.head_state().items()}
         config = self.model.config
         record = {
             "method": "craft",
@@ -119,21 +152,17 @@ class ModelAdapter(Adapter):
             },
             "training": self.training_record,
         }
-        path = Path(path)
-        if path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
-            raise FileError(f"{path} is a folder with something else than an adapter in it; choose another")
-        with whole_folder(path, overwrite=True) as folder:
-            write_tensors(
-                folder / TENSOR_FILE, KIND, state, {"targets": list(self.factors.targets)} | self.factors.identity()
+        write_tensors(
+            folder / TENSOR_FILE, KIND, state, {"targets": list(self.factors.targets)} | self.factors.identity()
+        )
+        write_json(folder / CONFIG_FILE, record)
+        if card is not None:
+            write_bytes(folder / "README.md", card.encode())
+        saved, _ = read_tensors(folder / TENSOR_FILE, KIND)
+        if any(not torch.equal(saved[name], tensor.detach().cpu()) for name, tensor in state.items()):
+            raise FileError(
+                f"{folder}: the adapter reads back different from what was written; the disk may be failing"
             )
-            write_json(folder / CONFIG_FILE, record)
-            if card is not None:
-                write_bytes(folder / "README.md", card.encode())
-            saved, _ = read_tensors(folder / TENSOR_FILE, KIND)
-            if any(not torch.equal(saved[name], tensor.detach().cpu()) for name, tensor in state.items()):
-                raise FileError(
-                    f"{path}: the adapter reads back different from what was written; the disk may be failing"
-                )
 
 
 def attach(

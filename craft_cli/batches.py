@@ -1,17 +1,64 @@
-"""The order of the data: which rows make which update, whatever the number of processes.
+"""The order of the data and of the run: which rows make which update, when it evaluates, when it saves.
 
-The rows of one update are fixed by seed and epoch alone. N processes with batch B share out what one process with
-batch N B would take, so they compute the same update.
+All of it is a function of the settings and of the number of updates made, whatever the number of processes, so a training
+that was cut goes on from that number alone. The rows of one update are fixed by seed and epoch; N processes with batch B
+share out what one process with batch N B would take, so they compute the same update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from craft_cli.config import RunConfig
+
 BUCKET = 50
 """Updates whose rows are sorted by length together: enough to save most padding, few enough to keep the order random."""
+
+
+class Timetable:
+    """What happens at which update.
+
+    Args:
+        config: of the run.
+        lengths: tokens of each row.
+        update_size: rows of one update, over all processes and accumulated batches.
+
+    Attributes:
+        total: updates of the whole run.
+    """
+
+    def __init__(self, config: RunConfig, lengths: Sequence[int], update_size: int) -> None:
+        self._config, self._lengths, self._update_size = config, lengths, update_size
+        self._in_epoch = math.ceil(len(lengths) / update_size)
+        total = math.ceil(config.num_train_epochs * self._in_epoch)
+        self.total = 1 if config.dry_run else min(total, config.max_steps or total)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after this many updates."""
+        return step / self._in_epoch
+
+    def updates(self, after: int) -> Iterator[list[int]]:
+        """The rows of every update that follows the first `after`."""
+        for epoch in range(after // self._in_epoch, math.ceil(self.total / self._in_epoch)):
+            plan = plan_epoch(self._lengths, self._update_size, seed=self._config.seed, epoch=epoch)
+            done = max(after - epoch * self._in_epoch, 0)
+            yield from plan[done : self.total - epoch * self._in_epoch]
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation follows this update."""
+        return not self._config.dry_run and self._due(step, self._config.eval_strategy, self._config.eval_steps)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after this update (and its evaluation)."""
+        return not self._config.dry_run and self._due(step, self._config.save_strategy, self._config.save_steps)
+
+    def _due(self, step: int, strategy: str, steps: int | None) -> bool:
+        if strategy == "no" or step == 0:
+            return False
+        return step == self.total or step % (steps or self._in_epoch) == 0
 
 
 def plan_epoch(lengths: Sequence[int], update_size: int, *, seed: int, epoch: int) -> list[list[int]]:
@@ -33,10 +80,11 @@ def plan_epoch(lengths: Sequence[int], update_size: int, *, seed: int, epoch: in
 
 
 def share_out(update: Sequence[int], batch_size: int, *, process: int, processes: int) -> list[list[int]]:
-    """The batches that one process takes of an update, at most `batch_size` rows each.
+    """The batches that one process takes of an update: as few as `batch_size` allows, of sizes as even as can be.
 
-    Every process gets the same number of batches; the last one may be empty for some.
+    Every process gets the same number of batches; the last ones may be empty for some.
     """
     rounds = -(-len(update) // (batch_size * processes))
-    starts = [(turn * processes + process) * batch_size for turn in range(rounds)]
-    return [list(update[start : start + batch_size]) for start in starts]
+    size = -(-len(update) // (rounds * processes))
+    starts = [(turn * processes + process) * size for turn in range(rounds)]
+    return [list(update[start : start + size]) for start in starts]

@@ -23,12 +23,24 @@ ProblemType = Literal["single_label_classification", "multi_label_classification
 Rate = Annotated[float, Ge(0.0), Lt(math.inf)]
 
 
-GROUPS = ("Model and data", "Adapter", "Optimisation", "Processes and precision", "This call only")
+Strategy = Literal["no", "steps", "epoch"]
+
+GROUPS = (
+    "Model and data", "Adapter", "Optimisation", "Evaluation and checkpoints", "Processes and precision", "This call only"
+)  # fmt: skip
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
-def _setting(default: Any, text: str) -> Any:
-    """A field with its help; the group is that of the block it stands in."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def _setting(default: Any, text: str, *, free: bool = False) -> Any:
+    """A field with its help; the group is that of the block it stands in.
+
+    Args:
+        default: its value where it is not given.
+        text: the help.
+        free: a resumed run may change it: it decides when something is done or told, not what an update computes.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "free": free})
 
 
 @dataclass(frozen=True)
@@ -63,36 +75,77 @@ class RunConfig:
     targets: tuple[str, ...] = _setting(("query", "value"), "Projections to adapt: query,key,value,output.")
     ranks: Ranks = _setting(Ranks(64, 64, 8), "OUT,IN,LAYERS; a rank above its dimension is lowered.")
     init_noise: bool = _setting(False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.")
+    init_from: str | None = _setting(
+        None, "Run or adapter to take the transforms from (same base, same ranks); the head starts anew."
+    )
 
     learning_rate: Rate = _setting(3e-3, "Of the transforms; 0 trains the head alone.")
     head_learning_rate: Rate = _setting(2e-3, "Of the task head.")
     weight_decay: Rate = _setting(0.0, "Pulls K (and the head's matrices) to zero: towards the base model.")
     warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = _setting(0.06, "Share of the steps with a rising rate.")
-    num_train_epochs: Annotated[float, Gt(0.0), Lt(math.inf)] = _setting(3.0, "Passes over the training data.")
-    max_steps: Positive | None = _setting(None, "Stop after this many updates, whatever the epochs.")
+    num_train_epochs: Annotated[float, Gt(0.0), Lt(math.inf)] = _setting(
+        3.0, "Passes over the training data.", free=True
+    )
+    max_steps: Positive | None = _setting(None, "Stop after this many updates, whatever the epochs.", free=True)
     per_device_train_batch_size: Positive = _setting(32, "Examples a process takes at once.")
-    per_device_eval_batch_size: Positive = _setting(64, "Examples a process evaluates at once.")
+    per_device_eval_batch_size: Positive = _setting(64, "Examples a process evaluates at once.", free=True)
     gradient_accumulation_steps: Positive = _setting(1, "Batches a process adds up for one update.")
     class_weights: Literal["balanced"] | None = _setting(None, "balanced: rows of rare labels weigh more.")
     threshold: Annotated[float, Gt(0.0), Lt(1.0)] = _setting(0.5, "Where several labels can apply: above it one does.")
     max_grad_norm: Rate = _setting(1.0, "Clip the gradient's norm; 0 does not.")
-    logging_steps: Positive = _setting(10, "Updates between two lines of metrics.jsonl.")
     seed: Annotated[int, Ge(0)] = _setting(42, "Of the head's start, the order of the data and dropout.")
 
-    num_processes: Positive | None = _setting(None, "Processes to start; all visible GPUs, or one, without.")
+    eval_strategy: Strategy = _setting(
+        "epoch",
+        "When to evaluate: after every epoch, every --eval-steps, or no. The last update is evaluated too.",
+        free=True,
+    )
+    eval_steps: Positive | None = _setting(None, "Updates between two evaluations.", free=True)
+    metric_for_best_model: str | None = _setting(
+        None, "What chooses the best adapter: loss, or a metric of the task; its first one without."
+    )
+    early_stopping_patience: Positive | None = _setting(
+        None, "Stop after this many evaluations in a row that are not better.", free=True
+    )
+    early_stopping_threshold: Rate | None = _setting(
+        None, "By how much an evaluation must be better to count as better.", free=True
+    )
+    save_strategy: Strategy = _setting(
+        "epoch",
+        "When to write a checkpoint: after every epoch, every --save-steps, or no (only when interrupted).",
+        free=True,
+    )
+    save_steps: Positive | None = _setting(None, "Updates between two checkpoints.", free=True)
+    save_total_limit: Positive = _setting(2, "Checkpoints kept; older ones are deleted.", free=True)
+    logging_steps: Positive = _setting(
+        10, "Updates between two lines of metrics.jsonl; and of the log, without a terminal.", free=True
+    )
+    report_to: tuple[str, ...] = _setting(
+        ("none",), f"Where to report metrics beside metrics.jsonl: {','.join(TRACKERS)} or none.", free=True
+    )
+
+    num_processes: Positive | None = _setting(None, "Processes to start; all visible GPUs, or one, without.", free=True)
     bf16: bool = _setting(False, "bfloat16 autocast; transforms stay float32.")
     fp16: bool = _setting(False, "float16 autocast with loss scaling; transforms stay float32.")
-    use_cpu: bool = _setting(False, "Stay on the CPU even where there is a GPU.")
+    gradient_checkpointing: bool = _setting(
+        False, "Compute activations again in the backward pass: less memory, more time, same result.", free=True
+    )
+    torch_compile: bool = _setting(False, "Compile the model's layers; refused where they do not compile whole.")
+    load_in_8bit: bool = _setting(False, "Train over the base in 8 bits (bitsandbytes, CUDA); factors stay exact.")
+    load_in_4bit: bool = _setting(False, "Train over the base in 4 bits (bitsandbytes, CUDA); factors stay exact.")
+    use_cpu: bool = _setting(False, "Stay on the CPU even where there is a GPU.", free=True)
 
     cache_dir: str | None = _setting(None, "Folder of the factor files; ~/.cache/craft without.")
     output_dir: str | None = _setting(None, "Run folder; runs/TASK-MODEL-TIME without.")
     overwrite: bool = _setting(False, "Empty an output folder that is not empty.")
+    resume: bool = _setting(False, "Go on with the run in --output-dir, or with the latest: exactly as if never cut.")
     dry_run: bool = _setting(False, "Check everything, down to one real step, and stop.")
 
     @classmethod
     def groups(cls) -> dict[str, str]:
         """The group of every field; each begins with a certain one."""
-        first = dict(zip(("model", "targets", "learning_rate", "num_processes", "cache_dir"), GROUPS, strict=True))
+        begin = ("model", "targets", "learning_rate", "eval_strategy", "num_processes", "cache_dir")
+        first = dict(zip(begin, GROUPS, strict=True))
         group, found = GROUPS[0], {}
         for field in dataclasses.fields(cls):
             group = first.get(field.name, group)
@@ -110,7 +163,9 @@ class RunConfig:
         Raises:
             ConfigError: everything that is wrong, one line each, naming the flag or key.
         """
-        given = dict(recipe or {}) | {name: value for name, value in (flags or {}).items() if value is not None}
+        given: dict[str, Any] = {}
+        for layer in (dict(recipe or {}), {name: value for name, value in (flags or {}).items() if value is not None}):
+            given |= layer | _strategies(layer, given)
         names = [field.name for field in dataclasses.fields(cls)]
         for key in given:
             if key not in names:
@@ -129,6 +184,27 @@ class RunConfig:
             if group != GROUPS[-1] and value is not None:
                 kept[name] = ",".join(map(str, value)) if isinstance(value, tuple) else value
         return kept
+
+
+LISTS = ("targets", "text_columns", "report_to")
+"""Settings that hold several names, on the command line with commas between them."""
+
+
+def free_settings() -> set[str]:
+    """Names of the settings that a resumed run may change."""
+    return {field.name for field in dataclasses.fields(RunConfig) if field.metadata["free"]}
+
+
+def _strategies(layer: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
+    """What a number of steps, or a strategy without one, says of its partner that is not given beside it."""
+    implied: dict[str, Any] = {}
+    for kind in ("eval", "save"):
+        strategy, steps = f"{kind}_strategy", f"{kind}_steps"
+        if layer.get(steps) is not None and strategy not in layer:
+            implied[strategy] = "steps"
+        elif layer.get(strategy) in ("no", "epoch") and steps not in layer and steps in below:
+            implied[steps] = None
+    return implied
 
 
 def flag(name: str) -> str:
@@ -152,7 +228,7 @@ def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
             if name == "ranks":
                 values[name] = Ranks.parse(value)
                 continue
-            if name in ("targets", "text_columns") and isinstance(value, str):
+            if name in LISTS and isinstance(value, str):
                 value = tuple(part.strip() for part in value.split(","))
             if isinstance(value, bool) and "bool" not in str(hints[name]):
                 raise ConfigError(f"{flag(name)}: expected {_expected(hints[name])}, not {str(value).lower()}")
@@ -187,6 +263,30 @@ def _contradictions(config: RunConfig) -> list[str]:
         problems.append("--problem-type is for own data; --task knows its own")
     if config.dataset_config_name and not config.dataset_name:
         problems.append("--dataset-config-name needs --dataset-name")
+    for kind in ("eval", "save"):
+        strategy, steps = getattr(config, f"{kind}_strategy"), getattr(config, f"{kind}_steps")
+        if strategy == "steps" and steps is None:
+            problems.append(f"--{kind}-strategy steps needs --{kind}-steps")
+        if strategy != "steps" and steps is not None:
+            problems.append(f"--{kind}-steps needs --{kind}-strategy steps")
+    if config.eval_strategy == "no":
+        problems += [
+            f"{flag(name)} needs evaluations: --eval-strategy epoch or steps"
+            for name in ("metric_for_best_model", "early_stopping_patience")
+            if getattr(config, name) is not None
+        ]
+    if config.early_stopping_threshold is not None and config.early_stopping_patience is None:
+        problems.append("--early-stopping-threshold needs --early-stopping-patience")
+    if config.load_in_4bit and config.load_in_8bit:
+        problems.append("--load-in-4bit and --load-in-8bit exclude each other")
+    if config.resume and (config.overwrite or config.dry_run):
+        problems.append("--resume excludes --overwrite and --dry-run")
+    if config.init_from and config.init_noise:
+        problems.append("--init-from and --init-noise exclude each other")
+    unknown = [name for name in config.report_to if name not in (*TRACKERS, "none")]
+    problems += [f"--report-to: unknown tracker '{name}'{nearest(name, (*TRACKERS, 'none'))}" for name in unknown]
+    if "none" in config.report_to and len(config.report_to) > 1:
+        problems.append("--report-to: none excludes the others")
     if config.text_columns is not None and not 1 <= len(config.text_columns) <= 2:
         problems.append("--text-columns: one or two columns")
     return problems

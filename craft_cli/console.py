@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from craft_cli.training import Plan
+    from craft_cli.progress import Plan
 
 for _stream in (sys.stdout, sys.stderr):  # a code page or an ASCII pipe must not end a run
     if hasattr(_stream, "reconfigure"):
@@ -177,24 +177,34 @@ class TrainingConsole:
         err.print(Panel(grid, title="craft train", title_align="left", expand=False))
         self._updates = plan.updates
         self._began = time.perf_counter()
+        if plan.done:
+            say(f"going on after update {plan.done:,} of {plan.updates:,}")
 
     def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         self._seen += examples
-        speed = self._seen / max(time.perf_counter() - self._began, 1e-9)
-        self._bar("training", step, self._updates, f"loss {self._loss:.3f}  lr {rate:.1e}  {speed:,.0f} examples/s")
+        self._bar("training", step, self._updates, f"loss {self._loss:.3f}  {self._speed()}{self._metric}")
+
+    def logged(self, step: int, epoch: float, loss: float, rate: float) -> None:
+        if not err.is_terminal:  # a file gets lines where a terminal has its bar
+            say(f"update {step:,}/{self._updates:,}  loss {self._loss:.4f}  lr {rate:.1e}  {self._speed()}")
+
+    def _speed(self) -> str:
+        return f"{self._seen / max(time.perf_counter() - self._began, 1e-9):,.0f} examples/s"
 
     def evaluating(self, done: int, total: int) -> None:
         self._bar("evaluating", done, total)
 
     def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float], *, best: bool) -> None:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        err.print(f"epoch {epoch:<5g} {shown}{'  [green]best so far[/]' if best else ''}")
+        self._metric = "  " + "  ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[:1])
+        err.print(f"epoch {epoch:<5.3g} {shown}{'  [green]best so far[/]' if best else ''}")
 
-    def interrupted(self, adapter: Path | None) -> None:
+    def stopping(self) -> None:
+        say("stopping: the checkpoint is being written")
+
+    def interrupted(self, step: int, run: Path | None, *, resumable: bool) -> None:
         self._progress.stop()
-        say(
-            f"interrupted; the best adapter so far is in {adapter}"
-            if adapter
-            else "interrupted before the first update"
-        )
+        say(f"interrupted after update {step:,} of {self._updates:,}")
+        if run and resumable:
+            say(f"resume with  craft train --resume --output-dir {run}")

@@ -26,6 +26,10 @@ class FileError(CraftError):
     """A file of ours that is damaged, or a place that cannot be written."""
 
 
+class DamagedFile(FileError):
+    """A file of ours whose contents are not what was written."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, or the list of all known ones."""
     known = sorted(known)

@@ -6,22 +6,26 @@ header entry `craft`: a JSON object that names the kind of file, the format vers
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from craft_cli.errors import FileError
+from craft_cli.errors import DamagedFile, FileError
 
 FORMAT_VERSION = 1
+LOCK_FILE = ".lock"
+"""In a folder that one process at a time may write."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -49,10 +53,21 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlive a power cut, as `fsync` does for the contents of a file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems cannot; a full disk was noticed when writing
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -71,9 +86,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
-        raise FileError(f"{path} is damaged or not JSON ({error})") from error
+        raise DamagedFile(f"{path} is damaged or not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise FileError(f"{path} is damaged: it holds no JSON object")
+        raise DamagedFile(f"{path} is damaged: it holds no JSON object")
     return content
 
 
@@ -96,17 +111,21 @@ def whole_folder(destination: Path, *, overwrite: bool) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".part", dir=destination.parent))
     except OSError as error:
         raise cannot_write(destination, error) from error
+    former = None
     try:
         temporary.chmod(0o755)
         yield temporary
-        former = None
+        _sync_folder(temporary)
         if destination.exists():
             former = temporary.with_suffix(".old")
             destination.rename(former)
         temporary.rename(destination)
+        _sync_folder(destination.parent)
         if former:
             shutil.rmtree(former)
     except OSError as error:
+        if former and not destination.exists():
+            former.rename(destination)
         raise cannot_write(destination, error) from error
     except FileError as error:  # speak of the place the user knows
         raise FileError(str(error).replace(str(temporary), str(destination))) from error
@@ -114,16 +133,53 @@ def whole_folder(destination: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def delete_folder(folder: Path) -> None:
+    """Delete a folder so that it is never there by halves: first it loses its name."""
+    hidden = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def tidy(folder: Path, names: Iterable[str]) -> None:
+    """Clear away what a killed process left of writing these entries; a folder cut while it was replaced comes back.
+
+    Args:
+        folder: where they lie. Nobody else may be writing them.
+        names: of files and folders, as `fnmatch` patterns.
+    """
+    patterns = list(names)
+    for entry in list(folder.iterdir()):
+        if not (entry.name.startswith(".") and entry.suffix in (".part", ".old")):
+            continue
+        name = entry.name[1:].rsplit(".", 2)[0]  # .NAME.RANDOM.part
+        if not any(fnmatch(name, pattern) for pattern in patterns):
+            continue
+        if entry.suffix == ".old" and entry.is_dir() and not (folder / name).exists():
+            entry.rename(folder / name)
+        elif entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
 def check_free(destination: Path, *, overwrite: bool) -> None:
-    """Refuse a destination that holds something.
+    """Refuse a destination that holds something (what `holds_something` overlooks may be there).
 
     Raises:
         FileError: it is a file, or a folder that is not empty and may not be overwritten.
     """
     if destination.exists() and not destination.is_dir():
         raise FileError(f"{destination} is a file; choose a folder")
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+    if destination.is_dir() and holds_something(destination) and not overwrite:
         raise FileError(f"{destination} is not empty; choose another --output-dir or give --overwrite")
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether a folder is not empty; a lock and what a killed process left of ours do not count."""
+    return any(
+        entry.name != LOCK_FILE and not (entry.name.startswith(".") and entry.suffix in (".part", ".old"))
+        for entry in folder.iterdir()
+    )
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -169,7 +225,7 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
     except (OSError, SafetensorError, ValueError) as error:
-        raise FileError(f"{path} is damaged or truncated ({str(error).strip()})") from error
+        raise DamagedFile(f"{path} is damaged or truncated ({str(error).strip()})") from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise FileError(f"{path} is not a file of craft's with {kind}")
     if header.get("format_version") != FORMAT_VERSION:
@@ -192,7 +248,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise FileError(f"{path} is damaged or truncated ({str(error).strip()})") from error
+        raise DamagedFile(f"{path} is damaged or truncated ({str(error).strip()})") from error
     if checksum(tensors) != header.get("checksum"):
-        raise FileError(f"{path} is damaged: its contents do not match their checksum")
+        raise DamagedFile(f"{path} is damaged: its contents do not match their checksum")
     return tensors, header

@@ -34,12 +34,15 @@ def predict_batches(
     tokenizer: Any,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    cancelled: Callable[[], object] = lambda: False,
 ) -> list[Tensor]:
-    """Logits (rows, labels) of every batch, float32 on the CPU."""
+    """Logits (rows, labels) of every batch, float32 on the CPU; of fewer, once `cancelled` says so."""
     was_training = model.training
     model.eval()
     outputs, done, total = [], 0, sum(len(batch) for batch in batches)
     for batch in batches:
+        if cancelled():
+            break
         inputs, _ = collate(encoded, batch, tokenizer)
         outputs.append(model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.float().cpu())
         done += len(batch)

@@ -13,10 +13,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from craft_cli.config import RunConfig
 from craft_cli.errors import CraftError
+from craft_cli.signals import LAUNCHER, StopSignals
 
 
 def is_main_process() -> bool:
@@ -37,42 +38,17 @@ def processes_to_start(config: RunConfig) -> int:
     return wanted if wanted > 1 else 0
 
 
-@contextmanager
-def ctrl_c_waits() -> Iterator[None]:
-    """Ctrl-C takes effect when the block ends.
-
-    For what must not be cut in the middle: a C extension that is being imported (the first picture brings matplotlib)
-    turns the interrupt into an error of its own, or aborts the interpreter.
-    """
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
-        yield
-        return
-    pressed = False
-
-    def remember(*_: object) -> None:
-        nonlocal pressed
-        pressed = True
-
-    former = signal.signal(signal.SIGINT, remember)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, former)
-    if pressed:
-        raise KeyboardInterrupt
-
-
 def launch(processes: int, arguments: Sequence[str]) -> int:
     """Run `python -m craft_cli ARGUMENTS` in several processes and wait.
 
+    SIGINT and SIGTERM go on to the processes, which then finish their update and save.
+
     Returns:
-        The exit code of the first that failed, or 0.
+        0; the exit code of the first that failed; or 128 + the number of the signal that ended them.
 
     Raises:
         CraftError: a process was killed.
-        KeyboardInterrupt: Ctrl-C, after all have ended.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -80,6 +56,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         if name.startswith("torch.distributed"):  # the processes speak for themselves
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -90,16 +67,52 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            elastic_launch(config, sys.executable)("-m", "craft_cli", *arguments)
+        except BaseException as error:
+            failed.append(error)
+
+    # In a thread, because there the launcher leaves signals alone: it would kill what needs longer than 30 s to save.
+    thread = threading.Thread(target=work, daemon=True)
+    with _pass_on() as signals:
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)
+    if not failed:
+        return 0
+    if not isinstance(failed[0], ChildFailedError):
+        raise failed[0]
+    if signals:
+        return 128 + signals[0]
+    rank, failure = failed[0].get_first_failure()
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        raise CraftError(
+            f"process {rank} was killed by {name}; the others were stopped. "
+            "Go on from the last checkpoint with the same command and --resume"
+        ) from failed[0]
+    return failure.exitcode
+
+
+@contextmanager
+def _pass_on() -> Iterator[list[int]]:
+    """Send SIGINT and SIGTERM on to the processes started; yields the signals that came."""
+    import psutil
+
+    came: list[int] = []
+
+    def send(number: int, _: object) -> None:
+        came.append(number)
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+
+    former = {number: signal.signal(number, send) for number in StopSignals.SIGNALS}
     try:
-        elastic_launch(config, sys.executable)("-m", "craft_cli", *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            raise CraftError(f"process {rank} was killed by {name}; the others were stopped") from error
-        return failure.exitcode
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from error
-        raise SystemExit(128 + error.sigval) from error
-    return 0
+        yield came
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

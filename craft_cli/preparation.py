@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ from craft_cli.config import RunConfig
 from craft_cli.data import TRAIN, VALIDATION, DataSource, Split, load_splits
 from craft_cli.decomposition import Decomposition, decompose_checkpoint
 from craft_cli.errors import CraftError
-from craft_cli.factors import FactorCache
+from craft_cli.factors import FactorCache, Factors
 from craft_cli.metrics import renamed
 from craft_cli.models import head_of, load_classifier, load_tokenizer
 from craft_cli.objectives import measure
@@ -70,24 +70,28 @@ class Prepared:
         return sum(map(len, self.validation.values()))
 
 
-def prepare(config: RunConfig, progress: Callable[[str, int, int], None]) -> Prepared:
+def prepare(config: RunConfig, progress: Callable[[str, int, int], None], factors: Factors | None = None) -> Prepared:
     """Data, checkpoint and factors of a run; the same on every process.
 
     Args:
         config: of the run.
         progress: called with (what, done, total).
+        factors: the basis to train in; decomposed or taken from the cache without.
     """
     progress("loading data", 0, 1)
     loaded = load_splits(DataSource.of(config), [TRAIN, VALIDATION])
     progress("loading data", 1, 1)
     checkpoint = resolve(config.model, config.revision)
-    decomposition = decompose_checkpoint(
-        checkpoint,
-        config.targets,
-        config.ranks,
-        cache_dir=config.cache_dir,
-        progress=lambda target, done, total: progress(f"decomposing {target}", done, total),
-    )
+    if factors is None:
+        decomposition = decompose_checkpoint(
+            checkpoint,
+            config.targets,
+            config.ranks,
+            cache_dir=config.cache_dir,
+            progress=lambda target, done, total: progress(f"decomposing {target}", done, total),
+        )
+    else:
+        decomposition = Decomposition(replace(factors, model=checkpoint.name, revision=checkpoint.revision))
     tokenizer = load_tokenizer(checkpoint)
     rows = {
         name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
@@ -189,4 +193,6 @@ def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         recipe["model"] = str(Path(config.model).expanduser().resolve())
     elif prepared.checkpoint.revision:
         recipe["revision"] = prepared.checkpoint.revision
+    if config.init_from:
+        recipe["init_from"] = str(Path(config.init_from).expanduser().resolve())
     return recipe | {"ranks": str(config.ranks)}

@@ -4,7 +4,8 @@ recipe.yaml           the resolved configuration; running it again repeats the r
 metrics.jsonl         a line for each logged update and each evaluation
 training_curve.png
 adapter/              the best adapter
-all_results.json      the summary
+checkpoints/step-N/   what `--resume` goes on from; each is an adapter's folder with the state of the training beside it
+all_results.json      the summary; only a finished run has one
 """
 
 from __future__ import annotations
@@ -12,16 +13,30 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from craft_cli.attached import CONFIG_FILE
+from craft_cli.config import load_recipe
 from craft_cli.errors import FileError
-from craft_cli.files import cannot_write, check_free, read_json, write_bytes, write_json
+from craft_cli.files import (
+    LOCK_FILE,
+    cannot_write,
+    check_free,
+    holds_something,
+    read_json,
+    tidy,
+    write_bytes,
+    write_json,
+)
 
 RUNS = Path("runs")
+_WRITTEN = ("adapter", "recipe.yaml", "metrics.jsonl", "training_curve.png", "all_results.json")
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,32 @@ class Run:
         """Picture of loss and metrics."""
         return self.path / "training_curve.png"
 
+    def start(self, recipe: dict[str, Any]) -> None:
+        """Make it, empty, with its recipe, and point `runs/latest` to it. `being_trained` must hold it.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        try:
+            _empty(self.path)
+            self.write_recipe(recipe)
+            point_latest(self.path)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def go_on(self, recipe: dict[str, Any]) -> None:
+        """Make it an unfinished run again, of these settings, and the latest. `being_trained` must hold it.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        try:
+            (self.path / "all_results.json").unlink(missing_ok=True)
+            self.write_recipe(recipe)
+            point_latest(self.path)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
     def write_recipe(self, recipe: dict[str, Any]) -> None:
         """Write recipe.yaml."""
         import yaml
@@ -47,14 +88,81 @@ class Run:
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
         write_bytes(self.path / "recipe.yaml", f"# craft train --recipe {self.path / 'recipe.yaml'}\n{text}".encode())
 
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of what a resumed training goes on from."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        """A line for each logged update and each evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @contextlib.contextmanager
+    def being_trained(self) -> Iterator[None]:
+        """Hold the folder for one training; the system lets go of it when the process ends, however that comes.
+
+        Raises:
+            FileError: another process is training in it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / LOCK_FILE)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise FileError(
+                f"{self.path} is being trained by another process: wait for its end, or choose another --output-dir"
+            ) from None
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        try:
+            tidy(self.path, _WRITTEN)
+            yield
+        finally:
+            lock.release()
+
+    def is_running(self) -> bool:
+        """Whether a process is training in it now."""
+        if not (self.path / LOCK_FILE).is_file():
+            return False
+        try:
+            with FileLock(self.path / LOCK_FILE, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # somebody else's folder
+            return False
+
+    def state(self) -> str:
+        """`running`, `finished`, or `interrupted at step N`, the last one known of."""
+        if self.is_running():
+            return "running"
+        if self.results():
+            return "finished"
+        saved = [int(path.name[5:]) for path in self.checkpoints.glob("step-*") if path.name[5:].isdigit()]
+        return f"interrupted at step {max([line['step'] for line in self.metrics()] + saved, default=0)}"
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings in recipe.yaml; empty where there is none yet."""
+        path = self.path / "recipe.yaml"
+        return load_recipe(str(path)) if path.is_file() else {}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; one that was cut while it was written is left out."""
+        lines = []
+        if self.metrics_file.is_file():
+            for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    lines.append(json.loads(line))
+        return lines
+
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(self.metrics_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise cannot_write(path, error) from error
+            raise cannot_write(self.metrics_file, error) from error
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write all_results.json."""
@@ -70,30 +178,30 @@ class Run:
         return (self.path / "recipe.yaml").is_file()
 
 
-def start_run(output_dir: str | None, label: str, *, overwrite: bool) -> Run:
-    """Make the folder of a new run and point `runs/latest` to it.
+def new_run(output_dir: str | None, label: str, *, overwrite: bool) -> Run:
+    """The folder of a new run.
 
     Args:
         output_dir: the folder; `runs/LABEL-TIME` without.
         label: task and model, for the name.
-        overwrite: empty a folder that is not empty. Only a run folder is emptied, nothing else.
+        overwrite: it may hold a run, which `start` then clears away.
 
     Raises:
-        FileError: the folder is taken or cannot be made.
+        FileError: the folder is taken.
     """
     if output_dir:
-        run = check_output(output_dir, overwrite=overwrite)
-    else:
-        run = Run(_free_name(RUNS / f"{label}-{datetime.now():%Y%m%d-%H%M%S}"))
-    path = run.path
-    try:
-        if path.is_dir():
-            _empty(path)
-        path.mkdir(parents=True, exist_ok=True)
-        _point_latest(path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    return run
+        return check_output(output_dir, overwrite=overwrite)
+    name, number = f"{label}-{datetime.now():%Y%m%d-%H%M%S}", 1
+    while True:
+        path = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        else:
+            return Run(path)
 
 
 def check_output(output_dir: str, *, overwrite: bool) -> Run:
@@ -104,7 +212,7 @@ def check_output(output_dir: str, *, overwrite: bool) -> Run:
     """
     run = Run(Path(output_dir).expanduser())
     check_free(run.path, overwrite=overwrite)
-    if run.path.is_dir() and any(run.path.iterdir()) and not run.is_run():
+    if run.path.is_dir() and holds_something(run.path) and not run.is_run():
         raise FileError(
             f"{run.path} is not empty and is no run of craft's: --overwrite does not touch it; choose another"
         )
@@ -125,6 +233,40 @@ def find_run(path: str | None) -> Path:
     return Path(os.path.relpath(latest.resolve()))
 
 
+def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What settings that name a former run take from it, below all that is given: its recipe, or what fits its transforms.
+
+    Args:
+        settings: given ones; `resume` and `output_dir`, or `init_from`, say which run.
+
+    Raises:
+        FileError: `init_from` is no run or adapter.
+        ConfigError: its recipe is damaged.
+    """
+    if settings.get("resume"):
+        output_dir = settings.get("output_dir")
+        path = Path(output_dir).expanduser() if output_dir else RUNS / "latest"
+        return Run(path).recipe()
+    if settings.get("init_from"):
+        recipe = trained_recipe(str(settings["init_from"]))
+        return {name: recipe[name] for name in ("model", "revision", "targets", "ranks") if name in recipe}
+    return {}
+
+
+def trained_recipe(path: str) -> dict[str, Any]:
+    """The recipe that a run or an adapter was trained by.
+
+    Raises:
+        FileError: it is no run and no adapter.
+    """
+    from craft_cli.attached import read_record
+
+    folder = find_adapter(Path(path).expanduser())
+    if folder is None:
+        raise FileError(f"--init-from: {path} is no run and no adapter")
+    return dict(read_record(folder).get("training", {}).get("recipe", {}))
+
+
 def find_adapter(path: Path) -> Path | None:
     """The adapter folder at a path: of a run, or itself; None for anything else.
 
@@ -135,29 +277,28 @@ def find_adapter(path: Path) -> Path | None:
         return path
     if Run(path).is_run():
         if not (Run(path).adapter / CONFIG_FILE).is_file():
-            raise FileError(f"{path} is a run without an adapter: it stopped before its first evaluation")
+            raise FileError(
+                f"{path} is a run without an adapter: it stopped before its first evaluation; "
+                f"go on with `craft train --resume --output-dir {path}`"
+            )
         return Run(path).adapter
     return None
-
-
-def _free_name(path: Path) -> Path:
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
 
 
 def _empty(folder: Path) -> None:
     import shutil
 
     for entry in folder.iterdir():
+        if entry.name == LOCK_FILE:
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
 
 
-def _point_latest(path: Path) -> None:
+def point_latest(path: Path) -> None:
+    """Make `runs/latest` a link to this run."""
     RUNS.mkdir(exist_ok=True)
     link = RUNS / f".latest.{os.getpid()}"
     with contextlib.suppress(OSError):  # a file system without symbolic links has no latest run

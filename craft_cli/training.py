@@ -2,19 +2,19 @@
 
 N processes with batch B and A accumulated batches compute what one process with batch N A B computes: the rows of an
 update are fixed by seed and epoch (`batches`), every loss is a sum over rows divided by the rows of the whole update.
+A training that was cut goes on from its newest checkpoint (`training_state`) and computes what it would have computed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
+import secrets
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -23,85 +23,22 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from transformers import get_linear_schedule_with_warmup
 
 from craft_cli.attached import ModelAdapter
-from craft_cli.batches import plan_epoch, share_out
-from craft_cli.cards import model_card
+from craft_cli.batches import Timetable, share_out
 from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, CraftError
 from craft_cli.inference import in_order, length_sorted_batches, predict_batches
-from craft_cli.launch import ctrl_c_waits
+from craft_cli.journal import Journal
 from craft_cli.objectives import balanced_weights, constant_metric, summed_loss
-from craft_cli.plots import training_curve
-from craft_cli.preparation import Prepared, build, data_record, describe_tokens, prepare, resolved_recipe
-from craft_cli.runs import Run, check_output, start_run
-from craft_cli.tokens import Encoded, collate
+from craft_cli.preparation import Prepared, build, describe_tokens, prepare, resolved_recipe
+from craft_cli.progress import Listener, Plan, TrainResult
+from craft_cli.runs import Run, check_output, new_run
+from craft_cli.signals import StopSignals, end_by
+from craft_cli.starting import Start, find_start
+from craft_cli.tokens import collate
+from craft_cli.trackers import start_trackers, trackers
+from craft_cli.training_state import data_checksum, rng_state, save_checkpoint, untouched_rng
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What is about to happen, for the header of a run."""
-
-    model: str
-    task: str
-    labels: tuple[str, ...]
-    train_examples: int
-    eval_examples: int
-    tokens: str
-    targets: tuple[str, ...]
-    ranks: str
-    adapter_parameters: int
-    head_parameters: int
-    devices: str
-    effective_batch: str
-    updates: int
-    output: str | None
-    notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run reached.
-
-    Attributes:
-        output: the run folder; None for a dry run.
-        metrics: of the best evaluation.
-        baseline: the first metric for always answering the same: the most frequent label or the mean of the training rows.
-        epoch: of the best evaluation.
-        updates: made in all.
-        seconds: of the loop, evaluations included.
-        parameters: `adapter` and `head`, numbers trained.
-        examples: rows of each evaluation.
-    """
-
-    output: str | None
-    metrics: Mapping[str, float]
-    baseline: float
-    epoch: float
-    updates: int
-    seconds: float
-    parameters: Mapping[str, int]
-    examples: int
-
-
-class Listener:
-    """Hears of a run's progress; the console shows it. Only the main process speaks."""
-
-    def preparing(self, what: str, done: int, total: int) -> None:
-        """Something before the loop goes on: rows tokenised, layers decomposed."""
-
-    def started(self, plan: Plan) -> None:
-        """The loop begins."""
-
-    def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
-        """An update was made; `examples` in this update."""
-
-    def evaluating(self, done: int, total: int) -> None:
-        """Rows of the running evaluation."""
-
-    def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float], *, best: bool) -> None:
-        """An evaluation is complete."""
-
-    def interrupted(self, adapter: Path | None) -> None:
-        """Ctrl-C: where the best adapter so far lies."""
+T = TypeVar("T")
 
 
 def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
@@ -111,105 +48,154 @@ def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
 
     Raises:
         CraftError: the configuration, the model or the data cannot be used, or the loss is no longer finite.
-        KeyboardInterrupt: after the best adapter so far is safe.
+        KeyboardInterrupt: Ctrl-C, after the running update and a checkpoint.
+        SystemExit: SIGTERM, likewise; the code is 143.
     """
     shared = is_initialized()
     try:
-        return _train(config, _accelerator(config), listener or Listener())
+        with contextlib.ExitStack() as held:
+            return _train(config, _accelerator(config), listener or Listener(), held)
     finally:
         if not shared:  # a second run in this interpreter may want another precision
             AcceleratorState._reset_state()
 
 
-def _train(config: RunConfig, accelerator: Accelerator, listener: Listener) -> TrainResult:
-    listener = listener if accelerator.is_main_process else Listener()
-    if config.output_dir and not config.dry_run:  # before hours of preparation; taken when the loop begins
-        check_output(config.output_dir, overwrite=config.overwrite)
+def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held: contextlib.ExitStack) -> TrainResult:
+    main, device = accelerator.is_main_process, accelerator.device
+    listener = listener if main else Listener()
+    start = _from_main(accelerator, lambda: find_start(config, accelerator.num_processes, held))
+    config, state = start.config, start.state
     with accelerator.main_process_first():  # the others then find the caches filled
-        prepared = prepare(config, listener.preparing)
+        prepared = prepare(config, listener.preparing, start.factors)
 
     set_seed(config.seed)
     model, adapter = build(config, prepared)
+    adapter.load_trained_state(start.transforms)
     update_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    updates_per_epoch = math.ceil(len(prepared.train) / update_size)
-    total = math.ceil(config.num_train_epochs * updates_per_epoch)
-    total = 1 if config.dry_run else min(total, config.max_steps or total)
+    if state:  # whatever the number of processes is now
+        update_size = state.record["update_size"]
+    timetable = Timetable(config, prepared.train.lengths, update_size)
+    data = data_checksum([prepared.train, *prepared.validation.values()])
+    _check_state(start, timetable, data)
     parameters = {"adapter": adapter.count_parameters(), "head": adapter.count_head_parameters()}
-    run = None if config.dry_run else _open_run(config, prepared, accelerator)
-    listener.started(_plan(config, prepared, accelerator, parameters, update_size, total, run))
+    run = None
+    if not config.dry_run:
+        run = Run(_from_main(accelerator, lambda: _open_run(start, prepared, held)))
+    listener.started(_plan(start, prepared, accelerator, parameters, update_size, timetable, run))
 
     optimizer = torch.optim.AdamW(_parameter_groups(config, adapter))
-    schedule = get_linear_schedule_with_warmup(optimizer, int(config.warmup_ratio * total), total)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(config.warmup_ratio * timetable.total), timetable.total)
     with warnings.catch_warnings():  # torch 2.13 renames the option, 2.6 does not know the new name
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-        model, optimizer = accelerator.prepare(model, optimizer)  # not the schedule: it counts updates, not processes
+        model, prepared_optimizer = accelerator.prepare(model, optimizer)  # not the schedule: it counts updates
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.manual_seed(config.seed + 1 + accelerator.process_index)  # dropout differs between processes
     weights = None
     if config.class_weights:
-        weights = torch.tensor(balanced_weights(prepared.train.labels or [], prepared.task), device=accelerator.device)
-    log = _Log(config, prepared, adapter, run if accelerator.is_main_process else None, listener)
+        weights = torch.tensor(balanced_weights(prepared.train.labels or [], prepared.task), device=device)
+    journal = Journal(config, prepared, adapter, run if main else None, listener, accelerator.log)
+    step, spent, tracker_id = 0, 0.0, secrets.token_hex(8)
+    if state:
+        step, spent, tracker_id = state.step, state.record["seconds"], state.record["tracker_id"]
+        journal.restore(state.record["journal"], state.best, state.metrics)
+        _move(schedule, step)
+    if run:
+        start_trackers(accelerator, run, resolved_recipe(config, prepared), tracker_id, step)
+    if state:  # last, so that nothing draws random numbers in between
+        state.restore(adapter, prepared_optimizer, accelerator.scaler, accelerator.process_index, device)
 
-    step, began = 0, time.perf_counter()
+    began, saved, stopped = time.perf_counter() - spent, step, 0
+    updates = timetable.updates(after=step)
+
+    def save() -> None:
+        nonlocal saved
+        rng = gather_object([rng_state(device)])
+        if run and main:
+            record = {
+                "step": step, "update_size": update_size, "data": data, "seconds": time.perf_counter() - began,
+                "journal": journal.record(), "rng": rng, "tracker_id": tracker_id,
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            }  # fmt: skip
+            save_checkpoint(run, record, adapter, prepared_optimizer, journal.best_state, config.save_total_limit)
+        saved = step
+
+    stop = StopSignals()
     try:
-        for epoch in range(math.ceil(total / updates_per_epoch)):
-            model.train()
-            for update in plan_epoch(prepared.train.lengths, update_size, seed=config.seed, epoch=epoch):
-                loss = torch.zeros((), device=accelerator.device)
+        with stop:
+            while True:
+                if not stopped and timetable.evaluates(step) and journal.evaluated < step:
+                    with untouched_rng(device):
+                        metrics, stopped = _evaluate(model, prepared, config, accelerator, listener, stop)
+                        if metrics:
+                            with stop.shielded():
+                                journal.evaluation(step, timetable.epoch(step), metrics)
+                if stopped:
+                    listener.stopping()
+                if stopped or (timetable.saves(step) and saved < step):
+                    with stop.shielded():
+                        save()
+                if stopped or step == timetable.total or journal.out_of_patience:
+                    break
+
+                rows = next(updates)
+                model.train()
+                loss = torch.zeros((), device=device)
                 batches = share_out(
-                    update,
+                    rows,
                     config.per_device_train_batch_size,
                     process=accelerator.process_index,
                     processes=accelerator.num_processes,
                 )
-                for number, rows in enumerate(batches, start=1):
+                for number, batch in enumerate(batches, start=1):
                     with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(model):
-                        part = _batch_loss(model, prepared, rows, accelerator.device, weights)
-                        part = part * (accelerator.num_processes / len(update))  # DDP takes the mean over processes
+                        part = _batch_loss(model, prepared, batch, device, weights)
+                        part = part * (accelerator.num_processes / len(rows))  # DDP takes the mean over processes
                         accelerator.backward(part)
                         loss += part.detach()
                 if config.max_grad_norm:
                     accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
-                optimizer.step()
+                prepared_optimizer.step()
                 rate = schedule.get_last_lr()[0]
                 schedule.step()
-                optimizer.zero_grad()
+                prepared_optimizer.zero_grad()
                 step += 1
-                log.update(step, step / updates_per_epoch, accelerator.reduce(loss, "mean"), rate, len(update))
-                if step == total:
-                    break
-            if config.dry_run:
-                break
-            logits = {
-                name: _evaluate(model, encoded, config, prepared.tokenizer, accelerator, listener)
-                for name, encoded in prepared.validation.items()
-            }
-            with ctrl_c_waits():
-                log.evaluation(step, step / updates_per_epoch, prepared.measure(logits, config.threshold))
-    except KeyboardInterrupt:
-        if accelerator.is_main_process:
-            log.keep_anything(step, step / updates_per_epoch)
+                # One exchange for the loss and for whether any process was told to stop, so that all stop at the same update.
+                told = accelerator.gather(torch.stack([loss, torch.tensor(float(stop.received), device=device)])).view(
+                    -1, 2
+                )
+                journal.update(step, timetable.epoch(step), float(told[:, 0].mean()), rate, len(rows))
+                stopped = int(told[:, 1].max())
+    except KeyboardInterrupt:  # the second one: at once
+        listener.interrupted(step, run.path if run else None, resumable=saved > 0)
         raise
-    if config.dry_run:
-        encoded = next(iter(prepared.validation.values()))
-        rows = list(range(min(len(encoded), config.per_device_eval_batch_size)))
-        predict_batches(accelerator.unwrap_model(model), encoded, [rows], prepared.tokenizer, accelerator.device)
-    seconds = time.perf_counter() - began
+
+    if run and main and (stopped or config.eval_strategy == "no"):
+        journal.keep_last(timetable.epoch(step))
     result = TrainResult(
         output=str(run.path) if run else None,
-        metrics=log.best,
+        metrics=journal.best,
         baseline=_baseline(prepared),
-        epoch=log.best_epoch,
+        epoch=journal.best_epoch,
         updates=step,
-        seconds=seconds,
+        seconds=time.perf_counter() - began,
         parameters=parameters,
         examples=prepared.eval_examples,
+        stopped_early=step < timetable.total and journal.out_of_patience,
     )
-    if run and accelerator.is_main_process:
+    if config.dry_run:
+        encoded = next(iter(prepared.validation.values()))
+        batch = list(range(min(len(encoded), config.per_device_eval_batch_size)))
+        predict_batches(accelerator.unwrap_model(model), encoded, [batch], prepared.tokenizer, device)
+    elif stopped:
+        listener.interrupted(step, run.path if run else None, resumable=True)
+    elif run and main:
         run.write_results(asdict(result))
     accelerator.wait_for_everyone()
-    model, optimizer = accelerator.free_memory(accelerator.unwrap_model(model), optimizer)  # DDP before its group
+    accelerator.free_memory(accelerator.unwrap_model(model), prepared_optimizer)
+    del model  # DDP before its group
     accelerator.end_training()
+    if stopped:
+        raise end_by(stopped)
     return result
 
 
@@ -223,8 +209,57 @@ def _accelerator(config: RunConfig) -> Accelerator:
     return Accelerator(
         mixed_precision=precision,
         cpu=config.use_cpu or not torch.cuda.is_available(),
+        log_with=trackers(config.report_to) or None,
+        project_dir=".",  # the trackers' folder is known when the run is
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the factors never change
     )
+
+
+def _from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """What the main process makes, on every process; the error it meets, too."""
+    made: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            made = [make()]
+        except CraftError as error:
+            made = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(made)
+    if isinstance(made[0], CraftError):
+        raise made[0]
+    return made[0]
+
+
+def _check_state(start: Start, timetable: Timetable, data: str) -> None:
+    if not (start.state and start.run):
+        return
+    if start.state.record["data"] != data:
+        raise ConfigError(
+            f"--resume: {start.run.path} cannot go on: the rows it was trained or evaluated on have changed since; "
+            "give the former data, or choose another --output-dir"
+        )
+    if start.state.step > timetable.total:
+        raise ConfigError(
+            f"--resume: {start.run.path} has made {start.state.step:,} updates already, but --num-train-epochs or "
+            f"--max-steps end it at {timetable.total:,}"
+        )
+
+
+def _open_run(start: Start, prepared: Prepared, held: contextlib.ExitStack) -> Path:
+    """The run folder, held by this process from now on."""
+    config, recipe = start.config, resolved_recipe(start.config, prepared)
+    if start.run and start.state:
+        start.run.go_on(recipe)
+        return start.run.path
+    run = start.run
+    if run is None:
+        label = f"{prepared.task.name}-{Path(prepared.checkpoint.name).name}"
+        run = new_run(config.output_dir, label, overwrite=config.overwrite)
+        held.enter_context(run.being_trained())
+        if config.output_dir:  # another process may have trained there while this one prepared
+            check_output(config.output_dir, overwrite=config.overwrite)
+    run.start(recipe)
+    return run.path
 
 
 def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str, Any]]:
@@ -242,40 +277,35 @@ def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str
     ]
 
 
-def _open_run(config: RunConfig, prepared: Prepared, accelerator: Accelerator) -> Run:
-    """The run folder, made by the main process and known to all."""
-    made: list[Any] = [None]
-    if accelerator.is_main_process:
-        label = f"{prepared.task.name}-{Path(prepared.checkpoint.name).name}"
-        try:
-            run = start_run(config.output_dir, label, overwrite=config.overwrite)
-            run.write_recipe(resolved_recipe(config, prepared))
-            made = [run.path]
-        except CraftError as error:
-            made = [error]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(made)
-    if isinstance(made[0], CraftError):
-        raise made[0]
-    return Run(made[0])
+def _move(schedule: Any, step: int) -> None:
+    """Set a schedule to where it is after this many updates; the rate is a function of nothing else."""
+    schedule.last_epoch = step
+    for group, base, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(step)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
 def _plan(
-    config: RunConfig,
+    start: Start,
     prepared: Prepared,
     accelerator: Accelerator,
-    parameters: Mapping[str, int],
+    parameters: dict[str, int],
     update_size: int,
-    total: int,
+    timetable: Timetable,
     run: Run | None,
 ) -> Plan:
-    factors = prepared.decomposition.factors
+    config, factors = start.config, prepared.decomposition.factors
     kind = "GPU" if accelerator.device.type == "cuda" else accelerator.device.type.upper()
-    effective = f"{update_size} = {config.per_device_train_batch_size} a device"
-    if accelerator.num_processes > 1:
-        effective += f" x {accelerator.num_processes} processes"
+    each, processes = config.per_device_train_batch_size, accelerator.num_processes
+    effective = f"{update_size} = {each} a device"
+    if processes > 1:
+        effective += f" x {processes} processes"
     if config.gradient_accumulation_steps > 1:
         effective += f" x {config.gradient_accumulation_steps} accumulated"
+    if update_size != each * processes * config.gradient_accumulation_steps:
+        effective = f"{update_size}, as before; at most {each} a device at once"
     return Plan(
         model=prepared.checkpoint.name,
         task=prepared.task.name,
@@ -287,12 +317,13 @@ def _plan(
         ranks=" | ".join(dict.fromkeys(str(factors.ranks(target)) for target in factors.targets)),
         adapter_parameters=parameters["adapter"],
         head_parameters=parameters["head"],
-        devices=f"{accelerator.num_processes} x {kind}"
+        devices=f"{processes} x {kind}"
         + ("" if accelerator.mixed_precision == "no" else f", {accelerator.mixed_precision}"),
         effective_batch=effective,
-        updates=total,
+        updates=timetable.total,
+        done=start.state.step if start.state else 0,
         output=str(run.path) if run else None,
-        notes=prepared.notes,
+        notes=(*start.notes, *prepared.notes),
     )
 
 
@@ -311,95 +342,35 @@ def _batch_loss(
 
 
 def _evaluate(
-    model: Any, encoded: Encoded, config: RunConfig, tokenizer: Any, accelerator: Accelerator, listener: Listener
-) -> torch.Tensor:
-    """Logits (examples, labels) of all rows in their order, on every process; each row is computed once."""
-    batches = length_sorted_batches(encoded, config.per_device_eval_batch_size)
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    with accelerator.autocast():
-        outputs = predict_batches(
-            accelerator.unwrap_model(model), encoded, mine, tokenizer, accelerator.device, listener.evaluating
+    model: Any, prepared: Prepared, config: RunConfig, accelerator: Accelerator, listener: Listener, stop: StopSignals
+) -> tuple[dict[str, float] | None, int]:
+    """Metrics, on every process, each row computed once; or the signal that cut the evaluation on one of them."""
+    logits = {}
+    for name, encoded in prepared.validation.items():
+        batches = length_sorted_batches(encoded, config.per_device_eval_batch_size)
+        mine = batches[accelerator.process_index :: accelerator.num_processes]
+        with accelerator.autocast():
+            outputs = predict_batches(
+                accelerator.unwrap_model(model),
+                encoded,
+                mine,
+                prepared.tokenizer,
+                accelerator.device,
+                listener.evaluating,
+                cancelled=lambda: stop.received,
+            )
+        everyone = gather_object([(mine, outputs, stop.received)])
+        stopped = max(received for _, _, received in everyone)
+        if stopped:
+            return None, stopped
+        logits[name] = in_order(
+            [part for _, parts, _ in everyone for part in parts],
+            [rows for parts, _, _ in everyone for rows in parts],
+            len(encoded),
         )
-    everyone = gather_object(list(zip(mine, outputs, strict=True)))
-    return in_order([logits for _, logits in everyone], [rows for rows, _ in everyone], len(encoded))
+    return prepared.measure(logits, config.threshold), 0
 
 
 def _baseline(prepared: Prepared) -> float:
     gold = next(iter(prepared.validation.values())).labels
     return constant_metric(prepared.train.labels or [], gold or [], prepared.task)
-
-
-_TOO_FAST = ": lower --learning-rate or --head-learning-rate (the best adapter so far is kept)"
-
-
-class _Log:
-    """What the run folder is told: metrics.jsonl, the curve, the best adapter."""
-
-    def __init__(
-        self, config: RunConfig, prepared: Prepared, adapter: ModelAdapter, run: Run | None, listener: Listener
-    ) -> None:
-        self.config, self.prepared, self.adapter, self.run, self.listener = config, prepared, adapter, run, listener
-        self.best: dict[str, float] = {}
-        self.best_epoch = 0.0
-        self._lines: list[dict[str, Any]] = []
-
-    def update(self, step: int, epoch: float, loss: torch.Tensor, rate: float, examples: int) -> None:
-        value = float(loss)
-        if not math.isfinite(value):
-            raise CraftError(f"the loss is {value} at update {step}{_TOO_FAST}")
-        self.listener.updated(step, value, rate, examples)
-        if step % self.config.logging_steps == 0 or step == 1:
-            self._append({"step": step, "epoch": round(epoch, 6), "loss": value, "learning_rate": rate})
-
-    def evaluation(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        name = self.prepared.task.metrics[0]
-        if not math.isfinite(metrics["loss"]):
-            raise CraftError(f"the validation loss is {metrics['loss']} after update {step}{_TOO_FAST}")
-        better = not self.best or metrics[name] > self.best[name]
-        if better:
-            self.best, self.best_epoch = dict(metrics), epoch
-            self._save()
-        self._append(
-            {"step": step, "epoch": round(epoch, 6)} | {f"eval_{key}": value for key, value in metrics.items()}
-        )
-        if self.run:
-            training_curve(
-                self._lines, name, self.run.curve, f"{self.prepared.task.name} on {self.prepared.checkpoint.name}"
-            )
-        self.listener.evaluated(step, epoch, metrics, best=better)
-
-    def keep_anything(self, step: int, epoch: float) -> None:
-        """Interrupted: without an evaluation so far, the adapter as it is now is the best one."""
-        if self.run and not self.best and step:
-            self.best_epoch = epoch
-            self._save()
-        kept = self.run.adapter if self.run and (self.best or step) else None
-        self.listener.interrupted(kept)
-
-    def _append(self, line: dict[str, Any]) -> None:
-        self._lines.append(line)
-        if self.run:
-            self.run.append_metrics(line)
-
-    def _save(self) -> None:
-        if self.run is None:
-            return
-        recipe = resolved_recipe(self.config, self.prepared)
-        self.adapter.training_record = json.loads(
-            json.dumps(
-                {
-                    "task": self.prepared.task.name,
-                    "data": data_record(self.config, self.prepared),
-                    "problem_type": self.prepared.task.problem_type,
-                    "labels": self.prepared.task.labels,
-                    "threshold": self.config.threshold,
-                    "max_seq_length": self.config.max_seq_length,
-                    "epoch": self.best_epoch,
-                    "metrics": self.best,
-                    "recipe": recipe,
-                }
-            )
-        )
-        parameters = {"adapter": self.adapter.count_parameters(), "head": self.adapter.count_head_parameters()}
-        card = model_card(self.adapter.training_record, self.prepared.checkpoint.name, recipe["ranks"], parameters)
-        self.adapter.save(self.run.adapter, card=card)

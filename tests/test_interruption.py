@@ -16,7 +16,7 @@ from test_training import config
 
 import craft_cli as craft
 from craft_cli import training
-from craft_cli.training import Listener
+from craft_cli.progress import Listener
 
 Make = Callable[..., Path]
 

@@ -25,7 +25,7 @@ from craft_cli.data import DataSource, load_splits
 from craft_cli.errors import ConfigError, CraftError, DataError, FileError
 from craft_cli.runs import Run
 from craft_cli.tokens import Encoded, collate, encode
-from craft_cli.training import Listener, Plan, TrainResult
+from craft_cli.progress import Listener, Plan, TrainResult
 
 Make = Callable[..., Path]
 
@@ -76,8 +76,10 @@ def test_a_run_leaves_what_it_promises_and_learns(pico: Make, data_dir: Path) ->
     heard = Remember()
     result = craft.train(config(pico(), data_dir, num_train_epochs=12, ranks="24,24,3"), heard)
     assert sorted(os.listdir("out")) == [
+        ".lock",
         "adapter",
         "all_results.json",
+        "checkpoints",
         "metrics.jsonl",
         "recipe.yaml",
         "training_curve.png",

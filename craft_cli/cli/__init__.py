@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from craft_cli.cli import decompose, evaluate, inspect, merge, predict, recipes, train
+from craft_cli.cli import decompose, doctor, evaluate, inspect, merge, predict, recipes, train
 
 app = typer.Typer(
     name="craft",
@@ -23,6 +23,7 @@ app.command("eval")(evaluate.command)
 app.command("predict")(predict.command)
 app.command("merge")(merge.command)
 app.command("inspect")(inspect.command)
+app.command("doctor")(doctor.command)
 app.add_typer(recipes.app, name="recipes")
 
 

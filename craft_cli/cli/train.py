@@ -24,7 +24,12 @@ def command(
     from craft_cli import console
     from craft_cli.config import RunConfig, load_recipe
 
-    config = RunConfig.build(settings, load_recipe(recipe) if recipe else None)
+    given = load_recipe(recipe) if recipe else {}
+    if settings["resume"] or settings["init_from"] or given.get("init_from"):
+        from craft_cli.runs import inherited_settings
+
+        given = inherited_settings(given | {n: value for n, value in settings.items() if value is not None}) | given
+    config = RunConfig.build(settings, given)
 
     with console.status("starting"):
         from craft_cli.launch import is_main_process, launch, processes_to_start
@@ -45,13 +50,19 @@ def command(
     if result.output is None:
         console.facts({"dry run": "everything fits: data, model, factors, one update, one batch of evaluation"})
         return
-    console.facts(
-        {
+    evaluated = {}
+    if result.metrics:
+        evaluated = {
             "best": f"{console.show(result.metrics)} after epoch {result.epoch:g}",
             "baseline": f"{next(iter(result.metrics))} {result.baseline:.4f} for always the same answer",
-            "time": f"{result.updates:,} updates in {result.seconds:.0f} s",
+        }
+    early = ", stopped early" if result.stopped_early else ""
+    console.facts(
+        {
+            **evaluated,
+            "time": f"{result.updates:,} updates in {result.seconds:.0f} s{early}",
             "adapter": f"{result.output}/adapter",
-            "curve": f"{result.output}/training_curve.png",
+            "curve": f"{result.output}/training_curve.png" if result.metrics else None,
             "next": "craft eval, craft merge, craft inspect",
         }
     )

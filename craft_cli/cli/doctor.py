@@ -1,0 +1,51 @@
+"""`craft doctor`."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from craft_cli.cli.common import JsonFlag, reports_errors
+
+if TYPE_CHECKING:
+    from craft_cli.doctor import Finding
+
+_COLOURS = {"ok": "green", "note": "yellow", "broken": "bold red"}
+
+
+@reports_errors
+def command(json: JsonFlag = False) -> None:
+    """Examine this installation and machine, down to one real training step and merge."""
+    from craft_cli import console
+    from craft_cli.doctor import examine
+
+    with console.status("examining") as progress:
+        findings = examine(progress)
+    broken = [finding.name for finding in findings if finding.state == "broken"]
+    if json:
+        console.print_json({"findings": [asdict(finding) for finding in findings], "broken": len(broken)})
+    else:
+        _show(findings)
+        told = f"[bold red]{len(broken)} of {len(findings)} broken:[/] {', '.join(broken)}"
+        console.out.print(told if broken else "[bold green]everything works[/]")
+    if broken:
+        raise SystemExit(1)
+
+
+def _show(findings: Sequence[Finding]) -> None:
+    """Name, state and what was found; on a terminal wrapped between words, elsewhere a line each."""
+    from craft_cli import console
+
+    names, states = (max(map(len, texts)) for texts in ([f.name for f in findings], _COLOURS))
+    indent = names + states + 4
+    for finding in findings:
+        console.out.print(
+            f"[bold]{finding.name:<{names}}[/]  [{_COLOURS[finding.state]}]{finding.state:<{states}}[/]  ", end=""
+        )
+        lines = [finding.told]
+        if console.out.is_terminal:
+            width = max(20, console.out.width - indent)
+            lines = textwrap.wrap(finding.told, width, break_long_words=False, break_on_hyphens=False)
+        console.out.print(f"\n{' ' * indent}".join(lines), markup=False, soft_wrap=True)

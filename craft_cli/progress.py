@@ -1,0 +1,90 @@
+"""What a training tells while it goes on: the words between the loop and whoever shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is about to happen, for the header of a run."""
+
+    model: str
+    task: str
+    labels: tuple[str, ...]
+    train_examples: int
+    eval_examples: int
+    tokens: str
+    targets: tuple[str, ...]
+    ranks: str
+    adapter_parameters: int
+    head_parameters: int
+    devices: str
+    effective_batch: str
+    updates: int
+    done: int
+    output: str | None
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run reached.
+
+    Attributes:
+        output: the run folder; None for a dry run.
+        metrics: of the best evaluation; empty where nothing was evaluated.
+        baseline: the first metric for always answering the same: the most frequent label or the mean of the training rows.
+        epoch: of the best evaluation.
+        updates: made in all.
+        seconds: of the loop, evaluations included, and of what went before a resume.
+        parameters: `adapter` and `head`, numbers trained.
+        examples: rows of each evaluation.
+        stopped_early: whether patience was over before the last update.
+    """
+
+    output: str | None
+    metrics: Mapping[str, float]
+    baseline: float
+    epoch: float
+    updates: int
+    seconds: float
+    parameters: Mapping[str, int]
+    examples: int
+    stopped_early: bool = False
+
+
+class Listener:
+    """Hears of a run's progress; the console shows it. Only the main process speaks."""
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Something before the loop goes on: rows tokenised, layers decomposed."""
+
+    def started(self, plan: Plan) -> None:
+        """The loop begins."""
+
+    def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
+        """An update was made; `examples` in this update."""
+
+    def logged(self, step: int, epoch: float, loss: float, rate: float) -> None:
+        """An update was written to metrics.jsonl."""
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Rows of the running evaluation."""
+
+    def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float], *, best: bool) -> None:
+        """An evaluation is complete."""
+
+    def stopping(self) -> None:
+        """A signal came; the checkpoint is being written."""
+
+    def interrupted(self, step: int, run: Path | None, *, resumable: bool) -> None:
+        """The training ended before its time.
+
+        Args:
+            step: updates made.
+            run: the run folder, if there is one yet.
+            resumable: whether it has a checkpoint.
+        """

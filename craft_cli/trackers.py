@@ -1,0 +1,42 @@
+"""Experiment trackers, all through Accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from craft_cli.errors import ConfigError
+from craft_cli.runs import Run
+
+
+def trackers(names: Sequence[str]) -> list[str]:
+    """The trackers to start.
+
+    Raises:
+        ConfigError: one is not installed.
+    """
+    wanted = [name for name in names if name != "none"]
+    for name in wanted:
+        if find_spec(name) is None:
+            raise ConfigError(f"--report-to {name}: not installed; `pip install {name}`")
+    return wanted
+
+
+def start_trackers(accelerator: Any, run: Run, recipe: Mapping[str, Any], run_id: str, step: int) -> None:
+    """Start what `--report-to` names.
+
+    Args:
+        accelerator: of Accelerate, made with `log_with`.
+        run: files of tensorboard lie in its folder.
+        recipe: the settings, to be kept beside the metrics.
+        run_id: the same for all parts of a run that was cut.
+        step: updates made before; what was reported of later ones is withdrawn (tensorboard).
+    """
+    accelerator.project_configuration.logging_dir = str(run.path / "tensorboard")
+    options: dict[str, dict[str, Any]] = {
+        "tensorboard": {"purge_step": step + 1} if step else {},
+        "wandb": {"name": run.path.name, "dir": str(run.path), "id": run_id, "resume": "allow"},
+        "mlflow": {"run_name": run.path.name},
+    }
+    accelerator.init_trackers("craft", config=dict(recipe), init_kwargs=options)

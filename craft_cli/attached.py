@@ -59,13 +59,13 @@ class ModelAdapter(Adapter):
         super().__init__(factors.decompositions, init_noise)
         object.__setattr__(self, "model", model)  # not a submodule: the adapter is a submodule of the model
         self.factors = factors
+        self.architecture = type(model).__name__  # FSDP changes the class in place
         self.head = tuple(head)
         self.training_record: dict[str, Any] = {}
 
     def head_state(self) -> dict[str, Tensor]:
-        """The head's parameters and buffers by name."""
-        state = self.model.state_dict()
-        return {name: state[name] for name in self.head}
+        """The head's parameters by name."""
+        return {name: self.model.get_parameter(name).detach() for name in self.head}  # state_dict() disturbs FSDP
 
     def trained_state(self) -> dict[str, Tensor]:
         """A copy of transforms and head on the CPU, by their names in the adapter's file."""
@@ -144,7 +144,7 @@ class ModelAdapter(Adapter):
             "head": list(self.head),
             "parameters": {"adapter": self.count_parameters(), "head": self.count_head_parameters()},
             "model": {
-                "architecture": type(self.model).__name__,
+                "architecture": self.architecture,
                 "num_labels": config.num_labels,
                 "problem_type": config.problem_type,
                 "id2label": {str(number): label for number, label in config.id2label.items()},

@@ -177,7 +177,9 @@ class TrainingConsole:
         err.print(Panel(grid, title="craft train", title_align="left", expand=False))
         self._updates = plan.updates
         self._began = time.perf_counter()
-        if plan.done:
+        if plan.done == plan.updates:
+            say(f"all {plan.updates:,} updates were made before: nothing is left to train")
+        elif plan.done:
             say(f"going on after update {plan.done:,} of {plan.updates:,}")
 
     def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
@@ -187,7 +189,8 @@ class TrainingConsole:
 
     def logged(self, step: int, epoch: float, loss: float, rate: float) -> None:
         if not err.is_terminal:  # a file gets lines where a terminal has its bar
-            say(f"update {step:,}/{self._updates:,}  loss {self._loss:.4f}  lr {rate:.1e}  {self._speed()}")
+            width = len(f"{self._updates:,}")
+            say(f"update {step:>{width},}/{self._updates:,}  loss {self._loss:.4f}  lr {rate:.1e}  {self._speed()}")
 
     def _speed(self) -> str:
         return f"{self._seen / max(time.perf_counter() - self._began, 1e-9):,.0f} examples/s"

@@ -138,7 +138,7 @@ def _adapter(path: Path, folder: Path) -> tuple[Inspection, Mapping[str, TuckerT
     if run and run.results():
         facts["examples"] = run.results()["examples"]
     if run:
-        facts["state"] = "finished" if run.results() else "not finished"
+        facts["state"] = run.state()
     projections = []
     for name, decomposition in factors.decompositions.items():
         k = {mode: tensors[f"transform.{name}.{mode}"].double() for mode in MODES}

@@ -32,6 +32,7 @@ from craft_cli.objectives import balanced_weights, constant_metric, summed_loss
 from craft_cli.preparation import Prepared, build, describe_tokens, prepare, resolved_recipe
 from craft_cli.progress import Listener, Plan, TrainResult
 from craft_cli.runs import Run, check_output, new_run
+from craft_cli.sharding import average_gradients, fsdp_asked, held_here, shard
 from craft_cli.signals import StopSignals, end_by
 from craft_cli.starting import Start, find_start
 from craft_cli.tokens import collate
@@ -63,6 +64,7 @@ def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
 def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held: contextlib.ExitStack) -> TrainResult:
     main, device = accelerator.is_main_process, accelerator.device
     listener = listener if main else Listener()
+    sharded = fsdp_asked()
     start = _from_main(accelerator, lambda: find_start(config, accelerator.num_processes, held))
     config, state = start.config, start.state
     with accelerator.main_process_first():  # the others then find the caches filled
@@ -81,13 +83,17 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     run = None
     if not config.dry_run:
         run = Run(_from_main(accelerator, lambda: _open_run(start, prepared, held)))
-    listener.started(_plan(start, prepared, accelerator, parameters, update_size, timetable, run))
 
     optimizer = torch.optim.AdamW(_parameter_groups(config, adapter))
     schedule = get_linear_schedule_with_warmup(optimizer, int(config.warmup_ratio * timetable.total), timetable.total)
     with warnings.catch_warnings():  # torch 2.13 renames the option, 2.6 does not know the new name
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-        model, prepared_optimizer = accelerator.prepare(model, optimizer)  # not the schedule: it counts updates
+        if sharded:
+            model, prepared_optimizer = shard(model, accelerator), accelerator.prepare_optimizer(optimizer)
+        else:
+            model, prepared_optimizer = accelerator.prepare(model, optimizer)  # not the schedule: it counts updates
+    devices = _devices(accelerator) + (held_here(model) if sharded else "")
+    listener.started(_plan(start, prepared, accelerator, parameters, update_size, timetable, devices, run))
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.manual_seed(config.seed + 1 + accelerator.process_index)  # dropout differs between processes
     weights = None
@@ -148,10 +154,13 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
                 )
                 for number, batch in enumerate(batches, start=1):
                     with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(model):
-                        part = _batch_loss(model, prepared, batch, device, weights)
+                        with accelerator.autocast():
+                            part = _batch_loss(model, prepared, batch, device, weights)
                         part = part * (accelerator.num_processes / len(rows))  # DDP takes the mean over processes
                         accelerator.backward(part)
                         loss += part.detach()
+                if sharded:  # it leaves whole parameters alone
+                    average_gradients(trainable)
                 if config.max_grad_norm:
                     accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
                 prepared_optimizer.step()
@@ -159,10 +168,8 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
                 schedule.step()
                 prepared_optimizer.zero_grad()
                 step += 1
-                # One exchange for the loss and for whether any process was told to stop, so that all stop at the same update.
-                told = accelerator.gather(torch.stack([loss, torch.tensor(float(stop.received), device=device)])).view(
-                    -1, 2
-                )
+                # One exchange for the loss and for a signal on any process, so that all stop after the same update.
+                told = accelerator.gather(torch.stack([loss, loss.new_tensor(stop.received)])).view(-1, 2)
                 journal.update(step, timetable.epoch(step), float(told[:, 0].mean()), rate, len(rows))
                 stopped = int(told[:, 1].max())
     except KeyboardInterrupt:  # the second one: at once
@@ -287,6 +294,12 @@ def _move(schedule: Any, step: int) -> None:
     schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
+def _devices(accelerator: Accelerator) -> str:
+    kind = "GPU" if accelerator.device.type == "cuda" else accelerator.device.type.upper()
+    precision = "" if accelerator.mixed_precision == "no" else f", {accelerator.mixed_precision}"
+    return f"{accelerator.num_processes} x {kind}{precision}"
+
+
 def _plan(
     start: Start,
     prepared: Prepared,
@@ -294,10 +307,10 @@ def _plan(
     parameters: dict[str, int],
     update_size: int,
     timetable: Timetable,
+    devices: str,
     run: Run | None,
 ) -> Plan:
     config, factors = start.config, prepared.decomposition.factors
-    kind = "GPU" if accelerator.device.type == "cuda" else accelerator.device.type.upper()
     each, processes = config.per_device_train_batch_size, accelerator.num_processes
     effective = f"{update_size} = {each} a device"
     if processes > 1:
@@ -317,8 +330,7 @@ def _plan(
         ranks=" | ".join(dict.fromkeys(str(factors.ranks(target)) for target in factors.targets)),
         adapter_parameters=parameters["adapter"],
         head_parameters=parameters["head"],
-        devices=f"{processes} x {kind}"
-        + ("" if accelerator.mixed_precision == "no" else f", {accelerator.mixed_precision}"),
+        devices=devices,
         effective_batch=effective,
         updates=timetable.total,
         done=start.state.step if start.state else 0,
@@ -344,31 +356,34 @@ def _batch_loss(
 def _evaluate(
     model: Any, prepared: Prepared, config: RunConfig, accelerator: Accelerator, listener: Listener, stop: StopSignals
 ) -> tuple[dict[str, float] | None, int]:
-    """Metrics, on every process, each row computed once; or the signal that cut the evaluation on one of them."""
-    logits = {}
+    """Metrics, on every process, each row computed once; None where a signal cut it. And the signal."""
+    logits, stopped = {}, 0
     for name, encoded in prepared.validation.items():
         batches = length_sorted_batches(encoded, config.per_device_eval_batch_size)
         mine = batches[accelerator.process_index :: accelerator.num_processes]
+        spare = []
+        if fsdp_asked():  # every process must run as many forwards, to the end
+            spare = batches[:1] * (-(-len(batches) // accelerator.num_processes) - len(mine))
         with accelerator.autocast():
             outputs = predict_batches(
                 accelerator.unwrap_model(model),
                 encoded,
-                mine,
+                mine + spare,
                 prepared.tokenizer,
                 accelerator.device,
                 listener.evaluating,
-                cancelled=lambda: stop.received,
+                cancelled=lambda: stop.received and not fsdp_asked(),
             )
-        everyone = gather_object([(mine, outputs, stop.received)])
-        stopped = max(received for _, _, received in everyone)
-        if stopped:
+        everyone = gather_object([(mine, outputs[: len(mine)], stop.received)])
+        stopped = max(stopped, *(received for _, _, received in everyone))
+        if any(len(parts) < len(rows) for rows, parts, _ in everyone):
             return None, stopped
         logits[name] = in_order(
             [part for _, parts, _ in everyone for part in parts],
             [rows for parts, _, _ in everyone for rows in parts],
             len(encoded),
         )
-    return prepared.measure(logits, config.threshold), 0
+    return prepared.measure(logits, config.threshold), stopped
 
 
 def _baseline(prepared: Prepared) -> float:

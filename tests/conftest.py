@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from typer.testing import CliRunner
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only get in each other's way on models this small
 
-import craft_cli as craft
-from craft_cli.cli import app
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+import craft_cli as craft  # noqa: E402
+from craft_cli.cli import app  # noqa: E402
 
 WORDS = [
     "the",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +15,10 @@ from craft_cli.cli.common import JsonFlag, reports_errors
 @reports_errors
 def command(
     path: Annotated[
-        str | None, typer.Argument(help="Model, file of factors, run or adapter.", show_default="the latest run")
+        str | None,
+        typer.Argument(
+            help="Model, file of factors, run, adapter, or a folder of runs.", show_default="the latest run"
+        ),
     ] = None,
     ranks: Annotated[
         str | None, typer.Option(metavar="OUT,IN,LAYERS", help="Of a model: count the numbers trained.")
@@ -21,12 +26,20 @@ def command(
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the spectra (png, svg, pdf).")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Look into a model, a file of factors, a run or an adapter."""
+    """Look into a model, a file of factors, a run or an adapter; list the runs of a folder."""
     from craft_cli import console
+    from craft_cli.errors import ConfigError
 
     with console.status("reading"):
         from craft_cli.inspection import inspect
+        from craft_cli.listing import list_runs
 
+        runs = list_runs(Path(path).expanduser()) if path else []
+        if runs and (ranks or plot):
+            raise ConfigError(f"--ranks and --plot: {path} is a folder of runs; name one of them")
+        if runs:
+            _list(str(path), runs, json=json)
+            return
         found = inspect(path, ranks=ranks, plot=plot)
     if json:
         content = asdict(found)
@@ -48,6 +61,19 @@ def command(
     if any("change_by_layer" in row for row in found.projections):
         console.out.print()
         _changes(found.projections)
+
+
+def _list(path: str, runs: Sequence[Any], *, json: bool) -> None:
+    from craft_cli import console
+
+    if json:
+        console.print_json({"kind": "runs", "path": path, "runs": [asdict(run) for run in runs]})
+        return
+    rows = []
+    for run in runs:
+        best = dict(list((run.metrics or {}).items())[:1])
+        rows.append([Path(run.run).name, run.task or "", run.ranks or "", console.show(best), run.state])
+    console.table(["run", "task", "ranks", "best", "state"], rows)
 
 
 def _table(projections: Any) -> tuple[list[str], list[list[Any]]]:

@@ -19,7 +19,6 @@ This module knows torch only: give it decompositions, a module and views into it
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +79,27 @@ class ProjectionAdapter(nn.Module):
             yield self.u_out @ s @ self.u_in.T
 
 
+class _Change:
+    """The forward hook of one adapted layer: adds the change by the slice that the running forward began with.
+
+    Nothing in it differs between layers but tensors, so that all of them share one compiled graph.
+    """
+
+    tensors: tuple[Tensor, Tensor, Tensor] | None = None  # U_in (d_in, r_in), S_l (r_out, r_in), U_out^T (r_out, d_out)
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+    def __getstate__(self) -> dict[str, object]:
+        """For copies and pickles: the tensors of the last forward belong to its graph and stay behind."""
+        return {"view": self.view}
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        assert self.tensors is not None
+        u_in, s, u_out_t = self.tensors
+        return self.view.add_to_output(output, inputs[0] @ u_in @ s.T @ u_out_t)  # (..., d_out)
+
+
 class Adapter(nn.Module):
     """The transforms of several projections, and their place in a model.
 
@@ -101,11 +121,7 @@ class Adapter(nn.Module):
         )
         self._views: dict[str, Sequence[View]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._current: dict[str, tuple[Tensor, tuple[Tensor, ...], Tensor]] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        """For copies and pickles: the slices of the last forward belong to its graph and stay behind."""
-        return self.__dict__ | {"_current": {}}
+        self._changes: dict[str, list[_Change]] = {}
 
     def items(self) -> Iterator[tuple[str, ProjectionAdapter]]:
         """(name, projection), in the order they were given."""
@@ -127,22 +143,24 @@ class Adapter(nn.Module):
             views: for every projection, one view a layer.
 
         Raises:
-            ValueError: `root` carries an adapter already, or a view's weight has not the shape decomposed.
+            ValueError: `root` carries an adapter already, is compiled, or a view's weight has not the shape decomposed.
         """
         if hasattr(root, self.ATTRIBUTE):
             raise ValueError("this model carries an adapter already: detach it first")
+        if any(getattr(module, "_compiled_call_impl", None) for module in root.modules()):
+            raise ValueError("this model is compiled, and compiled code does not see new hooks: attach, then compile")
         for name, projection in self.items():
             shape = projection.decomposition.shape
-            found = [view.shape(tuple(view.module_of(root).weight.shape)) for view in views[name]]  # type: ignore[arg-type]
+            found = [view.shape(view.stored_shape(root)) for view in views[name]]
             if (len(found), *found[0]) != shape or len(set(found)) != 1:
                 raise ValueError(f"{name}: the model has {len(found)} layers {found[0]}, the factors are for {shape}")
         self.to(next(root.parameters()).device)
         self._views = {name: views[name] for name, _ in self.items()}
         self._handles.append(root.register_forward_pre_hook(self._begin))
         for name, layers in self._views.items():
-            for layer, view in enumerate(layers):
-                hook = partial(self._add_change, name, layer)
-                self._handles.append(view.module_of(root).register_forward_hook(hook))
+            self._changes[name] = [_Change(view) for view in layers]
+            for change in self._changes[name]:
+                self._handles.append(change.view.module_of(root).register_forward_hook(change))
         root.add_module(self.ATTRIBUTE, self)
 
     def detach(self, root: nn.Module) -> None:
@@ -150,10 +168,14 @@ class Adapter(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._current.clear()
+        self._changes.clear()
         self._views = {}
         if getattr(root, self.ATTRIBUTE, None) is self:
             delattr(root, self.ATTRIBUTE)
+
+    def modules_adapted(self) -> list[str]:
+        """Paths of the modules that are adapted, from the root it is attached to."""
+        return list(dict.fromkeys(view.module for views in self._views.values() for view in views))
 
     @torch.no_grad()
     def merge(self, root: nn.Module) -> list[str]:
@@ -187,15 +209,9 @@ class Adapter(nn.Module):
         dtype = torch.get_autocast_dtype(device) if autocast else _compute_dtype(root)
         with torch.autocast(device, enabled=False):
             for name, projection in self.items():
-                slices = projection.slices().to(dtype).unbind(0)
-                self._current[name] = (projection.u_in.to(dtype), slices, projection.u_out.T.to(dtype))
-
-    def _add_change(
-        self, name: str, layer: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor:
-        u_in, slices, u_out_t = self._current[name]
-        delta = inputs[0] @ u_in @ slices[layer].T @ u_out_t  # (..., d_out)
-        return self._views[name][layer].add_to_output(output, delta)
+                u_in, u_out_t = projection.u_in.to(dtype), projection.u_out.T.to(dtype)
+                for change, s in zip(self._changes[name], projection.slices().to(dtype).unbind(0), strict=True):
+                    change.tensors = (u_in, s, u_out_t)
 
 
 def _compute_dtype(root: nn.Module) -> torch.dtype:

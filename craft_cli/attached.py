@@ -34,6 +34,7 @@ from craft_cli.files import (
     write_tensors,
 )
 from craft_cli.projections import layer_views
+from craft_cli.quantization import TOLERANCE, dense_weight, kind_of
 from craft_cli.ranks import Ranks
 from craft_cli.tucker import TuckerTensor, mode_product
 from craft_cli.views import View
@@ -106,8 +107,11 @@ class ModelAdapter(Adapter):
             Paths of the modules whose weight changed.
 
         Raises:
+            ModelError: the model is quantised.
             ValueError: nothing changes, or the adapter is attached to no model.
         """
+        if getattr(self.model, "is_quantized", False):
+            raise ModelError("a quantised model cannot be merged into: load the adapter onto the full-precision base")
         return super().merge(self.model.base_model if root is None else root)
 
     def save(self, path: str | Path, *, card: str | None = None) -> None:
@@ -290,7 +294,8 @@ def check_base(model: Any, factors: Factors, views: Mapping[str, Sequence[View]]
     """Refuse a model with other weights than those decomposed.
 
     The sha256 is compared in the dtype of the checkpoint, which a model loaded in a wider one converts to exactly. A
-    model loaded in a narrower dtype is rounded, so there the core it gives must be the stored one to that precision.
+    model loaded in a narrower dtype or quantised is rounded, so there the core it gives must be the stored one to that
+    precision.
 
     Raises:
         ModelError: other weights.
@@ -298,27 +303,31 @@ def check_base(model: Any, factors: Factors, views: Mapping[str, Sequence[View]]
     checkpoint_dtype = getattr(torch, factors.dtype)
     for target, decomposition in factors.decompositions.items():
         try:
-            weights = [v.module_of(model.base_model).get_parameter("weight").detach() for v in views[target]]
+            modules = [view.module_of(model.base_model) for view in views[target]]
+            weights = [dense_weight(module) for module in modules]
         except AttributeError as error:
             raise ModelError(f"this model has no projection '{target}' where its family keeps it: {error}") from error
         layers = [view.read(weight) for view, weight in zip(views[target], weights, strict=True)]
         same_shape = (len(layers), *layers[0].shape) == decomposition.shape
-        if same_shape and torch.promote_types(layers[0].dtype, checkpoint_dtype) == layers[0].dtype:
+        kind = kind_of(modules[0])
+        if kind:
+            same = same_shape and _same_core(layers, decomposition, TOLERANCE[kind])
+        elif same_shape and torch.promote_types(layers[0].dtype, checkpoint_dtype) == layers[0].dtype:
             same = fingerprint(layers, checkpoint_dtype) == factors.fingerprints[target]
         else:
-            same = same_shape and _same_core(layers, decomposition)
+            same = same_shape and _same_core(layers, decomposition, torch.finfo(layers[0].dtype).eps)
         if not same:
             raise ModelError(
                 f"the factors are of {factors.model}; this model has other weights ({target}), on which they mean nothing"
             )
 
 
-def _same_core(layers: Sequence[Tensor], decomposition: TuckerTensor) -> bool:
+def _same_core(layers: Sequence[Tensor], decomposition: TuckerTensor, tolerance: float) -> bool:
     u_layer, u_out, u_in = (factor.to(layers[0].device) for factor in decomposition.factors)
     stack = torch.stack([u_out.T @ layer.float() @ u_in for layer in layers])  # (L, r_out, r_in)
     core = mode_product(stack, u_layer.T, 0)
     expected = decomposition.core.to(core.device)
-    return bool((core - expected).norm() <= torch.finfo(layers[0].dtype).eps * expected.norm())
+    return bool((core - expected).norm() <= tolerance * expected.norm())
 
 
 def _put_on(adapter: ModelAdapter, views: Mapping[str, Sequence[View]]) -> None:

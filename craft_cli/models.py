@@ -12,10 +12,14 @@ import torch
 from craft_cli.attached import ModelAdapter, head_names, load, read_record
 from craft_cli.checkpoints import Checkpoint, resolve
 from craft_cli.errors import ModelError
+from craft_cli.quantization import after_loading, quantization_config
 
 
 def load_classifier(
-    checkpoint: Checkpoint, labels: Sequence[str] | None = None, dtype: torch.dtype | str = torch.float32
+    checkpoint: Checkpoint,
+    labels: Sequence[str] | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    **more: Any,
 ) -> tuple[Any, list[str]]:
     """A model for sequence classification.
 
@@ -23,6 +27,7 @@ def load_classifier(
         checkpoint: of a base model or a classifier.
         labels: names of the labels; those of the checkpoint without. A head of another size starts anew.
         dtype: of the weights; `auto` keeps the checkpoint's.
+        more: for `from_pretrained`.
 
     Returns:
         The model, and the names of its parameters that the checkpoint does not hold and that are random now.
@@ -32,9 +37,9 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(more)
     if labels is not None:
-        options = {
+        options |= {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: number for number, label in enumerate(labels)},
@@ -51,6 +56,58 @@ def load_classifier(
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"transformers cannot load {checkpoint.name}: {str(error).strip().splitlines()[0]}") from error
     return model, sorted(set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]})
+
+
+def load_quantised(
+    checkpoint: Checkpoint, labels: Sequence[str], bits: int, compute: torch.dtype, device: torch.device
+) -> tuple[Any, list[str]]:
+    """A model for sequence classification whose frozen linear layers have 4 or 8 bits; what is trained stays float32.
+
+    Args:
+        checkpoint: in full precision.
+        labels: names of the labels.
+        bits: 4 or 8.
+        compute: dtype in which a 4-bit layer multiplies.
+        device: where it computes.
+
+    Returns:
+        As `load_classifier`.
+
+    Raises:
+        ModelError: transformers cannot load it, or its family is not supported in so few bits.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = checkpoint.config()
+    with torch.device("meta"):
+        empty = AutoModelForSequenceClassification.from_config(config)
+    trained = head_names(empty)
+    place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    while True:
+        whole = sorted({name.rpartition(".")[0] for name in trained})
+        settings = quantization_config(bits, compute, whole)
+        model, fresh = load_classifier(checkpoint, labels, quantization_config=settings, **place)
+        inside = [name for name in fresh if name.rpartition(".")[0] not in whole]
+        if not inside:  # else the checkpoint lacks a part of the base, such as a pooler, which is trained too
+            after_loading(model)
+            return model, fresh
+        trained = [*trained, *inside]
+
+
+def recompute_activations(model: Any) -> None:
+    """Keep only what goes into each layer, and compute the rest again in the backward pass.
+
+    Raises:
+        ModelError: transformers cannot do this for the model's family.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(f"--gradient-checkpointing: transformers has none for {model.config.model_type}")
+    # The other way, reentrant, would go through the graph of the slices once for each layer, and fail.
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.24
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def head_of(model: Any, fresh: Sequence[str]) -> list[str]:

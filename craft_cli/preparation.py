@@ -9,18 +9,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from craft_cli.attached import ModelAdapter, attach
 from craft_cli.batches import plan_epoch
-from craft_cli.checkpoints import Checkpoint, resolve
+from craft_cli.checkpoints import Checkpoint, fingerprint, resolve
+from craft_cli.compilation import compile_blocks, freeze_cache
 from craft_cli.config import RunConfig
 from craft_cli.data import TRAIN, VALIDATION, DataSource, Split, load_splits
-from craft_cli.decomposition import Decomposition, decompose_checkpoint
-from craft_cli.errors import CraftError
+from craft_cli.decomposition import Decomposition, decompose_checkpoint, read_stacks
+from craft_cli.errors import CraftError, ModelError
 from craft_cli.factors import FactorCache, Factors
 from craft_cli.metrics import renamed
-from craft_cli.models import head_of, load_classifier, load_tokenizer
+from craft_cli.models import head_of, load_classifier, load_quantised, load_tokenizer, recompute_activations
 from craft_cli.objectives import measure
 from craft_cli.tasks import REGRESSION, Task, align_labels
 from craft_cli.tokens import Encoded, encode, padding
@@ -91,6 +93,9 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], factor
             progress=lambda target, done, total: progress(f"decomposing {target}", done, total),
         )
     else:
+        stacks = read_stacks(checkpoint, checkpoint.config(), factors.targets)
+        if any(fingerprint(stack) != factors.fingerprints[target] for target, stack in stacks.items()):
+            raise ModelError(f"{checkpoint.name} has other weights than those the transforms were trained on")
         decomposition = Decomposition(replace(factors, model=checkpoint.name, revision=checkpoint.revision))
     tokenizer = load_tokenizer(checkpoint)
     rows = {
@@ -112,6 +117,8 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], factor
         if part.cut:
             share = f"{part.cut:,} of {len(part):,} rows of {rows[name].origin}"
             notes.append(f"{share} are longer than {part.limit} tokens and were cut (--max-seq-length)")
+    if config.load_in_4bit or config.load_in_8bit:
+        notes.append("the base is quantised in training only: craft eval, predict and merge take it in full precision")
     if config.dry_run:
         notes += _report(rows)
     train = encoded.pop(TRAIN)
@@ -154,20 +161,37 @@ def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> 
     )
 
 
-def build(config: RunConfig, prepared: Prepared) -> tuple[Any, ModelAdapter]:
-    """The adapted model; where the checkpoint's head names the same labels, it keeps their order."""
+def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[Any, ModelAdapter]:
+    """The adapted model; where the checkpoint's head names the same labels, it keeps their order.
+
+    Args:
+        config: of the run.
+        prepared: what is trained on.
+        device: where a quantised base is put; any other stays on the CPU here.
+
+    Raises:
+        ModelError: it cannot be loaded, quantised, compiled, or its activations not be computed again.
+    """
     task = prepared.task
     named = prepared.checkpoint.config()
     if task.problem_type != REGRESSION and named.num_labels == len(task.labels):
         with contextlib.suppress(CraftError):  # other names: the head is trained for ours
             prepared.labels = align_labels(task.labels, named.id2label)
-    model, fresh = load_classifier(prepared.checkpoint, prepared.labels)
+    if bits := 4 if config.load_in_4bit else 8 if config.load_in_8bit else None:
+        compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+        model, fresh = load_quantised(prepared.checkpoint, prepared.labels, bits, compute, device)
+    else:
+        model, fresh = load_classifier(prepared.checkpoint, prepared.labels)
+    freeze_cache(model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = prepared.tokenizer.pad_token_id
     model.config.problem_type = task.problem_type
-    return model, attach(
-        model, prepared.decomposition.factors, init_noise=config.init_noise, head=head_of(model, fresh)
-    )
+    adapter = attach(model, prepared.decomposition.factors, init_noise=config.init_noise, head=head_of(model, fresh))
+    if config.gradient_checkpointing:
+        recompute_activations(model)
+    if config.torch_compile:
+        compile_blocks(adapter)
+    return model, adapter
 
 
 def data_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from craft_cli.attached import ModelAdapter
 from craft_cli.batches import Timetable, share_out
+from craft_cli.compilation import refusal
 from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, CraftError
 from craft_cli.inference import in_order, length_sorted_batches, predict_batches
@@ -31,6 +32,7 @@ from craft_cli.journal import Journal
 from craft_cli.objectives import balanced_weights, constant_metric, summed_loss
 from craft_cli.preparation import Prepared, build, describe_tokens, prepare, resolved_recipe
 from craft_cli.progress import Listener, Plan, TrainResult
+from craft_cli.quantization import check_available
 from craft_cli.runs import Run, check_output, new_run
 from craft_cli.sharding import average_gradients, fsdp_asked, held_here, shard
 from craft_cli.signals import StopSignals, end_by
@@ -56,6 +58,11 @@ def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
     try:
         with contextlib.ExitStack() as held:
             return _train(config, _accelerator(config), listener or Listener(), held)
+    except Exception as error:
+        refused = refusal(error) if config.torch_compile else None
+        if refused is None:
+            raise
+        raise refused from error
     finally:
         if not shared:  # a second run in this interpreter may want another precision
             AcceleratorState._reset_state()
@@ -65,13 +72,17 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     main, device = accelerator.is_main_process, accelerator.device
     listener = listener if main else Listener()
     sharded = fsdp_asked()
+    if config.load_in_4bit or config.load_in_8bit:
+        check_available()
+    if sharded and (config.torch_compile or config.load_in_4bit or config.load_in_8bit):
+        raise ConfigError("FSDP goes with neither --torch-compile nor --load-in-4bit nor --load-in-8bit; leave one out")
     start = _from_main(accelerator, lambda: find_start(config, accelerator.num_processes, held))
     config, state = start.config, start.state
     with accelerator.main_process_first():  # the others then find the caches filled
         prepared = prepare(config, listener.preparing, start.factors)
 
     set_seed(config.seed)
-    model, adapter = build(config, prepared)
+    model, adapter = build(config, prepared, device)
     adapter.load_trained_state(start.transforms)
     update_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     if state:  # whatever the number of processes is now

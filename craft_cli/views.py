@@ -80,6 +80,11 @@ class View:
         self.rows.of(output, -1).add_(delta.unflatten(-1, (self.rows.count, self.rows.size)))
         return output
 
+    def stored_shape(self, root: nn.Module) -> tuple[int, ...]:
+        """Shape of the module's weight in `root`, also where bitsandbytes has packed it into one row."""
+        weight = self.module_of(root).get_parameter("weight")
+        return tuple(getattr(getattr(weight, "quant_state", None), "shape", weight.shape))
+
     def module_of(self, root: nn.Module) -> nn.Module:
         """The module itself.
 

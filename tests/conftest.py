@@ -12,12 +12,12 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only get in each other's way on models this small
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
+import pytest
+import torch
+from typer.testing import CliRunner
 
-import craft_cli as craft  # noqa: E402
-from craft_cli.cli import app  # noqa: E402
+import craft_cli as craft
+from craft_cli.cli import app
 
 WORDS = [
     "the",

@@ -178,7 +178,8 @@ def test_slices_stay_float32_under_autocast(pico: Make) -> None:
     shake(adapter, 1e-3)  # 1 + K rounds K away in bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         logits(model)
-    current = adapter._current["query"][1][0].float()
+    assert adapter._changes["query"][0].tensors is not None
+    current = adapter._changes["query"][0].tensors[1].float()
     exact = next(iter(adapter.projections.values())).slices()[0]  # type: ignore[operator]
     assert (current - exact).norm() <= 0.01 * exact.norm()
 

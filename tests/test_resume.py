@@ -99,7 +99,9 @@ def test_many_killed_trainings_end_as_the_uncut_one() -> None:
     result = torture(kills=60, seed=0)
     assert result["kills"] >= 60
     assert result["exact"] == result["runs"]
-    assert {"gradient accumulation", "evaluation", "the optimizer step", "writing a file or folder"} <= set(result["where"])
+    assert {"gradient accumulation", "evaluation", "the optimizer step", "writing a file or folder"} <= set(
+        result["where"]
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -112,7 +114,7 @@ def test_a_signal_ends_it_whole_and_it_goes_on(
     listener = Cut(after, number, in_evaluation=in_evaluation)
     cut(config(base, data_dir, **batch), listener)
     assert listener.told == [(after, Path("out"), True)]
-    assert [path.name for path in checkpoints(Run(Path("out")))][0] == f"step-{after}"
+    assert checkpoints(Run(Path("out")))[0].name == f"step-{after}"
     assert Run(Path("out")).state() == f"interrupted at step {after}"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     again = Cut(0)
@@ -133,7 +135,9 @@ def test_it_can_be_cut_twice_before_it_is_evaluated_at_all(pico: Make, data_dir:
     same("out", "uncut")
 
 
-def test_an_uncut_half_is_the_same_as_a_cut_one_with_accumulation_and_early_stopping(pico: Make, data_dir: Path) -> None:
+def test_an_uncut_half_is_the_same_as_a_cut_one_with_accumulation_and_early_stopping(
+    pico: Make, data_dir: Path
+) -> None:
     settings = {
         "per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "num_train_epochs": 9, "eval_steps": 2,
         "early_stopping_patience": 3, "early_stopping_threshold": 0.05, "learning_rate": 0.0,
@@ -228,7 +232,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(pico: Make, data_dir: Path, mo
 
     base = pico(**DROPOUT)
     craft.train(config(base, data_dir, output_dir="uncut"))
-    with monkeypatch.context() as patch, pytest.raises(FileError, match="cannot write out/.*: No space left on device"):
+    with monkeypatch.context() as patch, pytest.raises(FileError, match=r"cannot write out/.*: No space left on device"):
         craft.train(config(base, data_dir), Full())
     assert [path.name for path in checkpoints(Run(Path("out")))] == ["step-6"]
     with full_disk(30), pytest.raises(FileError, match="cannot write out/"):
@@ -243,12 +247,16 @@ def test_a_full_disk_leaves_the_former_checkpoint(pico: Make, data_dir: Path, mo
 def test_more_epochs_and_other_logging_may_follow(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir))
     listener = Cut(0)
-    result = craft.train(config(pico(), data_dir, resume=True, num_train_epochs=4, logging_steps=3, eval_steps=9), listener)
+    result = craft.train(
+        config(pico(), data_dir, resume=True, num_train_epochs=4, logging_steps=3, eval_steps=9), listener
+    )
     assert listener.plan is not None
     assert (listener.plan.done, result.updates) == (12, 24)
     assert [line["step"] for line in lines() if "loss" in line] == [*range(1, 13), 15, 18, 21, 24]
     assert [line["step"] for line in lines() if "eval_loss" in line] == [6, 12, 18, 24]
-    with pytest.raises(ConfigError, match="has made 24 updates already, but --num-train-epochs or --max-steps end it at 6"):
+    with pytest.raises(
+        ConfigError, match="has made 24 updates already, but --num-train-epochs or --max-steps end it at 6"
+    ):
         craft.train(config(pico(), data_dir, resume=True, num_train_epochs=1))
 
 

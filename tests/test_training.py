@@ -23,9 +23,9 @@ from craft_cli.batches import plan_epoch
 from craft_cli.config import RunConfig
 from craft_cli.data import DataSource, load_splits
 from craft_cli.errors import ConfigError, CraftError, DataError, FileError
+from craft_cli.progress import Listener, Plan, TrainResult
 from craft_cli.runs import Run
 from craft_cli.tokens import Encoded, collate, encode
-from craft_cli.progress import Listener, Plan, TrainResult
 
 Make = Callable[..., Path]
 

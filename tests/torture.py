@@ -111,7 +111,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     """Everything a training leaves that must not hang on how it came about."""
     out = folder / "out"
     found: dict[str, Any] = {
-        path.name: path.read_bytes() for path in [*(out / "adapter").iterdir(), out / "metrics.jsonl", out / "recipe.yaml"]
+        path.name: path.read_bytes()
+        for path in [*(out / "adapter").iterdir(), out / "metrics.jsonl", out / "recipe.yaml"]
     }
     results = json.loads((out / "all_results.json").read_text())
     del results["seconds"]

@@ -210,4 +210,5 @@ class TrainingConsole:
         self._progress.stop()
         say(f"interrupted after update {step:,} of {self._updates:,}")
         if run and resumable:
+            say(f"the best adapter so far is in {run}/adapter")
             say(f"resume with  craft train --resume --output-dir {run}")

@@ -17,12 +17,13 @@ class Listed:
 
     Attributes:
         run: its folder.
-        state: `finished`, `running`, `interrupted at step N`, or what is wrong with it.
+        state: `finished`, `running`, `interrupted at step N` or `damaged`.
         task: as given.
         model: as given.
         ranks: OUT,IN,LAYERS, as given.
         metrics: of the best evaluation so far; empty before the first.
         step: the last update that was logged.
+        problem: what is damaged.
     """
 
     run: str
@@ -32,6 +33,7 @@ class Listed:
     ranks: str | None = None
     metrics: Mapping[str, float] | None = None
     step: int = 0
+    problem: str | None = None
 
 
 def list_runs(folder: Path) -> list[Listed]:
@@ -59,4 +61,4 @@ def _listed(run: Run) -> Listed:
             step=max((line["step"] for line in run.metrics()), default=0),
         )
     except CraftError as error:
-        return Listed(str(run.path), f"damaged: {error}")
+        return Listed(str(run.path), "damaged", problem=str(error))

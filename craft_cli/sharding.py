@@ -22,11 +22,16 @@ def fsdp_asked() -> bool:
     """Whether several processes have joined and Accelerate's configuration asks for FSDP.
 
     To be asked before the model is loaded: every process must load the real weights, or no fingerprint would match.
+
+    Raises:
+        ConfigError: it asks for the first version of FSDP.
     """
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked:
-        disable_fsdp_ram_efficient_loading()
-    return asked and distributed.is_initialized()
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("FSDP version 1 cannot shard a part of a module: set fsdp_version: 2")
+    disable_fsdp_ram_efficient_loading()
+    return distributed.is_initialized()
 
 
 def shard(model: Any, accelerator: Accelerator) -> Any:
@@ -40,8 +45,6 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
-    if plugin.fsdp_version != 2:
-        raise ConfigError("FSDP version 1 cannot shard a part of a module: set fsdp_version: 2")
     if plugin.activation_checkpointing:
         raise ConfigError("fsdp_activation_checkpointing is not supported: use --gradient-checkpointing")
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}

@@ -224,6 +224,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None  # None: as `accelerate launch` says
     if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
         raise ConfigError("--fp16 needs a GPU; on the CPU use --bf16 or neither")
+    fsdp_asked()  # refuses what Accelerate would trip over
     return Accelerator(
         mixed_precision=precision,
         cpu=config.use_cpu or not torch.cuda.is_available(),

@@ -15,7 +15,7 @@ from conftest import opinions, write_rows
 from test_training import config
 
 import craft_cli as craft
-from craft_cli import training
+from craft_cli import journal, signals
 from craft_cli.progress import Listener
 
 Make = Callable[..., Path]
@@ -36,28 +36,58 @@ def test_ctrl_c_keeps_the_best_adapter_and_says_where(pico: Make, tmp_path: Path
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert out == ""
-    assert "interrupted; the best adapter so far is in out/adapter" in err
+    assert "the best adapter so far is in out/adapter" in err
+    assert "resume with  craft train --resume --output-dir out" in err
     assert "Traceback" not in err
     assert craft.evaluate("out").examples == 20
     assert not [path for path in Path("out").rglob("*") if ".part" in path.name]
-    assert craft.inspect("out").facts["state"] == "not finished"
+    assert craft.inspect("out").facts["state"].startswith("interrupted at step ")
 
 
-def test_ctrl_c_does_not_cut_what_is_being_written(pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_does_not_cut_what_is_being_written(
+    presses: int, pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first picture imports matplotlib; an interrupt in there once aborted the interpreter."""
-    heard: list[Path | None] = []
+    heard: list[tuple[int, Path | None, bool]] = []
     drawn: list[str] = []
 
     class Hears(Listener):
-        def interrupted(self, adapter: Path | None) -> None:
-            heard.append(adapter)
+        def interrupted(self, step: int, run: Path | None, *, resumable: bool) -> None:
+            heard.append((step, run, resumable))
 
     def draw(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        for _press in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.02)
         drawn.append("whole")
 
-    monkeypatch.setattr(training, "training_curve", draw)
+    monkeypatch.setattr(signals, "_ONE_PRESS", 0.01)
+    monkeypatch.setattr(journal, "training_curve", draw)
     with pytest.raises(KeyboardInterrupt):
         craft.train(config(pico(), data_dir), Hears())
-    assert (drawn, heard) == (["whole"], [Path("out/adapter")])
+    assert (drawn, heard) == (["whole"], [(7, Path("out"), True)])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_ends_it_at_once(pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[int, bool]] = []
+
+    class Impatient(Listener):
+        def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
+            if step == 8:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.02)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def interrupted(self, step: int, run: Path | None, *, resumable: bool) -> None:
+            heard.append((step, resumable))
+
+    monkeypatch.setattr(signals, "_ONE_PRESS", 0.01)
+    with pytest.raises(KeyboardInterrupt):
+        craft.train(config(pico(), data_dir), Impatient())
+    assert heard == [(8, True)]
+    assert [path.name for path in Path("out/checkpoints").iterdir()] == ["step-6"]
+    craft.train(config(pico(), data_dir, output_dir="uncut"))
+    craft.train(config(pico(), data_dir, resume=True))
+    assert Path("out/metrics.jsonl").read_text() == Path("uncut/metrics.jsonl").read_text()

@@ -40,7 +40,9 @@ def saved_bytes(model: Any) -> int:
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "deberta-v2", "gpt2", "llama"])
 def test_recomputed_activations_give_the_same_gradients_for_less(family: str, pico: Make) -> None:
-    changes = {"n_layer" if family == "gpt2" else "n_layers" if family == "distilbert" else "num_hidden_layers": 6}
+    changes: dict[str, Any] = {
+        "n_layer" if family == "gpt2" else "n_layers" if family == "distilbert" else "num_hidden_layers": 6
+    }
     if family == "bert":
         changes |= DROPOUT
     model = classifier(pico(family, **changes)).train()
@@ -63,13 +65,19 @@ def test_recomputed_activations_give_the_same_gradients_for_less(family: str, pi
 
 
 def test_gradient_checkpointing_changes_nothing_in_a_run(pico: Make, data_dir: Path) -> None:
-    base, calls = pico(**DROPOUT), []
+    base = pico(**DROPOUT)
+    calls: list[torch.Size] = []
     craft.train(config(base, data_dir, num_train_epochs=1))
 
     def spy(model: Any) -> None:
         recompute_activations(model)
         former = model.bert.encoder.layer[0].attention.self.query.forward
-        model.bert.encoder.layer[0].attention.self.query.forward = lambda x: calls.append(x.shape) or former(x)
+
+        def forward(x: torch.Tensor) -> Any:
+            calls.append(x.shape)
+            return former(x)
+
+        model.bert.encoder.layer[0].attention.self.query.forward = forward
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "recompute_activations", spy)

@@ -232,7 +232,10 @@ def test_a_full_disk_leaves_the_former_checkpoint(pico: Make, data_dir: Path, mo
 
     base = pico(**DROPOUT)
     craft.train(config(base, data_dir, output_dir="uncut"))
-    with monkeypatch.context() as patch, pytest.raises(FileError, match=r"cannot write out/.*: No space left on device"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(FileError, match=r"cannot write out/.*: No space left on device"),
+    ):
         craft.train(config(base, data_dir), Full())
     assert [path.name for path in checkpoints(Run(Path("out")))] == ["step-6"]
     with full_disk(30), pytest.raises(FileError, match="cannot write out/"):

@@ -21,6 +21,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,10 @@ def torture(place: Path, kills: int, seed: int, tell: Callable[[str], None] = la
             settings = SETTINGS | resume
             if way == "event":
                 at = 1 + int(moment * total)
-                code = forked(lambda settings=settings, at=at: child(settings, at), folder)
+                code = forked(partial(child, settings, at), folder)
             else:
                 number = signal.SIGKILL if way == "time" else signal.SIGTERM
-                code = forked(lambda settings=settings: child(settings, None), folder, after(moment * lasts, number))
+                code = forked(partial(child, settings, None), folder, after(moment * lasts, number))
             resume = {"resume": True}
             if code == -signal.SIGKILL:
                 result["kills"] += 1

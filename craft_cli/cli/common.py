@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*arguments: Any, verbose: bool = False, **options: Any) -> None:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and without a GPU it complains
         try:
             command(*arguments, **options)
         except CraftError as error:

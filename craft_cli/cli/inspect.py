@@ -71,6 +71,8 @@ def _list(path: str, runs: Sequence[Any], *, json: bool) -> None:
         return
     rows = []
     for run in runs:
+        if run.problem:
+            console.note(run.problem)
         best = dict(list((run.metrics or {}).items())[:1])
         rows.append([Path(run.run).name, run.task or "", run.ranks or "", console.show(best), run.state])
     console.table(["run", "task", "ranks", "best", "state"], rows)

@@ -1,0 +1,167 @@
+"""What people watch: trackers, the log without a terminal, the bar with one, the list of runs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import failure, invoke
+from test_processes import flags
+from test_resume import Cut, cut
+from test_training import config, lines
+
+import craft_cli as craft
+from craft_cli.errors import ConfigError
+from craft_cli.runs import Run
+
+Make = Callable[..., Path]
+
+
+def events(run: str = "out") -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every scalar that tensorboard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(f"{run}/tensorboard/craft", size_guidance={"scalars": 0})
+    shown.Reload()
+    return {tag: [(event.step, event.value) for event in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+
+
+def logged(key: str, run: str = "out") -> list[tuple[int, Any]]:
+    return [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines(run) if key in line]
+
+
+def test_tensorboard_shows_what_metrics_jsonl_says(pico: Make, data_dir: Path) -> None:
+    craft.train(config(pico(), data_dir, report_to="tensorboard"))
+    shown = events()
+    assert set(shown) == {"loss", "learning_rate", "eval_accuracy", "eval_loss"}
+    for key in shown:
+        assert shown[key] == logged(key)
+    craft.train(config(pico(), data_dir, output_dir="silent"))
+    assert not Path("silent/tensorboard").exists()
+
+
+def test_a_resumed_run_shows_no_step_twice(pico: Make, data_dir: Path) -> None:
+    """It is killed two updates after its checkpoint; those two are reported again and shown once."""
+
+    class Killed(Exception):
+        pass
+
+    class Kill(Cut):
+        def logged(self, step: int, epoch: float, loss: float, rate: float) -> None:
+            if step == 8:
+                raise Killed
+
+    settings = {"report_to": "tensorboard", "save_steps": 6}
+    with pytest.raises(Killed):
+        craft.train(config(pico(), data_dir, **settings), Kill(0))
+    craft.train(config(pico(), data_dir, resume=True, **settings))
+    assert [step for step, _ in events()["loss"]] == list(range(1, 13))
+    assert events()["loss"] == logged("loss")
+    assert events()["eval_loss"] == logged("eval_loss")
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_done(
+    pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("craft_cli.trackers.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--report-to wandb: not installed; `pip install wandb`"):
+        craft.train(config(pico(), data_dir, report_to="wandb"))
+    assert not Path("out").exists()
+
+
+def test_without_a_terminal_there_is_a_line_every_few_updates(pico: Make, data_dir: Path) -> None:
+    done = invoke("train", *flags(pico(), data_dir, logging_steps=4))
+    assert done.exit_code == 0, done.stderr
+    assert "\x1b" not in done.stderr
+    body = done.stderr[done.stderr.index("╯") + 2 :].splitlines()
+    number = r"[\d.e+-]+"
+    assert [line.split()[0] for line in body] == ["update", "update", "epoch", "update", "update", "epoch"]
+    updates = [line for line in body if line.startswith("update")]
+    assert [line.split("/")[0].split()[-1] for line in updates] == ["1", "4", "8", "12"]
+    for line in updates:
+        assert re.fullmatch(rf"update +\d+/12  loss {number}  lr {number}  [\d,]+ examples/s", line)
+
+
+def test_on_a_terminal_the_bar_shows_loss_speed_time_left_and_the_last_metric(pico: Make, data_dir: Path) -> None:
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "craft_cli", "train", *flags(pico(), data_dir, num_train_epochs=9)],
+        stdout=subprocess.DEVNULL, stderr=terminal, env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"},
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            part = os.read(main, 65536)
+        except OSError:  # its end has closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(main)
+    assert process.wait(60) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
+    assert re.search(r"training .*\d+/54 +loss \d\.\d+ +[\d,]+ examples/s +accuracy \d\.\d+ +\d:\d\d:\d\d", text), text[
+        -3000:
+    ]
+    assert "update 10/" not in text
+
+
+def test_a_folder_of_runs_is_listed(pico: Make, data_dir: Path) -> None:
+    craft.train(config(pico(), data_dir, output_dir="runs/done"))
+    cut(config(pico(), data_dir, output_dir="runs/stopped"), Cut(8))
+    Path("runs/broken").mkdir()
+    Path("runs/broken/recipe.yaml").write_text("task: [")
+    Path("runs/else").mkdir()
+    shown = invoke("inspect", "runs", "--json")
+    assert shown.exit_code == 0, shown.stderr
+    listed = json.loads(shown.stdout)
+    assert listed["kind"] == "runs"
+    done, stopped, broken = listed["runs"]
+    assert (done["run"], done["state"], done["task"], done["ranks"]) == ("runs/done", "finished", "sst2", "6,5,2")
+    assert done["metrics"] == Run(Path("runs/done")).results()["metrics"]
+    assert (stopped["run"], stopped["state"]) == ("runs/stopped", "interrupted at step 8")
+    assert "accuracy" in stopped["metrics"]
+    assert broken["state"] == "damaged"
+    assert broken["problem"].startswith("--recipe: runs/broken/recipe.yaml: not readable YAML")
+    with Run(Path("runs/stopped")).being_trained():
+        text = invoke("inspect", "runs")
+    assert [line.split()[0] for line in text.stdout.splitlines()[2:]] == ["done", "stopped", "broken"]
+    assert "running" in text.stdout
+    assert "interrupted" not in text.stdout
+    assert "runs is a folder of runs; name one of them" in failure("inspect", "runs", "--plot", "x.png")
+
+
+def test_inspect_tells_the_state_of_a_run(pico: Make, data_dir: Path) -> None:
+    cut(config(pico(), data_dir), Cut(8))
+    assert craft.inspect("out").facts["state"] == "interrupted at step 8"
+    craft.train(config(pico(), data_dir, resume=True))
+    assert craft.inspect("out").facts["state"] == "finished"
+
+
+def test_the_command_line_goes_on_with_what_the_run_was_started_with(pico: Make, data_dir: Path) -> None:
+    """`--resume` alone takes the latest run and its settings; a recipe that says otherwise is refused."""
+    craft.train(config(pico(), data_dir, output_dir="uncut", seed=5))
+    cut(config(pico(), data_dir, seed=5), Cut(4))
+    Path("other.yaml").write_text("task: cola\nseed: 6\n")
+    told = failure("train", "--resume", "--recipe", "other.yaml")
+    assert "--resume: out cannot go on with other settings: --task was sst2, is cola, --seed was 5, is 6" in told
+    done = invoke("train", "--resume", "--use-cpu", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "going on after update 4 of 12" in done.stderr
+    assert lines() == lines("uncut")
+    again = invoke("train", "--resume", "--use-cpu")
+    assert "all 12 updates were made before: nothing is left to train" in again.stderr
+    assert again.stdout.startswith("best ")

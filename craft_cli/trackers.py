@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from craft_cli.errors import ConfigError
+from craft_cli.errors import ConfigError, CraftError
 from craft_cli.runs import Run
 
 
@@ -32,6 +32,9 @@ def start_trackers(accelerator: Any, run: Run, recipe: Mapping[str, Any], run_id
         recipe: the settings, to be kept beside the metrics.
         run_id: the same for all parts of a run that was cut.
         step: updates made before; what was reported of later ones is withdrawn (tensorboard).
+
+    Raises:
+        CraftError: one does not start.
     """
     accelerator.project_configuration.logging_dir = str(run.path / "tensorboard")
     options: dict[str, dict[str, Any]] = {
@@ -39,4 +42,10 @@ def start_trackers(accelerator: Any, run: Run, recipe: Mapping[str, Any], run_id
         "wandb": {"name": run.path.name, "dir": str(run.path), "id": run_id, "resume": "allow"},
         "mlflow": {"run_name": run.path.name},
     }
-    accelerator.init_trackers("craft", config=dict(recipe), init_kwargs=options)
+    try:
+        accelerator.init_trackers("craft", config=dict(recipe), init_kwargs=options)
+    except Exception as error:  # not logged in, no server, ...: each tracker has errors of its own
+        reason = " ".join(str(error).split())
+        raise CraftError(
+            f"--report-to {','.join(map(str, accelerator.log_with))}: cannot start: {reason}; set it up, or leave it out"
+        ) from error

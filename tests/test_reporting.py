@@ -22,7 +22,7 @@ from test_resume import Cut, cut
 from test_training import config, lines
 
 import craft_cli as craft
-from craft_cli.errors import ConfigError
+from craft_cli.errors import ConfigError, CraftError
 from craft_cli.runs import Run
 
 Make = Callable[..., Path]
@@ -78,6 +78,20 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_done(
     with pytest.raises(ConfigError, match="--report-to wandb: not installed; `pip install wandb`"):
         craft.train(config(pico(), data_dir, report_to="wandb"))
     assert not Path("out").exists()
+
+
+def test_a_tracker_that_does_not_start_is_told_in_a_line(
+    pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no API key\nconfigured")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.start", refuse)
+    with pytest.raises(CraftError) as refused:
+        craft.train(config(pico(), data_dir, report_to="tensorboard"))
+    assert str(refused.value) == (
+        "--report-to tensorboard: cannot start: no API key configured; set it up, or leave it out"
+    )
 
 
 def test_without_a_terminal_there_is_a_line_every_few_updates(pico: Make, data_dir: Path) -> None:

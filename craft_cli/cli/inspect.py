@@ -37,10 +37,11 @@ def command(
         runs = list_runs(Path(path).expanduser()) if path else []
         if runs and (ranks or plot):
             raise ConfigError(f"--ranks and --plot: {path} is a folder of runs; name one of them")
-        if runs:
-            _list(str(path), runs, json=json)
-            return
-        found = inspect(path, ranks=ranks, plot=plot)
+        if not runs:
+            found = inspect(path, ranks=ranks, plot=plot)
+    if runs:
+        _list(str(path), runs, json=json)
+        return
     if json:
         content = asdict(found)
         console.print_json(

@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Annotated, Any, Optional, get_type_hints
 
@@ -17,6 +18,7 @@ from craft_cli.config import RunConfig, flag
 from craft_cli.errors import CraftError
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+_OTHERS_SPEAK = 3.0
 VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
 
 
@@ -29,9 +31,10 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*arguments, **options)
         except CraftError as error:
-            if os.environ.get("RANK", "0") != "0" and not verbose:  # the main process says it
-                raise SystemExit(1) from None
-            _end(str(error), verbose)
+            rank = os.environ.get("RANK", "0")
+            if rank != "0":  # an error of all is told by the main process, and this one is ended meanwhile
+                time.sleep(_OTHERS_SPEAK)
+            _end(str(error) if rank == "0" else f"process {rank}: {error}", verbose)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         except BrokenPipeError:  # `craft inspect | head`

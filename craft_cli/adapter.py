@@ -19,6 +19,7 @@ This module knows torch only: give it decompositions, a module and views into it
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -102,6 +103,7 @@ class Adapter(nn.Module):
         self._views: dict[str, Sequence[View]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._current: dict[str, tuple[Tensor, tuple[Tensor, ...], Tensor]] = {}
+        self._enabled = True
 
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: the slices of the last forward belong to its graph and stay behind."""
@@ -180,8 +182,19 @@ class Adapter(nn.Module):
         self.detach(root)
         return list(dict.fromkeys(changed))
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes without the change, bit for bit as before it was attached."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
     def _begin(self, root: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Before the forward: S of every layer in float32, cast once to the dtype the layers compute in."""
+        if not self._enabled:
+            return
         device = next(self.parameters()).device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else _compute_dtype(root)
@@ -193,6 +206,8 @@ class Adapter(nn.Module):
     def _add_change(
         self, name: str, layer: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> Tensor:
+        if not self._enabled:
+            return output
         u_in, slices, u_out_t = self._current[name]
         delta = inputs[0] @ u_in @ slices[layer].T @ u_out_t  # (..., d_out)
         return self._views[name][layer].add_to_output(output, delta)

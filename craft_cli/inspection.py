@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
-from craft_cli.attached import TENSOR_FILE, read_record
 from craft_cli.decomposition import DEFAULT_RANKS, DEFAULT_TARGETS, find_checkpoint, read_stacks
 from craft_cli.errors import ConfigError, FileError
-from craft_cli.factors import Factors, from_tensors
-from craft_cli.files import read_tensors
+from craft_cli.factors import Factors
 from craft_cli.plots import spectra
 from craft_cli.projections import TARGETS
 from craft_cli.ranks import Ranks
 from craft_cli.runs import Run, find_adapter, find_run
+from craft_cli.saved import read_adapter
 from craft_cli.tucker import MODES, TuckerTensor, hosvd, mode_product, stack_shape
 
 _WIDEST = 768
@@ -120,9 +119,8 @@ def _model(model: str, ranks: Ranks) -> Inspection:
 
 
 def _adapter(path: Path, folder: Path) -> tuple[Inspection, Mapping[str, TuckerTensor]]:
-    record = read_record(folder)
-    tensors, header = read_tensors(folder / TENSOR_FILE, "an adapter")
-    factors = from_tensors(tensors, header, folder / TENSOR_FILE)
+    saved = read_adapter(folder)
+    record, factors = saved.record, saved.factors
     run = Run(path) if path != folder else None
     training = record.get("training", {})
     data = training.get("data", {})
@@ -141,7 +139,7 @@ def _adapter(path: Path, folder: Path) -> tuple[Inspection, Mapping[str, TuckerT
         facts["state"] = "finished" if run.results() else "not finished"
     projections = []
     for name, decomposition in factors.decompositions.items():
-        k = {mode: tensors[f"transform.{name}.{mode}"].double() for mode in MODES}
+        k = {mode: matrix.double() for mode, matrix in saved.transforms[name].items()}
         norms = _change_norms(decomposition, k)
         projections.append(
             _kept(name, decomposition)

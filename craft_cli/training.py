@@ -400,6 +400,5 @@ class _Log:
                 }
             )
         )
-        parameters = {"adapter": self.adapter.count_parameters(), "head": self.adapter.count_head_parameters()}
-        card = model_card(self.adapter.training_record, self.prepared.checkpoint.name, recipe["ranks"], parameters)
-        self.adapter.save(self.run.adapter, card=card)
+        card = model_card(self.adapter.describe(), self.prepared.checkpoint)
+        self.adapter.save(self.run.adapter, card=card, factors=self.config.adapter_factors)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from craft_cli.checkpoints import DEMO, Checkpoint
+from craft_cli.checkpoints import CARD, DEMO, Checkpoint
 
 DEMO_ID = "sentence-transformers/all-MiniLM-L6-v2"
 """Where the demo model comes from."""
@@ -109,7 +109,7 @@ def base_licence(base: Checkpoint) -> str | None:
     from huggingface_hub import ModelCard
 
     try:
-        found = ModelCard.load(base.folder / "README.md").data.get("license")
+        found = ModelCard.load(base.folder / CARD).data.get("license")
     except Exception:  # a missing, strange or damaged card is no reason to write none
         return None
     return found if isinstance(found, str) else None

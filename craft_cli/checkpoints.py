@@ -29,6 +29,8 @@ TOKENIZER_FILES = (
     *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.*",
 )  # fmt: skip
+CARD = "README.md"
+"""Its licence is that of what is made of it."""
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference; sharded ones have an .index.json
 
 
@@ -287,6 +289,8 @@ def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[V
             files = {sibling.rfilename for sibling in info.siblings or []}
         needed = views(folder)
         if needed is None:
+            if CARD in files:
+                fetch(CARD)
             tokenizer = [file for file in files if _matches(file, TOKENIZER_FILES)]
             for file in sorted(tokenizer, key=lambda file: _matches(file, VOCABULARIES)):  # last: see _complete
                 fetch(file)

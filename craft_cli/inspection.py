@@ -130,9 +130,9 @@ def _adapter(path: Path, folder: Path) -> tuple[Inspection, Mapping[str, TuckerT
     }
     if training:
         where = data.get("data_dir") or data.get("train_file")
-        facts["trained_on"] = training["task"] + (f" from {where}" if where else "")
-        facts["epoch"] = training["epoch"]
-        facts["metrics"] = training["metrics"]
+        facts["trained_on"] = training.get("task", "") + (f" from {where}" if where else "")
+        facts["epoch"] = training.get("epoch")
+        facts["metrics"] = training.get("metrics")
     if run and run.results():
         facts["examples"] = run.results()["examples"]
     if run:

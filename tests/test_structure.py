@@ -26,7 +26,8 @@ LAYERS = [
     {"models", "runs", "tokens", "streamed", "export"},
     {"inference"},
     {"evaluation", "prediction", "submission", "preparation"},
-    {"merging", "inspection", "training", "launch"},
+    {"advice"},
+    {"merging", "inspection", "comparison", "page", "training", "launch"},
     {"console"},
     {"cli"},
 ]

@@ -306,6 +306,11 @@ def load(model: Any, path: str | Path, *, name: str | None = None, cache_dir: st
     elif factor_sha256(held.factors.decompositions) != factor_sha256(saved.factors.decompositions):
         raise ModelError(f"{path} was trained over other factors than the adapter on this model: load it on its own")
     state = model.state_dict()
+    if model.config.num_labels != saved.record["model"]["num_labels"]:
+        raise ModelError(
+            f"{path} has {saved.record['model']['num_labels']} labels, this model {model.config.num_labels}: load a "
+            f"{saved.record['model']['architecture']} with num_labels={saved.record['model']['num_labels']}"
+        )
     for parameter, tensor in saved.head.items():
         if parameter not in state or state[parameter].shape != tensor.shape:
             found = f"is {tuple(state[parameter].shape)}" if parameter in state else "is missing"

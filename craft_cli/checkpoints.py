@@ -7,10 +7,11 @@ included, reads that folder, so that all parts of a run see the same revision.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -176,8 +177,11 @@ class TensorReader:
                     self._open[file] = safe_open(path, framework="pt")
                 else:
                     self._open[file] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-                raise ModelError(f"{path} is damaged or truncated ({str(error).strip().splitlines()[0]})") from error
+            except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ModelError(f"{path} is damaged or truncated ({reason})") from error
+            if not isinstance(self._open[file], Mapping) and not file.endswith(".safetensors"):
+                raise ModelError(f"{path} is damaged: it holds no tensors by name")
         return self._open[file]
 
 

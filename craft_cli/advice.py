@@ -84,7 +84,7 @@ def advise(
             raise ModelError(f"{checkpoint.name}: cannot decompose {target}: {error}") from error
     chosen = _choose(tables, ranks_out, ranks_in, energy, most)
     progress("comparing with random tensors")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for target, table in tables.items():
         ranks = chosen.lowered(table.shape)
         rows.append(

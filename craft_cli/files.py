@@ -77,6 +77,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def quoted(value: Any, most: int = 80) -> str:
+    """Something out of a file that may come from a stranger, for a message: printable and short."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def _reason(error: Exception) -> str:
     """What a reader says, in one short line: it may quote the file."""
     line = "".join(letter if letter.isprintable() else " " for letter in str(error))
@@ -180,7 +186,7 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
         raise FileError(f"{path} is not a file of craft's with {kind}")
     if header.get("format_version") != FORMAT_VERSION:
         raise FileError(
-            f"{path} has format version {header.get('format_version')!r}, this craft reads {FORMAT_VERSION}: upgrade craft"
+            f"{path} has format version {quoted(header.get('format_version'))}, this craft reads {FORMAT_VERSION}: upgrade craft"
         )
     return header
 

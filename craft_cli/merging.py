@@ -123,7 +123,7 @@ def merge(
         progress("writing")
         try:
             if format == CHECKPOINT:
-                written = _Checkpoint(base, folder, DTYPES.get(dtype or ""), max_shard_size)
+                written: _Checkpoint | _Lora = _Checkpoint(base, folder, DTYPES.get(dtype or ""), max_shard_size)
             else:
                 written = _Lora(base, folder, trim=trim)
         except OSError as error:
@@ -265,7 +265,7 @@ def _difference(actual: Tensor, expected: Tensor) -> dict[str, float]:
 
 
 def _certificate(
-    base: StreamedBase, adapter: Path, written: Any, folder: Path, difference: Mapping[str, float]
+    base: StreamedBase, adapter: Path, written: _Checkpoint | _Lora, folder: Path, difference: Mapping[str, float]
 ) -> dict[str, Any]:
     import safetensors
     import transformers

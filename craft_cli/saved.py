@@ -19,7 +19,7 @@ from craft_cli.checkpoints import resolve
 from craft_cli.decomposition import decompose_checkpoint
 from craft_cli.errors import CraftError, FileError
 from craft_cli.factors import FactorCache, Factors, factor_tensors, from_tensors
-from craft_cli.files import FORMAT_VERSION, checksum, read_json, read_tensors
+from craft_cli.files import FORMAT_VERSION, checksum, quoted, read_json, read_tensors
 from craft_cli.ranks import Ranks
 from craft_cli.tucker import MODES, TuckerTensor
 
@@ -78,7 +78,7 @@ def read_adapter(path: Path, cache_dir: str | Path | None = None) -> SavedAdapte
     expected |= {f"head.{name}" for name in head} | (set(factor_tensors(factors.decompositions)) if stored else set())
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)[0]
-        raise FileError(f"{file} is damaged: {odd!r} is {'too much' if odd in tensors else 'missing'}")
+        raise FileError(f"{file} is damaged: {quoted(odd)} is {'too much' if odd in tensors else 'missing'}")
     for target, decomposition in factors.decompositions.items():
         for mode, rank in zip(MODES, decomposition.ranks, strict=True):
             k = tensors[f"transform.{target}.{mode}"]
@@ -88,7 +88,7 @@ def read_adapter(path: Path, cache_dir: str | Path | None = None) -> SavedAdapte
                 )
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
-            raise FileError(f"{file} is damaged: {name!r} holds values that are not finite numbers")
+            raise FileError(f"{file} is damaged: {quoted(name)} holds values that are not finite numbers")
     transforms = {target: {mode: tensors[f"transform.{target}.{mode}"] for mode in MODES} for target in factors.targets}
     return SavedAdapter(path, record, factors, transforms, head)
 
@@ -215,14 +215,14 @@ def read_record(path: Path) -> dict[str, Any]:
         raise FileError(f"{path} is not an adapter of craft's (an adapter of peft's is loaded with peft)")
     if record.get("format_version") != FORMAT_VERSION:
         raise FileError(
-            f"{path} has format version {record.get('format_version')!r}, this craft reads {FORMAT_VERSION}: upgrade craft"
+            f"{path} has format version {quoted(record.get('format_version'))}, this craft reads {FORMAT_VERSION}: upgrade craft"
         )
     try:
         checked = _Record.model_validate(record)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise FileError(f"{path / CONFIG_FILE} is damaged: {where!r}: {' '.join(first['msg'].split())}") from None
+        raise FileError(f"{path / CONFIG_FILE} is damaged: {quoted(where)}: {' '.join(first['msg'].split())}") from None
     labels = {str(number) for number in range(checked.model.num_labels)}
     if set(checked.model.id2label) != labels or set(checked.ranks) != set(checked.targets) or not checked.targets:
         raise FileError(f"{path / CONFIG_FILE} is damaged: its labels or its projections contradict each other")

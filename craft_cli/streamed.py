@@ -111,8 +111,8 @@ class StreamedBase:
         for block in blocks:
             inside = [name for name in self.shapes if name.startswith(f"{block}.")]
             module = self.model.get_submodule(block)
-            handles.append(module.register_forward_pre_hook(lambda *_, names=inside: _fill(self.model, names, read)))  # type: ignore[misc]
-            handles.append(module.register_forward_hook(lambda *_, names=inside: _empty(self.model, names)))  # type: ignore[misc]
+            handles.append(module.register_forward_pre_hook(lambda *_, names=inside: _fill(self.model, names, read)))
+            handles.append(module.register_forward_hook(lambda *_, names=inside: _empty(self.model, names)))
         try:
             if adapter is not None:
                 adapter.attach(self.model.base_model, self.views)

@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def _hub(self) -> LoopbackHub:
-        return self.server.hub  # type: ignore[attr-defined, no-any-return]
+        return self.server.hub  # type: ignore[attr-defined]
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

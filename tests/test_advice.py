@@ -246,8 +246,8 @@ def test_the_page_needs_nothing_from_outside(trained: tuple[str, str]) -> None:
             assert f">{value:.3g}</td>" in text
     confusion = craft.evaluate("one").confusion
     assert confusion is not None
-    for row in confusion:
-        assert "".join(f"<td>{count}</td>" for count in row) in text
+    for counts in confusion:
+        assert "".join(f"<td>{count}</td>" for count in counts) in text
     assert "<script>" not in text
     assert "task: sst2" in page.text
     again = invoke("inspect", "one", "--html", "again.html")

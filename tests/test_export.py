@@ -171,7 +171,8 @@ def test_what_cannot_be_merged(pico: Make, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_pipeline_takes_it(pico: Make) -> None:
     craft.merge(saved_adapter(pico()), "merged")
-    (found,) = pipeline("text-classification", "merged", top_k=None)(["the film was great"])
+    classify: Any = pipeline("text-classification", "merged", top_k=None)
+    (found,) = classify(["the film was great"])
     tokens = AutoTokenizer.from_pretrained("merged")("the film was great", return_tensors="pt")
     with torch.no_grad():
         scores = load_adapted(Path("adapter"))[0].eval()(**tokens).logits.softmax(1)[0]

@@ -106,7 +106,7 @@ def merge(
         CraftError: the adapter changes no weight, what was written does not compute what the adapted model does, or the
             upload failed.
     """
-    _check_options(format, dtype, trim=trim, max_shard_size=max_shard_size)
+    _check_options(format, dtype, trim=trim, push_to_hub=push_to_hub)
     found = find_run(None if path is None else str(path))
     adapter_path = find_adapter(found)
     if adapter_path is None:
@@ -162,7 +162,9 @@ def merge(
     return result
 
 
-def _check_options(format: str, dtype: str | None, *, trim: bool, max_shard_size: str | int) -> None:
+def _check_options(format: str, dtype: str | None, *, trim: bool, push_to_hub: str | None) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     if format not in (CHECKPOINT, PEFT):
         raise ConfigError(f"--format: expected {CHECKPOINT} or {PEFT}, not '{format}'")
     if dtype is not None and dtype not in DTYPES:
@@ -171,6 +173,11 @@ def _check_options(format: str, dtype: str | None, *, trim: bool, max_shard_size
         raise ConfigError("--dtype is for checkpoints: a LoRA is written in float32 and follows its base")
     if format == CHECKPOINT and trim:
         raise ConfigError("--trim is for --format peft: a checkpoint has no rank")
+    if push_to_hub is not None:  # before the work
+        try:
+            validate_repo_id(push_to_hub)
+        except HFValidationError as error:
+            raise ConfigError(f"--push-to-hub: expected OWNER/NAME, not '{push_to_hub}'") from error
 
 
 # -- the two formats ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_pico, classifier, shake
+from conftest import build_pico, classifier, invoke, shake
 
 import craft_cli as craft
 from craft_cli.checkpoints import resolve
@@ -83,6 +83,19 @@ def test_an_index_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
         index.write_text(json.dumps(content))
         with pytest.raises(ModelError, match="does not tell which file beside it holds each tensor"):
             craft.decompose(str(base), ranks=(4, 4, 2))
+
+
+def test_names_in_a_strangers_file_do_not_steer_the_terminal(good: Path) -> None:
+    config = good / "whole/adapter_config.json"
+    content = json.loads(config.read_text())
+    content["model"]["id2label"]["0"] = "\x1b[2Jgone\nerror: no"
+    config.write_text(json.dumps(content))
+    done = invoke("inspect", str(good / "whole"))
+    assert done.exit_code == 0
+    assert "\x1b" not in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("labels")]
+    assert "[2Jgone" in line
+    assert "error: no" in line
 
 
 def test_no_pickle_runs_code(tmp_path: Path) -> None:

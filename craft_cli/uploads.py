@@ -15,13 +15,19 @@ def upload(folder: Path, repository: str) -> None:
     """
     import huggingface_hub as hub
 
+    bars = not hub.utils.are_progress_bars_disabled()
+    hub.utils.disable_progress_bars()  # craft's own line says that it goes on
     try:
         api = hub.HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by craft merge")
     except Exception as error:  # whatever the hub's HTTP client of the day raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reasons = [error, *([error.__cause__] if error.__cause__ else [])]
+        reason = ": ".join((str(one).strip() or type(one).__name__).splitlines()[0] for one in reasons)
         raise CraftError(
             f"--push-to-hub {repository}: {reason}; {folder} is written and whole: `hf auth login`, then "
             f"`hf upload {repository} {folder}`"
         ) from error
+    finally:
+        if bars:
+            hub.utils.enable_progress_bars()

@@ -283,33 +283,36 @@ def hub() -> Iterator[LoopbackHub]:
         yield server
 
 
-def command(hub: LoopbackHub, *arguments: str, token: str | None = "hf_loopback") -> subprocess.CompletedProcess[str]:
+def command(hub: LoopbackHub, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(Path("hf").resolve()), "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-    } | ({"HF_TOKEN": token} if token else {})  # fmt: skip
+    }  # fmt: skip
     return subprocess.run(
         [sys.executable, "-m", "craft_cli", *arguments],
         env=environment, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
 
 
-def test_nothing_is_uploaded_unless_asked_for_and_then_all(pico: Make, hub: LoopbackHub) -> None:
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub's own
+def test_nothing_is_uploaded_unless_asked_for_and_then_all(
+    pico: Make, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved_adapter(pico())
-    assert command(hub, "merge", "adapter").returncode == 0
-    assert hub.requests == []
-    done = command(hub, "merge", "adapter", "-o", "out", "--push-to-hub", "someone/tuned", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["repository"] == "someone/tuned"
-    files = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-    assert {name: hub.uploads["someone/tuned"][name] for name in files} == files
-    hub.add("someone/tuned", Path("out"))
-    rows = Path("rows.jsonl")
-    rows.write_text('{"text": "the film was great"}\n')
-    assert command(hub, "predict", "someone/tuned", "-i", "rows.jsonl").returncode == 0
-
-    refused = command(hub, "merge", "adapter", "-o", "again", "--push-to-hub", "someone/tuned", token=None)
-    assert refused.returncode == 1
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "no-token")
+    monkeypatch.setenv("HF_TOKEN", "hf_loopback")
+    with endpoint(hub):
+        assert invoke("merge", "adapter").exit_code == 0
+        assert hub.requests == []
+        done = invoke("merge", "adapter", "-o", "out", "--push-to-hub", "someone/tuned", "--json")
+        assert done.exit_code == 0, done.stderr
+        assert json.loads(done.stdout)["repository"] == "someone/tuned"
+        files = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+        assert {name: hub.uploads["someone/tuned"][name] for name in files} == files
+        monkeypatch.delenv("HF_TOKEN")
+        refused = invoke("merge", "adapter", "-o", "again", "--push-to-hub", "someone/tuned")
+    assert refused.exit_code == 1
     assert len(refused.stderr.splitlines()) == 1
     assert "again is written and whole: `hf auth login`" in refused.stderr
     assert Path("again/merge.json").is_file()

@@ -96,6 +96,9 @@ def test_names_in_a_strangers_file_do_not_steer_the_terminal(good: Path) -> None
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("labels")]
     assert "[2Jgone" in line
     assert "error: no" in line
+    refused = invoke("inspect", "\x1b[2Jx.safetensors")
+    assert "[2Jx.safetensors: no such file" in refused.stderr
+    assert "\x1b" not in refused.stderr
 
 
 def test_no_pickle_runs_code(tmp_path: Path) -> None:

@@ -189,6 +189,12 @@ def test_runs_side_by_side(trained: tuple[str, str], monkeypatch: pytest.MonkeyP
             name: results[name] for name in ("metrics", "updates", "seconds", "epoch", "parameters")
         }
         assert row["task"] == "sst2"
+    record = Path("two/adapter/adapter_config.json")
+    other = json.loads(record.read_text())
+    other["training"]["metrics"] = {"f1": 0.25}
+    record.write_text(json.dumps(other))
+    (line,) = [line for line in invoke("inspect", "--compare", *trained).stdout.splitlines() if line.startswith("f1")]
+    assert line.split() == ["f1", "0.2500"]  # the other run does not tell
     for columns in ("80", "120"):
         monkeypatch.setenv("COLUMNS", columns)
         shown = invoke("inspect", "--compare", *trained).stdout

@@ -137,6 +137,11 @@ def _comparison(compared: Any) -> None:
     console.out.print()
     metrics = dict.fromkeys(name for row in compared.runs for name in row["metrics"] or {})
     numbers = lambda row: row["parameters"]  # noqa: E731
+
+    def metric(row: Any, name: str) -> str | None:
+        value = (row["metrics"] or {}).get(name)
+        return None if value is None else f"{value:.4f}"
+
     rows: list[tuple[str, list[Any]]] = [
         ("base model", [row["base_model"].rstrip("/").rpartition("/")[2] for row in compared.runs]),
         ("task", [row["task"] for row in compared.runs]),
@@ -144,10 +149,7 @@ def _comparison(compared: Any) -> None:
         ("ranks", [row["ranks"] for row in compared.runs]),
         ("numbers in the adapter", [numbers(row)["adapter"] for row in compared.runs]),
         ("numbers in the head", [numbers(row)["head"] for row in compared.runs]),
-        *(
-            (name, [f"{(row['metrics'] or {}).get(name, float('nan')):.4f}" for row in compared.runs])
-            for name in metrics
-        ),
+        *((name, [metric(row, name) for row in compared.runs]) for name in metrics),
         ("best epoch", [row["epoch"] for row in compared.runs]),
         ("updates", [row["updates"] for row in compared.runs]),
         ("seconds", [None if row["seconds"] is None else f"{row['seconds']:.0f}" for row in compared.runs]),

@@ -17,7 +17,9 @@ _HOME = {
     "Ranks": "ranks",
     "RunConfig": "config",
     "TuckerTensor": "tucker",
+    "advise": "advice",
     "attach": "attached",
+    "compare": "comparison",
     "decompose": "decomposition",
     "evaluate": "evaluation",
     "hosvd": "tucker",
@@ -32,9 +34,11 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from craft_cli.advice import advise as advise
     from craft_cli.attached import ModelAdapter as ModelAdapter
     from craft_cli.attached import attach as attach
     from craft_cli.attached import load as load
+    from craft_cli.comparison import compare as compare
     from craft_cli.config import RunConfig as RunConfig
     from craft_cli.decomposition import decompose as decompose
     from craft_cli.errors import CraftError as CraftError

@@ -19,6 +19,7 @@ This module knows torch only: give it decompositions, a module and views into it
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,8 @@ class _Change:
         return {"view": self.view}
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        assert self.tensors is not None
+        if self.tensors is None:  # disabled
+            return output
         u_in, s, u_out_t = self.tensors
         return self.view.add_to_output(output, inputs[0] @ u_in @ s.T @ u_out_t)  # (..., d_out)
 
@@ -122,6 +124,7 @@ class Adapter(nn.Module):
         self._views: dict[str, Sequence[View]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._changes: dict[str, list[_Change]] = {}
+        self._enabled = True
 
     def items(self) -> Iterator[tuple[str, ProjectionAdapter]]:
         """(name, projection), in the order they were given."""
@@ -202,8 +205,21 @@ class Adapter(nn.Module):
         self.detach(root)
         return list(dict.fromkeys(changed))
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes without the change, bit for bit as before it was attached."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
     def _begin(self, root: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Before the forward: S of every layer in float32, cast once to the dtype the layers compute in."""
+        if not self._enabled:
+            for change in (change for changes in self._changes.values() for change in changes):
+                change.tensors = None
+            return
         device = next(self.parameters()).device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else _compute_dtype(root)

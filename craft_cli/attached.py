@@ -5,6 +5,8 @@
     ...                                         # any training loop, or the Hugging Face Trainer
     adapter.save("my-adapter")
     adapter = craft.load(fresh_model, "my-adapter")
+    craft.load(fresh_model, "another", name="other")    # held beside it, and in use now
+    adapter.use("default")
 
 The folder holds `adapter_config.json` and `adapter_model.safetensors` (transforms, the factors they live in, the trained
 head). Transforms mean nothing without their exact basis, so nothing is ever decomposed again at load.
@@ -12,8 +14,9 @@ head). Transforms mean nothing without their exact basis, so nothing is ever dec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +25,36 @@ from torch import Tensor, nn
 
 from craft_cli.adapter import PAPER_NOISE, Adapter
 from craft_cli.checkpoints import fingerprint
-from craft_cli.errors import ConfigError, FileError, ModelError
-from craft_cli.factors import Factors, factor_tensors, from_tensors
-from craft_cli.files import (
-    FORMAT_VERSION,
-    read_json,
-    read_tensors,
-    whole_folder,
-    write_bytes,
-    write_json,
-    write_tensors,
-)
+from craft_cli.errors import ConfigError, FileError, ModelError, nearest
+from craft_cli.factors import Factors, factor_tensors
+from craft_cli.files import FORMAT_VERSION, read_tensors, whole_folder, write_bytes, write_json, write_tensors
 from craft_cli.projections import layer_views
 from craft_cli.quantization import TOLERANCE, dense_weight, kind_of
 from craft_cli.ranks import Ranks
+from craft_cli.saved import (
+    CONFIG_FILE,
+    INCLUDE,
+    KIND,
+    REFERENCE,
+    TENSOR_FILE,
+    SavedAdapter,
+    factor_sha256,
+    read_adapter,
+)
 from craft_cli.tucker import TuckerTensor, mode_product
 from craft_cli.views import View
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
-KIND = "an adapter"
+DEFAULT_NAME = "default"
+
+
+@dataclass
+class _Held:
+    """One of several adapters on a model, while another one may be in use."""
+
+    transforms: dict[str, Tensor]
+    head: dict[str, Tensor]
+    model: Mapping[str, Any]
+    training: dict[str, Any]
 
 
 class ModelAdapter(Adapter):
@@ -52,6 +65,7 @@ class ModelAdapter(Adapter):
         factors: the frozen factors, and which weights they came from.
         head: names of the model's parameters that are trained in full.
         training_record: what the adapter was trained on, for those who find its folder later.
+        active: name of the one in use, of those held.
     """
 
     model: Any
@@ -63,6 +77,9 @@ class ModelAdapter(Adapter):
         self.architecture = type(model).__name__  # FSDP changes the class in place
         self.head = tuple(head)
         self.training_record: dict[str, Any] = {}
+        self.active = DEFAULT_NAME
+        self._held: dict[str, _Held] = {}
+        self._untrained = {name: tensor.clone() for name, tensor in self.head_state().items()}
 
     def head_state(self) -> dict[str, Tensor]:
         """The head's parameters by name."""
@@ -87,10 +104,8 @@ class ModelAdapter(Adapter):
             mine[name].copy_(tensor)
 
     def _trained(self) -> dict[str, Tensor]:
-        transforms: dict[str, Tensor] = {
-            f"transform.{name}.{mode}": k for name, p in self.items() for mode, k in p.transforms.items()
-        }
-        return transforms | {f"head.{name}": tensor for name, tensor in self.head_state().items()}
+        state: dict[str, Tensor] = {f"transform.{name}": k for name, k in self._named_transforms().items()}
+        return state | {f"head.{name}": tensor for name, tensor in self.head_state().items()}
 
     def count_head_parameters(self) -> int:
         """How many numbers of the head are trained."""
@@ -114,12 +129,111 @@ class ModelAdapter(Adapter):
             raise ModelError("a quantised model cannot be merged into: load the adapter onto the full-precision base")
         return super().merge(self.model.base_model if root is None else root)
 
-    def save(self, path: str | Path, *, card: str | None = None) -> None:
+    # -- several on one base ----------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters held, in the order they were loaded."""
+        return tuple(self._held) or (self.active,)
+
+    @torch.no_grad()
+    def hold(self, name: str, saved: SavedAdapter) -> None:
+        """Keep a saved adapter of these very factors under a name, and use it."""
+        self._put_away()
+        transforms = {f"{target}.{mode}": k for target, modes in saved.transforms.items() for mode, k in modes.items()}
+        self._held[name] = _Held(transforms, dict(saved.head), saved.record["model"], saved.record.get("training", {}))
+        self._show(name)
+
+    @torch.no_grad()
+    def use(self, name: str) -> None:
+        """Switch to another of the adapters held: transforms, head and label names; nothing is attached again.
+
+        Raises:
+            ConfigError: none is held by this name.
+        """
+        if name not in self.names:
+            raise ConfigError(f"no adapter '{name}' is held here{nearest(name, self.names)}")
+        if name != self.active:
+            self._put_away()
+            self._show(name)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is the base model, with the head it had before the adapter came."""
+        trained = {name: tensor.clone() for name, tensor in self.head_state().items()}
+        self._set_head(self._untrained)
+        try:
+            with super().disabled():
+                yield
+        finally:
+            self._set_head(trained)
+
+    def _named_transforms(self) -> dict[str, nn.Parameter]:
+        return {f"{target}.{mode}": k for target, p in self.items() for mode, k in p.transforms.items()}
+
+    def _put_away(self) -> None:
+        """What is in use may have been trained on since it was loaded."""
+        self._held[self.active] = _Held(
+            {name: k.detach().clone() for name, k in self._named_transforms().items()},
+            {name: tensor.clone() for name, tensor in self.head_state().items()},
+            self._model_record(),
+            self.training_record,
+        )
+
+    def _model_record(self) -> dict[str, Any]:
+        config = self.model.config
+        return {
+            "architecture": self.architecture,
+            "num_labels": config.num_labels,
+            "problem_type": config.problem_type,
+            "id2label": {str(number): label for number, label in config.id2label.items()},
+            "pad_token_id": config.pad_token_id,
+        }
+
+    def _show(self, name: str) -> None:
+        held, self.active = self._held[name], name
+        for key, k in self._named_transforms().items():
+            k.data.copy_(held.transforms[key])
+        self._set_head(held.head)
+        self.training_record = held.training
+        config = self.model.config
+        config.id2label = {int(number): label for number, label in held.model["id2label"].items()}
+        config.label2id = {label: number for number, label in config.id2label.items()}
+        config.problem_type = held.model["problem_type"]
+
+    @torch.no_grad()
+    def _set_head(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.head_state().items():
+            tensor.copy_(tensors[name])
+
+    # -- on disk ----------------------------------------------------------------------------------------------------
+
+    def describe(self, factors: str = INCLUDE) -> dict[str, Any]:
+        """What adapter_config.json says, with the factors included or referred to."""
+        return {
+            "method": "craft",
+            "format_version": FORMAT_VERSION,
+            "base_model": self.factors.identity(),
+            "targets": list(self.factors.targets),
+            "ranks": {name: list(Ranks.of_modes(p.decomposition.ranks)) for name, p in self.items()},
+            "head": list(self.head),
+            "factors": {
+                "stored": factors,
+                "sha256": factor_sha256({name: p.decomposition for name, p in self.items()}),
+            },
+            "parameters": {"adapter": self.count_parameters(), "head": self.count_head_parameters()},
+            "model": self._model_record(),
+            "training": self.training_record,
+        }
+
+    def save(self, path: str | Path, *, card: str | None = None, factors: str = INCLUDE) -> None:
         """Write the adapter as a folder, replacing one that is there, and check it by reading it back.
 
         Args:
             path: the folder.
             card: text of its README.md.
+            factors: `include` makes the folder enough with the base; `reference` writes only the sha256 of the factors,
+                which loading then takes from the cache: a few tens of kilobytes for each of many adapters of one base.
 
         Raises:
             FileError: it cannot be written, or reads back different; a former adapter there is untouched.
@@ -128,38 +242,23 @@ class ModelAdapter(Adapter):
         if path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
             raise FileError(f"{path} is a folder with something else than an adapter in it; choose another")
         with whole_folder(path, overwrite=True) as folder:
-            self.write(folder, card=card)
+            self.write(folder, card=card, factors=factors)
 
-    def write(self, folder: Path, *, card: str | None = None) -> None:
-        """Write the adapter's files into a folder that is there, and check them by reading them back.
+    def write(self, folder: Path, *, card: str | None = None, factors: str = INCLUDE) -> None:
+        """Write the adapter's files into a folder that is there, and check them by reading them back; see `save`.
 
         Raises:
             FileError: one cannot be written, or reads back different.
         """
+        if factors not in (INCLUDE, REFERENCE):
+            raise ConfigError(f"factors: expected {INCLUDE} or {REFERENCE}, not '{factors}'")
         state = self._trained()
-        state |= factor_tensors({name: projection.decomposition for name, projection in self.items()})
-        config = self.model.config
-        record = {
-            "method": "craft",
-            "format_version": FORMAT_VERSION,
-            "base_model": self.factors.identity(),
-            "targets": list(self.factors.targets),
-            "ranks": {name: list(Ranks.of_modes(p.decomposition.ranks)) for name, p in self.items()},
-            "head": list(self.head),
-            "parameters": {"adapter": self.count_parameters(), "head": self.count_head_parameters()},
-            "model": {
-                "architecture": self.architecture,
-                "num_labels": config.num_labels,
-                "problem_type": config.problem_type,
-                "id2label": {str(number): label for number, label in config.id2label.items()},
-                "pad_token_id": config.pad_token_id,
-            },
-            "training": self.training_record,
-        }
+        if factors == INCLUDE:
+            state |= factor_tensors({name: projection.decomposition for name, projection in self.items()})
         write_tensors(
             folder / TENSOR_FILE, KIND, state, {"targets": list(self.factors.targets)} | self.factors.identity()
         )
-        write_json(folder / CONFIG_FILE, record)
+        write_json(folder / CONFIG_FILE, self.describe(factors))
         if card is not None:
             write_bytes(folder / "README.md", card.encode())
         saved, _ = read_tensors(folder / TENSOR_FILE, KIND)
@@ -214,74 +313,52 @@ def attach(
     return adapter
 
 
-def load(model: Any, path: str | Path) -> ModelAdapter:
-    """Put a saved adapter and its head on a freshly loaded base model.
+def load(model: Any, path: str | Path, *, name: str | None = None, cache_dir: str | Path | None = None) -> ModelAdapter:
+    """Put a saved adapter and its head on a base model.
 
     Args:
-        model: the base, with the right number of labels; it gets the adapter's label names.
+        model: the base, with the right number of labels; it gets the adapter's label names. With `name` it may carry an
+            adapter already: those of one base and the same factors are held together, and this one is in use then.
         path: the adapter's folder.
+        name: what it is called in `adapter.use`; `default` without.
+        cache_dir: where factors are looked for that the adapter only refers to; `~/.cache/craft` without.
 
     Raises:
-        FileError: the folder is no adapter, or is damaged.
-        ModelError: the model is not the base it was trained on, or has another head.
+        FileError: the folder is no adapter, is damaged, or refers to factors that cannot be had.
+        ModelError: the model is not the base it was trained on, has another head, or carries an adapter already.
     """
     path = Path(path)
-    record = read_record(path)
-    tensors, header = read_tensors(path / TENSOR_FILE, KIND)
-    factors = from_tensors(tensors, header, path / TENSOR_FILE)
-    views = layer_views(model.config, factors.targets)
-    check_base(model, factors, views)
-    head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    held: ModelAdapter | None = getattr(model.base_model, ModelAdapter.ATTRIBUTE, None)
+    if held is not None and name is None:
+        raise ModelError("this model carries an adapter already: detach it first, or give name=... to hold several")
+    saved = read_adapter(path, cache_dir)
+    views = layer_views(model.config, saved.factors.targets)
+    if held is None:
+        check_base(model, saved.factors, views)
+    elif factor_sha256(held.factors.decompositions) != factor_sha256(saved.factors.decompositions):
+        raise ModelError(f"{path} was trained over other factors than the adapter on this model: load it on its own")
     state = model.state_dict()
-    for name, tensor in head.items():
-        if name not in state or state[name].shape != tensor.shape:
-            found = f"is {tuple(state[name].shape)}" if name in state else "is missing"
-            raise ModelError(
-                f"{path}: its head needs {name} {tuple(tensor.shape)}, which {found} in this model; "
-                f"load a {record['model']['architecture']} with num_labels={record['model']['num_labels']}"
-            )
-    adapter = ModelAdapter(model, factors, head)
-    adapter.training_record = record.get("training", {})
-    try:
-        for name, projection in adapter.items():
-            for mode, k in projection.transforms.items():
-                k.data.copy_(tensors[f"transform.{name}.{mode}"])
-    except (KeyError, RuntimeError) as error:
-        raise FileError(f"{path / TENSOR_FILE} is damaged: {error}") from error
-    with torch.no_grad():
-        for name, tensor in head.items():
-            state[name].copy_(tensor)
-    model.config.id2label = {int(number): label for number, label in record["model"]["id2label"].items()}
-    model.config.label2id = {label: number for number, label in model.config.id2label.items()}
-    model.config.problem_type = record["model"]["problem_type"]
-    _put_on(adapter, views)
-    return adapter
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """What an adapter's folder says of itself.
-
-    Raises:
-        FileError: it is no adapter, or is damaged.
-    """
-    if not (path / CONFIG_FILE).is_file():
-        raise FileError(f"{path} is no adapter: it holds no {CONFIG_FILE}")
-    record = read_json(path / CONFIG_FILE)
-    if record.get("method") != "craft":
-        raise FileError(f"{path} is not an adapter of craft's (an adapter of peft's is loaded with peft)")
-    if record.get("format_version") != FORMAT_VERSION:
-        raise FileError(
-            f"{path} has format version {record.get('format_version')}, this craft reads {FORMAT_VERSION}: upgrade craft"
+    if model.config.num_labels != saved.record["model"]["num_labels"]:
+        raise ModelError(
+            f"{path} has {saved.record['model']['num_labels']} labels, this model {model.config.num_labels}: load a "
+            f"{saved.record['model']['architecture']} with num_labels={saved.record['model']['num_labels']}"
         )
-    try:
-        assert {"model", "revision"} <= set(record["base_model"])
-        assert {"architecture", "num_labels", "problem_type", "id2label", "pad_token_id"} <= set(record["model"])
-        assert {"adapter", "head"} <= set(record["parameters"])
-        assert isinstance(record["base_model"]["model"], str)
-        assert set(record["model"]["id2label"]) == {str(number) for number in range(record["model"]["num_labels"])}
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise FileError(f"{path / CONFIG_FILE} is damaged: it does not describe a base model and a head") from error
-    return record
+    for parameter, tensor in saved.head.items():
+        if parameter not in state or state[parameter].shape != tensor.shape:
+            found = f"is {tuple(state[parameter].shape)}" if parameter in state else "is missing"
+            raise ModelError(
+                f"{path}: its head needs {parameter!r} {tuple(tensor.shape)}, which {found} in this model; load a "
+                f"{saved.record['model']['architecture']} with num_labels={saved.record['model']['num_labels']}"
+            )
+    adapter = ModelAdapter(model, saved.factors, saved.head) if held is None else held
+    if held is None:
+        adapter.active = name or DEFAULT_NAME
+    if set(saved.head) != set(adapter.head):
+        raise ModelError(f"{path} trains another head than the adapter on this model: load it on its own")
+    adapter.hold(name or DEFAULT_NAME, saved)
+    if held is None:
+        _put_on(adapter, views)
+    return adapter
 
 
 def head_names(model: Any) -> list[str]:

@@ -7,17 +7,17 @@ included, reads that folder, so that all parts of a run see the same revision.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from craft_cli.errors import ModelError
+from craft_cli.errors import FileError, ModelError
 from craft_cli.files import raw_bytes, read_json
 from craft_cli.views import View
 
@@ -30,6 +30,8 @@ TOKENIZER_FILES = (
     *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.*",
 )  # fmt: skip
+CARD = "README.md"
+"""Its licence is that of what is made of it."""
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference; sharded ones have an .index.json
 
 
@@ -138,6 +140,33 @@ class TensorReader:
             found.append(LazyMatrix(stored[names[0]] if isinstance(stored, dict) else stored.get_slice(names[0]), view))
         return found
 
+    def names(self) -> Iterable[str]:
+        """Of all its tensors."""
+        return self._file_of
+
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Of a tensor, without reading it."""
+        stored = self._opened(self._file_of[name])
+        if isinstance(stored, dict):
+            return tuple(stored[name].shape), stored[name].dtype
+        part = stored.get_slice(name)
+        return tuple(part.get_shape()), part[tuple(slice(0, 0) for _ in part.get_shape())].dtype
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor. Its file is mapped for it alone: pages once read would count as long as a map is held."""
+        file = self._file_of[name]
+        if not file.endswith(".safetensors"):
+            tensor: Tensor = self._opened(file)[name]
+            return tensor
+        from safetensors import safe_open
+
+        with safe_open(self._checkpoint.folder / file, framework="pt") as stored:
+            return cast(Tensor, stored.get_tensor(name))
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold them."""
+        return [self._checkpoint.folder / file for file in sorted(set(self._file_of.values()))]
+
     def _opened(self, file: str) -> Any:
         if file not in self._open:
             from safetensors import SafetensorError, safe_open
@@ -148,8 +177,11 @@ class TensorReader:
                     self._open[file] = safe_open(path, framework="pt")
                 else:
                     self._open[file] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-                raise ModelError(f"{path} is damaged or truncated ({str(error).strip().splitlines()[0]})") from error
+            except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ModelError(f"{path} is damaged or truncated ({reason})") from error
+            if not isinstance(self._open[file], Mapping) and not file.endswith(".safetensors"):
+                raise ModelError(f"{path} is damaged: it holds no tensors by name")
         return self._open[file]
 
 
@@ -194,14 +226,31 @@ def _weight_files(folder: Path) -> list[str]:
     """
     for name in _WEIGHTS:
         if (folder / f"{name}.index.json").is_file():
-            return sorted(set(read_json(folder / f"{name}.index.json").get("weight_map", {}).values()))
+            return sorted(set(_weight_map(folder / f"{name}.index.json").values()))
         if (folder / name).is_file():
             return [name]
     raise ModelError(f"{folder} holds no weights ({' or '.join(_WEIGHTS)}, single or sharded)")
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, as the index of a sharded checkpoint says.
+
+    Raises:
+        ModelError: it says nothing of that kind, or names files elsewhere.
+    """
+    try:
+        content = read_json(index).get("weight_map")
+    except FileError as error:
+        raise ModelError(str(error)) from error
+    if not isinstance(content, dict) or any(
+        not isinstance(file, str) or Path(file).name != file for file in content.values()
+    ):
+        raise ModelError(f"{index} is damaged: it does not tell which file beside it holds each tensor")
+    return content
+
+
 def _needed_shards(index: Path, views: Iterable[View] | None) -> set[str]:
-    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    weight_map = _weight_map(index)
     if views is None:
         return set(weight_map.values())
     suffixes = tuple(f"{view.module}.weight" for view in views)
@@ -244,6 +293,8 @@ def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[V
             files = {sibling.rfilename for sibling in info.siblings or []}
         needed = views(folder)
         if needed is None:
+            if CARD in files:
+                fetch(CARD)
             tokenizer = [file for file in files if _matches(file, TOKENIZER_FILES)]
             for file in sorted(tokenizer, key=lambda file: _matches(file, VOCABULARIES)):  # last: see _complete
                 fetch(file)

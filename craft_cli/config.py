@@ -74,6 +74,11 @@ class RunConfig:
 
     targets: tuple[str, ...] = _setting(("query", "value"), "Projections to adapt: query,key,value,output.")
     ranks: Ranks = _setting(Ranks(64, 64, 8), "OUT,IN,LAYERS; a rank above its dimension is lowered.")
+    adapter_factors: Literal["include", "reference"] = _setting(
+        "include",
+        "reference: the adapter's folder only names its factors, and they are looked for in the cache.",
+        free=True,
+    )
     init_noise: bool = _setting(False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.")
     init_from: str | None = _setting(
         None, "Run or adapter to take the transforms from (same base, same ranks); the head starts anew."

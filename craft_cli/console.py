@@ -40,7 +40,7 @@ def fail(message: str) -> None:
     """An error: one line for each thing that is wrong."""
     for line in message.splitlines():
         err.print("[bold red]error:[/] ", end="")
-        err.print(line, markup=False, soft_wrap=True)
+        err.print(_plain(line), markup=False, soft_wrap=True)
 
 
 def note(message: str) -> None:
@@ -93,8 +93,13 @@ def show(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {show(entry)}" for name, entry in value.items())
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return str(value)
+        return _plain(",".join(map(str, value)))
+    return _plain(str(value))
+
+
+def _plain(text: str) -> str:
+    """Without control characters: names in a stranger's file must not steer the terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def percent(value: float) -> str:

@@ -10,12 +10,13 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from craft_cli.errors import FileError
@@ -25,6 +26,9 @@ from craft_cli.tucker import MODES, TuckerTensor
 
 KIND = "factors"
 METHOD = "hosvd"
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+MOST_LAYERS = 1024
+"""No model has as many; what is computed from a stranger's file grows with them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +130,7 @@ def from_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path:
         FileError: a tensor or a header entry is missing or of the wrong shape.
     """
     try:
+        _check_header(header)
         decompositions = {
             target: TuckerTensor(
                 tensors[f"{target}.core"],
@@ -134,6 +139,12 @@ def from_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path:
             )
             for target in header["targets"]
         }
+        for target, decomposition in decompositions.items():
+            for tensor in (decomposition.core, *decomposition.factors, *decomposition.spectra):
+                if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
+                    raise ValueError(f"{target} holds values that are not finite float32 numbers")
+            if decomposition.shape[0] > MOST_LAYERS:
+                raise ValueError(f"{target} has {decomposition.shape[0]} layers, more than {MOST_LAYERS}")
         return Factors(
             model=header["model"],
             revision=header["revision"],
@@ -147,6 +158,29 @@ def from_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path:
         raise FileError(f"{path} is damaged: {error} is missing") from error
     except ValueError as error:
         raise FileError(f"{path} is damaged: {error}") from error
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Refuse a header of other types than ours, or with names that could mean something elsewhere.
+
+    Raises:
+        KeyError: an entry is missing.
+        ValueError: an entry cannot be.
+    """
+    targets, prints = header["targets"], header["sha256"]
+    if not (isinstance(targets, list) and targets and all(isinstance(target, str) for target in targets)):
+        raise ValueError("its header names no projections")
+    if len(set(targets)) != len(targets) or not all(re.fullmatch(r"[a-z_]{1,32}", target) for target in targets):
+        raise ValueError("its header names projections that cannot be")
+    if not (isinstance(prints, dict) and all(re.fullmatch(r"[0-9a-f]{64}", str(prints[target])) for target in targets)):
+        raise ValueError("its header holds no sha256 of the weights")
+    for name in ("model", "model_type", "dtype"):
+        if not (isinstance(header[name], str) and header[name].isprintable()):
+            raise ValueError(f"its header's {name} is no line of text")
+    if not (header["revision"] is None or (isinstance(header["revision"], str) and header["revision"].isprintable())):
+        raise ValueError("its header's revision is no line of text")
+    if header["dtype"] not in DTYPES:
+        raise ValueError("its header names no dtype of weights")
 
 
 def _by_mode(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,6 +198,13 @@ class FactorCache:
     def __init__(self, folder: str | Path | None = None) -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.folder = Path(folder).expanduser() if folder else home / "craft"
+
+    def all_that_serve(self, fingerprints: Mapping[str, str], ranks: Ranks) -> Iterator[Factors]:
+        """Every whole entry that holds these projections of these very weights at these ranks or larger."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with suppress(FileError):
+                if _serves(read_header(path, KIND), fingerprints, ranks):
+                    yield Factors.load(path)
 
     def find(self, fingerprints: Mapping[str, str], ranks: Ranks) -> tuple[Factors | None, list[str]]:
         """An entry that holds these projections of these very weights at these ranks or larger.

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from craft_cli.errors import DamagedFile, FileError
+from craft_cli.errors import FileError, LaterVersion
 
 FORMAT_VERSION = 1
 LOCK_FILE = ".lock"
@@ -85,11 +85,23 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise DamagedFile(f"{path} is damaged or not JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged or not JSON ({_reason(error)})") from error
     if not isinstance(content, dict):
-        raise DamagedFile(f"{path} is damaged: it holds no JSON object")
+        raise FileError(f"{path} is damaged: it holds no JSON object")
     return content
+
+
+def quoted(value: Any, most: int = 80) -> str:
+    """Something out of a file that may come from a stranger, for a message: printable and short."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _reason(error: Exception) -> str:
+    """What a reader says, in one short line: it may quote the file."""
+    line = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return " ".join(line.split())[:200]
 
 
 def cannot_write(path: Path, error: Exception) -> FileError:
@@ -224,13 +236,13 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
             header = json.loads((file.metadata() or {}).get("craft", "null"))
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DamagedFile(f"{path} is damaged or truncated ({str(error).strip()})") from error
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged or truncated ({_reason(error)})") from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise FileError(f"{path} is not a file of craft's with {kind}")
     if header.get("format_version") != FORMAT_VERSION:
-        raise FileError(
-            f"{path} has format version {header.get('format_version')}, this craft reads {FORMAT_VERSION}: upgrade craft"
+        raise LaterVersion(
+            f"{path} has format version {quoted(header.get('format_version'))}, this craft reads {FORMAT_VERSION}: upgrade craft"
         )
     return header
 
@@ -248,7 +260,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DamagedFile(f"{path} is damaged or truncated ({str(error).strip()})") from error
+        raise FileError(f"{path} is damaged or truncated ({_reason(error)})") from error
     if checksum(tensors) != header.get("checksum"):
-        raise DamagedFile(f"{path} is damaged: its contents do not match their checksum")
+        raise FileError(f"{path} is damaged: its contents do not match their checksum")
     return tensors, header

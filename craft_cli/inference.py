@@ -97,7 +97,7 @@ class Subject:
 
     def task(self) -> Task:
         """What it was trained for; of a checkpoint, what its head looks like."""
-        if self.record and self.record["task"] != OWN.name:
+        if self.record.get("task", OWN.name) != OWN.name:
             return task_named(self.record["task"])
         problem, data = self.problem_type, self.record.get("data", {})
         return Task(

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from craft_cli.attached import TENSOR_FILE, read_record
+from craft_cli.advice import random_energy
 from craft_cli.decomposition import DEFAULT_RANKS, DEFAULT_TARGETS, find_checkpoint, read_stacks
 from craft_cli.errors import ConfigError, FileError
-from craft_cli.factors import Factors, from_tensors
-from craft_cli.files import read_tensors
+from craft_cli.factors import Factors
 from craft_cli.plots import spectra
 from craft_cli.projections import TARGETS
 from craft_cli.ranks import Ranks
 from craft_cli.runs import Run, find_adapter, find_run
-from craft_cli.tucker import MODES, TuckerTensor, hosvd, mode_product, stack_shape
-
-_WIDEST = 768
+from craft_cli.saved import read_adapter
+from craft_cli.tucker import MODES, TuckerTensor, stack_shape
 
 
 @dataclass(frozen=True)
@@ -33,12 +30,14 @@ class Inspection:
         path: what was inspected.
         facts: what holds for the whole, by name.
         projections: for each a mapping with `name`, `shape` (L, d_out, d_in), `ranks` (OUT,IN,LAYERS) and more.
+        decompositions: the factors, by projection; none of a model.
     """
 
     kind: str
     path: str
     facts: Mapping[str, Any]
     projections: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    decompositions: Mapping[str, TuckerTensor] = field(default_factory=dict, repr=False)
 
 
 def inspect(
@@ -60,39 +59,20 @@ def inspect(
     if ranks is not None and (adapter or found.is_file()):
         raise ConfigError(f"--ranks is for models; {found} has ranks of its own")
     if adapter:
-        inspection, decompositions = _adapter(found, adapter)
+        inspection = _adapter(found, adapter)
     elif found.is_file():
         factors = Factors.load(found)
-        decompositions = factors.decompositions
-        inspection = Inspection(
-            "factors", str(found), _identity(factors), [_kept(*item) for item in decompositions.items()]
-        )
+        rows = [_kept(*item) for item in factors.decompositions.items()]
+        inspection = Inspection("factors", str(found), _identity(factors), rows, factors.decompositions)
     elif path is None or found.suffix == ".safetensors":
         raise FileError(f"{found}: no such file")
     else:
-        inspection, decompositions = _model(str(path), Ranks.parse(ranks or DEFAULT_RANKS)), {}
+        inspection = _model(str(path), Ranks.parse(ranks or DEFAULT_RANKS))
     if plot:
-        if not decompositions:
+        if not inspection.decompositions:
             raise ConfigError(f"--plot: {path} is a model; decompose it and plot the file of factors")
-        spectra(decompositions, Path(plot), f"Spectra of {inspection.facts['base_model']}")
+        spectra(inspection.decompositions, Path(plot), f"Spectra of {inspection.facts['base_model']}")
     return inspection
-
-
-@lru_cache
-def random_energy(shape: tuple[int, int, int], ranks: tuple[int, int, int]) -> float:
-    """Energy that HOSVD at these ranks keeps of a Gaussian random tensor of this shape: what no structure looks like.
-
-    A real tensor (fixed seed) is decomposed. One wider than 768 is scaled down, ranks with it: in high dimensions the
-    energy depends on the proportions alone.
-    """
-    layers, d_out, d_in = shape
-    r_layer, r_out, r_in = ranks
-    scale = min(1.0, _WIDEST / max(d_out, d_in))
-    d_out, d_in = round(d_out * scale), round(d_in * scale)
-    generator = torch.Generator().manual_seed(0)
-    stack = torch.randn(layers, d_out, d_in, generator=generator)
-    scaled = (r_layer, min(d_out, max(1, round(r_out * scale))), min(d_in, max(1, round(r_in * scale))))
-    return hosvd(stack, scaled).energy
 
 
 def _model(model: str, ranks: Ranks) -> Inspection:
@@ -119,10 +99,9 @@ def _model(model: str, ranks: Ranks) -> Inspection:
     return Inspection("model", model, facts, projections)
 
 
-def _adapter(path: Path, folder: Path) -> tuple[Inspection, Mapping[str, TuckerTensor]]:
-    record = read_record(folder)
-    tensors, header = read_tensors(folder / TENSOR_FILE, "an adapter")
-    factors = from_tensors(tensors, header, folder / TENSOR_FILE)
+def _adapter(path: Path, folder: Path) -> Inspection:
+    saved = read_adapter(folder)
+    record, factors = saved.record, saved.factors
     run = Run(path) if path != folder else None
     training = record.get("training", {})
     data = training.get("data", {})
@@ -132,32 +111,33 @@ def _adapter(path: Path, folder: Path) -> tuple[Inspection, Mapping[str, TuckerT
     }
     if training:
         where = data.get("data_dir") or data.get("train_file")
-        facts["trained_on"] = training["task"] + (f" from {where}" if where else "")
-        facts["epoch"] = training["epoch"]
-        facts["metrics"] = training["metrics"]
+        facts["trained_on"] = training.get("task", "") + (f" from {where}" if where else "")
+        facts["epoch"] = training.get("epoch")
+        facts["metrics"] = training.get("metrics")
     if run and run.results():
         facts["examples"] = run.results()["examples"]
     if run:
         facts["state"] = run.state()
     projections = []
     for name, decomposition in factors.decompositions.items():
-        k = {mode: tensors[f"transform.{name}.{mode}"].double() for mode in MODES}
-        norms = _change_norms(decomposition, k)
+        k = saved.transforms[name]
+        norms = [float(s.norm()) for s in change_slices(decomposition, k)]  # of dW_l too: its bases are orthonormal
         projections.append(
             _kept(name, decomposition)
-            | {"k_norms": {mode: float(matrix.norm()) for mode, matrix in k.items()}, "change_by_layer": norms}
+            | {"k_norms": {mode: float(matrix.double().norm()) for mode, matrix in k.items()}, "change_by_layer": norms}
         )
-    return Inspection("run" if run else "adapter", str(path), facts, projections), factors.decompositions
+    return Inspection("run" if run else "adapter", str(path), facts, projections, factors.decompositions)
 
 
-def _change_norms(decomposition: TuckerTensor, k: Mapping[str, torch.Tensor]) -> list[float]:
-    """||dW_l|| of every layer: that of its slice, because U_out and U_in are orthonormal."""
+def change_slices(decomposition: TuckerTensor, k: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """S_l (r_out, r_in) of every layer in float64, one at a time: a stranger's file may name many layers."""
     core = decomposition.core.double()
-    u_layer = decomposition.factors[0].double()
-    identity = {mode: torch.eye(len(matrix), dtype=torch.float64) for mode, matrix in k.items()}
-    adapted = mode_product(core, u_layer @ (identity["layer"] + k["layer"]), 0)
-    slices = (identity["out"] + k["out"]) @ adapted @ (identity["in"] + k["in"]).T - mode_product(core, u_layer, 0)
-    return slices.flatten(1).norm(dim=1).tolist()
+    r_layer, r_out, r_in = core.shape
+    flat, u_layer = core.reshape(r_layer, -1), decomposition.factors[0].double()
+    adapted = u_layer + u_layer @ k["layer"].double()  # (L, r_layer)
+    j_out, j_in = (torch.eye(len(k[mode]), dtype=torch.float64) + k[mode].double() for mode in ("out", "in"))
+    for before, after in zip(u_layer, adapted, strict=True):
+        yield j_out @ (after @ flat).reshape(r_out, r_in) @ j_in.T - (before @ flat).reshape(r_out, r_in)
 
 
 def _identity(factors: Factors) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -173,7 +172,8 @@ class Journal:
             return
         self.best_state = self._adapter.trained_state()
         self._adapter.training_record = training_record(self._config, self._prepared, self.best_epoch, self.best)
-        write_adapter(self._adapter, self._prepared.checkpoint.name, self._run.adapter)
+        card = model_card(self._adapter.describe(), self._prepared.checkpoint)
+        self._adapter.save(self._run.adapter, card=card, factors=self._config.adapter_factors)
 
 
 def training_record(
@@ -192,10 +192,3 @@ def training_record(
         "recipe": resolved_recipe(config, prepared),
     }
     return dict(json.loads(json.dumps(record)))
-
-
-def write_adapter(adapter: ModelAdapter, base_model: str, path: Path) -> None:
-    """Save an adapter with its card."""
-    parameters = {"adapter": adapter.count_parameters(), "head": adapter.count_head_parameters()}
-    record = adapter.training_record
-    adapter.save(path, card=model_card(record, base_model, record["recipe"]["ranks"], parameters))

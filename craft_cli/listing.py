@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from craft_cli.attached import CONFIG_FILE, read_record
 from craft_cli.errors import CraftError
 from craft_cli.runs import Run
+from craft_cli.saved import CONFIG_FILE, read_record
 
 
 @dataclass(frozen=True)

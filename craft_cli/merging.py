@@ -1,32 +1,42 @@
-"""Use-case: fold an adapter into its base and write a plain Hugging Face checkpoint."""
+"""Use-case: what leaves craft. A plain Hugging Face checkpoint, or a LoRA that PEFT loads.
+
+The base is read and written tensor by tensor, so that a checkpoint larger than memory merges too. What was written is
+compared with the adapted model before it takes its place, and `merge.json` beside it says what it was made of.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from craft_cli import __version__, export
+from craft_cli.cards import model_card
 from craft_cli.checkpoints import Checkpoint
-from craft_cli.errors import CraftError, FileError
-from craft_cli.files import cannot_write, whole_folder
-from craft_cli.models import load_adapted, load_tokenizer, quiet_transformers
+from craft_cli.errors import ConfigError, CraftError, FileError
+from craft_cli.files import cannot_write, whole_folder, write_bytes, write_json
 from craft_cli.runs import find_adapter, find_run
+from craft_cli.saved import TENSOR_FILE, read_adapter
+from craft_cli.shards import Entry, write_shards, write_streamed
+from craft_cli.streamed import StreamedBase
+from craft_cli.uploads import upload
+from craft_cli.views import View
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed between merged and adapted logits, relative to the largest logit. The adapted model is
-computed in float32, so the merged one differs by the rounding of its weights to the base's dtype."""
+computed in float32, so the merged one differs by the rounding of its weights to the dtype written."""
 
-_PROBE = (
-    "A short sentence.",
-    "An opinion that takes its time, turns round once or twice, and in the end says very little at all.",
-    '42 numbers, (brackets) and "quotes": 100 % of it!',
-    "Not bad.",
-)
+CHECKPOINT, PEFT = "checkpoint", "peft"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CERTIFICATE = "merge.json"
 
 
 @dataclass(frozen=True)
@@ -35,19 +45,29 @@ class Merged:
 
     Attributes:
         output: the folder.
+        format: `checkpoint` or `peft`.
         files: names of its files.
-        dtype: of the weights, that of the base.
+        dtype: of the weights, that of the base unless another was asked for; of a LoRA float32.
         tensors_changed: weights that differ from the base's.
         difference: largest difference between merged and adapted logits, relative to the largest logit.
         tolerance: what was allowed.
+        rank: of a LoRA.
+        serve: the command that serves what was written with vLLM, where that takes it.
+        hint: which ranks vLLM accepts, and why it does not take this LoRA where it does not.
+        repository: where it was uploaded.
     """
 
     output: str
+    format: str
     files: tuple[str, ...]
     dtype: str
     tensors_changed: int
     difference: float
     tolerance: float
+    rank: int | None = None
+    serve: str | None = None
+    hint: str | None = None
+    repository: str | None = None
 
 
 def merge(
@@ -55,86 +75,234 @@ def merge(
     output: str | Path | None = None,
     *,
     overwrite: bool = False,
+    format: str = CHECKPOINT,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    trim: bool = False,
+    push_to_hub: str | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Merged:
-    """Merge a run's or an adapter's change into the dense weights of its base.
+    """Merge a run's or an adapter's change into the dense weights of its base, or write it as a LoRA for PEFT.
 
-    The result holds weights in the base's dtype, the trained head, the label names and the base's tokenizer files byte
-    for byte. It is loaded again with plain transformers and compared with the adapted model before it takes its place.
+    A checkpoint holds weights in the base's dtype, the trained head, the label names and the base's tokenizer files byte
+    for byte. A LoRA holds the same change and head in PEFT's layout. Either is read again and its logits are compared
+    with those of the adapted model before it takes its place.
 
     Args:
         path: a run or an adapter; the latest run without.
-        output: the folder to write; `merged` inside the run, or beside the adapter, without.
+        output: the folder to write; `merged` (`peft`) inside the run, or beside the adapter, without.
         overwrite: replace a folder that is not empty.
+        format: `checkpoint` or `peft`.
+        dtype: of a checkpoint's weights: `float32`, `float16` or `bfloat16`; as the base's without.
+        max_shard_size: a checkpoint larger than this is written as several files.
+        trim: of a LoRA, leave out directions that are zero to numerical precision.
+        push_to_hub: upload to this repository of the hub too.
         progress: called with what is being done.
 
     Raises:
+        ConfigError: options that do not go together, or of unknown values.
         FileError: no adapter there, it is damaged, or the output cannot be written.
         ModelError: its base is missing or another one.
-        CraftError: the adapter changes no weight, or the merged model does not compute what the adapted one does.
+        CraftError: the adapter changes no weight, what was written does not compute what the adapted model does, or the
+            upload failed.
     """
+    _check_options(format, dtype, trim=trim, push_to_hub=push_to_hub)
     found = find_run(None if path is None else str(path))
     adapter_path = find_adapter(found)
     if adapter_path is None:
         raise FileError(f"{found} is neither a run nor an adapter: there is nothing to merge")
-    destination = Path(output).expanduser() if output else adapter_path.parent / "merged"
+    name = "merged" if format == CHECKPOINT else format
+    destination = Path(output).expanduser() if output else adapter_path.parent / name
 
     with whole_folder(destination, overwrite=overwrite) as folder:
-        progress("loading base and adapter")
-        model, adapter, checkpoint = load_adapted(adapter_path)
-        probe = _probe_batch(checkpoint)
-        expected = _logits(model, probe)
-        dtype = getattr(torch, adapter.factors.dtype)
-        if dtype != torch.float32:
-            model, adapter, _ = load_adapted(adapter_path, dtype)
-
-        progress("merging")
+        progress("reading the adapter")
+        base = StreamedBase(read_adapter(adapter_path))
+        probe = base.probe()
+        progress("computing with the adapter")
+        expected = base.logits(base.read, probe, base.adapter())
+        progress("writing")
         try:
-            changed = adapter.merge()
-        except ValueError as error:
-            raise CraftError(f"{adapter_path}: {error}") from error
-        _write(model, checkpoint, folder)
-
-        progress("verifying with plain transformers")
-        difference = _difference(folder, type(model), probe, expected)
-        if not difference <= TOLERANCE[dtype]:
+            if format == CHECKPOINT:
+                written: _Checkpoint | _Lora = _Checkpoint(base, folder, DTYPES.get(dtype or ""), max_shard_size)
+            else:
+                written = _Lora(base, folder, trim=trim)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        if not written.changed:
+            raise CraftError(f"{adapter_path}: merging changes no tensor: the transforms are (or round to) zero")
+        progress("verifying")
+        difference = _difference(base.logits(written.read, probe), expected)
+        tolerance = TOLERANCE[written.dtype]
+        if not difference["relative"] <= tolerance:
             raise CraftError(
-                f"the merged model's logits differ from the adapted one's by {difference:.1e}, more than "
-                f"{TOLERANCE[dtype]:.0e}; nothing was written"
+                f"the merged model's logits differ from the adapted one's by {difference['relative']:.1e}, more than "
+                f"{tolerance:.0e}; nothing was written"
             )
+        record = base.saved.record
+        card = model_card(record, base.checkpoint, form=format)
+        write_bytes(folder / "README.md", card.encode())
+        write_json(folder / CERTIFICATE, _certificate(base, adapter_path, written, folder, difference))
         files = tuple(sorted(file.name for file in folder.iterdir()))
-    return Merged(str(destination), files, adapter.factors.dtype, len(changed), difference, TOLERANCE[dtype])
+    result = Merged(
+        output=str(destination),
+        format=format,
+        files=files,
+        dtype=str(written.dtype).removeprefix("torch."),
+        tensors_changed=len(written.changed),
+        difference=difference["relative"],
+        tolerance=tolerance,
+        rank=written.rank,
+        serve=export.serve_command(base, written.rank, str(destination)),
+        hint=None if written.rank is None else export.vllm_hint(base, written.rank),
+    )
+    if push_to_hub:
+        progress("uploading")
+        upload(destination, push_to_hub)
+        result = Merged(**(vars(result) | {"repository": push_to_hub}))
+    return result
 
 
-def _write(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
-    from safetensors import SafetensorError
+def _check_options(format: str, dtype: str | None, *, trim: bool, push_to_hub: str | None) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
-        with quiet_transformers():
-            model.save_pretrained(folder)
-        for file in checkpoint.tokenizer_files():
+    if format not in (CHECKPOINT, PEFT):
+        raise ConfigError(f"--format: expected {CHECKPOINT} or {PEFT}, not '{format}'")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected {', '.join(DTYPES)}, not '{dtype}'")
+    if format == PEFT and dtype:
+        raise ConfigError("--dtype is for checkpoints: a LoRA is written in float32 and follows its base")
+    if format == CHECKPOINT and trim:
+        raise ConfigError("--trim is for --format peft: a checkpoint has no rank")
+    if push_to_hub is not None:  # before the work
+        try:
+            validate_repo_id(push_to_hub)
+        except HFValidationError as error:
+            raise ConfigError(f"--push-to-hub: expected OWNER/NAME, not '{push_to_hub}'") from error
+
+
+# -- the two formats ----------------------------------------------------------------------------------------------------
+
+
+class _Checkpoint:
+    """A plain checkpoint, written tensor by tensor into `folder`."""
+
+    rank: int | None = None
+
+    def __init__(self, base: StreamedBase, folder: Path, dtype: torch.dtype | None, max_shard_size: str | int) -> None:
+        self.changed: list[str] = []
+        self.dtype = dtype or getattr(torch, base.saved.factors.dtype)
+        self._slices = {target: p.slices().detach() for target, p in base.adapter().items()}
+        self._base = base
+        changes = base.changes()
+        entries = {}
+        for name, shape in base.shapes.items():
+            kind = base.dtypes[name]
+            if kind.is_floating_point:  # the head was trained in float32; it follows the rest
+                kind = self.dtype if dtype or name in base.saved.head else kind
+            entries[name] = Entry(shape, kind, partial(self._tensor, name, kind, changes.get(name, ())))
+        write_shards(folder, entries, max_shard_size)
+        config = base.model.config
+        config.architectures = [type(base.model).__name__]
+        config.dtype = self.dtype
+        config.save_pretrained(folder)
+        for file in base.checkpoint.tokenizer_files():
             shutil.copyfile(file, folder / file.name)
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(folder, error) from error
+        self._reader = Checkpoint(str(folder), None, folder).open()
+
+    def read(self, name: str) -> Tensor:
+        return self._reader.read(name)
+
+    def _tensor(self, name: str, dtype: torch.dtype, changes: Sequence[tuple[View, str, int]]) -> Tensor:
+        """A tensor as it is written: the change is added in float32 (or wider), then rounded once."""
+        before = self._base.read(name)
+        if not changes:
+            return before.to(dtype)
+        weight = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
+        for view, target, layer in changes:
+            _, u_out, u_in = self._base.saved.factors.decompositions[target].factors
+            view.add_to_weight(weight, u_out @ self._slices[target][layer] @ u_in.T)
+        after = weight.to(dtype)
+        if not torch.equal(after, before.to(dtype)):
+            self.changed.append(name)
+        return after
 
 
-def _difference(folder: Path, architecture: Any, probe: dict[str, Tensor], expected: Tensor) -> float:
-    """Load the folder as anyone would, strictly, and compare its logits."""
-    with quiet_transformers():
-        plain, report = architecture.from_pretrained(folder, output_loading_info=True)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            raise CraftError(f"the merged checkpoint has {kind.replace('_', ' ')}: {report[kind]}; please report this")
-    actual = _logits(plain.float(), probe)
-    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+class _Lora:
+    """A LoRA in PEFT's layout, written into `folder`."""
+
+    dtype = torch.float32
+
+    def __init__(self, base: StreamedBase, folder: Path, *, trim: bool) -> None:
+        from safetensors.torch import load_file
+
+        pairs = export.lora_pairs(base, trim=trim)
+        config = export.peft_config(base, pairs)
+        tensors = export.peft_tensors(base, pairs)
+        self.rank: int | None = config["r"]
+        entries = {name: Entry(tuple(t.shape), t.dtype, partial(_itself, t)) for name, t in tensors.items()}
+        write_streamed(folder / export.TENSOR_FILE, entries)
+        write_json(folder / export.CONFIG_FILE, config)
+        self.changed = [f"{module}.weight" for module, (a, b) in pairs.items() if a.any() and b.any()]
+        self._base, self._transposed = base, config["fan_in_fan_out"]
+        self._written = load_file(folder / export.TENSOR_FILE)
+
+    def read(self, name: str) -> Tensor:
+        """Base + B A, out of what was written."""
+        own = self._written.get(f"base_model.model.{name}")
+        if own is not None:
+            return own
+        tensor = self._base.read(name)
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" not in self._written:
+            return tensor
+        delta = self._written[f"{module}.lora_B.weight"] @ self._written[f"{module}.lora_A.weight"]
+        return tensor.float() + (delta.T if self._transposed else delta)
 
 
-def _probe_batch(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    tokenizer = load_tokenizer(checkpoint)
-    limit = min(tokenizer.model_max_length, 64)
-    return dict(tokenizer(list(_PROBE), padding=True, truncation=True, max_length=limit, return_tensors="pt"))
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
 
 
-@torch.no_grad()
-def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    return model.eval()(**batch).logits.float()
+# -- the certificate ----------------------------------------------------------------------------------------------------
+
+
+def _difference(actual: Tensor, expected: Tensor) -> dict[str, float]:
+    absolute = float((actual - expected).abs().max())
+    return {"absolute": absolute, "relative": absolute / max(float(expected.abs().max()), 1e-12)}
+
+
+def _certificate(
+    base: StreamedBase, adapter: Path, written: _Checkpoint | _Lora, folder: Path, difference: Mapping[str, float]
+) -> dict[str, Any]:
+    import safetensors
+    import transformers
+
+    return {
+        "base": {
+            "model": base.checkpoint.name,
+            "revision": base.checkpoint.revision,
+            "sha256": {file.name: _sha256(file) for file in base.reader.weight_files()},
+        },
+        "adapter": {"sha256": _sha256(adapter / TENSOR_FILE)},
+        "dtype": str(written.dtype).removeprefix("torch."),
+        "tensors_changed": sorted(written.changed),
+        "head": list(base.saved.head),
+        "largest_logit_difference": dict(difference),
+        "tolerance": {"relative": TOLERANCE[written.dtype]},
+        "sha256": {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))},
+        "versions": {
+            "craft": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from craft_cli.attached import ModelAdapter, head_names, load, read_record
+from craft_cli.attached import ModelAdapter, head_names, load
 from craft_cli.checkpoints import Checkpoint, resolve
 from craft_cli.errors import ModelError
 from craft_cli.quantization import after_loading, quantization_config
+from craft_cli.saved import read_record
 
 
 def load_classifier(

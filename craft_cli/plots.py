@@ -15,6 +15,11 @@ _INK, _BLUE, _ORANGE, _GREY = "#222222", "#2563a8", "#d9730d", "#9a9a9a"
 
 def training_curve(lines: Sequence[Mapping[str, Any]], metric: str, path: Path, title: str) -> None:
     """Loss of the updates (left axis) and the chosen metric of the evaluations (right axis) over steps."""
+    _save(curve_figure(lines, metric, title), path)
+
+
+def curve_figure(lines: Sequence[Mapping[str, Any]], metric: str, title: str) -> Any:
+    """The same as a figure."""
     figure, axes = _figure(1)
     left = axes[0]
     steps = [line for line in lines if "loss" in line]
@@ -31,11 +36,16 @@ def training_curve(lines: Sequence[Mapping[str, Any]], metric: str, path: Path, 
     right.set_ylabel(f"validation {metric}", color=_ORANGE)
     right.spines["top"].set_visible(False)
     left.set_title(title, loc="left", fontsize=10, color=_INK)
-    _save(figure, path)
+    return figure
 
 
 def spectra(decompositions: Mapping[str, Any], path: Path, title: str) -> None:
     """Singular values of every mode, normalised, one panel a mode, one line a projection; ranks kept are marked."""
+    _save(spectra_figure(decompositions, title), path)
+
+
+def spectra_figure(decompositions: Mapping[str, Any], title: str) -> Any:
+    """The same as a figure."""
     from craft_cli.tucker import MODES
 
     figure, axes = _figure(3)
@@ -60,7 +70,17 @@ def spectra(decompositions: Mapping[str, Any], path: Path, title: str) -> None:
     axes[0].set_ylabel("singular value / largest")
     axes[2].legend(frameon=False, title="projection (dot: rank kept)", alignment="left")
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK)
-    _save(figure, path)
+    return figure
+
+
+def svg(figure: Any) -> bytes:
+    """A figure as SVG, the same bytes for the same figure."""
+    import matplotlib
+
+    picture = BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "craft"}):
+        figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
+    return picture.getvalue()
 
 
 def _figure(panels: int) -> tuple[Any, Any]:

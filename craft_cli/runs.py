@@ -21,7 +21,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from craft_cli.attached import CONFIG_FILE
 from craft_cli.config import load_recipe
 from craft_cli.errors import FileError
 from craft_cli.files import (
@@ -34,6 +33,7 @@ from craft_cli.files import (
     write_bytes,
     write_json,
 )
+from craft_cli.saved import CONFIG_FILE, read_record
 
 RUNS = Path("runs")
 _WRITTEN = ("adapter", "recipe.yaml", "metrics.jsonl", "training_curve.png", "all_results.json")
@@ -259,8 +259,6 @@ def trained_recipe(path: str) -> dict[str, Any]:
     Raises:
         FileError: it is no run and no adapter.
     """
-    from craft_cli.attached import read_record
-
     folder = find_adapter(Path(path).expanduser())
     if folder is None:
         raise FileError(f"--init-from: {path} is no run and no adapter")

@@ -11,13 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from craft_cli.attached import KIND, TENSOR_FILE
 from craft_cli.config import GROUPS, RunConfig, flag, free_settings, parse_settings
 from craft_cli.errors import ConfigError, FileError
-from craft_cli.factors import Factors, from_tensors
-from craft_cli.files import read_tensors
+from craft_cli.factors import Factors
 from craft_cli.ranks import Ranks
 from craft_cli.runs import RUNS, Run, check_output, find_adapter
+from craft_cli.saved import read_adapter
 from craft_cli.tasks import task_named
 from craft_cli.training_state import TrainingState, newest_state
 
@@ -137,8 +136,8 @@ def _other_run(config: RunConfig, path: str) -> tuple[Factors, dict[str, Tensor]
     folder = find_adapter(Path(path).expanduser())
     if folder is None:
         raise FileError(f"--init-from: {path} is no run and no adapter")
-    tensors, header = read_tensors(folder / TENSOR_FILE, KIND)
-    factors = from_tensors(tensors, header, folder / TENSOR_FILE)
+    saved = read_adapter(folder, config.cache_dir)
+    factors = saved.factors
     if factors.targets != config.targets:
         raise ConfigError(
             f"--init-from: {path} adapts {','.join(factors.targets)}; give --targets {','.join(factors.targets)}"
@@ -147,4 +146,6 @@ def _other_run(config: RunConfig, path: str) -> tuple[Factors, dict[str, Tensor]
         if config.ranks.lowered(decomposition.shape) != factors.ranks(target):
             ranks = Ranks(*map(max, *(factors.ranks(name) for name in factors.targets), (0, 0, 0)))
             raise ConfigError(f"--init-from: {path} has the ranks {factors.ranks(target)}; give --ranks {ranks}")
-    return factors, {name: tensor for name, tensor in tensors.items() if name.startswith("transform.")}
+    return factors, {
+        f"transform.{target}.{mode}": k for target, modes in saved.transforms.items() for mode, k in modes.items()
+    }

@@ -25,12 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from craft_cli.attached import KIND as ADAPTER_KIND
-from craft_cli.attached import TENSOR_FILE, ModelAdapter
-from craft_cli.errors import DamagedFile
+from craft_cli.attached import ModelAdapter
+from craft_cli.errors import FileError, LaterVersion
 from craft_cli.factors import Factors, from_tensors
 from craft_cli.files import delete_folder, read_tensors, tidy, whole_folder, write_bytes, write_tensors
 from craft_cli.runs import Run
+from craft_cli.saved import KIND as ADAPTER_KIND
+from craft_cli.saved import TENSOR_FILE
 from craft_cli.tokens import Encoded
 
 KIND = "the state of a training"
@@ -113,10 +114,10 @@ def checkpoints(run: Run) -> list[Path]:
 
 
 def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:
-    """The state in the newest checkpoint that is whole, and a note about each newer one; those are deleted.
+    """The state in the newest checkpoint that is whole, and a note about each newer one; those are set aside.
 
     Raises:
-        FileError: a checkpoint was written by a later version.
+        LaterVersion: a checkpoint was written by one.
     """
     notes: list[str] = []
     if run.checkpoints.is_dir():
@@ -124,9 +125,14 @@ def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:
     for path in checkpoints(run):
         try:
             state = read_checkpoint(path)
-        except DamagedFile as error:
+        except LaterVersion:
+            raise
+        except FileError as error:
             notes.append(f"{error}; going on from the checkpoint before")
-            delete_folder(path)
+            aside = path.with_name(f"{path.name}.damaged")  # or they would be kept in place of whole ones
+            if aside.exists():
+                delete_folder(aside)
+            path.rename(aside)
         else:
             return state, notes
     return None, notes
@@ -136,18 +142,18 @@ def read_checkpoint(path: Path) -> TrainingState:
     """All of a checkpoint, checked.
 
     Raises:
-        DamagedFile: a part is missing, cut or changed.
-        FileError: a later version wrote it.
+        FileError: a part is missing, cut, changed or unreadable.
+        LaterVersion: it was written by one.
     """
     for name in (TENSOR_FILE, STATE_FILE, METRICS_FILE):
         if not (path / name).is_file():
-            raise DamagedFile(f"{path} is damaged: it holds no {name}")
+            raise FileError(f"{path} is damaged: it holds no {name}")
     adapter, header = read_tensors(path / TENSOR_FILE, ADAPTER_KIND)
     tensors, _ = read_tensors(path / STATE_FILE, KIND)
     metrics = (path / METRICS_FILE).read_bytes()
     record = json.loads(tensors.pop("record").numpy().tobytes())
     if sha256(metrics).hexdigest() != record["metrics_sha256"]:
-        raise DamagedFile(f"{path / METRICS_FILE} is damaged: its contents do not match their checksum")
+        raise FileError(f"{path / METRICS_FILE} is damaged: its contents do not match their checksum")
     return TrainingState(
         step=record["step"],
         record=record,

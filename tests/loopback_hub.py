@@ -1,12 +1,14 @@
 """A Hugging Face hub on 127.0.0.1: repositories out of local folders, and a log of what was asked for.
 
 It answers what huggingface_hub and datasets ask when they read: information on a repository, its tree, information on
-paths, and files. As on the hub, a repository that does not exist answers 401 and the rest of what is missing 404, with
+paths, and files; and what huggingface_hub asks when it uploads, with large files by LFS. As on the hub, writing needs a
+token, a repository that does not exist answers 401 and the rest of what is missing 404, with
 the header that tells what it is.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -18,6 +20,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 _API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+_WRITE = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
+_LFS = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -37,6 +41,10 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self.repositories: dict[str, dict[str, tuple[str, Path]]] = {}
         """By `models/owner/name` or `datasets/owner/name`, then by branch and by commit: the commit and its folder."""
+        self.uploads: dict[str, dict[str, bytes]] = {}
+        """By owner/name: the files of repositories that were made here."""
+        self.stored: dict[str, bytes] = {}
+        """What LFS was given, by sha256."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = False  # they are joined in server_close
         self._server.hub = self  # type: ignore[attr-defined]
@@ -98,12 +106,24 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self._hub.stored[hashlib.sha256(body).hexdigest()] = body
+        self._send(200, b"")
+
+    @property
+    def _hub(self) -> LoopbackHub:
+        return self.server.hub  # type: ignore[attr-defined]
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def _answer(self) -> None:
-        form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        form = parse_qs(body)
         url = urlsplit(self.path)
+        if self.command == "POST" and self._wrote(url.path, body):
+            return None
         if match := _API.fullmatch(url.path):
             kind, name, what, revision, below = match.groups()
         elif match := _FILE.fullmatch(url.path):
@@ -111,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             name, revision, below = match.groups()[1:]
         else:
             return self._send(404, b"")
-        revisions = self.server.hub.repositories.get(f"{kind}/{name}")  # type: ignore[attr-defined]
+        revisions = self._hub.repositories.get(f"{kind}/{name}")
         if revisions is None:
             return self._send(401, b"", {"X-Error-Code": "RepoNotFound"})
         found = revisions.get(unquote(revision or "main"))
@@ -130,6 +150,50 @@ class _Handler(BaseHTTPRequestHandler):
             )
         siblings = [{"rfilename": file} for file in files_of(folder)]
         return self._send_json({"id": name, "sha": commit, "siblings": siblings})
+
+    def _wrote(self, path: str, body: str) -> bool:
+        """Answer a request that writes."""
+        write, lfs = _WRITE.fullmatch(path), _LFS.fullmatch(path)
+        if path == "/api/validate-yaml":
+            problem = card_problem(json.loads(body)["content"])
+            if problem:
+                self._send(400, problem.encode())
+            else:
+                self._send_json({"errors": [], "warnings": []})
+        elif not (write or lfs or path == "/api/repos/create"):
+            return False
+        elif not self.headers.get("Authorization"):
+            self._send(401, b"", {"X-Error-Message": "Invalid username or password."})
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            self._hub.uploads.setdefault(name, {})
+            self._send_json({"url": f"{self._hub.url}/{name}", "id": name})
+        elif lfs:
+            objects = [
+                entry | {"actions": {"upload": {"href": f"{self._hub.url}/lfs/{entry['oid']}"}}}
+                for entry in json.loads(body)["objects"]
+            ]
+            self._send_json({"transfer": "basic", "objects": objects})
+        elif write and write[2] == "preupload":
+            modes = {True: "lfs", False: "regular"}
+            files = [
+                {"path": f["path"], "uploadMode": modes[f["path"].endswith(".safetensors")], "shouldIgnore": False}
+                for f in json.loads(body)["files"]
+            ]
+            self._send_json({"files": files})
+        elif write:
+            files_now = self._hub.uploads[write[1]]
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    files_now[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    files_now[value["path"]] = self._hub.stored[value["oid"]]
+            commit = hashlib.sha1(body.encode()).hexdigest()
+            self._send_json({"commitUrl": f"{self._hub.url}/{write[1]}/commit/{commit}", "commitOid": commit,
+                             "pullRequestUrl": None, "success": True})  # fmt: skip
+        return True
 
     def _send_file(self, folder: Path, file: str, commit: str) -> None:
         if file not in files_of(folder):
@@ -152,14 +216,40 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        hub: LoopbackHub = self.server.hub  # type: ignore[attr-defined]
-        hub.requests.append(Request(self.command, urlsplit(self.path).path, status))
+        self._hub.requests.append(Request(self.command, urlsplit(self.path).path, status))
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def card_problem(card: str) -> str | None:
+    """What the hub would refuse in the metadata block of a model card; None if nothing."""
+    import yaml
+
+    if not card.startswith("---\n"):
+        return "no metadata block"
+    block = yaml.safe_load(card.split("---\n")[1])
+    if not isinstance(block, dict):
+        return "the metadata block is no mapping"
+    for key in ("license", "library_name", "pipeline_tag"):
+        if not isinstance(block.get(key, ""), str):
+            return f"{key} must be a string"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(block.get("base_model", "x"))):
+        return "base_model must be a model id"
+    if not all(isinstance(tag, str) for tag in block.get("tags", [])):
+        return "tags must be strings"
+    for entry in block.get("model-index", []):
+        if not entry.get("name"):
+            return "model-index.name is required"
+        for result in entry["results"]:
+            if not (result["task"]["type"] and result["dataset"]["type"] and result["dataset"]["name"]):
+                return "model-index.results need a task and a dataset"
+            if not all(metric["type"] and isinstance(metric["value"], float) for metric in result["metrics"]):
+                return "model-index.results.metrics need a type and a value"
+    return None
 
 
 def _entries(folder: Path) -> dict[str, dict[str, Any]]:

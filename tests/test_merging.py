@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import craft_cli as craft
+from craft_cli.advice import random_energy
 from craft_cli.data import DataSource, load_splits
 from craft_cli.errors import ConfigError, FileError, ModelError
-from craft_cli.inspection import random_energy
 from craft_cli.models import load_adapted
+from craft_cli.shards import Entry, write_streamed
 from craft_cli.tucker import hosvd
 
 Make = Callable[..., Path]
@@ -40,7 +42,7 @@ def saved_adapter(base: Path, folder: str = "adapter") -> Path:
 def test_merged_is_a_plain_checkpoint_that_computes_the_same(family: str, pico: Make) -> None:
     base = pico(family)
     result = craft.merge(saved_adapter(base), "merged")
-    assert set(os.listdir("merged")) == {"config.json", "model.safetensors"} | TOKENIZER
+    assert set(os.listdir("merged")) == {"config.json", "model.safetensors", "merge.json", "README.md"} | TOKENIZER
     for name in TOKENIZER:
         assert Path("merged", name).read_bytes() == (base / name).read_bytes()
     plain, report = AutoModelForSequenceClassification.from_pretrained("merged", output_loading_info=True)
@@ -139,3 +141,28 @@ def test_the_random_tensor_is_one(pico: Make) -> None:
     assert random_energy((4, 60, 40), (3, 20, 10)) == pytest.approx(hosvd(stack, (3, 20, 10)).energy, rel=0.1)
     wide = torch.randn(2, 1536, 96, generator=torch.Generator().manual_seed(12))  # scaled down inside
     assert random_energy((2, 1536, 96), (2, 128, 16)) == pytest.approx(hosvd(wide, (2, 128, 16)).energy, rel=0.1)
+
+
+def test_a_streamed_file_is_what_safetensors_reads_and_every_tensor_is_aligned() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        "b.odd": torch.randint(0, 2, (3,), generator=generator, dtype=torch.bool),
+        "a.half": torch.randn(5, 1, generator=generator).bfloat16(),
+        "c.wide": torch.randn(2, 3, generator=generator, dtype=torch.float64),
+        "d.count": torch.tensor(7),
+        "e.none": torch.zeros(0, 4),
+        "f.turned": torch.randn(4, 3, generator=generator).T,
+    }
+    entries = {name: Entry(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}  # type: ignore[misc]
+    write_streamed(Path("x.safetensors"), entries)
+    read = load_file("x.safetensors")
+    assert set(read) == set(tensors)
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+    data = Path("x.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    assert (8 + size) % 8 == 0
+    for name, entry in json.loads(data[8 : 8 + size]).items():
+        if name != "__metadata__":
+            assert entry["data_offsets"][0] % tensors[name].dtype.itemsize == 0

@@ -10,50 +10,80 @@ from typing import Annotated, Any
 import typer
 
 from craft_cli.cli.common import JsonFlag, reports_errors
+from craft_cli.errors import ConfigError
 
 
 @reports_errors
 def command(
-    path: Annotated[
-        str | None,
+    paths: Annotated[
+        list[str] | None,
         typer.Argument(
-            help="Model, file of factors, run, adapter, or a folder of runs.", show_default="the latest run"
+            metavar="[PATH]...",
+            help="Model, file of factors, run, adapter, or a folder of runs; several with --compare.",
+            show_default="the latest run",
         ),
     ] = None,
     ranks: Annotated[
         str | None, typer.Option(metavar="OUT,IN,LAYERS", help="Of a model: count the numbers trained.")
     ] = None,
+    energy: Annotated[
+        float | None, typer.Option(metavar="PART", help="Propose ranks that keep this part of the energy, such as 0.5.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="Propose the best ranks that train at most these: 50k.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Set runs side by side.")] = False,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the spectra (png, svg, pdf).")] = None,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page, to be read offline.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Look into a model, a file of factors, a run or an adapter; list the runs of a folder."""
+    """Look into a model, a file of factors, a run or an adapter; list runs, compare them; propose ranks."""
     from craft_cli import console
-    from craft_cli.errors import ConfigError
 
+    asked = {
+        "--ranks": ranks,
+        "--energy/--budget": energy or budget,
+        "--compare": compare,
+        "--plot/--html": plot or html,
+    }
+    if sum(value is not None and value is not False for value in asked.values()) > 1:
+        raise ConfigError(
+            f"{' and '.join(name for name, value in asked.items() if value)} are different questions: ask one"
+        )
+    if len(paths or []) > 1 and not compare:
+        raise ConfigError("several paths are for --compare; name one")
+    path = paths[0] if paths else None
+    if compare:
+        with console.status("reading"):
+            from craft_cli.comparison import compare as compare_runs
+
+            compared = compare_runs(paths or [])
+        return console.print_json(asdict(compared)) if json else _comparison(compared)
+    if energy is not None or budget is not None:
+        with console.status("reading") as progress:
+            from craft_cli.advice import advise
+
+            advice = advise(path, energy=energy, budget=budget, progress=progress)
+        return console.print_json(asdict(advice)) if json else _advice(advice)
     with console.status("reading"):
         from craft_cli.inspection import inspect
         from craft_cli.listing import list_runs
+        from craft_cli.page import write_page
 
         runs = list_runs(Path(path).expanduser()) if path else []
-        if runs and (ranks or plot):
-            raise ConfigError(f"--ranks and --plot: {path} is a folder of runs; name one of them")
+        if runs and (ranks or plot or html):
+            raise ConfigError(f"--ranks, --plot and --html: {path} is a folder of runs; name one of them")
         if not runs:
-            found = inspect(path, ranks=ranks, plot=plot)
+            found = write_page(path, html) if html else inspect(path, ranks=ranks, plot=plot)
+            if html and plot:
+                inspect(path, plot=plot)
     if runs:
         _list(str(path), runs, json=json)
         return
     if json:
-        content = asdict(found)
-        console.print_json(
-            {
-                "kind": content["kind"],
-                "path": content["path"],
-                **content["facts"],
-                "projections": content["projections"],
-            }
-        )
+        console.print_json({"kind": found.kind, "path": found.path, **found.facts, "projections": found.projections})
         return
-    console.facts({found.kind: found.path, **found.facts, "plot": plot})
+    console.facts({found.kind: found.path, **found.facts, "plot": plot, "page": html})
     console.out.print()
     columns, rows = _table(found.projections)
     console.table(columns, rows)
@@ -77,6 +107,89 @@ def _list(path: str, runs: Sequence[Any], *, json: bool) -> None:
         best = dict(list((run.metrics or {}).items())[:1])
         rows.append([Path(run.run).name, run.task or "", run.ranks or "", console.show(best), run.state])
     console.table(["run", "task", "ranks", "best", "state"], rows)
+
+
+def _advice(advice: Any) -> None:
+    from craft_cli import console
+    from craft_cli.console import percent
+
+    for row in advice.projections:
+        console.table(
+            [row["name"], "numbers", "layer", "random", "out", "random", "in", "random"],
+            [
+                [
+                    f"{line['rank']:,}",
+                    line["parameters"],
+                    *(
+                        "" if line[name] is None else percent(line[name])
+                        for mode in ("layer", "out", "in")
+                        for name in (mode, f"{mode}_random")
+                    ),
+                ]
+                for line in row["curve"]
+            ],
+        )
+        console.out.print()
+    console.out.print(
+        "energy that each rank keeps by itself, beside that of a random tensor of that shape", soft_wrap=True
+    )
+    console.out.print()
+    columns = ["at the proposed ranks", "L x out x in", "numbers", "energy", "random"]
+    console.table(
+        columns,
+        [
+            [row["name"], "x".join(map(str, row["shape"])), row["parameters"], percent(row["energy"]),
+             percent(row["energy_random"])]
+            for row in advice.projections
+        ],
+    )  # fmt: skip
+    console.out.print()
+    console.facts(
+        {
+            "base model": advice.base_model,
+            "proposed": f"--ranks {advice.ranks}",
+            "numbers": advice.parameters,
+            "energy": f"{percent(advice.energy)} (of random tensors {percent(advice.energy_random)})",
+        }
+    )
+
+
+def _comparison(compared: Any) -> None:
+    from craft_cli import console
+
+    names = [str(number) for number in range(1, len(compared.runs) + 1)]
+    console.facts({name: row["run"] for name, row in zip(names, compared.runs, strict=True)})
+    console.out.print()
+    metrics = dict.fromkeys(name for row in compared.runs for name in row["metrics"] or {})
+    numbers = lambda row: row["parameters"]  # noqa: E731
+
+    def metric(row: Any, name: str) -> str | None:
+        value = (row["metrics"] or {}).get(name)
+        return None if value is None else f"{value:.4f}"
+
+    rows: list[tuple[str, list[Any]]] = [
+        ("base model", [row["base_model"].rstrip("/").rpartition("/")[2] for row in compared.runs]),
+        ("task", [row["task"] for row in compared.runs]),
+        ("targets", [row["targets"] for row in compared.runs]),
+        ("ranks", [row["ranks"] for row in compared.runs]),
+        ("numbers in the adapter", [numbers(row)["adapter"] for row in compared.runs]),
+        ("numbers in the head", [numbers(row)["head"] for row in compared.runs]),
+        *((name, [metric(row, name) for row in compared.runs]) for name in metrics),
+        ("best epoch", [row["epoch"] for row in compared.runs]),
+        ("updates", [row["updates"] for row in compared.runs]),
+        ("seconds", [None if row["seconds"] is None else f"{row['seconds']:.0f}" for row in compared.runs]),
+        ("norm of dW", [f"{row['change']:.3f}" for row in compared.runs]),
+    ]
+    shown = [[name, *("" if value is None else value for value in values)] for name, values in rows]
+    console.table(["", *names], shown)
+    console.out.print()
+    console.table(
+        ["cosine of dW", *names],
+        [
+            [name, *("" if value is None else f"{value:.3f}" for value in row)]
+            for name, row in zip(names, compared.cosine, strict=True)
+        ],
+    )
 
 
 def _table(projections: Any) -> tuple[list[str], list[list[Any]]]:

@@ -15,26 +15,58 @@ def command(
     path: Annotated[str | None, typer.Argument(help="Run or adapter.", show_default="the latest run")] = None,
     output_dir: Annotated[
         str | None,
-        typer.Option("--output-dir", "--output", "-o", help="Folder to write.", show_default="merged, in the run"),
+        typer.Option(
+            "--output-dir", "--output", "-o", help="Folder to write.", show_default="merged (or peft), in the run"
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    output_format: Annotated[
+        str, typer.Option("--format", help="checkpoint, or peft: a LoRA for everything that loads PEFT's.")
+    ] = "checkpoint",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the weights: float32, float16 or bfloat16.", show_default="the base's"),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Write several files above it.")] = "5GB",
+    trim: Annotated[
+        bool, typer.Option("--trim", help="Of a LoRA: leave out directions that are zero to numerical precision.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this repository of the hub too.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Fold an adapter into dense weights: a plain Hugging Face checkpoint for any tool."""
+    """Fold an adapter into dense weights: a plain Hugging Face checkpoint for any tool, or a LoRA for PEFT."""
     from craft_cli import console
 
     with console.status("starting") as progress:
         from craft_cli.merging import merge
 
-        result = merge(path, output_dir, overwrite=overwrite, progress=progress)
+        result = merge(
+            path,
+            output_dir,
+            overwrite=overwrite,
+            format=output_format,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            trim=trim,
+            push_to_hub=push_to_hub,
+            progress=progress,
+        )
     if json:
         console.print_json(asdict(result))
         return
+    lora = result.rank is not None
     console.facts(
         {
-            "merged": result.output,
+            "exported" if lora else "merged": result.output,
             "files": ", ".join(result.files),
-            "weights": f"{result.tensors_changed} changed, {result.dtype}",
+            "weights": f"{result.tensors_changed} changed, "
+            + (f"as a LoRA of rank {result.rank}" if lora else result.dtype),
             "verified": f"logits differ by {result.difference:.1e} of the largest (allowed {result.tolerance:.0e})",
+            "vLLM": result.serve,
+            "uploaded": result.repository,
         }
     )
+    if result.hint:
+        console.note(result.hint)

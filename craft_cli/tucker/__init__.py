@@ -1,14 +1,17 @@
 """Tucker decomposition of stacked layer matrices, on torch alone: operations, format, algorithm."""
 
+from craft_cli.tucker.energy import EnergyTable, energy_table
 from craft_cli.tucker.hosvd import Matrix, canonical_signs, gram_matrices, hosvd, stack_shape
 from craft_cli.tucker.ops import fold, mode_product, multi_mode_product, unfold
 from craft_cli.tucker.tucker_tensor import MODES, TuckerTensor
 
 __all__ = [
     "MODES",
+    "EnergyTable",
     "Matrix",
     "TuckerTensor",
     "canonical_signs",
+    "energy_table",
     "fold",
     "gram_matrices",
     "hosvd",

@@ -1,0 +1,136 @@
+"""Many small adapters on one base: factors by reference, several held at once, switched in place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_pico, classifier, failure, invoke, shake
+from safetensors.torch import load_file
+from test_export import logits
+
+import craft_cli as craft
+from craft_cli.attached import ModelAdapter
+from craft_cli.errors import ConfigError, ModelError
+
+Make = Callable[..., Path]
+
+
+def make_two(base: Path, factors: str = "reference") -> list[torch.Tensor]:
+    """Two adapters `one` and `two` with other transforms, heads and labels; their logits."""
+    found = []
+    for number, name in enumerate(("one", "two")):
+        model = classifier(base, id2label={0: f"{name}-a", 1: f"{name}-b"})
+        adapter = craft.attach(model, craft.decompose(str(base), ranks=(6, 5, 2)))
+        shake(adapter, 0.2 + 0.3 * number)
+        with torch.no_grad():
+            for tensor in adapter.head_state().values():
+                tensor.add_(0.1 * (number + 1))
+        adapter.training_record = {"task": name}
+        adapter.save(name, factors=factors)
+        found.append(logits(model))
+    return found
+
+
+def test_several_are_held_and_switched_in_place(pico: Make) -> None:
+    one, two = make_two(pico(), "include")
+    model = classifier(pico())
+    base = logits(model)
+    adapter = craft.load(model, "one", name="one")
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    assert craft.load(model, "two", name="two") is adapter
+    assert (adapter.names, adapter.active) == (("one", "two"), "two")
+    assert torch.equal(logits(model), two)
+    assert model.config.id2label == {0: "two-a", 1: "two-b"}
+    adapter.use("one")
+    assert torch.equal(logits(model), one)
+    assert (model.config.id2label, adapter.training_record) == ({0: "one-a", 1: "one-b"}, {"task": "one"})
+    with adapter.disabled():
+        assert torch.equal(logits(model), base)  # with the head it had
+    assert torch.equal(logits(model), one)
+    with torch.no_grad():  # what is trained meanwhile is not lost by a switch
+        adapter.projections["query"].get_parameter("k_in").add_(0.1)
+    moved = logits(model)
+    adapter.use("two")
+    adapter.use("one")
+    assert torch.equal(logits(model), moved)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    with pytest.raises(ConfigError, match="no adapter 'three' is held here; known: one, two"):
+        adapter.use("three")
+    with pytest.raises(ModelError, match="carries an adapter already"):
+        craft.load(model, "two")
+
+
+def test_an_attached_adapter_is_held_beside_a_loaded_one(pico: Make) -> None:
+    one, _ = make_two(pico())
+    model = classifier(pico())
+    adapter = craft.attach(model, craft.decompose(str(pico()), ranks=(6, 5, 2)))
+    shake(adapter, 0.4)
+    own = logits(model)
+    craft.load(model, "one", name="one")
+    assert torch.equal(logits(model), one)
+    adapter.use("default")
+    assert torch.equal(logits(model), own)
+    other = craft.attach(classifier(pico()), craft.decompose(str(pico()), ranks=(4, 4, 2)))
+    other.save("other")
+    with pytest.raises(ModelError, match="other was trained over other factors"):
+        craft.load(model, "other", name="other")
+    assert torch.equal(logits(model), own)
+
+
+def test_a_reference_is_small_and_finds_its_factors(pico: Make, tmp_path: Path) -> None:
+    one, _ = make_two(pico())
+    tensors = load_file("one/adapter_model.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"transform", "head"}
+    model = classifier(pico())
+    craft.load(model, "one")  # out of the cache
+    assert torch.equal(logits(model), one)
+    (entry,) = (tmp_path / "cache/craft").glob("*.safetensors")
+    entry.unlink()
+    model = classifier(pico())
+    craft.load(model, "one")  # made again from the base
+    assert torch.equal(logits(model), one)
+    assert entry.is_file()
+    for command_ in ("merge", "inspect"):
+        assert invoke(command_, "one").exit_code == 0
+
+
+@pytest.mark.parametrize("why", ["gone", "other weights", "other factors"])
+def test_a_reference_without_its_factors_is_refused(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = build_pico("bert", tmp_path / "base")
+    make_two(base)
+    (entry,) = (tmp_path / "cache/craft").glob("*.safetensors")
+    entry.unlink()
+    message = "its base has other weights now"
+    if why == "gone":
+        base.rename(tmp_path / "moved")
+        message = "its base is not at hand"
+    elif why == "other weights":
+        build_pico("bert", base, initializer_range=0.1)
+    else:
+        record = json.loads(Path("one/adapter_config.json").read_text())
+        record["factors"]["sha256"] = "0" * 64
+        Path("one/adapter_config.json").write_text(json.dumps(record))
+        message = "decomposing its base gives others here"
+    told = failure("inspect", "one") if why == "gone" else invoke("inspect", "one").stderr
+    assert f"one only refers to its factors (sha256 {'0' if why == 'other factors' else ''}" in told
+    assert message in told
+    assert "copy the file of factors from where it was trained into" in told
+    assert "save it there with factors='include'" in told
+
+
+def test_training_with_referred_factors(pico: Make, data_dir: Path) -> None:
+    settings = ("--model", str(pico()), "--task", "sst2", "--data-dir", str(data_dir), "--ranks", "6,5,2", "--use-cpu")
+    for kind in ("include", "reference"):
+        done = invoke("train", *settings, "--max-steps", "2", "--output-dir", kind, "--adapter-factors", kind)
+        assert done.exit_code == 0, done.stderr
+    small, whole = (Path(kind, "adapter/adapter_model.safetensors") for kind in ("reference", "include"))
+    assert small.stat().st_size < whole.stat().st_size / 2
+    assert invoke("eval", "reference", "--json").stdout == invoke("eval", "include", "--json").stdout.replace(
+        '"include"', '"reference"'
+    )
+    with pytest.raises(ConfigError, match="expected include or reference, not 'none'"):
+        ModelAdapter.save(craft.load(classifier(pico()), "include/adapter"), "x", factors="none")

@@ -146,9 +146,11 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
                         if metrics:
                             with stop.shielded():
                                 journal.evaluation(step, timetable.epoch(step), metrics)
+                            saved = min(saved, step - 1)  # a checkpoint of this update does not know of it
                 if stopped:
                     listener.stopping()
-                if stopped or (timetable.saves(step) and saved < step):
+                due = timetable.saves(step) or (journal.out_of_patience and config.save_strategy != "no")
+                if stopped or (due and saved < step):
                     with stop.shielded():
                         save()
                 if stopped or step == timetable.total or journal.out_of_patience:

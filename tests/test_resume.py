@@ -24,7 +24,7 @@ import craft_cli as craft
 from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.progress import Listener, Plan
 from craft_cli.runs import Run
-from craft_cli.training_state import checkpoints
+from craft_cli.training_state import checkpoints, read_checkpoint
 
 Make = Callable[..., Path]
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
@@ -70,6 +70,12 @@ def same(run: str, other: str) -> None:
     first, second = tensors(run), tensors(other)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    newest = [checkpoints(Run(Path(name))) for name in (run, other)]
+    if all(newest):
+        last, expected = (read_checkpoint(paths[0]) for paths in newest)
+        assert (last.step, last.metrics) == (expected.step, expected.metrics)
+        for name in ("journal", "rng", "update_size", "data"):
+            assert last.record[name] == expected.record[name], name
     results, others = Run(Path(run)).results(), Run(Path(other)).results()
     assert {n: v for n, v in results.items() if n not in ("seconds", "output")} == {
         n: v for n, v in others.items() if n not in ("seconds", "output")
@@ -316,7 +322,7 @@ def test_another_base_model_is_refused(pico: Make, data_dir: Path) -> None:
     shutil.copytree(pico(), "base")
     cut(config(Path("base"), data_dir), Cut(4))
     shutil.copytree(pico(vocab_size=65), "base", dirs_exist_ok=True)
-    with pytest.raises(CraftError, match="this model has other weights"):
+    with pytest.raises(CraftError, match="base has other weights than those the transforms were trained on"):
         craft.train(config(Path("base"), data_dir, resume=True))
 
 

@@ -118,7 +118,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     results = json.loads((out / "all_results.json").read_text())
     del results["seconds"]
     last = training_state.read_checkpoint(training_state.checkpoints(runs.Run(out))[0])
-    found["last checkpoint"] = (last.step, last.metrics, last.record["rng"], last.record["journal"])
+    found |= {"last step": last.step, "last metrics": last.metrics, "journal": last.record["journal"]}
+    found |= {f"random numbers of {kind}": state for kind, state in last.record["rng"][0].items()}
     found["optimizer"] = {name: tensor.tolist() for name, tensor in last.optimizer.items()}
     return found | results
 

@@ -161,27 +161,23 @@ def test_cosines_are_those_of_the_dense_changes(pico: Make) -> None:
     assert "are different questions: ask one" in failure("inspect", "--compare", "a", "b", "--energy", "0.5")
 
 
-@pytest.fixture
-def trained(pico: Make, data_dir: Path) -> tuple[str, str]:
-    """Two runs."""
-    settings = (
-        "--model",
-        str(pico()),
-        "--task",
-        "sst2",
-        "--data-dir",
-        str(data_dir),
-        "--use-cpu",
-        "--num-train-epochs",
-        "2",
-    )
-    for name, ranks in (("one", "6,5,2"), ("two", "4,4,2")):
-        done = invoke("train", *settings, "--ranks", ranks, "--output-dir", name)
+def train_runs(base: Path, data_dir: Path, *ranks: str) -> tuple[str, ...]:
+    """Runs at these ranks."""
+    settings = ("--model", str(base), "--task", "sst2", "--data-dir", str(data_dir), "--use-cpu", "--max-steps", "4")
+    for each in ranks:
+        done = invoke("train", *settings, "--ranks", each, "--output-dir", f"run-{each}")
         assert done.exit_code == 0, done.stderr
-    return "one", "two"
+    return tuple(f"run-{each}" for each in ranks)
 
 
-def test_runs_side_by_side(trained: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def one(pico: Make, data_dir: Path) -> str:
+    """A run."""
+    return train_runs(pico(), data_dir, "6,5,2")[0]
+
+
+def test_runs_side_by_side(pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = train_runs(pico(), data_dir, "6,5,2", "4,4,2")
     content = json.loads(invoke("inspect", "--compare", *trained, "--json").stdout)
     for row in content["runs"]:
         results = json.loads(Path(row["run"], "all_results.json").read_text())
@@ -189,7 +185,7 @@ def test_runs_side_by_side(trained: tuple[str, str], monkeypatch: pytest.MonkeyP
             name: results[name] for name in ("metrics", "updates", "seconds", "epoch", "parameters")
         }
         assert row["task"] == "sst2"
-    record = Path("two/adapter/adapter_config.json")
+    record = Path(trained[1], "adapter/adapter_config.json")
     other = json.loads(record.read_text())
     other["training"]["metrics"] = {"f1": 0.25}
     record.write_text(json.dumps(other))
@@ -198,7 +194,7 @@ def test_runs_side_by_side(trained: tuple[str, str], monkeypatch: pytest.MonkeyP
     for columns in ("80", "120"):
         monkeypatch.setenv("COLUMNS", columns)
         shown = invoke("inspect", "--compare", *trained).stdout
-        for line in ("1  one", "2  two", "numbers in the adapter", "accuracy", "cosine of dW"):
+        for line in ("1  run-6,5,2", "2  run-4,4,2", "numbers in the adapter", "accuracy", "cosine of dW"):
             assert line in shown
         assert f"{content['cosine'][0][1]:.3f}" in shown
 
@@ -226,12 +222,12 @@ class _Page(HTMLParser):
         self.text += data + "\n"
 
 
-def test_the_page_needs_nothing_from_outside(trained: tuple[str, str]) -> None:
-    record = Path("one/adapter/adapter_config.json")
+def test_the_page_needs_nothing_from_outside(one: str) -> None:
+    record = Path(one, "adapter/adapter_config.json")
     content = json.loads(record.read_text())
     content["training"]["metrics"]["<script>alert(1)</script>"] = 0.5  # an adapter may come from a stranger
     record.write_text(json.dumps(content))
-    done = invoke("inspect", "one", "--html", "page.html")
+    done = invoke("inspect", one, "--html", "page.html")
     assert done.exit_code == 0, done.stderr
     text = Path("page.html").read_text()
     page = _Page(text)
@@ -246,17 +242,17 @@ def test_the_page_needs_nothing_from_outside(trained: tuple[str, str]) -> None:
     assert "default-src 'none'" in text
     for title in ("Projections", "Spectra", "Change by layer", "Training", "Confusion", "Configuration"):
         assert f"<h2>{title}</h2>" in text
-    found = craft.inspect("one")
+    found = craft.inspect(one)
     for row in found.projections:
         for value in row["change_by_layer"]:
             assert f">{value:.3g}</td>" in text
-    confusion = craft.evaluate("one").confusion
+    confusion = craft.evaluate(one).confusion
     assert confusion is not None
     for counts in confusion:
         assert "".join(f"<td>{count}</td>" for count in counts) in text
     assert "<script>" not in text
     assert "task: sst2" in page.text
-    again = invoke("inspect", "one", "--html", "again.html")
+    again = invoke("inspect", one, "--html", "again.html")
     assert again.exit_code == 0
     assert Path("again.html").read_bytes() == Path("page.html").read_bytes()
 
@@ -274,8 +270,8 @@ def test_pages_of_other_things(pico: Make, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_a_browser_shows_the_page(trained: tuple[str, str]) -> None:
-    assert invoke("inspect", "one", "--html", "page.html").exit_code == 0
+def test_a_browser_shows_the_page(one: str) -> None:
+    assert invoke("inspect", one, "--html", "page.html").exit_code == 0
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,2600", "--enable-logging=stderr")
     done = subprocess.run(
         ["chromium", *options, "--screenshot=page.png", f"file://{Path('page.html').resolve()}"],

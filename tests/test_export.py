@@ -283,17 +283,6 @@ def hub() -> Iterator[LoopbackHub]:
         yield server
 
 
-def command(hub: LoopbackHub, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(Path("hf").resolve()), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-m", "craft_cli", *arguments],
-        env=environment, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-
-
 @pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub's own
 def test_nothing_is_uploaded_unless_asked_for_and_then_all(
     pico: Make, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
@@ -351,17 +340,6 @@ def test_cards_are_valid_and_say_how_to_load(pico: Make, hub: LoopbackHub, data_
             assert said in card.content, (folder, said)
     assert [request.path for request in hub.requests] == ["/api/validate-yaml"] * 3
     assert card_problem("---\nlicense: [mit]\n---\n") == "license must be a string"
-
-
-def test_a_base_on_the_hub_is_linked(pico: Make, hub: LoopbackHub, data_dir: Path, tmp_path: Path) -> None:
-    base = build_pico("bert", tmp_path / "base")
-    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
-    hub.add("someone/pico", base)
-    settings = ("--model", "someone/pico", "--task", "sst2", "--data-dir", str(data_dir), "--ranks", "6,5,2")
-    done = command(hub, "train", *settings, "--output-dir", "run", "--max-steps", "1", "--use-cpu")
-    assert done.returncode == 0, done.stderr
-    data = ModelCard.load("run/adapter/README.md").data
-    assert (data.base_model, data.license) == ("someone/pico", "apache-2.0")
 
 
 # -- memory -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import build_pico, opinions
 from datasets import ClassLabel, Dataset
+from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 
 
@@ -61,7 +62,9 @@ def test_first_use_fetches_only_what_is_needed_and_the_second_is_offline(hub: Lo
 
 
 def test_training_from_the_hub_then_offline(hub: LoopbackHub, tmp_path: Path, data_dir: Path) -> None:
-    commit = hub.add("someone/pico", build_pico("bert", tmp_path / "model"))
+    folder = build_pico("bert", tmp_path / "model")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
+    commit = hub.add("someone/pico", folder)
     arguments = [
         "train",
         "--model",
@@ -77,6 +80,8 @@ def test_training_from_the_hub_then_offline(hub: LoopbackHub, tmp_path: Path, da
     ]
     done = craft(hub, *arguments, "--use-cpu", "--output-dir", "out")
     assert done.returncode == 0, done.stderr
+    card = ModelCard.load("out/adapter/README.md").data
+    assert (card.base_model, card.license) == ("someone/pico", "apache-2.0")
     record = json.loads(Path("out/adapter/adapter_config.json").read_text())
     assert record["base_model"]["model"] == "someone/pico"
     assert record["base_model"]["revision"] == commit

@@ -113,7 +113,7 @@ def _adapter(path: Path, folder: Path) -> Inspection:
         where = data.get("data_dir") or data.get("train_file")
         facts["trained_on"] = training.get("task", "") + (f" from {where}" if where else "")
         facts["epoch"] = training.get("epoch")
-        facts["metrics"] = training.get("metrics")
+        facts["metrics"] = training.get("metrics") or None
     if run and run.results():
         facts["examples"] = run.results()["examples"]
     if run:

@@ -274,6 +274,7 @@ def test_a_torch_for_gpus_without_one(light: None, monkeypatch: pytest.MonkeyPat
     )
 
 
+@pytest.mark.slow
 def test_a_hub_that_answers_and_one_that_does_not(tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         done = apart("--json", HF_ENDPOINT=hub.url, HF_TOKEN="hf_secret")

@@ -61,6 +61,7 @@ def test_first_use_fetches_only_what_is_needed_and_the_second_is_offline(hub: Lo
     assert craft(hub, "decompose", "someone/pico", "--ranks", "4,4,1").returncode == 0
 
 
+@pytest.mark.slow
 def test_training_from_the_hub_then_offline(hub: LoopbackHub, tmp_path: Path, data_dir: Path) -> None:
     folder = build_pico("bert", tmp_path / "model")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
@@ -101,6 +102,7 @@ def test_a_branch_that_moved_on_is_another_revision(hub: LoopbackHub, tmp_path: 
         assert json.loads(done.stdout)["revision"] == commit
 
 
+@pytest.mark.slow
 def test_training_after_decomposing_fetches_the_rest(hub: LoopbackHub, tmp_path: Path, data_dir: Path) -> None:
     """Decomposing leaves a few shards and no tokenizer in the cache: that is not yet a model to train."""
     folder = build_pico("bert", tmp_path / "model", max_shard_size="8KB")
@@ -147,6 +149,7 @@ def test_a_task_by_its_name_alone_then_offline(hub: LoopbackHub, tmp_path: Path,
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 def test_a_data_set_of_ones_own_with_a_configuration_and_split_names(
     hub: LoopbackHub, tmp_path: Path, pico: Callable[..., Path]
 ) -> None:

@@ -184,7 +184,8 @@ def test_two_launchers_with_ranks_of_their_own_are_two_machines(pico: Make, data
 # -- they end together ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_ends_all_whole(number: signal.Signals, pico: Make) -> None:
     with training(pico()) as process:
         if number == signal.SIGINT:  # a terminal sends it to everyone

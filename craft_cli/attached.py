@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from craft_cli.adapter import PAPER_NOISE, Adapter
-from craft_cli.checkpoints import fingerprint
+from craft_cli.bases import check_base
 from craft_cli.errors import ConfigError, FileError, ModelError, nearest
 from craft_cli.factors import Factors, factor_tensors
 from craft_cli.files import FORMAT_VERSION, read_tensors, whole_folder, write_bytes, write_json, write_tensors
 from craft_cli.projections import layer_views
-from craft_cli.quantization import TOLERANCE, dense_weight, kind_of
 from craft_cli.ranks import Ranks
 from craft_cli.saved import (
     CONFIG_FILE,
@@ -41,7 +40,6 @@ from craft_cli.saved import (
     factor_sha256,
     read_adapter,
 )
-from craft_cli.tucker import TuckerTensor, mode_product
 from craft_cli.views import View
 
 DEFAULT_NAME = "default"
@@ -87,6 +85,7 @@ class ModelAdapter(Adapter):
 
     def trained_state(self) -> dict[str, Tensor]:
         """A copy of transforms and head on the CPU, by their names in the adapter's file."""
+        self._refuse_disabled()
         return {name: tensor.detach().cpu().clone() for name, tensor in self._trained().items()}
 
     @torch.no_grad()
@@ -125,6 +124,7 @@ class ModelAdapter(Adapter):
             ModelError: the model is quantised.
             ValueError: nothing changes, or the adapter is attached to no model.
         """
+        self._refuse_disabled()
         if getattr(self.model, "is_quantized", False):
             raise ModelError("a quantised model cannot be merged into: load the adapter onto the full-precision base")
         return super().merge(self.model.base_model if root is None else root)
@@ -136,9 +136,19 @@ class ModelAdapter(Adapter):
         """Of the adapters held, in the order they were loaded."""
         return tuple(self._held) or (self.active,)
 
+    def _refuse_disabled(self) -> None:
+        """Inside `disabled` the head is not the trained one: nothing may be kept or changed there."""
+        if not self._enabled:
+            raise ConfigError("the adapter is disabled here: leave the `disabled()` block first")
+
     @torch.no_grad()
     def hold(self, name: str, saved: SavedAdapter) -> None:
-        """Keep a saved adapter of these very factors under a name, and use it."""
+        """Keep a saved adapter of these very factors under a name, and use it.
+
+        Raises:
+            ConfigError: inside `disabled`.
+        """
+        self._refuse_disabled()
         self._put_away()
         transforms = {f"{target}.{mode}": k for target, modes in saved.transforms.items() for mode, k in modes.items()}
         self._held[name] = _Held(transforms, dict(saved.head), saved.record["model"], saved.record.get("training", {}))
@@ -149,8 +159,9 @@ class ModelAdapter(Adapter):
         """Switch to another of the adapters held: transforms, head and label names; nothing is attached again.
 
         Raises:
-            ConfigError: none is held by this name.
+            ConfigError: none is held by this name, or inside `disabled`.
         """
+        self._refuse_disabled()
         if name not in self.names:
             raise ConfigError(f"no adapter '{name}' is held here{nearest(name, self.names)}")
         if name != self.active:
@@ -250,6 +261,7 @@ class ModelAdapter(Adapter):
         Raises:
             FileError: one cannot be written, or reads back different.
         """
+        self._refuse_disabled()
         if factors not in (INCLUDE, REFERENCE):
             raise ConfigError(f"factors: expected {INCLUDE} or {REFERENCE}, not '{factors}'")
         state = self._trained()
@@ -365,46 +377,6 @@ def head_names(model: Any) -> list[str]:
     """The parameters outside the base model: the task head, whatever the family calls it."""
     inside = {id(parameter) for parameter in model.base_model.parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
-
-
-def check_base(model: Any, factors: Factors, views: Mapping[str, Sequence[View]]) -> None:
-    """Refuse a model with other weights than those decomposed.
-
-    The sha256 is compared in the dtype of the checkpoint, which a model loaded in a wider one converts to exactly. A
-    model loaded in a narrower dtype or quantised is rounded, so there the core it gives must be the stored one to that
-    precision.
-
-    Raises:
-        ModelError: other weights.
-    """
-    checkpoint_dtype = getattr(torch, factors.dtype)
-    for target, decomposition in factors.decompositions.items():
-        try:
-            modules = [view.module_of(model.base_model) for view in views[target]]
-            weights = [dense_weight(module) for module in modules]
-        except AttributeError as error:
-            raise ModelError(f"this model has no projection '{target}' where its family keeps it: {error}") from error
-        layers = [view.read(weight) for view, weight in zip(views[target], weights, strict=True)]
-        same_shape = (len(layers), *layers[0].shape) == decomposition.shape
-        kind = kind_of(modules[0])
-        if kind:
-            same = same_shape and _same_core(layers, decomposition, TOLERANCE[kind])
-        elif same_shape and torch.promote_types(layers[0].dtype, checkpoint_dtype) == layers[0].dtype:
-            same = fingerprint(layers, checkpoint_dtype) == factors.fingerprints[target]
-        else:
-            same = same_shape and _same_core(layers, decomposition, torch.finfo(layers[0].dtype).eps)
-        if not same:
-            raise ModelError(
-                f"the factors are of {factors.model}; this model has other weights ({target}), on which they mean nothing"
-            )
-
-
-def _same_core(layers: Sequence[Tensor], decomposition: TuckerTensor, tolerance: float) -> bool:
-    u_layer, u_out, u_in = (factor.to(layers[0].device) for factor in decomposition.factors)
-    stack = torch.stack([u_out.T @ layer.float() @ u_in for layer in layers])  # (L, r_out, r_in)
-    core = mode_product(stack, u_layer.T, 0)
-    expected = decomposition.core.to(core.device)
-    return bool((core - expected).norm() <= tolerance * expected.norm())
 
 
 def _put_on(adapter: ModelAdapter, views: Mapping[str, Sequence[View]]) -> None:

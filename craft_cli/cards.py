@@ -35,7 +35,11 @@ With PEFT: `craft merge PATH --format peft` writes a LoRA.""",
 With craft: `craft eval PATH --task TASK` or `craft predict PATH`. With PEFT: nothing is needed, the change is merged.""",
     "peft": """With PEFT (the folder is PATH):
 
-    base = {architecture}.from_pretrained({base!r}, num_labels={num_labels})
+    import peft, transformers
+
+    base = transformers.{architecture}.from_pretrained(
+        {base!r}, num_labels={num_labels}, pad_token_id={pad_token_id}
+    )
     model = peft.PeftModel.from_pretrained(base, "PATH")
 
 With plain transformers: `model.merge_and_unload(safe_merge=True).save_pretrained(...)`, or `craft merge` of the adapter.
@@ -92,7 +96,13 @@ def model_card(record: Mapping[str, Any], base: Checkpoint, *, form: str = "adap
         parts.append(f"| validation | epoch {training.get('epoch', 0):g} |\n|---|---|\n{rows}")
     parts.append("## Use")
     parts.append(
-        _USE[form].format(architecture=model["architecture"], num_labels=model["num_labels"], base=name, labels=labels)
+        _USE[form].format(
+            architecture=model["architecture"],
+            num_labels=model["num_labels"],
+            pad_token_id=model["pad_token_id"],
+            base=name,
+            labels=labels,
+        )
     )
     parts.append(
         "Method: frozen Tucker factors of the stacked attention weights, one small trained matrix for each mode "

@@ -158,18 +158,28 @@ class RunConfig:
         return found
 
     @classmethod
-    def build(cls, flags: Mapping[str, Any] | None = None, recipe: Mapping[str, Any] | None = None) -> RunConfig:
-        """Defaults, overridden by a recipe, overridden by flags.
+    def build(
+        cls,
+        flags: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        former: Mapping[str, Any] | None = None,
+    ) -> RunConfig:
+        """Defaults, overridden by those of a former run, by a recipe, by flags.
 
         Args:
             flags: by field name; None stands for "not given".
             recipe: by field name.
+            former: by field name.
 
         Raises:
             ConfigError: everything that is wrong, one line each, naming the flag or key.
         """
         given: dict[str, Any] = {}
-        for layer in (dict(recipe or {}), {name: value for name, value in (flags or {}).items() if value is not None}):
+        for layer in (
+            dict(former or {}),
+            dict(recipe or {}),
+            {name: value for name, value in (flags or {}).items() if value is not None},
+        ):
             given |= layer | _strategies(layer, given)
         names = [field.name for field in dataclasses.fields(cls)]
         for key in given:
@@ -201,7 +211,7 @@ def free_settings() -> set[str]:
 
 
 def _strategies(layer: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
-    """What a number of steps, or a strategy without one, says of its partner that is not given beside it."""
+    """What a number of steps or epochs, or a strategy without steps, says of its partner that is not given beside it."""
     implied: dict[str, Any] = {}
     for kind in ("eval", "save"):
         strategy, steps = f"{kind}_strategy", f"{kind}_steps"
@@ -209,6 +219,8 @@ def _strategies(layer: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str,
             implied[strategy] = "steps"
         elif layer.get(strategy) in ("no", "epoch") and steps not in layer and steps in below:
             implied[steps] = None
+    if layer.get("num_train_epochs") is not None and "max_steps" not in layer and "max_steps" in below:
+        implied["max_steps"] = None
     return implied
 
 

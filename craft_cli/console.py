@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -46,7 +48,7 @@ def fail(message: str) -> None:
 def note(message: str) -> None:
     """Something the user should know, on stderr."""
     err.print("[yellow]note:[/] ", end="")
-    err.print(message, markup=False, soft_wrap=True)
+    err.print(_plain(message), markup=False, soft_wrap=True)
 
 
 def say(message: str) -> None:
@@ -74,9 +76,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout; all columns but the first are numbers, to the right."""
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="left" if number == 0 else "right", overflow="fold", no_wrap=number < 3)
+        grid.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold", no_wrap=number < 3)
     for row in rows:
-        grid.add_row(*[show(value) for value in row])
+        grid.add_row(*[escape(show(value)) for value in row])
     out.print(grid)
 
 
@@ -167,18 +169,20 @@ class TrainingConsole:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="bold")
         grid.add_column(overflow="fold")
-        grid.add_row("model", plan.model)
-        grid.add_row("task", f"{plan.task} ({', '.join(plan.labels)})")
-        grid.add_row("data", f"{plan.train_examples:,} to train on, {plan.eval_examples:,} to evaluate on")
-        grid.add_row("tokens", plan.tokens)
-        grid.add_row("adapter", f"{' and '.join(plan.targets)}, ranks {plan.ranks} (OUT,IN,LAYERS)")
-        grid.add_row(
-            "trained", f"{plan.adapter_parameters:,} numbers in the adapter, {plan.head_parameters:,} in the head"
-        )
-        grid.add_row("devices", plan.devices)
-        grid.add_row("batch", plan.effective_batch)
-        grid.add_row("updates", f"{plan.updates:,}")
-        grid.add_row("run", plan.output or "nothing is written (--dry-run)")
+        rows = {
+            "model": plan.model,
+            "task": f"{plan.task} ({', '.join(plan.labels)})",
+            "data": f"{plan.train_examples:,} to train on, {plan.eval_examples:,} to evaluate on",
+            "tokens": plan.tokens,
+            "adapter": f"{' and '.join(plan.targets)}, ranks {plan.ranks} (OUT,IN,LAYERS)",
+            "trained": f"{plan.adapter_parameters:,} numbers in the adapter, {plan.head_parameters:,} in the head",
+            "devices": plan.devices,
+            "batch": plan.effective_batch,
+            "updates": f"{plan.updates:,}",
+            "run": plan.output or "nothing is written (--dry-run)",
+        }
+        for name, value in rows.items():
+            grid.add_row(name, escape(value))
         err.print(Panel(grid, title="craft train", title_align="left", expand=False))
         self._updates = plan.updates
         self._began = time.perf_counter()
@@ -208,6 +212,9 @@ class TrainingConsole:
         self._metric = "  " + "  ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[:1])
         err.print(f"epoch {epoch:<5.3g} {shown}{'  [green]best so far[/]' if best else ''}")
 
+    def noticed(self, what: str) -> None:
+        note(what)
+
     def stopping(self) -> None:
         say("stopping: the checkpoint is being written")
 
@@ -215,5 +222,6 @@ class TrainingConsole:
         self._progress.stop()
         say(f"interrupted after update {step:,} of {self._updates:,}")
         if run and resumable:
-            say(f"the best adapter so far is in {run}/adapter")
-            say(f"resume with  craft train --resume --output-dir {run}")
+            if (run / "adapter").is_dir():
+                say(f"the best adapter so far is in {run}/adapter")
+            say(f"resume with  craft train --resume --output-dir {shlex.quote(str(run))}")

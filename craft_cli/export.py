@@ -11,6 +11,7 @@ layers get the same rank, as servers want it: smaller ones are filled with zeros
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,11 +41,11 @@ def lora_pairs(base: StreamedBase, *, trim: bool = False) -> dict[str, tuple[Ten
         trim: leave out directions whose singular value is below 1e-6 of the largest one of all.
     """
     slices = {target: projection.slices().detach().double() for target, projection in base.adapter().items()}
+    floor = _EPSILON * _largest(slices) if trim else 0.0
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, changes in base.changes().items():
         parts = [
-            _factored(base.saved, target, slices[target][layer], trim=trim, floor=_EPSILON * _largest(slices))
-            for _, target, layer in changes
+            _factored(base.saved, target, slices[target][layer], trim=trim, floor=floor) for _, target, layer in changes
         ]
         a = torch.cat([a for a, _ in parts])  # (sum of ranks, d_in)
         stored = base.shapes[name]
@@ -167,11 +168,12 @@ def serve_command(base: StreamedBase, rank: int | None, folder: str) -> str | No
     if base.model.config.model_type not in VLLM_FAMILIES:
         return None
     if rank is None:
-        return f"vllm serve {folder} --runner pooling"
+        return f"vllm serve {shlex.quote(folder)} --runner pooling"
     if base.saved.head or rank > VLLM_RANKS[-1]:
         return None
     size = next(size for size in VLLM_RANKS if size >= rank)
-    return f"vllm serve {base.checkpoint.name} --enable-lora --max-lora-rank {size} --lora-modules tuned={folder}"
+    name, lora = shlex.quote(base.checkpoint.name), shlex.quote(f"tuned={folder}")
+    return f"vllm serve {name} --enable-lora --max-lora-rank {size} --lora-modules {lora}"
 
 
 def vllm_hint(base: StreamedBase, rank: int) -> str:

@@ -115,9 +115,12 @@ def whole_folder(destination: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `destination`, moved there when the block ends well and removed when it does not.
 
     Raises:
-        FileError: the destination is not empty and may not be overwritten, or something cannot be written.
+        FileError: the destination is not empty and may not be overwritten, is a mount point or the working folder, or
+            something cannot be written.
     """
     check_free(destination, overwrite=overwrite)
+    if destination.exists() and (os.path.ismount(destination) or destination.samefile(Path.cwd())):
+        raise FileError(f"{destination} cannot give way to another folder; choose one inside it")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".part", dir=destination.parent))

@@ -162,10 +162,15 @@ class Journal:
 
     def _append(self, line: dict[str, Any]) -> None:
         self._lines.append(line)
-        values = {name: value for name, value in line.items() if name not in ("step", "epoch")}
-        self._track(values, line["step"])
         if self._run:
             self._run.append_metrics(line)
+        try:
+            self._track({name: value for name, value in line.items() if name not in ("step", "epoch")}, line["step"])
+        except Exception as error:  # a server that is away is no reason to lose a training
+            self._track = lambda values, step: None
+            self._listener.noticed(
+                f"--report-to: the tracker failed ({' '.join(str(error).split())}); the training goes on without it"
+            )
 
     def _keep(self) -> None:
         if self._run is None:

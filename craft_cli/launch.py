@@ -85,9 +85,9 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         return 0
     if not isinstance(failed[0], ChildFailedError):
         raise failed[0]
-    if signals:
-        return 128 + signals[0]
     rank, failure = failed[0].get_first_failure()
+    if signals and failure.exitcode in (-signals[0], 128 + signals[0]):
+        return 128 + signals[0]
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         raise CraftError(

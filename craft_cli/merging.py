@@ -7,6 +7,7 @@ compared with the adapted model before it takes its place, and `merge.json` besi
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,10 @@ from craft_cli import __version__, export
 from craft_cli.cards import model_card
 from craft_cli.checkpoints import Checkpoint
 from craft_cli.errors import ConfigError, CraftError, FileError
-from craft_cli.files import cannot_write, whole_folder, write_bytes, write_json
+from craft_cli.files import cannot_write, holds_something, whole_folder, write_bytes, write_json
 from craft_cli.runs import find_adapter, find_run
-from craft_cli.saved import TENSOR_FILE, read_adapter
-from craft_cli.shards import Entry, write_shards, write_streamed
+from craft_cli.saved import TENSOR_FILE, factor_sha256, read_adapter
+from craft_cli.shards import Entry, shard_bytes, write_shards, write_streamed
 from craft_cli.streamed import StreamedBase
 from craft_cli.uploads import upload
 from craft_cli.views import View
@@ -77,9 +78,10 @@ def merge(
     overwrite: bool = False,
     format: str = CHECKPOINT,
     dtype: str | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     trim: bool = False,
     push_to_hub: str | None = None,
+    private: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Merged:
     """Merge a run's or an adapter's change into the dense weights of its base, or write it as a LoRA for PEFT.
@@ -90,13 +92,15 @@ def merge(
 
     Args:
         path: a run or an adapter; the latest run without.
-        output: the folder to write; `merged` (`peft`) inside the run, or beside the adapter, without.
-        overwrite: replace a folder that is not empty.
+        output: the folder to write; `merged` (`peft`) inside the run, or beside the adapter, without; `merged-step-N` for a
+            checkpoint of a run.
+        overwrite: replace a folder that an earlier merge wrote.
         format: `checkpoint` or `peft`.
         dtype: of a checkpoint's weights: `float32`, `float16` or `bfloat16`; as the base's without.
-        max_shard_size: a checkpoint larger than this is written as several files.
+        max_shard_size: a checkpoint larger than this, `5GB` without, is written as several files.
         trim: of a LoRA, leave out directions that are zero to numerical precision.
         push_to_hub: upload to this repository of the hub too.
+        private: make the repository a private one, if it is made.
         progress: called with what is being done.
 
     Raises:
@@ -106,17 +110,25 @@ def merge(
         CraftError: the adapter changes no weight, what was written does not compute what the adapted model does, or the
             upload failed.
     """
-    _check_options(format, dtype, trim=trim, push_to_hub=push_to_hub)
+    _check_options(format, dtype, max_shard_size, trim=trim, push_to_hub=push_to_hub, private=private)
     found = find_run(None if path is None else str(path))
     adapter_path = find_adapter(found)
     if adapter_path is None:
         raise FileError(f"{found} is neither a run nor an adapter: there is nothing to merge")
     name = "merged" if format == CHECKPOINT else format
-    destination = Path(output).expanduser() if output else adapter_path.parent / name
+    if adapter_path.parent.name == "checkpoints":  # of a run, beside which others may be merged
+        default = adapter_path.parent.parent / f"{name}-{adapter_path.name}"
+    else:
+        default = adapter_path.parent / name
+    destination = Path(output).expanduser() if output else default
+    if destination.is_symlink():
+        destination = Path(os.path.realpath(destination))
+    _check_destination(destination, [found, adapter_path], overwrite=overwrite)
 
     with whole_folder(destination, overwrite=overwrite) as folder:
         progress("reading the adapter")
         base = StreamedBase(read_adapter(adapter_path))
+        _check_destination(destination, [base.checkpoint.folder], overwrite=overwrite)
         probe = base.probe()
         progress("computing with the adapter")
         expected = base.logits(base.read, probe, base.adapter())
@@ -157,12 +169,32 @@ def merge(
     )
     if push_to_hub:
         progress("uploading")
-        upload(destination, push_to_hub)
+        upload(destination, push_to_hub, private=private)
         result = Merged(**(vars(result) | {"repository": push_to_hub}))
     return result
 
 
-def _check_options(format: str, dtype: str | None, *, trim: bool, push_to_hub: str | None) -> None:
+def _check_destination(destination: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse a folder whose replacement would take away what is merged, or anything but an earlier merge."""
+    out = destination.resolve()
+    for source in sources:
+        if source.resolve().is_relative_to(out):
+            raise ConfigError(f"--output-dir: {destination} holds {source}, which is merged; choose another")
+    if overwrite and out.is_dir() and holds_something(out) and not (out / CERTIFICATE).is_file():
+        raise FileError(
+            f"{destination} holds no merged model of craft's: --overwrite does not touch it; choose another"
+        )
+
+
+def _check_options(
+    format: str,
+    dtype: str | None,
+    max_shard_size: str | int | None,
+    *,
+    trim: bool,
+    push_to_hub: str | None,
+    private: bool,
+) -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     if format not in (CHECKPOINT, PEFT):
@@ -171,6 +203,11 @@ def _check_options(format: str, dtype: str | None, *, trim: bool, push_to_hub: s
         raise ConfigError(f"--dtype: expected {', '.join(DTYPES)}, not '{dtype}'")
     if format == PEFT and dtype:
         raise ConfigError("--dtype is for checkpoints: a LoRA is written in float32 and follows its base")
+    if format == PEFT and max_shard_size is not None:
+        raise ConfigError("--max-shard-size is for checkpoints: a LoRA is one small file")
+    shard_bytes(max_shard_size)
+    if private and not push_to_hub:
+        raise ConfigError("--private needs --push-to-hub")
     if format == CHECKPOINT and trim:
         raise ConfigError("--trim is for --format peft: a checkpoint has no rank")
     if push_to_hub is not None:  # before the work
@@ -188,7 +225,9 @@ class _Checkpoint:
 
     rank: int | None = None
 
-    def __init__(self, base: StreamedBase, folder: Path, dtype: torch.dtype | None, max_shard_size: str | int) -> None:
+    def __init__(
+        self, base: StreamedBase, folder: Path, dtype: torch.dtype | None, max_shard_size: str | int | None
+    ) -> None:
         self.changed: list[str] = []
         self.dtype = dtype or getattr(torch, base.saved.factors.dtype)
         self._slices = {target: p.slices().detach() for target, p in base.adapter().items()}
@@ -200,7 +239,7 @@ class _Checkpoint:
             if kind.is_floating_point:  # the head was trained in float32; it follows the rest
                 kind = self.dtype if dtype or name in base.saved.head else kind
             entries[name] = Entry(shape, kind, partial(self._tensor, name, kind, changes.get(name, ())))
-        write_shards(folder, entries, max_shard_size)
+        write_shards(folder, entries, shard_bytes(max_shard_size))
         config = base.model.config
         config.architectures = [type(base.model).__name__]
         config.dtype = self.dtype
@@ -279,11 +318,14 @@ def _certificate(
 
     return {
         "base": {
-            "model": base.checkpoint.name,
+            "model": Path(base.checkpoint.name).name
+            if Path(base.checkpoint.name).is_absolute()
+            else base.checkpoint.name,
             "revision": base.checkpoint.revision,
             "sha256": {file.name: _sha256(file) for file in base.reader.weight_files()},
         },
         "adapter": {"sha256": _sha256(adapter / TENSOR_FILE)},
+        "factors": {"sha256": factor_sha256(base.saved.factors.decompositions)},
         "dtype": str(written.dtype).removeprefix("torch."),
         "tensors_changed": sorted(written.changed),
         "head": list(base.saved.head),

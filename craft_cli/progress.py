@@ -77,6 +77,9 @@ class Listener:
     def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float], *, best: bool) -> None:
         """An evaluation is complete."""
 
+    def noticed(self, what: str) -> None:
+        """Something the user should know."""
+
     def stopping(self) -> None:
         """A signal came; the checkpoint is being written."""
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +37,7 @@ from craft_cli.files import (
 from craft_cli.saved import CONFIG_FILE, read_record
 
 RUNS = Path("runs")
+_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
 _WRITTEN = ("adapter", "recipe.yaml", "metrics.jsonl", "training_curve.png", "all_results.json")
 
 
@@ -55,14 +57,18 @@ class Run:
         """Picture of loss and metrics."""
         return self.path / "training_curve.png"
 
-    def start(self, recipe: dict[str, Any]) -> None:
+    def start(self, recipe: dict[str, Any], *, again: bool = False) -> None:
         """Make it, empty, with its recipe, and point `runs/latest` to it. `being_trained` must hold it.
+
+        Args:
+            recipe: its settings.
+            again: it is begun once more; what no training wrote stays.
 
         Raises:
             FileError: it cannot be written.
         """
         try:
-            _empty(self.path)
+            _empty(self.path, [*_WRITTEN, "checkpoints", "tensorboard"] if again else None)
             self.write_recipe(recipe)
             point_latest(self.path)
         except OSError as error:
@@ -71,12 +77,16 @@ class Run:
     def go_on(self, recipe: dict[str, Any]) -> None:
         """Make it an unfinished run again, of these settings, and the latest. `being_trained` must hold it.
 
+        The rows of an update stay those of its start, so its recipe keeps what they came from.
+
         Raises:
             FileError: it cannot be written.
         """
         try:
             (self.path / "all_results.json").unlink(missing_ok=True)
-            self.write_recipe(recipe)
+            former = self.recipe()
+            kept = {name: former[name] for name in _SIZES if name in former}
+            self.write_recipe({n: value for n, value in recipe.items() if n not in _SIZES or n in kept} | kept)
             point_latest(self.path)
         except OSError as error:
             raise cannot_write(self.path, error) from error
@@ -108,7 +118,7 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / LOCK_FILE)
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0.3)  # somebody may just be looking whether it runs
         except Timeout:
             raise FileError(
                 f"{self.path} is being trained by another process: wait for its end, or choose another --output-dir"
@@ -244,13 +254,21 @@ def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: its recipe is damaged.
     """
     if settings.get("resume"):
-        output_dir = settings.get("output_dir")
-        path = Path(output_dir).expanduser() if output_dir else RUNS / "latest"
-        return Run(path).recipe()
+        run = resumed_run(settings.get("output_dir"))
+        if run.is_run():
+            return run.recipe()
     if settings.get("init_from"):
         recipe = trained_recipe(str(settings["init_from"]))
         return {name: recipe[name] for name in ("model", "revision", "targets", "ranks") if name in recipe}
     return {}
+
+
+def resumed_run(output_dir: str | None) -> Run:
+    """The run that `--resume` goes on with, if it is one: the one given, or the latest."""
+    if output_dir:
+        return Run(Path(output_dir).expanduser())
+    latest = RUNS / "latest"
+    return Run(Path(os.path.relpath(latest.resolve())) if latest.is_dir() else latest)
 
 
 def trained_recipe(path: str) -> dict[str, Any]:
@@ -277,17 +295,18 @@ def find_adapter(path: Path) -> Path | None:
         if not (Run(path).adapter / CONFIG_FILE).is_file():
             raise FileError(
                 f"{path} is a run without an adapter: it stopped before its first evaluation; "
-                f"go on with `craft train --resume --output-dir {path}`"
+                f"go on with `craft train --resume --output-dir {shlex.quote(str(path))}`"
             )
         return Run(path).adapter
     return None
 
 
-def _empty(folder: Path) -> None:
+def _empty(folder: Path, names: Sequence[str] | None = None) -> None:
+    """Delete what is in a folder, or only these entries; the recipe last, by which a run is known as one."""
     import shutil
 
-    for entry in folder.iterdir():
-        if entry.name == LOCK_FILE:
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "recipe.yaml"):
+        if entry.name == LOCK_FILE or (names is not None and entry.name not in names):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

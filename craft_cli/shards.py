@@ -7,6 +7,7 @@ length of a JSON header, the header (dtype, shape and place of every tensor), an
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -41,24 +42,38 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_shards(folder: Path, entries: Mapping[str, Entry], max_shard_size: str | int) -> None:
-    """Write `model.safetensors`, or several files and their index where one would be larger than a shard may be.
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+
+
+def shard_bytes(size: str | int | None) -> int:
+    """Bytes of `500MB`, `5GB` or a number of them; 5 GB without, as transformers has it.
 
     Raises:
-        ConfigError: `max_shard_size` is no size.
+        ConfigError: it is no size, or none at all.
+    """
+    found = _SIZE.fullmatch(str(size).strip()) if size is not None else None
+    if size is None:
+        return 5 * 10**9
+    found_bytes = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if found_bytes < 1:
+        raise ConfigError(f"--max-shard-size: expected a size such as 500MB or 5GB, not '{size}'")
+    return found_bytes
+
+
+def write_shards(folder: Path, entries: Mapping[str, Entry], max_shard_size: int) -> None:
+    """Write `model.safetensors`, or several files and their index where one would be larger than a shard may be (bytes).
+
+    Raises:
         OSError: it cannot be written.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    try:
-        plan = split_state_dict_into_shards_factory(
-            dict(entries),
-            get_storage_size=lambda entry: entry.bytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError:
-        raise ConfigError(f"--max-shard-size: expected a size such as 500MB or 5GB, not '{max_shard_size}'") from None
+    plan = split_state_dict_into_shards_factory(
+        dict(entries),
+        get_storage_size=lambda entry: entry.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
     for file, names in plan.filename_to_tensors.items():
         write_streamed(folder / file, {name: entries[name] for name in names})
     if plan.is_sharded:

@@ -19,6 +19,24 @@ _ONE_PRESS = 1.0
 launcher sends it on."""
 
 
+@contextlib.contextmanager
+def terminates_cleanly() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that temporary folders are removed, and exits with 143."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class StopSignals:
     """Remembers SIGINT and SIGTERM inside its `with` block instead of being interrupted by them.
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from craft_cli.batches import Timetable
 from craft_cli.config import GROUPS, RunConfig, flag, free_settings, parse_settings
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.factors import Factors
 from craft_cli.ranks import Ranks
-from craft_cli.runs import RUNS, Run, check_output, find_adapter
+from craft_cli.runs import RUNS, Run, check_output, find_adapter, resumed_run
 from craft_cli.saved import read_adapter
 from craft_cli.tasks import task_named
 from craft_cli.training_state import TrainingState, newest_state
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_PATHS = ("data_dir", "train_file", "validation_file", "init_from")
+_DATA = ("data_dir", "train_file", "validation_file")
+_PATHS = (*_DATA, "init_from")
 
 
 @dataclass(frozen=True)
@@ -67,54 +68,89 @@ def find_start(config: RunConfig, processes: int, held: ExitStack) -> Start:
 
 
 def _resumed(config: RunConfig, processes: int, held: ExitStack) -> Start:
-    named = Path(config.output_dir).expanduser() if config.output_dir else RUNS / "latest"
-    run = Run(named if config.output_dir else Path(os.path.relpath(named.resolve())))
+    run = resumed_run(config.output_dir)
     if not run.is_run():
         where = run.path if config.output_dir else RUNS
         return Start(config, notes=(f"nothing to resume in {where}: starting from the beginning",))
     held.enter_context(run.being_trained())
     state, notes = newest_state(run)
-    update_size = state.record["update_size"] if state else None
-    config = continued(config, run, update_size, processes)
+    config = continued(config, run, state, processes)
+    if state is None and (notes or run.results() or (run.adapter.is_dir() and config.save_strategy == "no")):
+        why = "; ".join(notes) or ("it is finished" if run.results() else "it was trained with --save-strategy no")
+        raise FileError(
+            f"--resume: {run.path} has no checkpoint to go on from ({why}): choose another --output-dir, or give --overwrite "
+            "to begin again in its place"
+        )
     if state is None:
         notes.append(f"{run.path} has no checkpoint yet: starting from the beginning")
         return Start(config, run, notes=tuple(notes))
     return Start(config, run, state, state.factors, notes=tuple(notes))
 
 
-def continued(config: RunConfig, run: Run, update_size: int | None, processes: int) -> RunConfig:
+def continued(config: RunConfig, run: Run, state: TrainingState | None, processes: int) -> RunConfig:
     """The settings of a resumed run: those given, where they compute the same, and its own where none are given.
 
     Args:
         config: as given.
         run: the run to go on with.
-        update_size: rows of one update so far. Another batch size that, with accumulation and processes, makes the same
-            is no change, nor is another number of processes.
+        state: its newest checkpoint, which knows what it was trained with (recipe.yaml may have been edited). Another batch
+            size that, with accumulation and processes, makes updates of as many rows is no change, nor is another number of
+            processes, nor that the data has moved: its rows are compared.
         processes: that will train.
 
     Raises:
         ConfigError: settings differ that change what is computed.
     """
-    former = parse_settings(run.recipe())
+    defaults = {field.name: field.default for field in fields(RunConfig)}
+    former = defaults | parse_settings(state.record["settings"] if state else run.recipe())
     differing: list[str] = []
     own: dict[str, Any] = {}
     for name, group in RunConfig.groups().items():
         if name in free_settings() or group == GROUPS[-1]:
             continue
         now, then = getattr(config, name), former.get(name)
-        if now is None or name == "revision":  # its recipe knows the very commit
+        if now is None or name == "revision":  # it knows the very commit
             own[name] = then
+        elif state and name in _DATA:
+            continue
         elif _comparable(name, now) != _comparable(name, then):
             differing.append(f"{flag(name)} was {_shown(then)}, is {_shown(now)}")
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    if batch * processes == update_size:
+    if state and batch * processes == state.record["update_size"]:
         differing = [line for line in differing if not line.startswith(tuple(map(flag, _BATCH)))]
+    if config.eval_strategy == "no" and state and state.record["journal"]["best"]:
+        differing.append(f"{flag('eval_strategy')} was {former['eval_strategy']}, is no")
     if differing:
         raise ConfigError(
             f"--resume: {run.path} cannot go on with other settings: {', '.join(differing)}; "
             "give the former ones, or choose another --output-dir"
         )
     return replace(config, **own)
+
+
+def check_state(start: Start, timetable: Timetable, data: str) -> None:
+    """Refuse to go on with other rows, or beyond the end.
+
+    Args:
+        start: of the training.
+        timetable: of the training.
+        data: checksum of the rows to train and evaluate on.
+
+    Raises:
+        ConfigError: the checkpoint does not fit them.
+    """
+    if not (start.state and start.run):
+        return
+    if start.state.record["data"] != data:
+        raise ConfigError(
+            f"--resume: {start.run.path} cannot go on: the rows it was trained or evaluated on have changed since; "
+            "give the former data, or choose another --output-dir"
+        )
+    if start.state.step > timetable.total:
+        raise ConfigError(
+            f"--resume: {start.run.path} has made {start.state.step:,} updates already, but --num-train-epochs or "
+            f"--max-steps end it at {timetable.total:,}"
+        )
 
 
 def _comparable(name: str, value: Any) -> Any:

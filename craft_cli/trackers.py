@@ -23,6 +23,18 @@ def trackers(names: Sequence[str]) -> list[str]:
     return wanted
 
 
+def finish_trackers(accelerator: Any) -> str | None:
+    """Close them; what went wrong, if anything did."""
+    problem = None
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:  # the training is done, whatever a server says
+            problem = f"--report-to {tracker.name}: {' '.join(str(error).split())}"
+    accelerator.trackers.clear()
+    return problem
+
+
 def start_trackers(accelerator: Any, run: Run, recipe: Mapping[str, Any], run_id: str, step: int) -> None:
     """Start what `--report-to` names.
 
@@ -30,7 +42,7 @@ def start_trackers(accelerator: Any, run: Run, recipe: Mapping[str, Any], run_id
         accelerator: of Accelerate, made with `log_with`.
         run: files of tensorboard lie in its folder.
         recipe: the settings, to be kept beside the metrics.
-        run_id: the same for all parts of a run that was cut.
+        run_id: the same for all parts of a run that was cut (wandb; mlflow begins another run of the same name).
         step: updates made before; what was reported of later ones is withdrawn (tensorboard).
 
     Raises:

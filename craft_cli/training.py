@@ -8,11 +8,12 @@ A training that was cut goes on from its newest checkpoint (`training_state`) an
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from craft_cli.compilation import refusal
 from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, CraftError
 from craft_cli.inference import in_order, length_sorted_batches, predict_batches
-from craft_cli.journal import Journal
+from craft_cli.journal import Journal, chosen_metric
 from craft_cli.objectives import balanced_weights, constant_metric, summed_loss
 from craft_cli.preparation import Prepared, build, describe_tokens, prepare, resolved_recipe
 from craft_cli.progress import Listener, Plan, TrainResult
@@ -36,9 +37,9 @@ from craft_cli.quantization import check_available
 from craft_cli.runs import Run, check_output, new_run
 from craft_cli.sharding import average_gradients, fsdp_asked, held_here, shard
 from craft_cli.signals import StopSignals, end_by
-from craft_cli.starting import Start, find_start
+from craft_cli.starting import Start, check_state, find_start
 from craft_cli.tokens import collate
-from craft_cli.trackers import start_trackers, trackers
+from craft_cli.trackers import finish_trackers, start_trackers, trackers
 from craft_cli.training_state import data_checksum, rng_state, save_checkpoint, untouched_rng
 
 T = TypeVar("T")
@@ -69,14 +70,20 @@ def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
 
 
 def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held: contextlib.ExitStack) -> TrainResult:
-    main, device = accelerator.is_main_process, accelerator.device
+    main, device, processes = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    config = replace(  # as it is, whoever launched it
+        config,
+        num_processes=processes if processes > 1 else None,
+        bf16=accelerator.mixed_precision == "bf16",
+        fp16=accelerator.mixed_precision == "fp16",
+    )
     listener = listener if main else Listener()
     sharded = fsdp_asked()
     if config.load_in_4bit or config.load_in_8bit:
         check_available()
     if sharded and (config.torch_compile or config.load_in_4bit or config.load_in_8bit):
         raise ConfigError("FSDP goes with neither --torch-compile nor --load-in-4bit nor --load-in-8bit; leave one out")
-    start = _from_main(accelerator, lambda: find_start(config, accelerator.num_processes, held))
+    start = _from_main(accelerator, lambda: find_start(config, processes, held))
     config, state = start.config, start.state
     with accelerator.main_process_first():  # the others then find the caches filled
         prepared = prepare(config, listener.preparing, start.factors)
@@ -88,8 +95,9 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     if state:  # whatever the number of processes is now
         update_size = state.record["update_size"]
     timetable = Timetable(config, prepared.train.lengths, update_size)
+    chosen_metric(config, prepared)  # refused before a former run makes room
     data = data_checksum([prepared.train, *prepared.validation.values()])
-    _check_state(start, timetable, data)
+    check_state(start, timetable, data)
     parameters = {"adapter": adapter.count_parameters(), "head": adapter.count_head_parameters()}
     run = None
     if not config.dry_run:
@@ -129,7 +137,7 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
         rng = gather_object([rng_state(device)])
         if run and main:
             record = {
-                "step": step, "update_size": update_size, "data": data, "seconds": time.perf_counter() - began,
+                "step": step, "settings": resolved_recipe(config, prepared), "update_size": update_size, "data": data, "seconds": time.perf_counter() - began,
                 "journal": journal.record(), "rng": rng, "tracker_id": tracker_id,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             }  # fmt: skip
@@ -189,6 +197,8 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
         listener.interrupted(step, run.path if run else None, resumable=saved > 0)
         raise
 
+    if journal.out_of_patience and state and step == state.step:
+        listener.noticed("patience was over before: nothing is left to train; --early-stopping-patience can be raised")
     if run and main and (stopped or config.eval_strategy == "no"):
         journal.keep_last(timetable.epoch(step))
     result = TrainResult(
@@ -210,6 +220,9 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
         listener.interrupted(step, run.path if run else None, resumable=True)
     elif run and main:
         run.write_results(asdict(result))
+    problem = finish_trackers(accelerator)
+    if problem:
+        listener.noticed(problem)
     accelerator.wait_for_everyone()
     accelerator.free_memory(accelerator.unwrap_model(model), prepared_optimizer)
     del model  # DDP before its group
@@ -227,43 +240,39 @@ def _accelerator(config: RunConfig) -> Accelerator:
     if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
         raise ConfigError("--fp16 needs a GPU; on the CPU use --bf16 or neither")
     fsdp_asked()  # refuses what Accelerate would trip over
-    return Accelerator(
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "DeepSpeed is not supported: leave it out (several processes), or use FSDP with fsdp_version: 2"
+        )
+    accelerator = Accelerator(
         mixed_precision=precision,
         cpu=config.use_cpu or not torch.cuda.is_available(),
         log_with=trackers(config.report_to) or None,
         project_dir=".",  # the trackers' folder is known when the run is
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the factors never change
     )
+    accelerator.gradient_accumulation_steps = 1  # `accelerate launch` may say otherwise; the loop sums by itself
+    return accelerator
 
 
 def _from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
     """What the main process makes, on every process; the error it meets, too."""
     made: list[Any] = [None]
+    unexpected: Exception | None = None
     if accelerator.is_main_process:
         try:
             made = [make()]
         except CraftError as error:
             made = [error]
+        except Exception as error:  # the others must not wait for it
+            unexpected, made = error, [CraftError(f"the main process failed: {error}")]
     if accelerator.num_processes > 1:
         broadcast_object_list(made)
+    if unexpected:
+        raise unexpected
     if isinstance(made[0], CraftError):
         raise made[0]
     return made[0]
-
-
-def _check_state(start: Start, timetable: Timetable, data: str) -> None:
-    if not (start.state and start.run):
-        return
-    if start.state.record["data"] != data:
-        raise ConfigError(
-            f"--resume: {start.run.path} cannot go on: the rows it was trained or evaluated on have changed since; "
-            "give the former data, or choose another --output-dir"
-        )
-    if start.state.step > timetable.total:
-        raise ConfigError(
-            f"--resume: {start.run.path} has made {start.state.step:,} updates already, but --num-train-epochs or "
-            f"--max-steps end it at {timetable.total:,}"
-        )
 
 
 def _open_run(start: Start, prepared: Prepared, held: contextlib.ExitStack) -> Path:
@@ -279,7 +288,7 @@ def _open_run(start: Start, prepared: Prepared, held: contextlib.ExitStack) -> P
         held.enter_context(run.being_trained())
         if config.output_dir:  # another process may have trained there while this one prepared
             check_output(config.output_dir, overwrite=config.overwrite)
-    run.start(recipe)
+    run.start(recipe, again=start.run is not None)
     return run.path
 
 
@@ -394,7 +403,7 @@ def _evaluate(
             return None, stopped
         logits[name] = in_order(
             [part for _, parts, _ in everyone for part in parts],
-            [rows for parts, _, _ in everyone for rows in parts],
+            [rows for batches, _, _ in everyone for rows in batches],
             len(encoded),
         )
     return prepared.measure(logits, config.threshold), stopped

@@ -28,7 +28,7 @@ from torch import Tensor
 from craft_cli.attached import ModelAdapter
 from craft_cli.errors import FileError, LaterVersion
 from craft_cli.factors import Factors, from_tensors
-from craft_cli.files import delete_folder, read_tensors, tidy, whole_folder, write_bytes, write_tensors
+from craft_cli.files import cannot_write, delete_folder, read_tensors, tidy, whole_folder, write_bytes, write_tensors
 from craft_cli.runs import Run
 from craft_cli.saved import KIND as ADAPTER_KIND
 from craft_cli.saved import TENSOR_FILE
@@ -45,7 +45,8 @@ class TrainingState:
 
     Attributes:
         step: updates made.
-        record: everything that is no tensor: `update_size`, `data`, `seconds`, `journal`, `rng`, `scaler`.
+        record: everything that is no tensor: `step`, `settings` (the resolved recipe), `update_size` (rows), `data` (a
+            checksum), `seconds`, `journal`, `rng` (of every process), `scaler`, `tracker_id`, `metrics_sha256`.
         factors: the basis that the transforms live in.
         trained: transforms and head by their names in an adapter's file.
         optimizer: its state by `NUMBER.KEY`, parameters numbered in the optimizer's order.
@@ -82,7 +83,7 @@ def save_checkpoint(
 
     Args:
         run: whose.
-        record: see `TrainingState.record`, and `step`.
+        record: see `TrainingState.record`.
         adapter: as it is now.
         optimizer: of torch.
         best: transforms and head of the best evaluation so far.
@@ -132,7 +133,10 @@ def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:
             aside = path.with_name(f"{path.name}.damaged")  # or they would be kept in place of whole ones
             if aside.exists():
                 delete_folder(aside)
-            path.rename(aside)
+            try:
+                path.rename(aside)
+            except OSError as failure:
+                raise cannot_write(path, failure) from failure
         else:
             return state, notes
     return None, notes
@@ -150,7 +154,10 @@ def read_checkpoint(path: Path) -> TrainingState:
             raise FileError(f"{path} is damaged: it holds no {name}")
     adapter, header = read_tensors(path / TENSOR_FILE, ADAPTER_KIND)
     tensors, _ = read_tensors(path / STATE_FILE, KIND)
-    metrics = (path / METRICS_FILE).read_bytes()
+    try:
+        metrics = (path / METRICS_FILE).read_bytes()
+    except OSError as error:
+        raise FileError(f"{path / METRICS_FILE}: {error.strerror}") from error
     record = json.loads(tensors.pop("record").numpy().tobytes())
     if sha256(metrics).hexdigest() != record["metrics_sha256"]:
         raise FileError(f"{path / METRICS_FILE} is damaged: its contents do not match their checksum")

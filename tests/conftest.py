@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only get in each other'
 
 import pytest
 import torch
+from loopback_hub import LoopbackHub
 from typer.testing import CliRunner
 
 import craft_cli as craft
@@ -245,3 +246,10 @@ def run(made: Path, tmp_path: Path) -> Path:
     content["base_model"]["model"] = str(tmp_path / "base")
     config.write_text(json.dumps(content))
     return tmp_path / "run"
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    """A hub on this machine, for the duration of a test."""
+    with LoopbackHub() as server:
+        yield server

@@ -42,6 +42,7 @@ class LoopbackHub:
         self.repositories: dict[str, dict[str, tuple[str, Path]]] = {}
         """By `models/owner/name` or `datasets/owner/name`, then by branch and by commit: the commit and its folder."""
         self.uploads: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}  # whether an uploaded repository was made a private one
         """By owner/name: the files of repositories that were made here."""
         self.stored: dict[str, bytes] = {}
         """What LFS was given, by sha256."""
@@ -131,6 +132,12 @@ class _Handler(BaseHTTPRequestHandler):
             name, revision, below = match.groups()[1:]
         else:
             return self._send(404, b"")
+        uploaded = self._hub.uploads.get(name) if kind == "models" else None
+        if uploaded is not None and what == "tree":
+            return self._send_json(
+                [{"type": "file", "path": path, "oid": hashlib.sha1(data).hexdigest(), "size": len(data)}
+                 for path, data in uploaded.items()]
+            )  # fmt: skip
         revisions = self._hub.repositories.get(f"{kind}/{name}")
         if revisions is None:
             return self._send(401, b"", {"X-Error-Code": "RepoNotFound"})
@@ -168,6 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             self._hub.uploads.setdefault(name, {})
+            self._hub.private.setdefault(name, bool(asked.get("private")) or asked.get("visibility") == "private")
             self._send_json({"url": f"{self._hub.url}/{name}", "id": name})
         elif lfs:
             objects = [
@@ -190,6 +198,8 @@ class _Handler(BaseHTTPRequestHandler):
                     files_now[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     files_now[value["path"]] = self._hub.stored[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del files_now[value["path"]]
             commit = hashlib.sha1(body.encode()).hexdigest()
             self._send_json({"commitUrl": f"{self._hub.url}/{write[1]}/commit/{commit}", "commitOid": commit,
                              "pullRequestUrl": None, "success": True})  # fmt: skip

@@ -210,6 +210,14 @@ def test_what_does_not_fit_another_runs_transforms_is_refused(pico: Make, data_d
     assert not Path("out").exists()
 
 
+def test_a_requeued_start_from_another_run_still_knows_its_model(pico: Make, data_dir: Path) -> None:
+    craft.train(config(pico(), data_dir, output_dir="first", max_steps=1))
+    command = ("train", "--init-from", "first", "--task", "sst2", "--data-dir", str(data_dir), "--max-steps", "1")
+    done = invoke(*command, "--use-cpu", "--output-dir", "second", "--resume", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["parameters"]["adapter"] == 130
+
+
 def test_model_and_ranks_of_the_other_run_need_not_be_said_again(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir, output_dir="first", max_steps=1))
     done = invoke(

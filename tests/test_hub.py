@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,6 @@ from conftest import build_pico, opinions
 from datasets import ClassLabel, Dataset
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
-
-
-@pytest.fixture
-def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as server:
-        yield server
 
 
 def craft(hub: LoopbackHub, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -125,6 +125,8 @@ def test_a_run_of_two_processes_goes_on_with_one_and_back(pico: Make, data_dir: 
         done = craft_command("train", *more, "--num-train-epochs", "3")
         assert done.returncode == 0, done.stderr
         assert "batch    8" in done.stderr
+        recipe = Run(Path("run")).recipe()  # that repeats the run
+        assert (recipe["per_device_train_batch_size"], recipe["num_processes"]) == (4, 2)
     craft.train(config(pico(), data_dir, num_train_epochs=3, output_dir="again", max_steps=5))
     for steps in (9, 18):  # the rate depends on the steps to come, so the cuts must be the same
         craft.train(config(pico(), data_dir, num_train_epochs=3, output_dir="again", max_steps=steps, resume=True))
@@ -213,6 +215,7 @@ def test_one_process_killed_ends_all_with_its_error(pico: Make) -> None:
         code, err = settle(process)
     assert code == 1
     assert "was killed by SIGKILL; the others were stopped. Go on from the last checkpoint" in err
+    assert "unexpected" not in err
     assert "Traceback" not in err
     assert not Run(Path("out")).is_running()
     assert checkpoints(Run(Path("out")))

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -78,6 +79,24 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_done(
     with pytest.raises(ConfigError, match="--report-to wandb: not installed; `pip install wandb`"):
         craft.train(config(pico(), data_dir, report_to="wandb"))
     assert not Path("out").exists()
+
+
+def test_a_tracker_that_fails_on_the_way_does_not_end_the_training(
+    pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, values: Any, step: int, **_: Any) -> None:
+        if step == 3:
+            raise ConnectionError("server away")
+
+    class Hears(Cut):
+        def noticed(self, what: str) -> None:
+            heard.append(what)
+
+    heard: list[str] = []
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", fail)
+    craft.train(config(pico(), data_dir, report_to="tensorboard"), Hears(0))
+    assert heard == ["--report-to: the tracker failed (server away); the training goes on without it"]
+    assert [line["step"] for line in lines() if "loss" in line] == list(range(1, 13))
 
 
 def test_a_tracker_that_does_not_start_is_told_in_a_line(
@@ -163,6 +182,57 @@ def test_inspect_tells_the_state_of_a_run(pico: Make, data_dir: Path) -> None:
     assert craft.inspect("out").facts["state"] == "interrupted at step 8"
     craft.train(config(pico(), data_dir, resume=True))
     assert craft.inspect("out").facts["state"] == "finished"
+
+
+def test_names_of_users_are_no_markup(pico: Make) -> None:
+    rows = "".join(f"the film was {word},{label}\n" for word, label in [("good", "[/pos]"), ("bad", "[neg]")] * 8)
+    Path("own.csv").write_text("text,label\n" + rows)
+    own = (
+        "--train-file",
+        "own.csv",
+        "--validation-file",
+        "own.csv",
+        "--output-dir",
+        "my runs/[x] y",
+        "--ranks",
+        "6,5,2",
+    )
+    done = invoke("train", "--model", str(pico()), *own, "--max-steps", "1", "--use-cpu")
+    assert done.exit_code == 0, done.stderr
+    assert "own ([/pos], [neg])" in done.stderr
+    assert "[x] y" in invoke("inspect", "my runs").stdout
+
+
+def test_the_resume_command_can_be_typed_as_it_is_told(pico: Make, data_dir: Path, capsys: Any) -> None:
+    from craft_cli.console import TrainingConsole
+
+    class Interrupts(TrainingConsole):
+        def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
+            super().updated(step, loss, rate, examples)
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with Interrupts() as listener, pytest.raises(KeyboardInterrupt):
+        craft.train(config(pico(), data_dir, output_dir="my runs/a"), listener)  # type: ignore[arg-type]
+    told = capsys.readouterr().err
+    assert "resume with  craft train --resume --output-dir 'my runs/a'" in told
+
+
+def test_nothing_to_resume_and_nothing_to_train_on(pico: Make) -> None:
+    told = failure("train", "--resume", "--output-dir", "typo")
+    assert "--resume: there is no run in typo; give its folder as --output-dir" in told
+
+
+def test_layers_of_settings(pico: Make, data_dir: Path) -> None:
+    """Of a former run, of a recipe, of flags: each speaks for itself, and epochs lift a former limit of updates."""
+    Path("my.yaml").write_text("eval_strategy: epoch\n")
+    start = flags(pico(), data_dir, max_steps=4, eval_steps=2)
+    assert invoke("train", *start, "--recipe", "my.yaml").exit_code == 0
+    more = ("--resume", "--output-dir", "out", "--recipe", "my.yaml", "--num-train-epochs", "2", "--use-cpu", "--json")
+    done = invoke("train", *more)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["updates"] == 12
+    assert [line["step"] for line in lines() if "eval_loss" in line] == [2, 4, 6, 12]
 
 
 def test_the_command_line_goes_on_with_what_the_run_was_started_with(pico: Make, data_dir: Path) -> None:

@@ -359,12 +359,81 @@ def test_another_base_model_is_refused(pico: Make, data_dir: Path) -> None:
         craft.train(config(Path("base"), data_dir, resume=True))
 
 
+@pytest.mark.parametrize("case", ["finished", "damaged", "never"])
+def test_a_run_without_a_usable_checkpoint_is_left_alone(case: str, pico: Make, data_dir: Path) -> None:
+    settings = {"save_strategy": "no" if case == "never" else "epoch", "save_total_limit": 1}
+    craft.train(config(pico(), data_dir, **settings))
+    Path("out/notes.txt").write_text("mine")
+    if case == "finished":
+        shutil.rmtree("out/checkpoints")
+    elif case == "damaged":
+        flip(Path("out/checkpoints/step-12/training_state.safetensors"))
+    else:
+        Path("out/all_results.json").unlink()
+    before = {path: path.read_bytes() for path in Path("out").glob("*/*.*") if "checkpoints" not in str(path)}
+    with pytest.raises(FileError, match="out has no checkpoint to go on from") as refused:
+        craft.train(config(pico(), data_dir, resume=True, **settings))
+    told = {"finished": "it is finished", "damaged": "is damaged", "never": "it was trained with --save-strategy no"}
+    assert told[case] in str(refused.value)
+    assert before == {path: path.read_bytes() for path in before}
+    assert Path("out/notes.txt").is_file()
+
+
+def test_a_former_run_makes_room_only_when_the_settings_hold(pico: Make, data_dir: Path) -> None:
+    craft.train(config(pico(), data_dir))
+    with pytest.raises(ConfigError, match="no metric 'acuracy'"):
+        craft.train(config(pico(), data_dir, overwrite=True, metric_for_best_model="acuracy"))
+    assert Run(Path("out")).state() == "finished"
+
+
+def test_an_edited_recipe_is_no_way_round_the_settings(half: Callable[..., Any]) -> None:
+    recipe = Path("out/recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("\nlearning_rate: 0.03", "\nlearning_rate: 0.5"))
+    with pytest.raises(ConfigError, match=r"--learning-rate was 0.03, is 0.5"):
+        craft.train(half(learning_rate=0.5))
+    craft.train(half())
+    same("out", "uncut")
+
+
+def test_a_run_of_bf16_by_the_launcher_goes_on_in_it_only(
+    pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        patch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+        cut(config(pico(), data_dir), Cut(4))
+    assert Run(Path("out")).recipe()["bf16"] is True
+    with pytest.raises(ConfigError, match="--bf16 was True, is False"):
+        craft.train(config(pico(), data_dir, resume=True))
+    craft.train(config(pico(), data_dir, resume=True, bf16=True))
+    craft.train(config(pico(), data_dir, output_dir="uncut", bf16=True))
+    same("out", "uncut")
+
+
+def test_evaluations_cannot_be_given_up_once_there_is_a_best(half: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="--eval-strategy was epoch, is no"):
+        craft.train(half(eval_strategy="no"))
+
+
+def test_data_that_moved_is_the_same_data(pico: Make, data_dir: Path) -> None:
+    shutil.copytree(data_dir, "data")
+    craft.train(config(pico(), Path("data"), output_dir="uncut"))
+    cut(config(pico(), Path("data")), Cut(4))
+    Path("data").rename("elsewhere")
+    craft.train(config(pico(), Path("elsewhere"), resume=True))
+    same("out", "uncut")
+
+
 def test_with_nothing_to_resume_it_begins(pico: Make, data_dir: Path) -> None:
     listener = Cut(0)
-    craft.train(config(pico(), data_dir, resume=True, output_dir="new", save_strategy="no"), listener)
+    craft.train(config(pico(), data_dir, resume=True, output_dir="new"), listener)
     assert listener.plan is not None
     assert listener.plan.notes == ("nothing to resume in new: starting from the beginning",)
+    shutil.rmtree("new/checkpoints")  # as if it had been killed before the first one
+    Path("new/all_results.json").unlink()
+    Path("new/notes.txt").write_text("mine")
     craft.train(config(pico(), data_dir, resume=True, output_dir="new"), listener)
+    assert Path("new/notes.txt").is_file()
     assert listener.plan.notes == ("new has no checkpoint yet: starting from the beginning",)
     with pytest.raises(ConfigError, match="--resume excludes --overwrite"):
         config(pico(), data_dir, resume=True, overwrite=True)

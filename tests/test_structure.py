@@ -21,7 +21,7 @@ LAYERS = [
     {"files", "metrics", "rows"},
     {"checkpoints", "factors", "shards", "uploads"},
     {"projections", "tasks", "batches", "plots", "cards", "signals", "progress", "sharding", "quantization"},
-    {"labels", "tables", "objectives"},
+    {"labels", "tables", "objectives", "bases"},
     {"saved", "attached", "data", "decomposition", "records"},
     {"models", "runs", "tokens", "streamed", "export", "compilation"},
     {"inference", "trackers", "training_state"},

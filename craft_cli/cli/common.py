@@ -16,9 +16,11 @@ import typer
 
 from craft_cli.config import RunConfig, flag
 from craft_cli.errors import CraftError
+from craft_cli.signals import terminates_cleanly
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 _OTHERS_SPEAK = 3.0
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
 
 
@@ -29,7 +31,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*arguments: Any, verbose: bool = False, **options: Any) -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and without a GPU it complains
         try:
-            command(*arguments, **options)
+            with terminates_cleanly():
+                command(*arguments, **options)
         except CraftError as error:
             rank = os.environ.get("RANK", "0")
             if rank != "0":  # an error of all is told by the main process, and this one is ended meanwhile
@@ -41,6 +44,10 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
         except Exception as error:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(word in str(error) for word in _LOST):
+                time.sleep(_OTHERS_SPEAK)
+                rank = os.environ.get("RANK", "0")
+                _end(f"process {rank} lost the connection to another process, which ended first", verbose)
             reason = " ".join(str(error).split())
             _end(f"unexpected {type(error).__name__}: {reason} (-v shows where; please report it)", verbose)
 

@@ -19,7 +19,9 @@ def command(
             "--output-dir", "--output", "-o", help="Folder to write.", show_default="merged (or peft), in the run"
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that an earlier merge wrote.")
+    ] = False,
     output_format: Annotated[
         str, typer.Option("--format", help="checkpoint, or peft: a LoRA for everything that loads PEFT's.")
     ] = "checkpoint",
@@ -27,13 +29,18 @@ def command(
         str | None,
         typer.Option(help="Of the weights: float32, float16 or bfloat16.", show_default="the base's"),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Write several files above it.")] = "5GB",
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Write several files above it.", show_default="5GB")
+    ] = None,
     trim: Annotated[
         bool, typer.Option("--trim", help="Of a LoRA: leave out directions that are zero to numerical precision.")
     ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this repository of the hub too.")
     ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: a repository that is made is private.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Fold an adapter into dense weights: a plain Hugging Face checkpoint for any tool, or a LoRA for PEFT."""
@@ -51,6 +58,7 @@ def command(
             max_shard_size=max_shard_size,
             trim=trim,
             push_to_hub=push_to_hub,
+            private=private,
             progress=progress,
         )
     if json:

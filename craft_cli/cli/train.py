@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from craft_cli.cli.common import JsonFlag, reports_errors, with_settings
+from craft_cli.errors import ConfigError
+
+_DATA = ("task", "data_dir", "train_file", "dataset_name")
 
 
 @reports_errors
@@ -25,11 +28,16 @@ def command(
     from craft_cli.config import RunConfig, load_recipe
 
     given = load_recipe(recipe) if recipe else {}
-    if settings["resume"] or settings["init_from"] or given.get("init_from"):
-        from craft_cli.runs import inherited_settings
+    asked = given | {name: value for name, value in settings.items() if value is not None}
+    former: dict[str, Any] = {}
+    if asked.get("resume") or asked.get("init_from"):
+        from craft_cli.runs import inherited_settings, resumed_run
 
-        given = inherited_settings(given | {n: value for n, value in settings.items() if value is not None}) | given
-    config = RunConfig.build(settings, given)
+        former = inherited_settings(asked)
+        if asked.get("resume") and not former and not any(asked.get(name) for name in _DATA):
+            run = resumed_run(asked.get("output_dir"))
+            raise ConfigError(f"--resume: there is no run in {run.path}; give its folder as --output-dir")
+    config = RunConfig.build(settings, given, former)
 
     with console.status("starting"):
         from craft_cli.launch import is_main_process, launch, processes_to_start

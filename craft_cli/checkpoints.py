@@ -84,8 +84,13 @@ def resolve(
     """
     if model == DEMO:
         return Checkpoint(DEMO, None, _demo_folder())
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, or the home of nobody
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ModelError(f"'{model[:80]}{'...' * (len(model) > 80)}' names no folder ({reason})") from error
+    if is_folder:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{model} holds no config.json, so it is no Hugging Face checkpoint")
         return Checkpoint(str(folder.resolve()), None, folder.resolve())

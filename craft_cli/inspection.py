@@ -100,7 +100,7 @@ def _model(model: str, ranks: Ranks) -> Inspection:
 
 
 def _adapter(path: Path, folder: Path) -> Inspection:
-    saved = read_adapter(folder)
+    saved = read_adapter(folder, make=False)
     record, factors = saved.record, saved.factors
     run = Run(path) if path != folder else None
     training = record.get("training", {})
@@ -130,14 +130,20 @@ def _adapter(path: Path, folder: Path) -> Inspection:
 
 
 def change_slices(decomposition: TuckerTensor, k: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
-    """S_l (r_out, r_in) of every layer in float64, one at a time: a stranger's file may name many layers."""
+    """S_l (r_out, r_in) of every layer in float64, one at a time: a stranger's file may name many layers.
+
+    The core is moved once for all of them, slice by slice: nothing is built that is larger than the core.
+    """
     core = decomposition.core.double()
     r_layer, r_out, r_in = core.shape
     flat, u_layer = core.reshape(r_layer, -1), decomposition.factors[0].double()
     adapted = u_layer + u_layer @ k["layer"].double()  # (L, r_layer)
     j_out, j_in = (torch.eye(len(k[mode]), dtype=torch.float64) + k[mode].double() for mode in ("out", "in"))
+    moved = torch.empty_like(flat)
+    for slice_, into in zip(core, moved, strict=True):
+        into.copy_((j_out @ slice_ @ j_in.T).flatten())
     for before, after in zip(u_layer, adapted, strict=True):
-        yield j_out @ (after @ flat).reshape(r_out, r_in) @ j_in.T - (before @ flat).reshape(r_out, r_in)
+        yield (after @ moved - before @ flat).reshape(r_out, r_in)
 
 
 def _identity(factors: Factors) -> dict[str, Any]:

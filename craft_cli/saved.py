@@ -18,7 +18,7 @@ from torch import Tensor
 from craft_cli.checkpoints import resolve
 from craft_cli.decomposition import decompose_checkpoint
 from craft_cli.errors import CraftError, FileError
-from craft_cli.factors import FactorCache, Factors, factor_tensors, from_tensors
+from craft_cli.factors import DTYPES, FactorCache, Factors, factor_tensors, from_tensors
 from craft_cli.files import FORMAT_VERSION, checksum, quoted, read_json, read_tensors
 from craft_cli.ranks import Ranks
 from craft_cli.tucker import MODES, TuckerTensor
@@ -27,6 +27,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 KIND = "an adapter"
 INCLUDE, REFERENCE = "include", "reference"
+_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +54,13 @@ def factor_sha256(decompositions: Mapping[str, TuckerTensor]) -> str:
     return checksum(factor_tensors(decompositions))
 
 
-def read_adapter(path: Path, cache_dir: str | Path | None = None) -> SavedAdapter:
+def read_adapter(path: Path, cache_dir: str | Path | None = None, *, make: bool = True) -> SavedAdapter:
     """Read and check an adapter's folder.
 
     Args:
         path: the folder.
         cache_dir: where factors that are only referred to are looked for; `~/.cache/craft` without.
+        make: where the cache lacks them, decompose the base that the adapter names; else nothing is fetched or written.
 
     Raises:
         FileError: it is no adapter, is damaged, or refers to factors that cannot be had.
@@ -72,7 +74,10 @@ def read_adapter(path: Path, cache_dir: str | Path | None = None) -> SavedAdapte
     if sorted(head) != sorted(record["head"]):
         raise FileError(f"{path} is damaged: {TENSOR_FILE} holds another head than {CONFIG_FILE} names")
     stored = record.get("factors", {}).get("stored", INCLUDE) == INCLUDE
-    factors = from_tensors(tensors, header, file) if stored else _referred(path, record, cache_dir)
+    factors = from_tensors(tensors, header, file) if stored else _referred(path, record, cache_dir, make=make)
+    layers = {target: decomposition.shape[0] for target, decomposition in factors.decompositions.items()}
+    if len(set(layers.values())) != 1:
+        raise FileError(f"{path} is damaged: its projections are of different numbers of layers {layers}")
 
     expected = {f"transform.{target}.{mode}" for target in factors.targets for mode in MODES}
     expected |= {f"head.{name}" for name in head} | (set(factor_tensors(factors.decompositions)) if stored else set())
@@ -87,21 +92,28 @@ def read_adapter(path: Path, cache_dir: str | Path | None = None) -> SavedAdapte
                     f"{file} is damaged: transform.{target}.{mode} is {k.dtype} {tuple(k.shape)}, not {(rank, rank)}"
                 )
     for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
+        if tensor.dtype not in _DTYPES or not torch.isfinite(tensor).all():
             raise FileError(f"{file} is damaged: {quoted(name)} holds values that are not finite numbers")
     transforms = {target: {mode: tensors[f"transform.{target}.{mode}"] for mode in MODES} for target in factors.targets}
     return SavedAdapter(path, record, factors, transforms, head)
 
 
-def _referred(path: Path, record: Mapping[str, Any], cache_dir: str | Path | None) -> Factors:
-    """The factors with the sha256 in the record: out of the cache, else decomposed again."""
+def _referred(path: Path, record: Mapping[str, Any], cache_dir: str | Path | None, *, make: bool) -> Factors:
+    """The factors with the sha256 in the record: out of the cache, else (with `make`) decomposed again."""
     wanted: str = record["factors"]["sha256"]
     base, targets = record["base_model"], tuple(record["targets"])
     ranks = Ranks(*(max(sizes) for sizes in zip(*record["ranks"].values(), strict=True)))
     for found in FactorCache(cache_dir).all_that_serve(base["sha256"], ranks):
-        factors = found.select(targets, ranks)
+        try:
+            factors = found.select(targets, ranks)
+        except (KeyError, ValueError):  # it holds less than its header promises
+            continue
         if factor_sha256(factors.decompositions) == wanted:
             return factors
+    told = f"{path} only refers to its factors (sha256 {wanted[:12]}...): they are not in the cache"
+    copy = f"copy the file of factors from where it was trained into {FactorCache(cache_dir).folder}"
+    if not make:
+        raise FileError(f"{told}; load or merge it once, which makes them out of its base, or {copy}")
     try:
         factors = decompose_checkpoint(
             resolve(base["model"], base["revision"]),
@@ -119,10 +131,7 @@ def _referred(path: Path, record: Mapping[str, Any], cache_dir: str | Path | Non
             if dict(factors.fingerprints) == base["sha256"]
             else "its base has other weights now"
         )
-    raise FileError(
-        f"{path} only refers to its factors (sha256 {wanted[:12]}...): they are not in the cache, and {reason}; copy the file "
-        f"of factors from where it was trained into {FactorCache(cache_dir).folder}, or save it there with factors='include'"
-    )
+    raise FileError(f"{told}, and {reason}; {copy}, or save it there with factors='include'")
 
 
 # -- the description ----------------------------------------------------------------------------------------------------
@@ -224,6 +233,8 @@ def read_record(path: Path) -> dict[str, Any]:
         where = ".".join(map(str, first["loc"]))
         raise FileError(f"{path / CONFIG_FILE} is damaged: {quoted(where)}: {' '.join(first['msg'].split())}") from None
     labels = {str(number) for number in range(checked.model.num_labels)}
-    if set(checked.model.id2label) != labels or set(checked.ranks) != set(checked.targets) or not checked.targets:
+    targets = set(checked.targets)
+    alike = set(checked.ranks) == targets == set(checked.base_model.sha256)
+    if set(checked.model.id2label) != labels or not alike or not targets:
         raise FileError(f"{path / CONFIG_FILE} is damaged: its labels or its projections contradict each other")
     return record

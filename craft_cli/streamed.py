@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from craft_cli.adapter import Adapter
 from craft_cli.checkpoints import Checkpoint, fingerprint, resolve
 from craft_cli.errors import ModelError
+from craft_cli.files import quoted
 from craft_cli.models import load_tokenizer
 from craft_cli.projections import layer_views
 from craft_cli.saved import SavedAdapter
@@ -56,6 +57,7 @@ class StreamedBase:
         self._check_weights()
         state = self.model.state_dict()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self._check_head()
         self._buffers = {name: tensor for name, tensor in state.items() if not tensor.is_meta}
         self._stored = self._stored_names()
         self.dtypes = {name: self.reader.shape_and_dtype(stored)[1] for name, stored in self._stored.items()}
@@ -127,12 +129,26 @@ class StreamedBase:
 
     def _check_weights(self) -> None:
         for target, views in self.views.items():
+            shape = self.saved.factors.decompositions[target].shape
+            found = {(len(views), *matrix.shape) for matrix in self.reader.matrices(views)}
+            if found != {shape}:  # before anything is computed of the factors
+                raise ModelError(
+                    f"{self.saved.path}: the factors of {target} are for {shape}, {self.checkpoint.name} has "
+                    f"{' and '.join(map(str, sorted(found))) or 'no layers'} there"
+                )
             layers = (self.checkpoint.open().matrices([view])[0] for view in views)  # mapped one after the other
             if fingerprint(layers) != self.saved.factors.fingerprints[target]:
                 raise ModelError(
                     f"the factors are of {self.saved.factors.model}; this model has other weights ({target}), "
                     "on which they mean nothing"
                 )
+
+    def _check_head(self) -> None:
+        changed = self.changes()
+        for name in self.saved.head:
+            if name not in self.shapes or name in changed:
+                why = "its transforms change" if name in changed else f"{self.checkpoint.name} lacks"
+                raise ModelError(f"{self.saved.path}: its head holds {quoted(name)}, which {why}")
 
     def _stored_names(self) -> dict[str, str]:
         """The name in the checkpoint of every tensor of the classifier that is not in the adapter's head.
@@ -169,12 +185,19 @@ def _skeleton(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Any:
     config.id2label = {int(number): label for number, label in record["id2label"].items()}
     config.label2id = {label: number for number, label in config.id2label.items()}
     config.problem_type = record["problem_type"]
-    config.pad_token_id = record["pad_token_id"]
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"{checkpoint.name}: {str(error).strip().splitlines()[0]}") from error
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    except (ValueError, KeyError, AssertionError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{checkpoint.name}: {reason}") from error
+    pad, tokens = record["pad_token_id"], model.get_input_embeddings().num_embeddings
+    if (
+        pad is not None and not -tokens <= pad < tokens
+    ):  # as torch counts them; transformers could not load the merged one
+        raise ModelError(f"the adapter pads with token {pad}, but {checkpoint.name} has {tokens} tokens")
+    model.config.pad_token_id = pad
+    return model
 
 
 def _layer_of(module: str) -> str:

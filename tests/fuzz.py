@@ -1,9 +1,11 @@
 """Read many mutated adapters and files of factors, as if they came from strangers.
 
-    python tests/fuzz.py MADE SEED COUNT
+    python tests/fuzz.py MADE SEED COUNT MERGES
 
-MADE holds `base`, an adapter `whole`, one `small` that refers to its factors, and `factors.safetensors`. Works in the
-current folder and prints one JSON object: how many were loaded and refused, what went wrong, the slowest, the memory.
+MADE holds `base`, an adapter `whole`, one `small` that refers to its factors, and `factors.safetensors`. Each mutated
+one is loaded, inspected and, until MERGES have been, merged: those too that no model takes, for merging has checks of
+its own. Works in the current folder and prints one JSON object: how many were loaded, refused and merged, what went
+wrong, the slowest, the memory.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +99,9 @@ def mutated_contents(file: Path, kind: str, draw: random.Random) -> None:
     if change == 0:
         del tensors[name]
     elif change == 1:
-        tensors[name] = tensor.to(draw.choice([torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.complex64]))
+        tensors[name] = tensor.to(
+            draw.choice([torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64])
+        )
     elif change == 2:
         tensors[name] = tensor.flatten()[: draw.randrange(tensor.numel() + 1)]
     elif change == 3:
@@ -120,6 +125,44 @@ def mutated_contents(file: Path, kind: str, draw: random.Random) -> None:
     write_tensors(file, kind, tensors, {key: value for key, value in header.items() if key != "checksum"})
 
 
+def mutated_alike(folder: Path, draw: random.Random) -> None:
+    """Both files in the same way, with their right checksum, as someone would who wants to be believed."""
+    file, config = folder / TENSORS, json.loads((folder / CONFIG).read_text())
+    tensors, header = load_file(file), read_header(file, "an adapter")
+    target = draw.choice(header["targets"])
+    change = draw.randrange(6)
+    if change == 0:
+        prints = header["sha256"]
+        prints = draw.choice([{}, {target: prints[target]}, prints | {target: "0" * 64}, prints | {"key": "0" * 64}])
+        header["sha256"] = config["base_model"]["sha256"] = prints
+    elif change == 1:
+        inside = "bert.encoder.layer.0.attention.self.query.weight"
+        name = draw.choice(["nonsense.weight", "x", inside, "bert.embeddings.word_embeddings.weight", "classifier"])
+        config["head"].append(name)
+        tensors[f"head.{name}"] = torch.ones(draw.choice([(2,), (24, 24), (64, 24), ()]))
+    elif change == 2:
+        config["model"]["pad_token_id"] = draw.choice([10**9, -7, -(10**9), 2**63, 63, 64])
+    elif change == 3:
+        config["base_model"]["model"] = draw.choice(["~nouser/x", "x" * 300, "x/" * 2000, "~", "", "..", "a/b", "demo"])
+    elif change == 4:
+        config["model"]["problem_type"] = draw.choice(["x", "", "regression", None])
+        config["base_model"]["revision"] = draw.choice(["x" * 300, "../..", "", None])
+    elif f"{target}.core" in tensors:  # factors of another shape, that fit together
+        mode, dim = draw.choice([("layer", 0), ("out", 1), ("in", 2)])
+        for each in header["targets"] if mode == "layer" else [target]:
+            factor = tensors[f"{each}.factor.{mode}"]
+            rows = factor.shape[0] + draw.choice([-1, 1, 700])
+            rank = min(rows, factor.shape[1])
+            tensors[f"{each}.factor.{mode}"], tensors[f"{each}.spectrum.{mode}"] = (
+                torch.ones(rows, rank),
+                torch.ones(rows),
+            )
+            tensors[f"{each}.core"] = tensors[f"{each}.core"].narrow(dim, 0, rank).contiguous()
+            tensors[f"transform.{each}.{mode}"] = torch.ones(rank, rank)
+    write_tensors(file, "an adapter", tensors, {key: value for key, value in header.items() if key != "checksum"})
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
 def mutate(made: Path, case: Path, draw: random.Random) -> tuple[str, Path]:
     """A mutated copy of one of the three; what it is, and where."""
     shutil.rmtree(case, ignore_errors=True)
@@ -132,7 +175,11 @@ def mutate(made: Path, case: Path, draw: random.Random) -> tuple[str, Path]:
     else:
         path = Path(shutil.copytree(made / what, case / what))
         file, kind = path / TENSORS, "an adapter"
-        if draw.random() < 0.5:
+        kinds = draw.random()
+        if kinds < 0.15:
+            mutated_alike(path, draw)
+            return what, path
+        if kinds < 0.5:
             config = path / CONFIG
             how = draw.randrange(8)
             if how == 0:
@@ -217,36 +264,48 @@ def guard(work: Path, problems: list[str]) -> Callable[[], None]:
 
 
 def main() -> None:
-    made, seed, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    made, seed, count, merges = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     work = Path.cwd()
     draw = random.Random(seed)
     model = classifier(made / "base")
     for what in ("whole", "small"):
         read(what, made / what, model)
+        craft.merge(made / what, work / "merged", overwrite=True)
     read("factors", made / "factors.safetensors", model)
     problems: list[str] = []
     guard(work, problems)()
-    before, loaded, refused, slowest, largest = memory(), 0, 0, 0.0, 0
+    before, loaded, refused, merged, slowest, largest = memory(), 0, 0, 0, 0.0, 0
     reasons: dict[str, int] = {}
+
+    def attempt(action: Callable[[], Any], case: str) -> bool:
+        """Whether it did what it should; to be refused in one line is right too, everything else a problem."""
+        try:
+            action()
+            return True
+        except CraftError as error:
+            reasons[type(error).__name__] = reasons.get(type(error).__name__, 0) + 1
+            if not str(error).isprintable() or len(str(error)) > 5000:
+                problems.append(f"{case}: not one line: {str(error)[:300]!r}")
+        except BaseException as error:
+            problems.append(f"{case}: {type(error).__name__}: {str(error)[:300]!r}")
+        return False
+
     for number in range(count):
         what, path = mutate(made, work / "case", draw)
         largest = max([largest, *(file.stat().st_size for file in (work / "case").rglob("*") if file.is_file())])
         began = time.perf_counter()
-        try:
-            read(what, path, model)
-            loaded += 1
-        except CraftError as error:
-            refused += 1
-            reasons[type(error).__name__] = reasons.get(type(error).__name__, 0) + 1
-            if not str(error).isprintable() or len(str(error)) > 5000:
-                problems.append(f"case {number}: not one line: {str(error)[:300]!r}")
-        except BaseException as error:
-            problems.append(f"case {number} ({what}): {type(error).__name__}: {str(error)[:300]!r}")
+        case = f"case {number} ({what})"
+        whole = attempt(partial(read, what, path, model), case)
+        loaded, refused = loaded + whole, refused + (not whole)
         attached = getattr(model.base_model, "craft", None)
         if attached is not None:
             attached.detach()
+        if not whole:  # what inspects need not load
+            attempt(partial(craft.inspect, path), f"{case}, inspected")
+        if what != "factors" and merged < merges:
+            merged += attempt(partial(craft.merge, path, work / "merged", overwrite=True), f"{case}, merged")
         slowest = max(slowest, time.perf_counter() - began)
-    print(json.dumps({"loaded": loaded, "refused": refused, "problems": problems[:20], "slowest": slowest,
+    print(json.dumps({"loaded": loaded, "refused": refused, "merged": merged, "problems": problems[:20], "slowest": slowest,
                       "memory": memory() - before, "largest": largest, "reasons": reasons}))  # fmt: skip
 
 

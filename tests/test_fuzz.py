@@ -7,15 +7,26 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import build_pico, classifier, invoke, shake
+from conftest import build_pico, classifier, failure, invoke, shake
+from fuzz import memory
+from safetensors.torch import load_file
 
 import craft_cli as craft
+from craft_cli.adapter import ProjectionAdapter
 from craft_cli.checkpoints import resolve
 from craft_cli.errors import ModelError
+from craft_cli.factors import Factors, factor_tensors
+from craft_cli.files import read_header, write_tensors
+from craft_cli.inspection import change_slices
+from craft_cli.ranks import Ranks
+from craft_cli.saved import read_adapter
 
 BOUND = 100 << 20
 """Bytes of memory above the files that are read."""
@@ -36,19 +47,20 @@ def good(tmp_path: Path) -> Path:
     }  # fmt: skip
     adapter.save(folder / "whole")
     adapter.save(folder / "small", factors="reference")
+    craft.decompose(str(build_pico("roberta", folder / "other")), ranks=(4, 4, 1))  # the cache holds another base too
     assert factors.path is not None
     shutil.copy(factors.path, folder / "factors.safetensors")
     return folder
 
 
-def fuzz(good: Path, seed: int, count: int) -> dict[str, object]:
+def fuzz(good: Path, seed: int, count: int, merges: int) -> dict[str, object]:
     work = good.parent / "work"
     work.mkdir()
     before = sorted(path for path in good.parent.rglob("*") if work not in path.parents)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(work / "cache")}
     shutil.copytree(good.parent / "cache", work / "cache")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "fuzz.py"), str(good), str(seed), str(count)],
+        [sys.executable, str(Path(__file__).parent / "fuzz.py"), *map(str, (good, seed, count, merges))],
         cwd=work, env=environment, capture_output=True, text=True, check=False, timeout=60 + count / 10,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -58,6 +70,7 @@ def fuzz(good: Path, seed: int, count: int) -> dict[str, object]:
     assert found["loaded"] + found["refused"] == count
     assert found["loaded"] > 0.02 * count
     assert found["refused"] > 0.5 * count
+    assert found["merged"] == merges
     assert found["slowest"] < 10
     assert found["memory"] < BOUND + 3 * found["largest"], found
     print(found)
@@ -65,12 +78,12 @@ def fuzz(good: Path, seed: int, count: int) -> dict[str, object]:
 
 
 def test_a_few_hundred_mutated_files(good: Path) -> None:
-    fuzz(good, 1, 300)
+    fuzz(good, 1, 300, 10)
 
 
 @pytest.mark.slow
 def test_ten_thousand_mutated_files(good: Path) -> None:
-    fuzz(good, 2, 10_000)
+    fuzz(good, 2, 10_000, 300)
 
 
 def test_an_index_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
@@ -114,3 +127,140 @@ def test_no_pickle_runs_code(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is damaged or truncated"):
         resolve(str(base)).open()
     assert not (tmp_path / "exploded").exists()
+
+
+# -- adapters that are whole, and not what they say ---------------------------------------------------------------------
+
+
+def rewrite(adapter: Path, change: Callable[[Any, Any, Any], None]) -> None:
+    """Change tensors, header and configuration of an adapter, as its author could."""
+    file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    tensors, header, record = load_file(file), read_header(file, "an adapter"), json.loads(config.read_text())
+    change(tensors, header, record)
+    write_tensors(file, "an adapter", tensors, {key: value for key, value in header.items() if key != "checksum"})
+    config.write_text(json.dumps(record))
+
+
+def reshaped(tensors: Any, target: str, mode: str, rows: int, rank: int) -> None:
+    tensors[f"{target}.factor.{mode}"], tensors[f"{target}.spectrum.{mode}"] = torch.ones(rows, rank), torch.ones(rows)
+    tensors[f"transform.{target}.{mode}"] = torch.ones(rank, rank)
+
+
+def of_another_shape(tensors: Any, header: Any, record: Any) -> None:
+    reshaped(tensors, "query", "out", 25, 6)
+
+
+def of_many_layers(tensors: Any, header: Any, record: Any) -> None:
+    for target in header["targets"]:  # C0 would take 1000 times the core
+        tensors[f"{target}.core"] = torch.ones(1, 400, 400)
+        reshaped(tensors, target, "layer", 1000, 1)
+        reshaped(tensors, target, "out", 400, 400)
+        reshaped(tensors, target, "in", 400, 400)
+
+
+def of_fewer_layers(tensors: Any, header: Any, record: Any) -> None:
+    reshaped(tensors, "query", "layer", 2, 2)
+
+
+def with_head(name: str, *shape: int) -> Callable[[Any, Any, Any], None]:
+    def change(tensors: Any, header: Any, record: Any) -> None:
+        tensors[f"head.{name}"] = torch.ones(shape)
+        record["head"].append(name)
+
+    return change
+
+
+def with_odd_head(tensors: Any, header: Any, record: Any) -> None:
+    tensors["head.classifier.bias"] = tensors["head.classifier.bias"].to(torch.float8_e4m3fn)
+
+
+def of_no_weights(tensors: Any, header: Any, record: Any) -> None:
+    header["sha256"] = record["base_model"]["sha256"] = {}
+
+
+def padded(tensors: Any, header: Any, record: Any) -> None:
+    record["model"]["pad_token_id"] = 10**9
+
+
+def of_base(name: str) -> Callable[[Any, Any, Any], None]:
+    def change(tensors: Any, header: Any, record: Any) -> None:
+        record["base_model"]["model"] = name
+
+    return change
+
+
+ADAPTED = "bert.encoder.layer.0.attention.self.query.weight"
+COMMANDS = {
+    "merge": ("merge", "good/whole", "--output-dir", "out"),
+    "inspect": ("inspect", "good/whole"),
+    "predict": ("predict", "good/whole", "--use-cpu", "--input", "in.txt"),
+}
+STRANGE = {
+    "shape": (of_another_shape, "merge", "the factors of query are for (3, 25, 24), "),
+    "many layers": (of_many_layers, "merge", "the factors of query are for (1000, 400, 400), "),
+    "fewer layers": (of_fewer_layers, "inspect", "its projections are of different numbers of layers"),
+    "head": (with_head("nonsense.weight", 2), "merge", "its head holds 'nonsense.weight', which "),
+    "adapted head": (with_head(ADAPTED, 24, 24), "merge", f"its head holds '{ADAPTED}', which its transforms change"),
+    "odd head": (with_odd_head, "inspect", "holds values that are not finite numbers"),
+    "pad": (padded, "merge", "the adapter pads with token 1000000000, but "),
+    "nobody's home": (of_base("~nouser/x"), "merge", "'~nouser/x' names no folder (Could not determine home directory"),
+    "long name": (of_base("x" * 300), "merge", f"'{'x' * 80}...' names no folder (File name too long)"),
+    "long name, predict": (of_base("x" * 300), "predict", f"'{'x' * 80}...' names no folder (File name too long)"),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_a_strange_adapter_is_refused_in_one_line(good: Path, what: str) -> None:
+    Path("in.txt").write_text("good film\n")
+    change, command, told = STRANGE[what]
+    rewrite(good / "whole", change)
+    began = memory()
+    assert told in failure(*COMMANDS[command])
+    assert memory() - began < BOUND
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_reference_to_the_factors_of_no_weights_is_served_by_no_entry(good: Path, command: str) -> None:
+    Path("in.txt").write_text("good film\n")
+    rewrite(good / "small", of_no_weights)
+    arguments = [argument.replace("whole", "small") for argument in COMMANDS[command]]
+    assert "its labels or its projections contradict each other" in failure(*arguments)
+
+
+def test_an_entry_that_holds_less_than_its_header_promises_is_passed_over(good: Path, tmp_path: Path) -> None:
+    (entry,) = (tmp_path / "cache/craft").glob("base-*.safetensors")
+    header = read_header(entry, "factors")
+    factors = Factors.load(entry).select(("query", "value"), Ranks(2, 2, 1))
+    del header["checksum"]
+    write_tensors(entry.with_name("a.safetensors"), "factors", factor_tensors(factors.decompositions), header)
+    assert craft.inspect(good / "small").kind == "adapter"
+
+
+def test_inspecting_many_layers_of_large_matrices_is_quick(good: Path) -> None:
+    rewrite(good / "whole", of_many_layers)
+    began = time.process_time()
+    assert len(craft.inspect(good / "whole").projections[0]["change_by_layer"]) == 1000
+    assert time.process_time() - began < 8  # 3 s; 16 s with the transforms applied layer by layer
+
+
+def test_slices_of_the_change_are_those_of_the_adapter(good: Path) -> None:
+    saved = read_adapter(good / "whole")
+    for target, decomposition in saved.factors.decompositions.items():
+        projection = ProjectionAdapter(decomposition.to(torch.float64))
+        with torch.no_grad():
+            for mode, k in projection.transforms.items():
+                k.copy_(saved.transforms[target][mode])
+        expected = projection.double().slices().detach()
+        actual = torch.stack(list(change_slices(decomposition, saved.transforms[target])))
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-13 * float(expected.abs().max()))
+
+
+def test_inspect_only_looks_into_the_cache(good: Path, tmp_path: Path) -> None:
+    for entry in (tmp_path / "cache/craft").glob("*.safetensors"):
+        entry.unlink()
+    told = failure("inspect", "good/small")
+    assert "they are not in the cache; load or merge it once, which makes them out of its base, or copy" in told
+    assert list((tmp_path / "cache/craft").glob("*.safetensors")) == []
+    craft.merge("good/small", "out")
+    assert craft.inspect("good/small").kind == "adapter"

@@ -47,7 +47,7 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
         folder = find_adapter(path.expanduser())
         if folder is None:
             raise FileError(f"{path} is neither a run nor an adapter")
-        adapters.append(read_adapter(folder))
+        adapters.append(read_adapter(folder, make=False))
         rows.append(_row(path, folder, adapters[-1]))
     products = [[_inner(one, other) for other in adapters] for one in adapters]
     norms = [(products[i][i] or 0.0) ** 0.5 for i in range(len(adapters))]

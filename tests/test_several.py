@@ -115,7 +115,9 @@ def test_a_reference_without_its_factors_is_refused(why: str, tmp_path: Path, mo
         record["factors"]["sha256"] = "0" * 64
         Path("one/adapter_config.json").write_text(json.dumps(record))
         message = "decomposing its base gives others here"
-    told = failure("inspect", "one") if why == "gone" else invoke("inspect", "one").stderr
+    looked = failure("inspect", "one")  # it makes nothing
+    assert "they are not in the cache; load or merge it once" in looked
+    told = failure("merge", "one") if why == "gone" else invoke("merge", "one").stderr
     assert f"one only refers to its factors (sha256 {'0' if why == 'other factors' else ''}" in told
     assert message in told
     assert "copy the file of factors from where it was trained into" in told

@@ -59,7 +59,7 @@ def model_card(record: Mapping[str, Any], base: Checkpoint, *, form: str = "adap
     import yaml
     from huggingface_hub import EvalResult, ModelCardData
 
-    training, model = record["training"], record["model"]
+    training, model = record.get("training") or {}, record["model"]
     name = DEMO_ID if base.name == DEMO else Path(base.name).name if Path(base.name).is_absolute() else base.name
     task = training.get("task", "not recorded")
     data: dict[str, Any] = {

@@ -70,7 +70,6 @@ def fuzz(good: Path, seed: int, count: int, merges: int) -> dict[str, object]:
     assert found["loaded"] > 0.02 * count
     assert found["refused"] > 0.5 * count
     assert found["merged"] == merges
-    assert found["slowest"] < 10
     assert found["memory"] < BOUND + 3 * found["largest"], found
     print(found)
     return found

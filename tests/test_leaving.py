@@ -52,6 +52,17 @@ def test_a_checkpoint_of_a_run_is_merged_beside_it(run: Path) -> None:
     assert json.loads(done.stdout)["output"] == "run/merged-step-3"
 
 
+def test_an_adapter_that_does_not_say_what_it_was_trained_on_merges_too(run: Path) -> None:
+    config = run / "adapter/adapter_config.json"
+    content = json.loads(config.read_text())
+    content.pop("training", None)
+    config.write_text(json.dumps(content))
+    for more in ([], ["--format", "peft"]):
+        done = invoke("merge", "run", *more)
+        assert done.exit_code == 0, done.stderr
+    assert "Task: not recorded." in Path("run/merged/README.md").read_text()
+
+
 @pytest.mark.parametrize("size", ["0GB", "-5GB", "banana", ""])
 def test_a_size_that_is_none(size: str, run: Path) -> None:
     assert "--max-shard-size: expected a size such as 500MB or 5GB" in failure(

@@ -253,3 +253,29 @@ def hub() -> Iterator[LoopbackHub]:
     """A hub on this machine, for the duration of a test."""
     with LoopbackHub() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def halves(pico: Callable[..., Path], data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run `uncut`, and a run `out` that was cut after 9 of 12 updates; checkpoints every 4."""
+    from test_resume import DROPOUT, Cut, cut
+    from test_training import config
+
+    folder = tmp_path_factory.mktemp("halves")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        craft.train(config(pico(**DROPOUT), data_dir, output_dir="uncut", save_steps=4, cache_dir="factors"))
+        cut(config(pico(**DROPOUT), data_dir, save_steps=4, cache_dir="factors"), Cut(9))
+    return folder
+
+
+@pytest.fixture
+def half(halves: Path, tmp_path: Path, pico: Callable[..., Path], data_dir: Path) -> Callable[..., Any]:
+    """Copies of them in the working folder; a function of changed settings gives those to resume with."""
+    from test_resume import DROPOUT
+    from test_training import config
+
+    for name in ("uncut", "out"):
+        shutil.copytree(halves / name, tmp_path / name)
+    base = pico(**DROPOUT)
+    return lambda **changed: config(base, data_dir, **({"resume": True, "save_steps": 4} | changed))

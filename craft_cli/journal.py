@@ -45,6 +45,7 @@ class Journal:
         config: of the run.
         prepared: what is trained on.
         adapter: what is trained.
+        metric: chooses the best adapter, see `chosen_metric`.
         run: where to write; None writes nothing.
         listener: who is told.
         track: a tracker's function of (values, step).
@@ -61,13 +62,14 @@ class Journal:
         config: RunConfig,
         prepared: Prepared,
         adapter: ModelAdapter,
+        metric: str,
         run: Run | None,
         listener: Listener,
         track: Callable[[dict[str, float], int], None] = lambda values, step: None,
     ) -> None:
         self._config, self._prepared, self._adapter, self._run = config, prepared, adapter, run
         self._listener, self._track = listener, track
-        self._metric = chosen_metric(config, prepared)
+        self._metric = metric
         self._lines: list[dict[str, Any]] = []
         self._misses = 0
         self.best: dict[str, float] = {}

@@ -149,7 +149,7 @@ class Run:
             return "running"
         if self.results():
             return "finished"
-        saved = [int(path.name[5:]) for path in self.checkpoints.glob("step-*") if path.name[5:].isdigit()]
+        saved = [int(path.name[5:]) for path in checkpoints(self)]
         return f"interrupted at step {max([line['step'] for line in self.metrics()] + saved, default=0)}"
 
     def recipe(self) -> dict[str, Any]:
@@ -186,6 +186,12 @@ class Run:
     def is_run(self) -> bool:
         """Whether this is a run folder at all."""
         return (self.path / "recipe.yaml").is_file()
+
+
+def checkpoints(run: Run) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    found = [path for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
 def new_run(output_dir: str | None, label: str, *, overwrite: bool) -> Run:
@@ -237,10 +243,16 @@ def find_run(path: str | None) -> Path:
     """
     if path is not None:
         return Path(path).expanduser()
-    latest = RUNS / "latest"
-    if not latest.is_dir():
+    latest = _latest()
+    if latest is None:
         raise FileError(f"no run yet below {RUNS.resolve()}: train one first, or give a path")
-    return Path(os.path.relpath(latest.resolve()))
+    return latest
+
+
+def _latest() -> Path | None:
+    """The folder that `runs/latest` points to, from here."""
+    link = RUNS / "latest"
+    return Path(os.path.relpath(link.resolve())) if link.is_dir() else None
 
 
 def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,21 +270,18 @@ def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         if run.is_run():
             return run.recipe()
     if settings.get("init_from"):
-        recipe = trained_recipe(str(settings["init_from"]))
+        recipe = read_record(adapter_to_start_from(settings["init_from"])).get("training", {}).get("recipe", {})
         return {name: recipe[name] for name in ("model", "revision", "targets", "ranks") if name in recipe}
     return {}
 
 
 def resumed_run(output_dir: str | None) -> Run:
     """The run that `--resume` goes on with, if it is one: the one given, or the latest."""
-    if output_dir:
-        return Run(Path(output_dir).expanduser())
-    latest = RUNS / "latest"
-    return Run(Path(os.path.relpath(latest.resolve())) if latest.is_dir() else latest)
+    return Run(Path(output_dir).expanduser() if output_dir else _latest() or RUNS / "latest")
 
 
-def trained_recipe(path: str) -> dict[str, Any]:
-    """The recipe that a run or an adapter was trained by.
+def adapter_to_start_from(path: str) -> Path:
+    """The adapter folder that `--init-from` names.
 
     Raises:
         FileError: it is no run and no adapter.
@@ -280,7 +289,7 @@ def trained_recipe(path: str) -> dict[str, Any]:
     folder = find_adapter(Path(path).expanduser())
     if folder is None:
         raise FileError(f"--init-from: {path} is no run and no adapter")
-    return dict(read_record(folder).get("training", {}).get("recipe", {}))
+    return folder
 
 
 def find_adapter(path: Path) -> Path | None:

@@ -15,7 +15,7 @@ from craft_cli.config import GROUPS, RunConfig, flag, free_settings, parse_setti
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.factors import Factors
 from craft_cli.ranks import Ranks
-from craft_cli.runs import RUNS, Run, check_output, find_adapter, resumed_run
+from craft_cli.runs import RUNS, Run, adapter_to_start_from, check_output, resumed_run
 from craft_cli.saved import read_adapter
 from craft_cli.tasks import task_named
 from craft_cli.training_state import TrainingState, newest_state
@@ -169,10 +169,7 @@ def _shown(value: Any) -> str:
 
 def _other_run(config: RunConfig, path: str) -> tuple[Factors, dict[str, Tensor]]:
     """Factors and transforms of a run or adapter, in the projections and at the ranks of these settings."""
-    folder = find_adapter(Path(path).expanduser())
-    if folder is None:
-        raise FileError(f"--init-from: {path} is no run and no adapter")
-    saved = read_adapter(folder, config.cache_dir)
+    saved = read_adapter(adapter_to_start_from(path), config.cache_dir)
     factors = saved.factors
     if factors.targets != config.targets:
         raise ConfigError(

@@ -91,17 +91,18 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     set_seed(config.seed)
     model, adapter = build(config, prepared, device)
     adapter.load_trained_state(start.transforms)
-    update_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    update_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     if state:  # whatever the number of processes is now
         update_size = state.record["update_size"]
     timetable = Timetable(config, prepared.train.lengths, update_size)
-    chosen_metric(config, prepared)  # refused before a former run makes room
+    metric = chosen_metric(config, prepared)  # a wrong one is refused before a former run makes room
     data = data_checksum([prepared.train, *prepared.validation.values()])
     check_state(start, timetable, data)
+    recipe = resolved_recipe(config, prepared)
     parameters = {"adapter": adapter.count_parameters(), "head": adapter.count_head_parameters()}
     run = None
     if not config.dry_run:
-        run = Run(_from_main(accelerator, lambda: _open_run(start, prepared, held)))
+        run = Run(_from_main(accelerator, lambda: _open_run(start, prepared, recipe, held)))
 
     optimizer = torch.optim.AdamW(_parameter_groups(config, adapter))
     schedule = get_linear_schedule_with_warmup(optimizer, int(config.warmup_ratio * timetable.total), timetable.total)
@@ -118,14 +119,14 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     weights = None
     if config.class_weights:
         weights = torch.tensor(balanced_weights(prepared.train.labels or [], prepared.task), device=device)
-    journal = Journal(config, prepared, adapter, run if main else None, listener, accelerator.log)
+    journal = Journal(config, prepared, adapter, metric, run if main else None, listener, accelerator.log)
     step, spent, tracker_id = 0, 0.0, secrets.token_hex(8)
     if state:
         step, spent, tracker_id = state.step, state.record["seconds"], state.record["tracker_id"]
         journal.restore(state.record["journal"], state.best, state.metrics)
         _move(schedule, step)
     if run:
-        start_trackers(accelerator, run, resolved_recipe(config, prepared), tracker_id, step)
+        start_trackers(accelerator, run, recipe, tracker_id, step)
     if state:  # last, so that nothing draws random numbers in between
         state.restore(adapter, prepared_optimizer, accelerator.scaler, accelerator.process_index, device)
 
@@ -137,8 +138,8 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
         rng = gather_object([rng_state(device)])
         if run and main:
             record = {
-                "step": step, "settings": resolved_recipe(config, prepared), "update_size": update_size, "data": data, "seconds": time.perf_counter() - began,
-                "journal": journal.record(), "rng": rng, "tracker_id": tracker_id,
+                "step": step, "settings": recipe, "update_size": update_size, "data": data,
+                "seconds": time.perf_counter() - began, "journal": journal.record(), "rng": rng, "tracker_id": tracker_id,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             }  # fmt: skip
             save_checkpoint(run, record, adapter, prepared_optimizer, journal.best_state, config.save_total_limit)
@@ -150,7 +151,7 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
             while True:
                 if not stopped and timetable.evaluates(step) and journal.evaluated < step:
                     with untouched_rng(device):
-                        metrics, stopped = _evaluate(model, prepared, config, accelerator, listener, stop)
+                        metrics, stopped = _evaluate(model, prepared, config, accelerator, listener, stop, sharded)
                         if metrics:
                             with stop.shielded():
                                 journal.evaluation(step, timetable.epoch(step), metrics)
@@ -167,17 +168,13 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
                 rows = next(updates)
                 model.train()
                 loss = torch.zeros((), device=device)
-                batches = share_out(
-                    rows,
-                    config.per_device_train_batch_size,
-                    process=accelerator.process_index,
-                    processes=accelerator.num_processes,
-                )
+                size = config.per_device_train_batch_size
+                batches = share_out(rows, size, process=accelerator.process_index, processes=processes)
                 for number, batch in enumerate(batches, start=1):
                     with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(model):
                         with accelerator.autocast():
                             part = _batch_loss(model, prepared, batch, device, weights)
-                        part = part * (accelerator.num_processes / len(rows))  # DDP takes the mean over processes
+                        part = part * (processes / len(rows))  # DDP takes the mean over processes
                         accelerator.backward(part)
                         loss += part.detach()
                 if sharded:  # it leaves whole parameters alone
@@ -275,9 +272,9 @@ def _from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
     return made[0]
 
 
-def _open_run(start: Start, prepared: Prepared, held: contextlib.ExitStack) -> Path:
+def _open_run(start: Start, prepared: Prepared, recipe: dict[str, Any], held: contextlib.ExitStack) -> Path:
     """The run folder, held by this process from now on."""
-    config, recipe = start.config, resolved_recipe(start.config, prepared)
+    config = start.config
     if start.run and start.state:
         start.run.go_on(recipe)
         return start.run.path
@@ -377,7 +374,13 @@ def _batch_loss(
 
 
 def _evaluate(
-    model: Any, prepared: Prepared, config: RunConfig, accelerator: Accelerator, listener: Listener, stop: StopSignals
+    model: Any,
+    prepared: Prepared,
+    config: RunConfig,
+    accelerator: Accelerator,
+    listener: Listener,
+    stop: StopSignals,
+    sharded: bool,
 ) -> tuple[dict[str, float] | None, int]:
     """Metrics, on every process, each row computed once; None where a signal cut it. And the signal."""
     logits, stopped = {}, 0
@@ -385,7 +388,7 @@ def _evaluate(
         batches = length_sorted_batches(encoded, config.per_device_eval_batch_size)
         mine = batches[accelerator.process_index :: accelerator.num_processes]
         spare = []
-        if fsdp_asked():  # every process must run as many forwards, to the end
+        if sharded:  # every process must run as many forwards, to the end
             spare = batches[:1] * (-(-len(batches) // accelerator.num_processes) - len(mine))
         with accelerator.autocast():
             outputs = predict_batches(
@@ -395,7 +398,7 @@ def _evaluate(
                 prepared.tokenizer,
                 accelerator.device,
                 listener.evaluating,
-                cancelled=lambda: stop.received and not fsdp_asked(),
+                cancelled=lambda: stop.received and not sharded,
             )
         everyone = gather_object([(mine, outputs[: len(mine)], stop.received)])
         stopped = max(stopped, *(received for _, _, received in everyone))

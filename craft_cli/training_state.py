@@ -29,7 +29,7 @@ from craft_cli.attached import ModelAdapter
 from craft_cli.errors import FileError, LaterVersion
 from craft_cli.factors import Factors, from_tensors
 from craft_cli.files import cannot_write, delete_folder, read_tensors, tidy, whole_folder, write_bytes, write_tensors
-from craft_cli.runs import Run
+from craft_cli.runs import Run, checkpoints
 from craft_cli.saved import KIND as ADAPTER_KIND
 from craft_cli.saved import TENSOR_FILE
 from craft_cli.tokens import Encoded
@@ -106,12 +106,6 @@ def save_checkpoint(
     for former in checkpoints(run)[keep:]:
         delete_folder(former)
     return path
-
-
-def checkpoints(run: Run) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    found = [path for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
 def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:

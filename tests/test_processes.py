@@ -22,8 +22,7 @@ from conftest import opinions, write_rows
 from test_training import config, craft_command, lines, tensors
 
 import craft_cli as craft
-from craft_cli.runs import Run
-from craft_cli.training_state import checkpoints
+from craft_cli.runs import Run, checkpoints
 
 Make = Callable[..., Path]
 Popen = subprocess.Popen[str]

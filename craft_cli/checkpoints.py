@@ -19,6 +19,7 @@ from torch import Tensor
 
 from craft_cli.errors import FileError, ModelError
 from craft_cli.files import raw_bytes, read_json
+from craft_cli.shards import StoredTensor, stored_tensors
 from craft_cli.views import View
 
 DEMO = "demo"
@@ -102,18 +103,23 @@ def resolve(
 class LazyMatrix:
     """One view into a stored weight, (d_out, d_in), whose rows are read from the file when asked for."""
 
-    def __init__(self, stored: Any, view: View) -> None:
-        self._stored = stored  # a tensor, or a safetensors slice
+    def __init__(self, stored: Tensor | StoredTensor, view: View) -> None:
+        self._stored = stored
         self._view = view
-        self._stored_shape = tuple(stored.shape if isinstance(stored, Tensor) else stored.get_shape())
-        self.shape = view.shape(self._stored_shape)
+        self.shape = view.shape(tuple(stored.shape))
 
     def __getitem__(self, rows: slice, /) -> Tensor:
         start, stop, _ = rows.indices(self.shape[0])
-        total = self._stored_shape[1 if self._view.transposed else 0]
-        ranges = self._view.rows.ranges(total, start, stop) if self._view.rows else [slice(start, stop)]
-        parts = [self._stored[:, part].T if self._view.transposed else self._stored[part] for part in ranges]
+        stored = self._stored if isinstance(self._stored, Tensor) else self._stored.read()
+        weight = stored.T if self._view.transposed else stored
+        ranges = self._view.rows.ranges(len(weight), start, stop) if self._view.rows else [slice(start, stop)]
+        parts = [weight[part] for part in ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def announce(self) -> None:
+        """It will be asked for next: the disk may begin."""
+        if isinstance(self._stored, StoredTensor):
+            self._stored.announce()
 
 
 class TensorReader:
@@ -122,6 +128,7 @@ class TensorReader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._open: dict[str, Any] = {}
+        self._places: dict[str, dict[str, StoredTensor]] = {}
         self._file_of: dict[str, str] = {}
         for file in _weight_files(checkpoint.folder):
             path = checkpoint.folder / file
@@ -132,7 +139,7 @@ class TensorReader:
         """One lazily read matrix for each view; a model with a head keeps them below a prefix.
 
         Raises:
-            ModelError: a weight is not in the checkpoint, or in several places.
+            ModelError: a weight is not in the checkpoint, in several places, or of a dtype not known here.
         """
         found = []
         for view in views:
@@ -141,8 +148,7 @@ class TensorReader:
             if len(names) != 1:
                 problem = "no tensor" if not names else f"{len(names)} tensors named"
                 raise ModelError(f"{self._checkpoint.name}: the checkpoint holds {problem} {wanted}")
-            stored = self._opened(self._file_of[names[0]])
-            found.append(LazyMatrix(stored[names[0]] if isinstance(stored, dict) else stored.get_slice(names[0]), view))
+            found.append(LazyMatrix(self._stored(names[0]), view))
         return found
 
     def names(self) -> Iterable[str]:
@@ -171,6 +177,16 @@ class TensorReader:
     def weight_files(self) -> list[Path]:
         """The files that hold them."""
         return [self._checkpoint.folder / file for file in sorted(set(self._file_of.values()))]
+
+    def _stored(self, name: str) -> Tensor | StoredTensor:
+        file = self._file_of[name]
+        if not file.endswith(".safetensors"):
+            return cast(Tensor, self._opened(file)[name])
+        if file not in self._places:
+            self._places[file] = stored_tensors(self._checkpoint.folder / file)
+        if name not in self._places[file]:
+            raise ModelError(f"{self._checkpoint.name}: {name} is stored in a dtype that cannot be decomposed")
+        return self._places[file][name]
 
     def _opened(self, file: str) -> Any:
         if file not in self._open:

@@ -133,7 +133,7 @@ def decompose_checkpoint(
         seconds, decompositions = {}, {}
         for target, stack in stacks.items():
             began = time.perf_counter()
-            done, total = 0, 3 * len(stack)
+            done, total = 0, 4 * len(stack)
 
             def advance(layers: int, target: str = target, total: int = total) -> None:
                 nonlocal done

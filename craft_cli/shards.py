@@ -1,12 +1,14 @@
-"""Writing a checkpoint's weights tensor by tensor: no more than one of them is in memory at a time.
+"""A checkpoint's weights tensor by tensor, written and read: no more than one of them is in memory at a time.
 
-`safetensors.torch.save_file` wants all tensors of a file at once; the format itself does not. It is eight bytes with the
-length of a JSON header, the header (dtype, shape and place of every tensor), and the values one after the other.
+`safetensors.torch.save_file` wants all tensors of a file at once, and what `safe_open` once read counts as this process's
+memory as long as the file is open; the format itself asks for neither. It is eight bytes with the length of a JSON header,
+the header (dtype, shape and place of every tensor), and the values one after the other.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +28,56 @@ _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, mapped when it is asked for and no longer than what was given of it lives."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def read(self) -> Tensor:
+        """Its values, as the file has them: a view of a map, so that only what is looked at is read."""
+        if self.start == self.stop:
+            return torch.empty(self.shape, dtype=self.dtype)
+        mapped, skipped = self._mapped()
+        values = torch.frombuffer(mapped, dtype=self.dtype, offset=skipped, count=prod(self.shape))
+        return values.view(self.shape)
+
+    def announce(self) -> None:
+        """Have the system read it from the disk in the background: into its cache, not into this process."""
+        if self.start < self.stop and hasattr(mmap, "MADV_WILLNEED"):
+            mapped, _ = self._mapped()
+            mapped.madvise(mmap.MADV_WILLNEED)
+
+    def _mapped(self) -> tuple[mmap.mmap, int]:
+        skipped = self.start % mmap.ALLOCATIONGRANULARITY
+        first = self.start - skipped
+        with open(self.path, "rb") as file:  # a copy on write: torch wants a buffer that could be written
+            return mmap.mmap(file.fileno(), self.stop - first, access=mmap.ACCESS_COPY, offset=first), skipped
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file that `safe_open` takes, by name; those of a dtype not known here are left out."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            path,
+            _DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            *(8 + length + offset for offset in entry["data_offsets"]),
+        )
+        for name, entry in header.items()
+        if entry["dtype"] in _DTYPES
+    }
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -73,11 +74,12 @@ class View:
             delta = delta.unflatten(0, (self.rows.count, self.rows.size))
         matrix.copy_(matrix.to(delta.dtype) + delta)
 
-    def add_to_output(self, output: Tensor, delta: Tensor) -> Tensor:
-        """The module's output (..., stored rows) with delta (..., d_out) added at these rows."""
-        if self.rows is None:
-            return output + delta
-        self.rows.of(output, -1).add_(delta.unflatten(-1, (self.rows.count, self.rows.size)))
+    def add_to_output(self, output: Tensor, hidden: Tensor, basis: Tensor) -> Tensor:
+        """The module's output (..., stored rows) with hidden (tokens, r) @ basis (r, d_out) added at these rows."""
+        if self.rows is None:  # the sum is made by the product itself; in place, autograd would copy a gradient for it
+            return torch.addmm(output.flatten(0, -2), hidden, basis).view(output.shape)
+        delta = (hidden @ basis).view(*output.shape[:-1], self.rows.count, self.rows.size)
+        self.rows.of(output, -1).add_(delta)
         return output
 
     def stored_shape(self, root: nn.Module) -> tuple[int, ...]:

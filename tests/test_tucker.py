@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+import weakref
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from tensorly.tenalg.svd import svd_interface
 from craft_cli.tucker import (
     TuckerTensor,
     canonical_signs,
+    eigh_in_place,
     fold,
-    gram_matrices,
+    gram_matrix,
     hosvd,
     mode_product,
     multi_mode_product,
@@ -57,8 +59,9 @@ def test_mode_product_quotes_both_shapes() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gram_matrices_are_those_of_the_unfoldings(shape: tuple[int, int, int]) -> None:
     stack = stack_of(shape)
-    for mode, gram in enumerate(gram_matrices(stack)):
-        expected = unfold(stack, mode) @ unfold(stack, mode).T
+    for mode in range(3):
+        expected = torch.tril(unfold(stack, mode) @ unfold(stack, mode).T)
+        gram = torch.tril(gram_matrix(stack, mode))
         assert torch.allclose(gram, expected, rtol=1e-13, atol=1e-12)
 
 
@@ -118,27 +121,48 @@ def test_signs_do_not_depend_on_those_given() -> None:
 
 
 class CountingLayer:
-    """A layer that is read only by rows, and remembers how many at a time."""
+    """A layer that is read only by rows; the log holds how many numbers of all layers are alive after each reading."""
 
-    def __init__(self, matrix: torch.Tensor, log: list[int]) -> None:
+    alive: ClassVar[int] = 0
+
+    def __init__(self, matrix: torch.Tensor, log: list[tuple[str, int]]) -> None:
         self._matrix, self.shape, self._log = matrix, tuple(matrix.shape), log
 
     def __getitem__(self, rows: slice, /) -> torch.Tensor:
-        part = self._matrix[rows]
-        self._log.append(len(part))
+        part = self._matrix[rows].clone()
+        CountingLayer.alive += part.numel()
+        weakref.finalize(part, self._gone, part.numel())
+        self._log.append(("read", CountingLayer.alive))
         return part
 
+    def announce(self) -> None:
+        self._log.append(("announced", 0))
 
-def test_the_stack_is_never_held_whole() -> None:
+    @staticmethod
+    def _gone(numbers: int) -> None:
+        CountingLayer.alive -= numbers
+
+
+def test_one_layer_is_held_at_a_time_and_the_next_announced() -> None:
     stack = stack_of((5, 12, 4))
-    log: list[Any] = []
+    log: list[tuple[str, int]] = []
     passes: list[int] = []
     lazily = hosvd([CountingLayer(layer, log) for layer in stack], dtype=torch.float64, advance=passes.append)
     assert torch.equal(lazily.core, hosvd(stack, dtype=torch.float64).core)
-    assert sum(passes) == 3 * 5
-    across = [rows for rows in log if rows < 12]  # for the layer mode: blocks of rows of all layers
-    assert across
-    assert max(across) * 5 <= 12 + 5 * 2
+    assert sum(passes) == 4 * 5
+    assert 0 < max(alive for _, alive in log) <= 12 * 4
+    turn = [*(("read", 48), ("announced", 0)) * 4, ("read", 48)]  # nothing follows the last layer
+    assert log[-len(turn) :] == turn
+
+
+def test_eigenvectors_take_the_place_of_the_matrix() -> None:
+    stack = stack_of((3, 9, 7))
+    gram = gram_matrix(stack, 1)
+    whole = torch.tril(gram) + torch.tril(gram, -1).T
+    values, vectors = eigh_in_place(gram)
+    assert vectors.data_ptr() == gram.data_ptr()
+    assert torch.allclose(values, torch.linalg.eigvalsh(whole), atol=1e-12)
+    assert torch.allclose(vectors @ torch.diag(values) @ vectors.T, whole, atol=1e-12)
 
 
 def test_rank_deficient_stack_has_orthonormal_factors() -> None:

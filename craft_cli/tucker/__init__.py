@@ -1,7 +1,7 @@
 """Tucker decomposition of stacked layer matrices, on torch alone: operations, format, algorithm."""
 
 from craft_cli.tucker.energy import EnergyTable, energy_table
-from craft_cli.tucker.hosvd import Matrix, canonical_signs, gram_matrices, hosvd, stack_shape
+from craft_cli.tucker.hosvd import Matrix, canonical_signs, eigh_in_place, gram_matrix, hosvd, stack_shape
 from craft_cli.tucker.ops import fold, mode_product, multi_mode_product, unfold
 from craft_cli.tucker.tucker_tensor import MODES, TuckerTensor
 
@@ -11,9 +11,10 @@ __all__ = [
     "Matrix",
     "TuckerTensor",
     "canonical_signs",
+    "eigh_in_place",
     "energy_table",
     "fold",
-    "gram_matrices",
+    "gram_matrix",
     "hosvd",
     "mode_product",
     "multi_mode_product",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from craft_cli.tucker.hosvd import Matrix, gram_matrices, stack_shape
+from craft_cli.tucker.hosvd import Matrix, eigh_in_place, gram_matrix, stack_shape
 from craft_cli.tucker.ops import mode_product
 
 _BLOCK_NUMBERS = 1 << 25
@@ -50,8 +50,8 @@ def energy_table(layers: Sequence[Matrix] | Tensor, ranks_out: Sequence[int], ra
     """
     count, d_out, d_in = stack_shape(layers)
     by_mode, bases = [], []
-    for gram in gram_matrices(layers):
-        values, vectors = torch.linalg.eigh(gram)  # ascending
+    for mode in range(3):
+        values, vectors = eigh_in_place(gram_matrix(layers, mode))  # ascending
         energies = values.flip(0).clamp(min=0).cumsum(0)
         by_mode.append(energies / energies[-1].clamp(min=torch.finfo(torch.float64).tiny))
         bases.append(vectors.flip(1))

@@ -4,14 +4,14 @@ De Lathauwer, De Moor, Vandewalle (2000), "A multilinear singular value decompos
 singular vectors of the mode-n unfolding of the original tensor, the core is the tensor projected on them. Neither
 sequentially truncated (ST-HOSVD) nor iterated (HOOI), so the factors for smaller ranks are the leading columns.
 
-The left singular vectors come from the eigenvectors of the three Gram matrices W_(n) W_(n)^T, accumulated layer by
-layer in float64: a Gram matrix squares the condition number, and float64 pays for that. This reads every layer three
-times and holds one at a time.
+The left singular vectors come from the eigenvectors of the Gram matrices W_(n) W_(n)^T, accumulated layer by layer in
+float64: a Gram matrix squares the condition number, and float64 pays for that. One mode after the other, so that one Gram
+matrix and one layer are held at a time; every layer is read four times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from craft_cli.tucker.ops import mode_product
 from craft_cli.tucker.tucker_tensor import MODES, TuckerTensor
+
+_BLOCKS = 8
+"""Of rows, in which a Gram matrix is made."""
 
 
 class Matrix(Protocol):
@@ -47,7 +50,7 @@ def hosvd(
         ranks: (r_layer, r_out, r_in); full without.
         device: where to compute; the CPU without.
         dtype: of the result. The computation is float64 throughout.
-        advance: called with the number of layers read since the last call; 3 L in all.
+        advance: called with the number of layers read since the last call; 4 L in all.
 
     Raises:
         ValueError: no layers, layers of different shapes, values that are not finite, or a rank out of its range.
@@ -58,47 +61,97 @@ def hosvd(
         raise ValueError(f"multilinear ranks {tuple(ranks)} of a stack {shape} must lie between 1 and its dimensions")
 
     spectra, bases = [], []
-    for gram in gram_matrices(layers, device=device, advance=advance):
-        values, vectors = torch.linalg.eigh(gram)  # ascending
+    for mode, rank in enumerate(ranks):
+        values, vectors = eigh_in_place(gram_matrix(layers, mode, device=device, advance=advance))  # ascending
         spectra.append(values.flip(0).clamp(min=0).sqrt())
-        bases.append(canonical_signs(vectors.flip(1)))
-    u_layer, u_out, u_in = (basis[:, :rank].contiguous() for basis, rank in zip(bases, ranks, strict=True))
+        bases.append(canonical_signs(vectors[:, -rank:].flip(1)))
+        del vectors  # as large as the next Gram matrix
+    u_layer, u_out, u_in = bases
 
-    projected = []
-    for layer in layers:
-        projected.append(u_out.T @ _float64(layer[:], device) @ u_in)  # (r_out, r_in)
-        advance(1)
+    projected = [u_out.T @ layer @ u_in for layer in _in_turn(layers, device, advance)]  # (r_out, r_in) each
     core = mode_product(torch.stack(projected), u_layer.T, 0)  # (r_layer, r_out, r_in)
     return TuckerTensor(core, (u_layer, u_out, u_in), (spectra[0], spectra[1], spectra[2])).to(dtype, "cpu")
 
 
-def gram_matrices(
+def gram_matrix(
     layers: Sequence[Matrix] | Tensor,
+    mode: int,
     *,
     device: torch.device | str | None = None,
     advance: Callable[[int], None] = lambda passes: None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """W_(n) W_(n)^T for the three modes: (L, L), (d_out, d_out), (d_in, d_in), float64."""
-    count, d_out, d_in = stack_shape(layers)
-    gram_layer = torch.zeros(count, count, dtype=torch.float64, device=device)
-    gram_out = torch.zeros(d_out, d_out, dtype=torch.float64, device=device)
-    gram_in = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
-    for layer in layers:
-        weight = _float64(layer[:], device)  # (d_out, d_in)
-        gram_out.addmm_(weight, weight.T)
-        gram_in.addmm_(weight.T, weight)
-        advance(1)
-    if not (torch.isfinite(gram_out).all() and torch.isfinite(gram_in).all()):
+) -> Tensor:
+    """The lower triangle of W_(mode) W_(mode)^T, (d_mode, d_mode), float64; above it there is nothing of use.
+
+    Raises:
+        ValueError: no layers, layers of different shapes, or values that are not finite.
+    """
+    shape = stack_shape(layers)
+    gram = torch.zeros(shape[mode], shape[mode], dtype=torch.float64, device=device)
+    if mode == 0:
+        for rows in _rows_of_all(layers, device, advance):
+            gram.addmm_(rows, rows.T)
+    else:
+        for layer in _in_turn(layers, device, advance):
+            _add_gram(gram, layer if mode == 1 else layer.T)
+    if not torch.isfinite(gram.diagonal()).all():
         raise ValueError("the weights hold values that are not finite (inf or nan)")
-    # Products between layers need rows of all of them at once: as many at a time as make up about one layer.
+    return gram
+
+
+def eigh_in_place(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,), ascending, and eigenvectors (n, n) of a symmetric matrix given by its lower triangle.
+
+    The vectors are written over the matrix: what LAPACK needs besides is twice as large already.
+    """
+    values = gram.new_empty(len(gram))
+    vectors = gram.T  # column-major, as LAPACK has it
+    torch.linalg.eigh(vectors, UPLO="U", out=(values, vectors))
+    return values, vectors
+
+
+def _add_gram(gram: Tensor, matrix: Tensor) -> None:
+    """Add matrix matrix^T to the lower triangle: by blocks of rows, each up to the diagonal, about half of the work."""
+    size = -(-len(gram) // _BLOCKS)
+    for start in range(0, len(gram), size):
+        stop = min(start + size, len(gram))
+        gram[start:stop, :stop].addmm_(matrix[start:stop], matrix[:stop].T)
+
+
+def _in_turn(
+    layers: Sequence[Matrix] | Tensor, device: torch.device | str | None, advance: Callable[[int], None]
+) -> Iterator[Tensor]:
+    """Every layer (d_out, d_in) in float64, in one tensor that the next overwrites."""
+    layer = torch.empty(*stack_shape(layers)[1:], dtype=torch.float64, device=device)
+    for number, stored in enumerate(layers):
+        layer.copy_(stored[:].to(device))  # moved as stored, then widened
+        _announce(layers, number + 1)
+        yield layer
+        advance(1)
+
+
+def _rows_of_all(
+    layers: Sequence[Matrix] | Tensor, device: torch.device | str | None, advance: Callable[[int], None]
+) -> Iterator[Tensor]:
+    """The same rows of all layers, (L, rows * d_in) in float64: as many at a time as make up about one layer."""
+    count, d_out, d_in = stack_shape(layers)
     block = -(-d_out // count)
+    rows = torch.empty(count, block, d_in, dtype=torch.float64, device=device)
     done = 0
     for start in range(0, d_out, block):
-        rows = torch.stack([_float64(layer[start : start + block], device).flatten() for layer in layers])
-        gram_layer.addmm_(rows, rows.T)  # (L, rows * d_in)
-        advance(min(d_out, start + block) * count // d_out - done)
-        done = min(d_out, start + block) * count // d_out
-    return gram_layer, gram_out, gram_in
+        stop = min(start + block, d_out)
+        for stored, into in zip(layers, rows, strict=True):
+            into[: stop - start].copy_(stored[start:stop].to(device))
+        yield rows[:, : stop - start].flatten(1)
+        advance(stop * count // d_out - done)
+        done = stop * count // d_out
+
+
+def _announce(layers: Sequence[Matrix] | Tensor, number: int) -> None:
+    """Have the system read a layer from the disk while the one before is computed with, if it comes from there."""
+    if number < len(layers) and not isinstance(layers, Tensor):
+        announce = getattr(layers[number], "announce", None)
+        if announce:
+            announce()
 
 
 def canonical_signs(vectors: Tensor) -> Tensor:
@@ -124,7 +177,3 @@ def stack_shape(layers: Sequence[Matrix] | Tensor) -> tuple[int, int, int]:
             raise ValueError(f"layer {number} is {shape}, but layer 0 is {shapes[0]}: they cannot be stacked")
     d_out, d_in = shapes[0]
     return len(shapes), d_out, d_in
-
-
-def _float64(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    return tensor.to(device=device, dtype=torch.float64)

@@ -1,0 +1,301 @@
+"""The HOSVD beside TensorLy and torch's SVD; its memory on a 7B-like checkpoint; how its time grows.
+
+    python benchmarks/decompose.py [--parts peers,memory,growth] [--rounds 2] [--small] [--json FILE] [--plot FILE]
+                                   [--layers 32] [--width 4096] [--folder DIR] [--device cuda]
+
+peers   query, key, value and output of RoBERTa-base's shape (random weights) at ranks 64,64,8, all in float64: craft; TensorLy's
+        `tucker(init="svd", n_iter_max=0)`, which is the HOSVD (iterating on would only take longer); `torch.linalg.svd` of
+        the unfoldings; and, as the floor, the bare products W W^T and W^T W of every layer. The energies must agree to 1e-10.
+memory  a checkpoint of 32 layers of 4096 x 4096 in bf16, query and value, in shards, is written to DIR and decomposed in
+        a fresh process: the most memory above that of the imports, over one layer and the two Gram matrices. Also what reading
+        costs when the files are not in the system's cache, with the next layer announced to the system and without.
+growth  seconds over layers, width and rank, beside the number of operations.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tensorly
+import torch
+from measure import arguments, in_turn, peak, peak_memory, ratio, reset_peak, table, write
+from tensorly.decomposition import tucker
+from torch import Tensor
+
+from craft_cli.checkpoints import LazyMatrix, resolve
+from craft_cli.decomposition import decompose_checkpoint, find_checkpoint, read_stacks
+from craft_cli.files import write_json
+from craft_cli.ranks import Ranks
+from craft_cli.shards import Entry, write_shards
+from craft_cli.tucker import gram_matrix, hosvd, multi_mode_product, unfold
+
+PROJECTIONS = 4
+TARGETS = ("query", "value")
+
+
+# -- peers --------------------------------------------------------------------------------------------------------------
+
+
+def with_craft(stack: Tensor, ranks: tuple[int, int, int], device: str | None = None) -> float:
+    """Energy kept."""
+    return float(hosvd(stack, ranks, dtype=torch.float64, device=device).core.square().sum())
+
+
+def with_tensorly(stack: Tensor, ranks: tuple[int, int, int]) -> float:
+    """Energy kept."""
+    core, _ = tucker(stack.double(), rank=list(ranks), init="svd", n_iter_max=0)
+    return float(core.square().sum())
+
+
+def with_svd(stack: Tensor, ranks: tuple[int, int, int]) -> float:
+    """Energy kept."""
+    stack = stack.double()
+    bases = [torch.linalg.svd(unfold(stack, mode), full_matrices=False)[0][:, :rank] for mode, rank in enumerate(ranks)]
+    return float(multi_mode_product(stack, [basis.T for basis in bases]).square().sum())
+
+
+def bare_products(stack: Tensor, device: str | None = None) -> None:
+    """Nothing but W W^T and W^T W of every layer, summed up."""
+    _, d_out, d_in = stack.shape
+    out = torch.zeros(d_out, d_out, dtype=torch.float64, device=device)
+    in_ = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+    for layer in stack:
+        weight = layer.to(device).double()
+        out.addmm_(weight, weight.T)
+        in_.addmm_(weight.T, weight)
+
+
+def peers(shape: tuple[int, int, int], rounds: int, device: str | None) -> list[dict[str, Any]]:
+    """Four projections by everyone."""
+    tensorly.set_backend("pytorch")
+    ranks = Ranks(64, 64, 8).lowered(shape).by_mode
+    stacks = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(PROJECTIONS)]
+    energies: dict[str, float] = {}
+
+    def arm(name: str, decompose: Callable[[Tensor], float]) -> Callable[[], None]:
+        def run() -> None:
+            energies[name] = sum(decompose(stack) for stack in stacks)
+
+        return run
+
+    arms = {
+        "craft": arm("craft", lambda stack: with_craft(stack, ranks, device)),
+        "TensorLy tucker": arm("TensorLy tucker", lambda stack: with_tensorly(stack, ranks)),
+        "torch SVD": arm("torch SVD", lambda stack: with_svd(stack, ranks)),
+    }
+
+    def products() -> None:
+        for stack in stacks:
+            bare_products(stack, device)
+
+    seconds = in_turn(arms | {"bare Gram products": products}, rounds, warm=0)
+    for name in arms:
+        assert abs(energies[name] / energies["craft"] - 1) < 1e-10, (name, energies)
+    return [
+        {
+            "by": name, "seconds": statistics.median(times), "to_craft": ratio(times, seconds["craft"]),
+            "to_products": ratio(times, seconds["bare Gram products"]), "energy": energies.get(name),
+        }
+        for name, times in seconds.items()
+    ]  # fmt: skip
+
+
+# -- memory -------------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder: Path, layers: int, width: int) -> None:
+    """A Llama with query and value alone, random, bf16, in shards of 1 GB."""
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 32}
+    write_json(folder / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes})
+
+    def make() -> Tensor:
+        return (torch.randn(width, width) * 0.02).bfloat16()
+
+    names = [f"model.layers.{n}.self_attn.{name}.weight" for n in range(layers) for name in ("q_proj", "v_proj")]
+    write_shards(folder, {name: Entry((width, width), torch.bfloat16, make) for name in names}, 10**9)
+
+
+def decompose_there(folder: str, device: str | None) -> dict[str, Any]:
+    """Decompose in this process, and what memory it took above the imports and a first small decomposition."""
+    resolve(folder).config()  # imports transformers
+    hosvd(torch.randn(2, 64, 64), (2, 8, 8), device=device)
+    reset_peak()
+    before = peak()
+    began = time.perf_counter()
+    made = decompose_checkpoint(
+        resolve(folder), TARGETS, Ranks(64, 64, 8), cache_dir=f"{folder}/cache", device=device, force=True
+    )
+    return {
+        "peak_bytes": peak() - before,
+        "seconds": time.perf_counter() - began,
+        "energy": [d.energy for d in made.factors.decompositions.values()],
+    }
+
+
+def memory(folder: Path, layers: int, width: int, device: str | None) -> dict[str, Any]:
+    """A checkpoint larger than what may be held."""
+    write_checkpoint(folder, layers, width)
+    _, found = peak_memory(decompose_there, str(folder), device)
+    layer, grams = width * width * 2, 2 * width * width * 8
+    found |= {"layers": layers, "width": width, "checkpoint_bytes": len(TARGETS) * layers * layer}
+    found |= {"layer_bytes": layer, "gram_bytes": grams, "ratio": found["peak_bytes"] / (layer + grams)}
+    return found | {"reading": reading(folder)}
+
+
+def reading(folder: Path, most: int = 8) -> dict[str, float]:
+    """Seconds of one pass over some layers: read alone, computed with, and both where the cache is empty before."""
+    checkpoint = find_checkpoint(str(folder), TARGETS)
+    stack = read_stacks(checkpoint, checkpoint.config(), TARGETS)["query"][:most]
+    size = stack[0].shape[0]
+
+    def forget() -> None:
+        os.sync()
+        for file in folder.glob("*.safetensors"):
+            with open(file, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def timed(work: Callable[[], object], *, cold: bool) -> float:
+        if cold:
+            forget()
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    def read() -> None:
+        for layer in stack:
+            layer[:].sum()
+
+    class Silent(LazyMatrix):
+        def announce(self) -> None:
+            pass
+
+    silent = [Silent(layer._stored, layer._view) for layer in stack]
+    found = {"cold, read alone": timed(read, cold=True), "warm, read alone": timed(read, cold=False)}
+    found["warm, with its Gram matrix"] = timed(lambda: gram_matrix(stack, 1), cold=False)
+    found["cold, announced"] = timed(lambda: gram_matrix(stack, 1), cold=True)
+    found["cold, not announced"] = timed(lambda: gram_matrix(silent, 1), cold=True)
+    return found | {"layers": len(stack), "width": size}
+
+
+# -- growth -------------------------------------------------------------------------------------------------------------
+
+
+def operations(shape: tuple[int, int, int], ranks: tuple[int, int, int]) -> float:
+    """Additions and multiplications: lower triangles of the Gram matrices, eigenvectors (9 n^3), projection."""
+    count, d_out, d_in = shape
+    _, r_out, r_in = ranks
+    grams = 2 * count * d_out * d_in * (count + (d_out + d_in) * 9 / 16)
+    project = 2 * count * r_out * d_in * (d_out + r_in)
+    return grams + 9.0 * (d_out**3 + d_in**3) + project
+
+
+def growth(small: bool, rounds: int, device: str | None) -> list[dict[str, Any]]:
+    """One thing varied at a time."""
+    base, rank = (4, 32, 16) if small else (12, 768, 64), (8, 16) if small else (16, 64, 256, 768)
+    layers = (2, 4) if small else (4, 8, 12, 24, 48)
+    widths = (16, 32) if small else (256, 512, 768, 1024, 2048)
+    cases = [("layers", (n, base[1], base[1]), 64, n) for n in layers]
+    cases += [("width", (base[0], n, n), 64, n) for n in widths]
+    cases += [("rank", (base[0], base[1], base[1]), n, n) for n in rank]
+    found = []
+    for varied, shape, out_and_in, value in cases:
+        ranks = Ranks(out_and_in, out_and_in, 8).lowered(shape).by_mode
+        stack = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        seconds = in_turn({"craft": lambda: hosvd(stack, ranks, device=device)}, rounds)["craft"]  # noqa: B023
+        found.append(
+            {
+                "varied": varied,
+                "value": value,
+                "seconds": statistics.median(seconds),
+                "operations": operations(shape, ranks),
+            }
+        )
+    return found
+
+
+def plot(rows: list[dict[str, Any]], file: str) -> None:
+    """Seconds, and the operations scaled to the first point of each panel."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for panel, varied in zip(figure.subplots(1, 3), ("layers", "width", "rank"), strict=True):
+        mine = [row for row in rows if row["varied"] == varied]
+        values = [row["value"] for row in mine]
+        scale = statistics.median(row["seconds"] / row["operations"] for row in mine)
+        panel.loglog(values, [row["seconds"] for row in mine], "o-", label="measured")
+        panel.loglog(
+            values, [row["operations"] * scale for row in mine], "--", color="gray", label="operations, scaled"
+        )
+        panel.set_xticks(values, [str(value) for value in values])
+        panel.minorticks_off()
+        panel.set_xlabel(
+            {"layers": "layers of 768 x 768", "width": "width, 12 layers", "rank": "rank OUT and IN"}[varied]
+        )
+        panel.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("seconds")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    """Measure the parts asked for and print their tables."""
+    given = arguments(
+        __doc__,
+        parts={"default": "peers,memory,growth"},
+        rounds={"type": int, "default": 2},
+        layers={"type": int, "default": 32},
+        width={"type": int, "default": 4096},
+        folder={"help": "for the checkpoint; a temporary one without"},
+        device={"default": None},
+        plot={"metavar": "FILE"},
+    )
+    results: dict[str, Any] = {}
+    parts = given.parts.split(",")
+    if "peers" in parts:
+        results["peers"] = peers((3, 24, 20) if given.small else (12, 768, 768), given.rounds, given.device)
+        print("Four projections, ranks 64,64,8, float64\n")
+        table(
+            ("by", "seconds", "times craft's", "times the bare products"),
+            [
+                (row["by"], f"{row['seconds']:.2f}", f"{row['to_craft']:.2f}", f"{row['to_products']:.2f}")
+                for row in results["peers"]
+            ],
+        )
+    if "memory" in parts:
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            layers, width = (3, 64) if given.small else (given.layers, given.width)
+            results["memory"] = found = memory(Path(folder), layers, width, given.device)
+        print(
+            f"\n{found['checkpoint_bytes'] / 1e6:,.0f} MB of query and value decomposed in {found['seconds']:.0f} s\n"
+        )
+        megabytes = [f"{found[name] / 1e6:,.0f} MB" for name in ("layer_bytes", "gram_bytes", "peak_bytes")]
+        table(("one layer", "two Gram matrices", "peak memory", "ratio"), [(*megabytes, f"{found['ratio']:.2f}")])
+        print()
+        passes = [(name, f"{value:.2f}") for name, value in found["reading"].items() if " " in name]
+        table((f"one pass over {found['reading']['layers']} layers", "seconds"), passes)
+    if "growth" in parts:
+        results["growth"] = growth(given.small, given.rounds, given.device)
+        print()
+        table(
+            ("varied", "value", "seconds", "operations", "10^9 a second"),
+            [
+                (
+                    row["varied"], row["value"], f"{row['seconds']:.3f}", f"{row['operations']:.2e}",
+                    f"{row['operations'] / row['seconds'] / 1e9:.1f}",
+                )
+                for row in results["growth"]
+            ],
+        )  # fmt: skip
+        if given.plot:
+            plot(results["growth"], given.plot)
+    write(given.json, results)
+
+
+if __name__ == "__main__":
+    main()

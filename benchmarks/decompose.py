@@ -269,7 +269,7 @@ def main() -> None:
         )
     if "memory" in parts:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            layers, width = (3, 64) if given.small else (given.layers, given.width)
+            layers, width = (3, 96) if given.small else (given.layers, given.width)
             results["memory"] = found = memory(Path(folder), layers, width, given.device)
         print(
             f"\n{found['checkpoint_bytes'] / 1e6:,.0f} MB of query and value decomposed in {found['seconds']:.0f} s\n"

@@ -35,13 +35,9 @@ from craft_cli.tucker import hosvd, stack_shape
 
 TARGETS = ("query", "value")
 FLOOR, CRAFT, LORA, FULL = "floor", "CRAFT 64,64,8", "LoRA r=8", "full"
-SMALL = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 128,
-    "vocab_size": 99,
-}
+SMALL: dict[str, Any] = {
+    "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512, "vocab_size": 99,
+}  # fmt: skip
 
 BASE: dict[str, Any] = {"vocab_size": 50265, "max_position_embeddings": 514}
 
@@ -250,7 +246,7 @@ def main() -> None:
     given = arguments(__doc__, batches={"default": None}, rounds={"type": int, "default": None})
     warnings.filterwarnings("ignore", module="peft")
     base = base_model(given.small)
-    batches = [batch.split("x") for batch in (given.batches or ("2x8" if given.small else sizes)).split(",")]
+    batches = [batch.split("x") for batch in (given.batches or ("8x64" if given.small else sizes)).split(",")]
     found, answered = [], []
     for rows, tokens in [(int(rows), int(tokens)) for rows, tokens in batches]:
         rounds = given.rounds or (2 if given.small else max(7, min(50, 16_000 // (rows * tokens))))

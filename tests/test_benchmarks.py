@@ -1,0 +1,54 @@
+"""Every benchmark runs in its small setting and measures the same thing in all of its arms. Nothing is asserted of times."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def small(script: str, *arguments: str) -> Any:
+    """What a benchmark finds in its small setting."""
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / script, "--small", "--json", "found.json", *arguments],
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("|---|") >= 1
+    found = json.loads(Path("found.json").read_text())
+    assert found["machine"]["cores"] >= 1
+    return found["results"]
+
+
+@pytest.mark.slow
+def test_a_step_needs_the_memory_of_the_floor_and_fewer_operations_than_lora() -> None:
+    found = small("training_step.py")
+    floor, craft, lora, full = found["steps"]
+    assert [row["trained"] for row in found["steps"]] == [
+        2 * 256,
+        2 * (64**2 + 64**2 + 2**2),
+        4 * 2 * 8 * 256,
+        full["trained"],
+    ]
+    assert craft["peak_bytes"] <= 1.05 * floor["peak_bytes"]
+    assert craft["peak_bytes"] < lora["peak_bytes"] < full["peak_bytes"]
+    assert craft["operations_per_adapted"] <= lora["operations_per_adapted"]
+    base, merged, adapted, _ = found["inference"]
+    assert merged["operations"] == base["operations"] < adapted["operations"]
+
+
+@pytest.mark.slow
+def test_decompositions_of_all_peers_keep_the_same_energy() -> None:
+    found = small("decompose.py", "--plot", "growth.svg")
+    energies = [row["energy"] for row in found["peers"] if row["energy"]]
+    assert len(energies) == 3
+    assert energies == pytest.approx([energies[0]] * 3, rel=1e-10)
+    assert all(0 < energy < 1 for energy in found["memory"]["energy"])
+    assert {row["varied"] for row in found["growth"]} == {"layers", "width", "rank"}
+    assert Path("growth.svg").stat().st_size > 5000

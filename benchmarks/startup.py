@@ -64,7 +64,8 @@ def main() -> None:
         }
         for command in get_command(app).commands:  # type: ignore[attr-defined]  # it is a group
             commands[f"craft {command} --help"] = (*craft_command, command, "--help")
-        commands["python -c 'import torch'"] = ("-c", "import torch")
+        if not given.small:
+            commands["python -c 'import torch'"] = ("-c", "import torch")
         commands["craft inspect ADAPTER"] = (*craft_command, "inspect", adapter)
 
         arms = {name: partial(run, *command) for name, command in commands.items()}

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 
-def arguments(description: str | None, **options: dict[str, Any]) -> argparse.Namespace:
-    """Command line of a benchmark: `--small`, `--json FILE`, and its own options (names with underscores)."""
+def arguments(description: str | None, *places: str, **options: dict[str, Any]) -> argparse.Namespace:
+    """Command line of a benchmark: `--small`, `--json FILE`, its own options (names with underscores), and optional places."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it works; the times mean nothing")
     parser.add_argument("--json", metavar="FILE", type=lambda path: Path(path).resolve())
+    for name in places:
+        parser.add_argument(name, nargs="?")
     for name, settings in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **settings)
     return parser.parse_args()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import craft_cli as craft
+
 PACKAGE = Path(__file__).parent.parent / "craft_cli"
 
 # What a module may import of ours: anything in a lower layer, and its own layer's neighbours.
@@ -91,7 +93,7 @@ for arguments in json.loads(sys.argv[1]):
         app(arguments, prog_name="craft")
     except SystemExit as end:
         assert end.code == 0, arguments
-heavy = {"torch", "transformers", "datasets", "accelerate", "sklearn", "matplotlib", "safetensors"}
+heavy = {"torch", "transformers", "datasets", "accelerate", "sklearn", "matplotlib", "safetensors", "pydantic"}
 sys.exit(f"imported: {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0)
 """
     calls = [
@@ -104,6 +106,29 @@ sys.exit(f"imported: {heavy & set(sys.modules)}" if heavy & set(sys.modules) els
     )
     assert done.returncode == 0, done.stderr
     assert "--head-learning-rate" in done.stdout
+
+
+@pytest.mark.usefixtures("run")
+def test_inspecting_anything_but_a_model_imports_no_transformers() -> None:
+    code = """
+import sys
+from craft_cli.cli import app
+for path in sys.argv[1:]:
+    try:
+        app(["inspect", path], prog_name="craft")
+    except SystemExit as end:
+        assert not end.code, path
+heavy = {"transformers", "datasets", "accelerate", "sklearn", "scipy", "matplotlib", "pyarrow"}
+sys.exit(f"imported: {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0)
+"""
+    craft.decompose("base", ranks="6,5,2", cache_dir="factors")
+    factors = next(Path("factors").glob("*.safetensors"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run/adapter", "run", str(factors)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("query") >= 3
 
 
 def test_every_command_and_family_is_in_the_readme() -> None:

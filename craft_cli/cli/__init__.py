@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from craft_cli.cli import decompose, doctor, evaluate, inspect, merge, predict, recipes, train
 
+
+class _Group(TyperGroup):
+    """Its flags not given are False, not None: None is sent through pydantic by typer, whose import takes long."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for parameter in self.get_params(ctx):
+            if parameter.default is None and getattr(parameter, "is_flag", False):
+                parameter.default = False
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="craft",
+    cls=_Group,
     help="Fine-tune a transformer by a few thousand numbers over frozen Tucker factors (CRAFT), "
     "and get a plain Hugging Face checkpoint back.",
     no_args_is_help=True,

@@ -61,14 +61,15 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in _parameters(command) if p.kind is not inspect.Parameter.VAR_KEYWORD]
         fields = [field for field in dataclasses.fields(RunConfig) if not names or field.name in names]
-        _set_signature(command, [*own, *[_option(field, show_default=not names) for field in fields]])
+        hints, groups = get_type_hints(RunConfig), RunConfig.groups()
+        options = [_option(field, str(hints[field.name]), groups[field.name], not names) for field in fields]
+        _set_signature(command, [*own, *options])
         return command
 
     return decorate
 
 
-def _option(field: dataclasses.Field[Any], *, show_default: bool) -> inspect.Parameter:
-    hint = str(get_type_hints(RunConfig)[field.name])
+def _option(field: dataclasses.Field[Any], hint: str, group: str, show_default: bool) -> inspect.Parameter:
     kind: Any = (
         bool
         if "bool" in hint
@@ -85,7 +86,7 @@ def _option(field: dataclasses.Field[Any], *, show_default: bool) -> inspect.Par
         name,
         help=field.metadata["help"],
         show_default=shown if show_default and default not in (None, False) else False,
-        rich_help_panel=RunConfig.groups()[field.name],
+        rich_help_panel=group,
         metavar={"ranks": "OUT,IN,LAYERS", "targets": "NAMES", "text_columns": "NAMES"}.get(field.name),
     )
     return _parameter(field.name, Annotated[Optional[kind], option], None)  # noqa: UP045

@@ -68,15 +68,16 @@ def command(
     with console.status("reading"):
         from craft_cli.inspection import inspect
         from craft_cli.listing import list_runs
-        from craft_cli.page import write_page
 
         runs = list_runs(Path(path).expanduser()) if path else []
         if runs and (ranks or plot or html):
             raise ConfigError(f"--ranks, --plot and --html: {path} is a folder of runs; name one of them")
-        if not runs:
-            found = write_page(path, html) if html else inspect(path, ranks=ranks, plot=plot)
-            if html and plot:
-                inspect(path, plot=plot)
+        if html and not runs:
+            from craft_cli.page import write_page
+
+            found = write_page(path, html)
+        if not runs and (plot or not html):
+            found = inspect(path, ranks=ranks, plot=plot)
     if runs:
         _list(str(path), runs, json=json)
         return

@@ -35,7 +35,7 @@ from craft_cli.tucker import hosvd, stack_shape
 
 TARGETS = ("query", "value")
 FLOOR, CRAFT, LORA, FULL = "floor", "CRAFT 64,64,8", "LoRA r=8", "full"
-SMALL: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 768, "vocab_size": 99}
+SMALL: dict[str, Any] = {"num_hidden_layers": 4, "intermediate_size": 768, "vocab_size": 99}
 
 BASE: dict[str, Any] = {"vocab_size": 50265, "max_position_embeddings": 514}
 

@@ -6,6 +6,8 @@ import copy
 import itertools
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,6 +184,42 @@ def test_gradients_equal_those_through_dense_weights_and_checkpointing_changes_n
 
     reference = gradients(dense)
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(plain, reference, strict=True))
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        parts = (nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 6))
+        self.layers = nn.Sequential(*parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layers(x)
+        return out
+
+
+@pytest.mark.parametrize("view", [View(""), View("", Rows(1, 2, 2))])  # whole output; fused, interleaved rows
+def test_backward_needs_of_an_adapted_layer_no_more_than_tokens_by_rank(view: View) -> None:
+    model = Chain().requires_grad_(False)
+    views = [replace(view, module=f"layers.{number}") for number in (0, 4)]
+    stack = torch.stack([view.read(view.module_of(model).get_parameter("weight")) for view in views])
+    x = torch.randn(2, 11, 7, requires_grad=True)
+
+    def saved() -> Counter[tuple[int, ...]]:
+        """Shapes of what autograd keeps from a forward and what grows with the tokens, 2 x 11."""
+        shapes: list[tuple[int, ...]] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            shapes.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(x)
+        return Counter(shape for shape in shapes if 11 in shape or 22 in shape)
+
+    frozen = saved()
+    Adapter({"p": hosvd(stack, (2, 3, 4))}).attach(model, {"p": views})
+    assert saved() - frozen == Counter({(22, 4): 2})  # (tokens, r_in), once a layer
+    assert frozen - saved() == Counter()
 
 
 def test_misuse_is_told() -> None:

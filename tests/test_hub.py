@@ -128,6 +128,7 @@ def glue(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_task_by_its_name_alone_then_offline(hub: LoopbackHub, tmp_path: Path, pico: Callable[..., Path]) -> None:
     hub.add("nyu-mll/glue", glue(tmp_path / "glue"), kind="datasets")
     command = ["train", "--model", str(pico()), "--task", "sst2", "--ranks", "4,4,2", "--max-steps", "2", "--use-cpu"]

@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,15 @@ from craft_cli.tucker import gram_matrix, hosvd, multi_mode_product, unfold
 
 PROJECTIONS = 4
 TARGETS = ("query", "value")
+PRODUCTS = "bare Gram products"
 
 
 # -- peers --------------------------------------------------------------------------------------------------------------
 
 
-def with_craft(stack: Tensor, ranks: tuple[int, int, int], device: str | None = None) -> float:
+def with_craft(stack: Tensor, ranks: tuple[int, int, int]) -> float:
     """Energy kept."""
-    return float(hosvd(stack, ranks, dtype=torch.float64, device=device).core.square().sum())
+    return float(hosvd(stack, ranks, dtype=torch.float64, device=stack.device).core.square().sum())
 
 
 def with_tensorly(stack: Tensor, ranks: tuple[int, int, int]) -> float:
@@ -60,47 +62,42 @@ def with_svd(stack: Tensor, ranks: tuple[int, int, int]) -> float:
     return float(multi_mode_product(stack, [basis.T for basis in bases]).square().sum())
 
 
-def bare_products(stack: Tensor, device: str | None = None) -> None:
+def bare_products(stack: Tensor, ranks: tuple[int, int, int]) -> None:
     """Nothing but W W^T and W^T W of every layer, summed up."""
     _, d_out, d_in = stack.shape
-    out = torch.zeros(d_out, d_out, dtype=torch.float64, device=device)
-    in_ = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+    out, in_ = (torch.zeros(size, size, dtype=torch.float64, device=stack.device) for size in (d_out, d_in))
     for layer in stack:
-        weight = layer.to(device).double()
+        weight = layer.double()
         out.addmm_(weight, weight.T)
         in_.addmm_(weight.T, weight)
 
 
-def peers(shape: tuple[int, int, int], rounds: int, device: str | None) -> list[dict[str, Any]]:
-    """Four projections by everyone."""
+PEERS: dict[str, Callable[[Tensor, tuple[int, int, int]], float | None]] = {
+    "craft": with_craft, "TensorLy tucker": with_tensorly, "torch SVD": with_svd, PRODUCTS: bare_products,
+}  # fmt: skip
+
+
+def peers(shape: tuple[int, int, int], rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """Four projections by everyone, where `device` is."""
     tensorly.set_backend("pytorch")
     ranks = Ranks(64, 64, 8).lowered(shape).by_mode
-    stacks = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(PROJECTIONS)]
+    stacks = [torch.randn(shape, generator=torch.Generator().manual_seed(n)).to(device) for n in range(PROJECTIONS)]
     energies: dict[str, float] = {}
 
-    def arm(name: str, decompose: Callable[[Tensor], float]) -> Callable[[], None]:
+    def arm(name: str) -> Callable[[], None]:
         def run() -> None:
-            energies[name] = sum(decompose(stack) for stack in stacks)
+            energies[name] = sum(PEERS[name](stack, ranks) or 0.0 for stack in stacks)
 
         return run
 
-    arms = {
-        "craft": arm("craft", lambda stack: with_craft(stack, ranks, device)),
-        "TensorLy tucker": arm("TensorLy tucker", lambda stack: with_tensorly(stack, ranks)),
-        "torch SVD": arm("torch SVD", lambda stack: with_svd(stack, ranks)),
-    }
-
-    def products() -> None:
-        for stack in stacks:
-            bare_products(stack, device)
-
-    seconds = in_turn(arms | {"bare Gram products": products}, rounds, warm=0)
-    for name in arms:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = in_turn({name: arm(name) for name in PEERS}, rounds, warm=0, wait=wait)
+    for name in set(PEERS) - {PRODUCTS}:
         assert abs(energies[name] / energies["craft"] - 1) < 1e-10, (name, energies)
     return [
         {
             "by": name, "seconds": statistics.median(times), "to_craft": ratio(times, seconds["craft"]),
-            "to_products": ratio(times, seconds["bare Gram products"]), "energy": energies.get(name),
+            "to_products": ratio(times, seconds[PRODUCTS]), "energy": energies[name] or None,
         }
         for name, times in seconds.items()
     ]  # fmt: skip
@@ -121,66 +118,76 @@ def write_checkpoint(folder: Path, layers: int, width: int) -> None:
     write_shards(folder, {name: Entry((width, width), torch.bfloat16, make) for name in names}, 10**9)
 
 
-def decompose_there(folder: str, device: str | None) -> dict[str, Any]:
+def decompose_there(folder: str, device: str) -> dict[str, Any]:
     """Decompose in this process, and what memory it took above the imports and a first small decomposition."""
     resolve(folder).config()  # imports transformers
     hosvd(torch.randn(2, 64, 64), (2, 8, 8), device=device)
     reset_peak()
-    before = peak()
-    began = time.perf_counter()
+    before, began = peak(), time.perf_counter()
     made = decompose_checkpoint(
         resolve(folder), TARGETS, Ranks(64, 64, 8), cache_dir=f"{folder}/cache", device=device, force=True
     )
     return {
         "peak_bytes": peak() - before,
+        "gpu_peak_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else None,
         "seconds": time.perf_counter() - began,
         "energy": [d.energy for d in made.factors.decompositions.values()],
     }
 
 
-def memory(folder: Path, layers: int, width: int, device: str | None) -> dict[str, Any]:
+def memory(folder: Path, layers: int, width: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """A checkpoint larger than what may be held."""
     write_checkpoint(folder, layers, width)
-    _, found = peak_memory(decompose_there, str(folder), device)
+    _, found = peak_memory(decompose_there, str(folder), str(device))
     layer, grams = width * width * 2, 2 * width * width * 8
+    held = found["gpu_peak_bytes"] or found["peak_bytes"]
     found |= {"layers": layers, "width": width, "checkpoint_bytes": len(TARGETS) * layers * layer}
-    found |= {"layer_bytes": layer, "gram_bytes": grams, "ratio": found["peak_bytes"] / (layer + grams)}
-    return found | {"reading": reading(folder)}
+    found |= {"layer_bytes": layer, "gram_bytes": grams, "ratio": held / (layer + grams)}
+    return found | {"reading": reading(folder, rounds)}
 
 
-def reading(folder: Path, most: int = 8) -> dict[str, float]:
-    """Seconds of one pass over some layers: read alone, computed with, and both where the cache is empty before."""
+class Silent(LazyMatrix):
+    """Its reading is not announced."""
+
+    def announce(self) -> None:
+        """Say nothing."""
+
+
+def reading(folder: Path, rounds: int, most: int = 8) -> dict[str, Any]:
+    """Seconds of one pass over some layers, by rounds: read alone, and with its Gram matrix.
+
+    Cold is what the system forgets when it is told to; a disk of a virtual machine may have a cache of its own.
+    """
     checkpoint = find_checkpoint(str(folder), TARGETS)
     stack = read_stacks(checkpoint, checkpoint.config(), TARGETS)["query"][:most]
-    size = stack[0].shape[0]
+    silent = [Silent(layer._stored, layer._view) for layer in stack]
 
-    def forget() -> None:
+    def cold(work: Callable[[], object]) -> float:
         os.sync()
         for file in folder.glob("*.safetensors"):
             with open(file, "rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return warm(work)
 
-    def timed(work: Callable[[], object], *, cold: bool) -> float:
-        if cold:
-            forget()
+    def warm(work: Callable[[], object]) -> float:
         began = time.perf_counter()
         work()
         return time.perf_counter() - began
 
     def read() -> None:
         for layer in stack:
-            layer[:].sum()
+            layer[:].flatten()[::1024].sum()  # a number of every page
 
-    class Silent(LazyMatrix):
-        def announce(self) -> None:
-            pass
-
-    silent = [Silent(layer._stored, layer._view) for layer in stack]
-    found = {"cold, read alone": timed(read, cold=True), "warm, read alone": timed(read, cold=False)}
-    found["warm, with its Gram matrix"] = timed(lambda: gram_matrix(stack, 1), cold=False)
-    found["cold, announced"] = timed(lambda: gram_matrix(stack, 1), cold=True)
-    found["cold, not announced"] = timed(lambda: gram_matrix(silent, 1), cold=True)
-    return found | {"layers": len(stack), "width": size}
+    passes: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, seconds in (
+            ("cold, read alone", cold(read)),
+            ("warm, with its Gram matrix", warm(lambda: gram_matrix(stack, 1))),
+            ("cold, announced", cold(lambda: gram_matrix(stack, 1))),
+            ("cold, not announced", cold(lambda: gram_matrix(silent, 1))),
+        ):
+            passes.setdefault(name, []).append(seconds)
+    return {"layers": len(stack), "passes": {name: statistics.median(seconds) for name, seconds in passes.items()}}
 
 
 # -- growth -------------------------------------------------------------------------------------------------------------
@@ -195,7 +202,7 @@ def operations(shape: tuple[int, int, int], ranks: tuple[int, int, int]) -> floa
     return grams + 9.0 * (d_out**3 + d_in**3) + project
 
 
-def growth(small: bool, rounds: int, device: str | None) -> list[dict[str, Any]]:
+def growth(small: bool, rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """One thing varied at a time."""
     base, rank = (4, 32, 16) if small else (12, 768, 64), (8, 16) if small else (16, 64, 256, 768)
     layers = (2, 4) if small else (4, 8, 12, 24, 48)
@@ -207,7 +214,7 @@ def growth(small: bool, rounds: int, device: str | None) -> list[dict[str, Any]]
     for varied, shape, out_and_in, value in cases:
         ranks = Ranks(out_and_in, out_and_in, 8).lowered(shape).by_mode
         stack = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        seconds = in_turn({"craft": lambda: hosvd(stack, ranks, device=device)}, rounds)["craft"]  # noqa: B023
+        seconds = in_turn({"craft": partial(hosvd, stack, ranks, device=device)}, rounds)["craft"]
         found.append(
             {
                 "varied": varied,
@@ -252,7 +259,7 @@ def main() -> None:
         layers={"type": int, "default": 32},
         width={"type": int, "default": 4096},
         folder={"help": "for the checkpoint; a temporary one without"},
-        device={"default": None},
+        device={"default": "cpu", "type": torch.device},
         plot={"metavar": "FILE"},
     )
     results: dict[str, Any] = {}
@@ -270,14 +277,14 @@ def main() -> None:
     if "memory" in parts:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             layers, width = (3, 96) if given.small else (given.layers, given.width)
-            results["memory"] = found = memory(Path(folder), layers, width, given.device)
+            results["memory"] = found = memory(Path(folder), layers, width, given.rounds, given.device)
         print(
             f"\n{found['checkpoint_bytes'] / 1e6:,.0f} MB of query and value decomposed in {found['seconds']:.0f} s\n"
         )
         megabytes = [f"{found[name] / 1e6:,.0f} MB" for name in ("layer_bytes", "gram_bytes", "peak_bytes")]
         table(("one layer", "two Gram matrices", "peak memory", "ratio"), [(*megabytes, f"{found['ratio']:.2f}")])
         print()
-        passes = [(name, f"{value:.2f}") for name, value in found["reading"].items() if " " in name]
+        passes = [(name, f"{value:.2f}") for name, value in found["reading"]["passes"].items()]
         table((f"one pass over {found['reading']['layers']} layers", "seconds"), passes)
     if "growth" in parts:
         results["growth"] = growth(given.small, given.rounds, given.device)

@@ -1,9 +1,9 @@
 """The README's figure, from what the other benchmarks wrote.
 
-    python benchmarks/training_step.py --json benchmarks/results/training_step.json
-    python benchmarks/decompose.py --json benchmarks/results/decompose.json
-    python benchmarks/end_to_end.py --data-dir DIR --json benchmarks/results/end_to_end.json
-    python benchmarks/figure.py benchmarks/results benchmarks/speed.png
+python benchmarks/training_step.py --json benchmarks/results/training_step.json
+python benchmarks/decompose.py --json benchmarks/results/decompose.json
+python benchmarks/end_to_end.py --data-dir DIR --json benchmarks/results/end_to_end.json
+python benchmarks/figure.py benchmarks/results benchmarks/speed.png
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def steps(panel: Axes, rows: list[dict[str, Any]], value: str, title: str) -> No
         bars = panel.bar(places, [(value - 1) * 100 for value in values], 0.34, color=colour(arm), label=arm)
         panel.bar_label(bars, [f"{(value - 1) * 100:+.1f}" for value in values], fontsize=8, padding=2)
     full = {row["batch"]: row[value] for row in rows if row["arm"] == "full"}
-    panel.set_xticks(range(len(batches)), [f"{batch}\nfull {(full[batch] - 1) * 100:+.0f}" for batch in batches], fontsize=8)
+    panel.set_xticks(
+        range(len(batches)), [f"{batch}\nfull {(full[batch] - 1) * 100:+.0f}" for batch in batches], fontsize=8
+    )
     panel.axhline(0, color=COLOURS["floor"], linewidth=1)
     panel.margins(y=0.18)
     panel.set_ylabel("% above the floor")
@@ -75,7 +77,7 @@ def main() -> None:
     setting = ended[-1]["setting"]
     mine = [row for row in ended if row["setting"] == setting]
     arms = list(dict.fromkeys(row["arm"] for row in mine))
-    times = [statistics.mean(row["total"] for row in mine if row["arm"] == arm) for arm in arms]
+    times = [statistics.median(row["total"] for row in mine if row["arm"] == arm) for arm in arms]
     best = [statistics.mean(max(row["accuracy"]) for row in mine if row["arm"] == arm) for arm in arms]
     labels = [f"{value:.0f} s, accuracy {reached:.3f}" for value, reached in zip(times, best, strict=True)]
     across(whole, [arm.replace("craft", "CRAFT") for arm in arms], times, labels, f"{setting}, from call to result")

@@ -99,7 +99,8 @@ class _Change:
         if self.tensors is None:  # disabled
             return output
         u_in, s, u_out_t = self.tensors
-        hidden = inputs[0].flatten(0, -2) @ u_in @ s.T  # (tokens, r_out)
+        x = inputs[0].reshape(-1, inputs[0].shape[-1])  # (tokens, d_in)
+        hidden = x @ u_in @ s.T  # (tokens, r_out)
         return self.view.add_to_output(output, hidden, u_out_t)  # (..., d_out)
 
 

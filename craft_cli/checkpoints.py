@@ -184,9 +184,10 @@ class TensorReader:
             return cast(Tensor, self._opened(file)[name])
         if file not in self._places:
             self._places[file] = stored_tensors(self._checkpoint.folder / file)
-        if name not in self._places[file]:
-            raise ModelError(f"{self._checkpoint.name}: {name} is stored in a dtype that cannot be decomposed")
-        return self._places[file][name]
+        stored = self._places[file][name]
+        if not stored.known:
+            raise ModelError(f"{self._checkpoint.name}: {name} is stored as {stored.dtype}, which cannot be decomposed")
+        return stored
 
     def _opened(self, file: str) -> Any:
         if file not in self._open:

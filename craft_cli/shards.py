@@ -7,9 +7,12 @@ the header (dtype, shape and place of every tensor), and the values one after th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
+import os
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -31,52 +34,72 @@ _DTYPE_NAMES = {
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
+class _OpenFile:
+    """A file held open, so that it stays the same one if another takes its name; closed when nobody needs it."""
+
+    def __init__(self, path: Path) -> None:
+        self._number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._number)
+
+    def mapped(self, start: int, stop: int) -> tuple[mmap.mmap, int]:
+        """A map that holds bytes start..stop, and where they begin in it."""
+        skipped = start % mmap.ALLOCATIONGRANULARITY
+        first = start - skipped  # a copy on write: torch wants a buffer that could be written
+        return mmap.mmap(self._number, stop - first, access=mmap.ACCESS_COPY, offset=first), skipped
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file, mapped when it is asked for and no longer than what was given of it lives."""
+    """A tensor in a safetensors file, mapped when it is asked for and no longer than what was given of it lives.
 
-    path: Path
-    dtype: torch.dtype
+    Attributes:
+        file: it is in.
+        dtype: as safetensors names it.
+        shape: of the tensor.
+        start: of its bytes in the file.
+        stop: after its last byte.
+    """
+
+    file: _OpenFile
+    dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
 
+    @property
+    def known(self) -> bool:
+        """Whether its dtype is one that can be computed with as it is (scaled 8-bit floats are not)."""
+        return self.dtype in _DTYPES
+
     def read(self) -> Tensor:
         """Its values, as the file has them: a view of a map, so that only what is looked at is read."""
+        dtype = _DTYPES[self.dtype]
         if self.start == self.stop:
-            return torch.empty(self.shape, dtype=self.dtype)
-        mapped, skipped = self._mapped()
-        values = torch.frombuffer(mapped, dtype=self.dtype, offset=skipped, count=prod(self.shape))
-        return values.view(self.shape)
+            return torch.empty(self.shape, dtype=dtype)
+        mapped, skipped = self.file.mapped(self.start, self.stop)
+        return torch.frombuffer(mapped, dtype=dtype, offset=skipped, count=prod(self.shape)).view(self.shape)
 
     def announce(self) -> None:
         """Have the system read it from the disk in the background: into its cache, not into this process."""
         if self.start < self.stop and hasattr(mmap, "MADV_WILLNEED"):
-            mapped, _ = self._mapped()
-            mapped.madvise(mmap.MADV_WILLNEED)
-
-    def _mapped(self) -> tuple[mmap.mmap, int]:
-        skipped = self.start % mmap.ALLOCATIONGRANULARITY
-        first = self.start - skipped
-        with open(self.path, "rb") as file:  # a copy on write: torch wants a buffer that could be written
-            return mmap.mmap(file.fileno(), self.stop - first, access=mmap.ACCESS_COPY, offset=first), skipped
+            mapped, _ = self.file.mapped(self.start, self.stop)
+            with contextlib.suppress(OSError):  # it was a hint
+                mapped.madvise(mmap.MADV_WILLNEED)
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file that `safe_open` takes, by name; those of a dtype not known here are left out."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    """The tensors of a safetensors file that `safe_open` takes, by name."""
+    file = _OpenFile(path)
+    head, _ = file.mapped(0, 8)
+    begin = 8 + int.from_bytes(head[:8], "little")
+    header, _ = file.mapped(0, begin)
+    entries = json.loads(header[8:begin])
+    entries.pop("__metadata__", None)
     return {
         name: StoredTensor(
-            path,
-            _DTYPES[entry["dtype"]],
-            tuple(entry["shape"]),
-            *(8 + length + offset for offset in entry["data_offsets"]),
+            file, entry["dtype"], tuple(entry["shape"]), *(begin + offset for offset in entry["data_offsets"])
         )
-        for name, entry in header.items()
-        if entry["dtype"] in _DTYPES
+        for name, entry in entries.items()
     }
 
 

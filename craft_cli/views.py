@@ -76,9 +76,14 @@ class View:
 
     def add_to_output(self, output: Tensor, hidden: Tensor, basis: Tensor) -> Tensor:
         """The module's output (..., stored rows) with hidden (tokens, r) @ basis (r, d_out) added at these rows."""
-        if self.rows is None:  # the sum is made by the product itself; in place, autograd would copy a gradient for it
-            return torch.addmm(output.flatten(0, -2), hidden, basis).view(output.shape)
-        delta = (hidden @ basis).view(*output.shape[:-1], self.rows.count, self.rows.size)
+        if (
+            self.rows is None and output.dtype == hidden.dtype
+        ):  # the product is added as it is made, not in a pass of its own
+            return torch.addmm(output.reshape(-1, output.shape[-1]), hidden, basis).view(output.shape)
+        delta = hidden @ basis
+        if self.rows is None:  # such as float32 out of a quantised layer
+            return output + delta.view(output.shape)
+        delta = delta.view(*output.shape[:-1], self.rows.count, self.rows.size)
         self.rows.of(output, -1).add_(delta)
         return output
 

@@ -222,6 +222,25 @@ def test_backward_needs_of_an_adapted_layer_no_more_than_tokens_by_rank(view: Vi
     assert frozen - saved() == Counter()
 
 
+def test_one_row_alone_and_a_wider_output_are_adapted_too() -> None:
+    view = View("m")
+    output, hidden, basis = torch.randn(2, 3, 6), torch.randn(6, 4), torch.randn(4, 6)
+    expected = output + (hidden @ basis).view(2, 3, 6)
+    assert torch.allclose(view.add_to_output(output, hidden, basis), expected, atol=1e-6)
+    wide = view.add_to_output(output.double(), hidden, basis)  # as a quantised layer may answer
+    assert wide.dtype == torch.float64
+    assert torch.allclose(wide, expected.double(), atol=1e-6)
+    model = Chain()
+    views = [View("layers.0"), View("layers.4")]
+    stack = torch.stack([view.read(view.module_of(model).get_parameter("weight")) for view in views])
+    adapter = Adapter({"p": hosvd(stack)})
+    adapter.attach(model, {"p": views})
+    shake(adapter)
+    x = torch.randn(7)
+    assert torch.allclose(model(x), model(x[None])[0], atol=1e-6)
+    assert model(x[None][:0]).shape == (0, 6)
+
+
 def test_misuse_is_told() -> None:
     block, adapter = adapted_block()
     with pytest.raises(ValueError, match="carries an adapter already"):

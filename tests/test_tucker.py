@@ -155,6 +155,15 @@ def test_one_layer_is_held_at_a_time_and_the_next_announced() -> None:
     assert log[-len(turn) :] == turn
 
 
+def test_parameters_are_decomposed_as_tensors_are_into_rows_that_lie_together() -> None:
+    stack = stack_of((3, 9, 7))
+    found = hosvd([torch.nn.Parameter(layer) for layer in stack], (2, 4, 3), dtype=torch.float64)
+    for ours, theirs in zip(found.factors, hosvd(stack, (2, 4, 3), dtype=torch.float64).factors, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.is_contiguous()
+        assert not ours.requires_grad
+
+
 def test_eigenvectors_take_the_place_of_the_matrix() -> None:
     stack = stack_of((3, 9, 7))
     gram = gram_matrix(stack, 1)

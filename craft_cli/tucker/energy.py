@@ -37,6 +37,7 @@ class EnergyTable:
     by_mode: tuple[Tensor, Tensor, Tensor]
 
 
+@torch.no_grad()
 def energy_table(layers: Sequence[Matrix] | Tensor, ranks_out: Sequence[int], ranks_in: Sequence[int]) -> EnergyTable:
     """Energy kept by the HOSVD of a stack at all combinations of these ranks and every layer rank.
 

@@ -35,6 +35,7 @@ class Matrix(Protocol):
         """The rows asked for, (rows, d_in)."""
 
 
+@torch.no_grad()
 def hosvd(
     layers: Sequence[Matrix] | Tensor,
     ranks: tuple[int, int, int] | None = None,
@@ -64,7 +65,7 @@ def hosvd(
     for mode, rank in enumerate(ranks):
         values, vectors = eigh_in_place(gram_matrix(layers, mode, device=device, advance=advance))  # ascending
         spectra.append(values.flip(0).clamp(min=0).sqrt())
-        bases.append(canonical_signs(vectors[:, -rank:].flip(1)))
+        bases.append(canonical_signs(vectors[:, -rank:].flip(1)).contiguous())
         del vectors  # as large as the next Gram matrix
     u_layer, u_out, u_in = bases
 
@@ -73,6 +74,7 @@ def hosvd(
     return TuckerTensor(core, (u_layer, u_out, u_in), (spectra[0], spectra[1], spectra[2])).to(dtype, "cpu")
 
 
+@torch.no_grad()
 def gram_matrix(
     layers: Sequence[Matrix] | Tensor,
     mode: int,

@@ -4,7 +4,7 @@
 
 The floor is what nobody who trains anything in the lowest adapted layer can go below: forward and backward through the
 frozen model down to there, where the bias of query and value is trained. CRAFT has ranks 64,64,8 on query and value, LoRA
-rank 8 on the same. Heads are frozen in all arms but the full one. A step is forward, backward, AdamW, zero_grad, in
+rank 8 on the same. Heads are frozen in all arms but the full one. A step is zero_grad, forward, backward, AdamW, in
 training mode with the dropout of the configuration; random weights do for speed.
 
 Memory is what tensors needed at most at once during a step above what was there before it, counted by the allocator.
@@ -88,6 +88,7 @@ def gradients_of(model: Model, batch: dict[str, Tensor], bf16: bool) -> Step:
     model.train()
 
     def gradients() -> None:
+        model.zero_grad()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             loss = model(**batch).loss
         loss.backward()
@@ -102,7 +103,6 @@ def step_of(model: Model, gradients: Step) -> Step:
     def step() -> None:
         gradients()
         optimizer.step()
-        optimizer.zero_grad()
 
     return step
 
@@ -153,19 +153,9 @@ def peak_bytes(step: Step, device: torch.device) -> int:
 
 
 VIEWS = (
-    "view",
-    "reshape",
-    "t.",
-    "transpose",
-    "permute",
-    "detach",
-    "expand",
-    "slice",
-    "select",
-    "unbind",
-    "alias",
-    "unsqueeze",
-)
+    "view", "_unsafe_view", "reshape", "t.", "transpose", "permute", "detach", "expand", "slice", "select", "unbind", "alias",
+    "unsqueeze", "_local_scalar_dense",
+)  # fmt: skip
 
 
 class Counted(TorchDispatchMode):

@@ -229,6 +229,7 @@ def growth(small: bool, rounds: int, device: torch.device) -> list[dict[str, Any
 def plot(rows: list[dict[str, Any]], file: str) -> None:
     """Seconds, and the operations scaled to the first point of each panel."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     for panel, varied in zip(figure.subplots(1, 3), ("layers", "width", "rank"), strict=True):
@@ -240,10 +241,14 @@ def plot(rows: list[dict[str, Any]], file: str) -> None:
             values, [row["operations"] * scale for row in mine], "--", color="gray", label="operations, scaled"
         )
         panel.set_xticks(values, [str(value) for value in values])
-        panel.minorticks_off()
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel(
             {"layers": "layers of 768 x 768", "width": "width, 12 layers", "rank": "rank OUT and IN"}[varied]
         )
+        panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel("seconds")
     figure.axes[0].legend(frameon=False)

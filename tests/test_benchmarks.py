@@ -120,3 +120,11 @@ def test_data_loads_the_batches_of_the_training_and_its_other_arm_is_random(monk
     order = torch.randperm(90, generator=torch.Generator().manual_seed(7 * 1_000_003)).tolist()
     plan = batches.plan_epoch(prepared.train.lengths, 32, seed=7, epoch=0)
     assert {frozenset(rows) for rows in plan} == {frozenset(order[start : start + 32]) for start in (0, 32, 64)}
+
+
+def test_the_figure_is_drawn_from_the_results_kept() -> None:
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "figure.py", BENCHMARKS / "results", "speed.svg"], check=True, timeout=120
+    )
+    drawn = Path("speed.svg").read_text()
+    assert drawn.count("<path") > 50

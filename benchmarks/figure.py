@@ -48,7 +48,7 @@ def across(panel: Axes, names: list[str], values: list[float], labels: list[str]
     bars = panel.barh(names, values, color=[colour(name) for name in names])
     panel.bar_label(bars, labels, fontsize=8, padding=3)
     panel.invert_yaxis()
-    panel.margins(x=0.3)
+    panel.set_xlim(0, max(values) * 1.6)
     panel.tick_params(labelsize=8)
     panel.set_xlabel("seconds")
     panel.set_title(title, fontsize=10)

@@ -96,6 +96,21 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def most_alive(work: Callable[[], object]) -> int:
+    """Most bytes of CPU tensors alive at once during `work` above those alive before, as torch's allocator counts them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    held = most = 0
+    assert profiler.profiler is not None
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
 def machine() -> dict[str, Any]:
     """Where it was measured, in general terms."""
     import torch

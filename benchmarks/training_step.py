@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import arguments, in_turn, ratio, table, write
+from measure import arguments, in_turn, most_alive, ratio, table, write
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -134,22 +134,14 @@ def random_batch(rows: int, tokens: int, vocabulary: int, device: torch.device) 
 def peak_bytes(step: Step, device: torch.device) -> int:
     """Most bytes of tensors alive at once during a step, above those alive before it."""
     step()  # the state of the optimizer is there before
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    held = most = 0
-    assert profiler.profiler is not None
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    if device.type == "cpu":
+        return most_alive(step)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 VIEWS = (

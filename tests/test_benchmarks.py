@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import subprocess
@@ -17,6 +18,7 @@ from craft_cli import batches
 from craft_cli.cli import app
 from craft_cli.config import RunConfig
 from craft_cli.preparation import prepare
+from craft_cli.tucker import gram_matrix, hosvd
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -48,6 +50,17 @@ def test_a_step_needs_the_memory_of_the_floor_and_fewer_operations_than_lora(pre
     assert craft["operations_per_adapted"] <= lora["operations_per_adapted"]
     base, merged, adapted, _ = found["inference"]
     assert merged["operations"] == base["operations"] < adapted["operations"]
+
+
+def test_a_decomposition_holds_one_gram_matrix_and_what_its_eigenvectors_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    most_alive = importlib.import_module("measure").most_alive
+    width, layers = 256, [torch.randn(256, 256) for _ in range(6)]
+    matrix = width * width * 8
+    hosvd(layers, (6, 8, 8))
+    gram = most_alive(lambda: gram_matrix(layers, 2))
+    assert 2 * matrix <= gram <= 2.1 * matrix  # itself and one layer
+    assert most_alive(lambda: hosvd(layers, (6, 8, 8))) <= 3.2 * matrix  # LAPACK wants two more for the eigenvectors
 
 
 @pytest.mark.slow

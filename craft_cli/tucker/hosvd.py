@@ -25,7 +25,10 @@ _BLOCKS = 8
 
 
 class Matrix(Protocol):
-    """One layer's matrix (d_out, d_in), read when its rows are asked for: a tensor, or a view into a file."""
+    """One layer's matrix (d_out, d_in), read when its rows are asked for: a tensor, or a view into a file.
+
+    One that has a method `announce()` is told while the layer before it is computed with.
+    """
 
     @property
     def shape(self) -> Sequence[int]:
@@ -149,7 +152,7 @@ def _rows_of_all(
 
 
 def _announce(layers: Sequence[Matrix] | Tensor, number: int) -> None:
-    """Have the system read a layer from the disk while the one before is computed with, if it comes from there."""
+    """Tell a layer that it comes next, if it wants to know: one on a disk can be fetched meanwhile."""
     if number < len(layers) and not isinstance(layers, Tensor):
         announce = getattr(layers[number], "announce", None)
         if announce:

@@ -49,6 +49,7 @@ def test_ctrl_c_does_not_cut_what_is_being_written(
     presses: int, pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first picture imports matplotlib; an interrupt in there once aborted the interpreter."""
+    before = signal.getsignal(signal.SIGINT)
     heard: list[tuple[int, Path | None, bool]] = []
     drawn: list[str] = []
 
@@ -67,7 +68,7 @@ def test_ctrl_c_does_not_cut_what_is_being_written(
     with pytest.raises(KeyboardInterrupt):
         craft.train(config(pico(), data_dir), Hears())
     assert (drawn, heard) == (["whole"], [(7, Path("out"), True)])
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_ctrl_c_ends_it_at_once(pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,7 @@ def test_many_killed_trainings_end_as_the_uncut_one() -> None:
 def test_a_signal_ends_it_whole_and_it_goes_on(
     number: int, after: int, in_evaluation: bool, pico: Make, data_dir: Path
 ) -> None:
+    before = signal.getsignal(signal.SIGINT)
     base, batch = pico(**DROPOUT), {"per_device_eval_batch_size": 8}
     craft.train(config(base, data_dir, output_dir="uncut", **batch))
     listener = Cut(after, number, in_evaluation=in_evaluation)
@@ -119,7 +120,7 @@ def test_a_signal_ends_it_whole_and_it_goes_on(
     assert listener.told == [(after, Path("out"), True)]
     assert checkpoints(Run(Path("out")))[0].name == f"step-{after}"
     assert Run(Path("out")).state() == f"interrupted at step {after}"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     again = Cut(0)
     craft.train(config(base, data_dir, resume=True, **batch), again)
     assert again.plan is not None

@@ -227,7 +227,7 @@ def growth(small: bool, rounds: int, device: torch.device) -> list[dict[str, Any
 
 
 def plot(rows: list[dict[str, Any]], file: str) -> None:
-    """Seconds, and the operations scaled to the first point of each panel."""
+    """Seconds, and the operations scaled to them by the median of each panel."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 

@@ -76,9 +76,8 @@ class View:
 
     def add_to_output(self, output: Tensor, hidden: Tensor, basis: Tensor) -> Tensor:
         """The module's output (..., stored rows) with hidden (tokens, r) @ basis (r, d_out) added at these rows."""
-        if (
-            self.rows is None and output.dtype == hidden.dtype
-        ):  # the product is added as it is made, not in a pass of its own
+        if self.rows is None and output.dtype == hidden.dtype:
+            # the product is added as it is made, not in a pass of its own
             return torch.addmm(output.reshape(-1, output.shape[-1]), hidden, basis).view(output.shape)
         delta = hidden @ basis
         if self.rows is None:  # such as float32 out of a quantised layer

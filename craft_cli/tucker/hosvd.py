@@ -129,7 +129,8 @@ def _in_turn(
     layer = torch.empty(*stack_shape(layers)[1:], dtype=torch.float64, device=device)
     for number, stored in enumerate(layers):
         layer.copy_(stored[:].to(device))  # moved as stored, then widened
-        _announce(layers, number + 1)
+        if number + 1 < len(layers):  # one on a disk can be fetched meanwhile
+            getattr(layers[number + 1], "announce", lambda: None)()
         yield layer
         advance(1)
 
@@ -149,14 +150,6 @@ def _rows_of_all(
         yield rows[:, : stop - start].flatten(1)
         advance(stop * count // d_out - done)
         done = stop * count // d_out
-
-
-def _announce(layers: Sequence[Matrix] | Tensor, number: int) -> None:
-    """Tell a layer that it comes next, if it wants to know: one on a disk can be fetched meanwhile."""
-    if number < len(layers) and not isinstance(layers, Tensor):
-        announce = getattr(layers[number], "announce", None)
-        if announce:
-            announce()
 
 
 def canonical_signs(vectors: Tensor) -> Tensor:

@@ -255,6 +255,14 @@ def hub() -> Iterator[LoopbackHub]:
         yield server
 
 
+@pytest.fixture
+def signed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token for the hub on this machine, and none of the user's."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "no-token")
+    monkeypatch.setenv("HF_TOKEN", "hf_loopback")
+
+
 @pytest.fixture(scope="session")
 def halves(pico: Callable[..., Path], data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run `uncut`, and a run `out` that was cut after 9 of 12 updates; checkpoints every 4."""

@@ -279,12 +279,9 @@ def test_what_is_said_of_vllm(pico: Make) -> None:
 
 @pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub's own
 def test_nothing_is_uploaded_unless_asked_for_and_then_all(
-    pico: Make, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+    pico: Make, hub: LoopbackHub, signed_in: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved_adapter(pico())
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "no-token")
-    monkeypatch.setenv("HF_TOKEN", "hf_loopback")
     with endpoint(hub):
         assert invoke("merge", "adapter").exit_code == 0
         assert hub.requests == []

@@ -102,13 +102,9 @@ def test_sigterm_leaves_nothing_behind(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub's own
-def test_a_second_upload_replaces_the_weights_of_the_first(
-    pico: Make, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_upload_replaces_the_weights_of_the_first(pico: Make, hub: LoopbackHub, signed_in: None) -> None:
     """transformers would take a `model.safetensors` that stayed there before the index of the new shards."""
     saved_adapter(pico())
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", "hf_loopback")
     with endpoint(hub):
         for more in (["-o", "one", "--private"], ["-o", "two", "--max-shard-size", "20KB"]):
             done = invoke("merge", "adapter", "--push-to-hub", "someone/twice", *more)

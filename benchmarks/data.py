@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 import craft_cli as craft
-from craft_cli import RunConfig, batches, train
-from craft_cli.data import TRAIN, DataSource, load_splits
-from craft_cli.models import quiet_transformers
-from craft_cli.preparation import Prepared, build, prepare
-from craft_cli.progress import Listener, Plan
-from craft_cli.tokens import collate, encode, padding
+from craft_cli.training import schedule as batches
+from craft_cli import RunConfig, train
+from craft_cli.data.sources import TRAIN, DataSource, load_splits
+from craft_cli.models.loading import quiet_transformers
+from craft_cli.training.setup import Prepared, build, prepare
+from craft_cli.training.progress import Listener, Plan
+from craft_cli.data.tokens import collate, encode, padding
 
 Batch = tuple[dict[str, Tensor], Tensor | None]
 ARMS = {"similar lengths": batches.BUCKET, "random": 1}

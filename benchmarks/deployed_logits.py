@@ -25,8 +25,8 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 import craft_cli as craft
-from craft_cli.models import load_adapted
-from craft_cli.projections import TARGETS
+from craft_cli.models.loading import load_adapted
+from craft_cli.models.families import TARGETS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import PICO, build_pico, shake, token_batch

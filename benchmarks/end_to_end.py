@@ -169,8 +169,8 @@ def train(arm: str, settings: dict[str, Any], rank: int, rate: float) -> dict[st
 
 def with_craft(watch: Watch, config: Any) -> dict[str, Any]:
     """Train by `craft.train`."""
-    from craft_cli import training
-    from craft_cli.progress import Listener
+    from craft_cli.training import loop as training
+    from craft_cli.training.progress import Listener
 
     class Ears(Listener):
         accuracy: list[float] = []  # noqa: RUF012
@@ -207,7 +207,7 @@ def with_lora(watch: Watch, config: Any, order: str, rank: int, rate: float) -> 
     )
     from transformers.utils import logging
 
-    from craft_cli.checkpoints import resolve
+    from craft_cli.models.checkpoint import resolve
 
     class Start(TrainerCallback):
         at = 0.0
@@ -261,7 +261,7 @@ def with_lora(watch: Watch, config: Any, order: str, rank: int, rate: float) -> 
 
 def splits(config: Any) -> tuple[Sequence[str], list[Any]]:
     """The names of the labels, and the training and validation texts that craft would take."""
-    from craft_cli.data import TRAIN, VALIDATION, DataSource, load_splits
+    from craft_cli.data.sources import TRAIN, VALIDATION, DataSource, load_splits
 
     loaded = load_splits(DataSource.of(config), [TRAIN, VALIDATION])
     rows = (config.max_train_samples, config.max_eval_samples)

@@ -22,7 +22,7 @@ from typer.main import get_command
 
 import craft_cli as craft
 from craft_cli.cli import app
-from craft_cli.models import quiet_transformers
+from craft_cli.models.loading import quiet_transformers
 
 EMPTY = "empty Typer app --help"
 EMPTY_APP = """

@@ -12,44 +12,44 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CraftError": "errors",
-    "Factors": "factors",
-    "ModelAdapter": "attached",
-    "Ranks": "ranks",
+    "Factors": "methods.craft.factors",
+    "ModelAdapter": "methods.attach",
+    "Ranks": "methods.craft.ranks",
     "RunConfig": "config",
     "TuckerTensor": "tucker",
-    "advise": "advice",
-    "attach": "attached",
-    "compare": "comparison",
-    "decompose": "decomposition",
-    "evaluate": "evaluation",
+    "advise": "api.advise",
+    "attach": "methods.attach",
+    "compare": "api.compare",
+    "decompose": "methods.craft.decomposition",
+    "evaluate": "api.evaluate",
     "hosvd": "tucker",
-    "inspect": "inspection",
-    "load": "attached",
-    "merge": "merging",
-    "predict": "prediction",
-    "submit": "submission",
-    "train": "training",
+    "inspect": "api.inspect",
+    "load": "methods.attach",
+    "merge": "api.merge",
+    "predict": "api.predict",
+    "submit": "api.submit",
+    "train": "training.loop",
 }
 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from craft_cli.advice import advise as advise
-    from craft_cli.attached import ModelAdapter as ModelAdapter
-    from craft_cli.attached import attach as attach
-    from craft_cli.attached import load as load
-    from craft_cli.comparison import compare as compare
+    from craft_cli.api.advise import advise as advise
+    from craft_cli.methods.attach import ModelAdapter as ModelAdapter
+    from craft_cli.methods.attach import attach as attach
+    from craft_cli.methods.attach import load as load
+    from craft_cli.api.compare import compare as compare
     from craft_cli.config import RunConfig as RunConfig
-    from craft_cli.decomposition import decompose as decompose
+    from craft_cli.methods.craft.decomposition import decompose as decompose
     from craft_cli.errors import CraftError as CraftError
-    from craft_cli.evaluation import evaluate as evaluate
-    from craft_cli.factors import Factors as Factors
-    from craft_cli.inspection import inspect as inspect
-    from craft_cli.merging import merge as merge
-    from craft_cli.prediction import predict as predict
-    from craft_cli.ranks import Ranks as Ranks
-    from craft_cli.submission import submit as submit
-    from craft_cli.training import train as train
+    from craft_cli.api.evaluate import evaluate as evaluate
+    from craft_cli.methods.craft.factors import Factors as Factors
+    from craft_cli.api.inspect import inspect as inspect
+    from craft_cli.api.merge import merge as merge
+    from craft_cli.api.predict import predict as predict
+    from craft_cli.methods.craft.ranks import Ranks as Ranks
+    from craft_cli.api.submit import submit as submit
+    from craft_cli.training.loop import train as train
     from craft_cli.tucker import TuckerTensor as TuckerTensor
     from craft_cli.tucker import hosvd as hosvd
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt
 
 from craft_cli.errors import ConfigError, nearest
-from craft_cli.ranks import Ranks
+from craft_cli.methods.craft.ranks import Ranks
 
 Positive = Annotated[int, Gt(0)]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]

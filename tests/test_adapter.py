@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from craft_cli.adapter import PAPER_NOISE, Adapter, ProjectionAdapter
+from craft_cli.methods.adapter import PAPER_NOISE, Adapter, ProjectionAdapter
 from craft_cli.tucker import TuckerTensor, hosvd, multi_mode_product
-from craft_cli.views import Rows, View
+from craft_cli.models.views import Rows, View
 
 
 def decomposed(shape: tuple[int, int, int], ranks: tuple[int, int, int] | None = None) -> TuckerTensor:
@@ -268,5 +268,5 @@ def test_a_merge_that_rounds_away_fails() -> None:
 
 
 def test_the_core_needs_no_transformers() -> None:
-    code = "import sys, craft_cli.adapter, craft_cli.tucker; sys.exit('transformers' in sys.modules)"
+    code = "import sys, craft_cli.methods.adapter, craft_cli.tucker; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

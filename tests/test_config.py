@@ -11,7 +11,7 @@ import yaml
 
 from craft_cli.config import RunConfig, flag, load_recipe, parse_settings, shipped_recipes
 from craft_cli.errors import ConfigError
-from craft_cli.ranks import Ranks
+from craft_cli.methods.craft.ranks import Ranks
 
 TASK = {"task": "sst2"}
 

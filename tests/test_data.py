@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from craft_cli.data import DataSource, Split, load_splits
+from craft_cli.data.sources import DataSource, Split, load_splits
 from craft_cli.errors import DataError
-from craft_cli.tables import read_file
-from craft_cli.tasks import OWN, Task
+from craft_cli.data.tables import read_file
+from craft_cli.tasks.base import OWN, Task
 
 ROWS = [
     {"text": "NA", "label": "good"},

@@ -13,7 +13,7 @@ from conftest import classifier
 from typer.testing import CliRunner
 
 import craft_cli as craft
-from craft_cli import checkpoints
+from craft_cli.models import checkpoint as checkpoints
 from craft_cli.cli import app
 from craft_cli.errors import FileError, ModelError
 

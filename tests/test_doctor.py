@@ -20,8 +20,8 @@ import torch
 from conftest import invoke
 from loopback_hub import LoopbackHub
 
-from craft_cli import doctor
-from craft_cli.doctor import Finding, examine
+from craft_cli.api import doctor
+from craft_cli.api.doctor import Finding, examine
 from craft_cli.errors import CraftError
 
 NAMES = [
@@ -83,7 +83,8 @@ def test_all_is_well_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_step_and_the_merge_are_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from craft_cli import merging, training
+    from craft_cli.api import merge as merging
+    from craft_cli.training import loop as training
 
     calls: list[Any] = []
 
@@ -117,7 +118,7 @@ def test_a_merge_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     def fail(run: Path) -> None:
         raise CraftError("the merged model differs")
 
-    monkeypatch.setattr("craft_cli.merging.merge", fail)
+    monkeypatch.setattr("craft_cli.api.merge.merge", fail)
     result = invoke("doctor", "--json")
     content = json.loads(result.stdout)
     assert result.exit_code == 1
@@ -131,7 +132,7 @@ def test_a_training_that_fails_leaves_the_folder_and_no_merge(monkeypatch: pytes
         Path("runs").mkdir()
         raise RuntimeError("CUDA error:\n  no kernel image")
 
-    monkeypatch.setattr("craft_cli.training.train", fail)
+    monkeypatch.setattr("craft_cli.training.loop.train", fail)
     result = invoke("doctor")
     assert result.exit_code == 1
     *_, training, merge, last = result.stdout.splitlines()
@@ -337,7 +338,7 @@ def test_wrapped_between_words_on_a_terminal(
 ) -> None:
     from rich.console import Console
 
-    from craft_cli import console
+    from craft_cli.cli import console
     from craft_cli.cli.doctor import _show
 
     told = "some words [and more] of them " * 5 + "https://a.very.long/" + "x" * 60

@@ -34,8 +34,8 @@ from transformers import (
 )
 
 import craft_cli as craft
-from craft_cli.models import head_of, load_adapted
-from craft_cli.shards import Entry, write_shards
+from craft_cli.models.loading import head_of, load_adapted
+from craft_cli.models.shards import Entry, write_shards
 
 Make = Callable[..., Path]
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_merged(pico: Make, monkeypatch: pytest.MonkeyPatch) -> N
     assert "--dtype is for checkpoints" in failure("merge", "adapter", "--format", "peft", "--dtype", "float16")
     assert "--trim is for --format peft" in failure("merge", "adapter", "--trim")
     assert "--push-to-hub: expected OWNER/NAME, not 'a/b/c'" in failure("merge", "adapter", "--push-to-hub", "a/b/c")
-    monkeypatch.setattr("craft_cli.views.View.add_to_weight", lambda view, weight, delta: weight.add_(0.5))
+    monkeypatch.setattr("craft_cli.models.views.View.add_to_weight", lambda view, weight, delta: weight.add_(0.5))
     assert "logits differ from the adapted one's" in failure("merge", "adapter")
 
 

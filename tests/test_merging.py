@@ -17,11 +17,11 @@ from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import craft_cli as craft
-from craft_cli.advice import random_energy
-from craft_cli.data import DataSource, load_splits
+from craft_cli.api.advise import random_energy
+from craft_cli.data.sources import DataSource, load_splits
 from craft_cli.errors import ConfigError, FileError, ModelError
-from craft_cli.models import load_adapted
-from craft_cli.shards import Entry, write_streamed
+from craft_cli.models.loading import load_adapted
+from craft_cli.models.shards import Entry, write_streamed
 from craft_cli.tucker import hosvd
 
 Make = Callable[..., Path]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from craft_cli.metrics import by_label, compute_metrics, confusion
-from craft_cli.objectives import balanced_weights, constant_metric, decide, measure, scores, summed_loss
-from craft_cli.tasks import MULTI, NUMBER, REGRESSION, SINGLE, Task
+from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
+from craft_cli.tasks.sequence_classification import balanced_weights, constant_metric, decide, measure, scores, summed_loss
+from craft_cli.tasks.base import MULTI, NUMBER, REGRESSION, SINGLE, Task
 
 
 @pytest.mark.parametrize("classes", [2, 4])

@@ -13,11 +13,13 @@ from conftest import classifier, shake, token_batch
 from test_training import Remember, config, lines, tensors
 
 import craft_cli as craft
-from craft_cli import compilation, preparation, training
-from craft_cli.checkpoints import resolve
+from craft_cli.training import compile as compilation
+from craft_cli.training import setup as preparation
+from craft_cli.training import loop as training
+from craft_cli.models.checkpoint import resolve
 from craft_cli.errors import ConfigError, CraftError, ModelError
-from craft_cli.models import load_quantised, recompute_activations
-from craft_cli.training_state import read_checkpoint
+from craft_cli.models.loading import load_quantised, recompute_activations
+from craft_cli.training.checkpoint import read_checkpoint
 
 Make = Callable[..., Path]
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}

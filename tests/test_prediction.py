@@ -18,11 +18,11 @@ from conftest import failure, invoke, opinions, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import craft_cli as craft
-from craft_cli import submission
+from craft_cli.api import submit as submission
 from craft_cli.config import RunConfig
-from craft_cli.data import DataSource
+from craft_cli.data.sources import DataSource
 from craft_cli.errors import ConfigError, DataError
-from craft_cli.tasks import TASKS
+from craft_cli.tasks.base import TASKS
 
 Make = Callable[..., Path]
 TEXTS = ["the film was great", "a dull book", "", "\U0001f600 the the the", "never good"]
@@ -327,7 +327,7 @@ def small_server(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         name: replace(task, server={file: (split, rows.get(file, 4)) for file, (split, _) in (task.server or {}).items()} or None)
         for name, task in TASKS.items()
     }  # fmt: skip
-    monkeypatch.setattr("craft_cli.tasks.TASKS", small)
+    monkeypatch.setattr("craft_cli.tasks.base.TASKS", small)
     monkeypatch.setattr(submission, "TASKS", small)
     return dict.fromkeys(SERVER, 4) | rows
 

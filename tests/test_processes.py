@@ -22,7 +22,7 @@ from conftest import opinions, write_rows
 from test_training import config, craft_command, lines, tensors
 
 import craft_cli as craft
-from craft_cli.runs import Run, checkpoints
+from craft_cli.training.run import Run, checkpoints
 
 Make = Callable[..., Path]
 Popen = subprocess.Popen[str]

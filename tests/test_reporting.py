@@ -24,7 +24,7 @@ from test_training import config, lines
 
 import craft_cli as craft
 from craft_cli.errors import ConfigError, CraftError
-from craft_cli.runs import Run
+from craft_cli.training.run import Run
 
 Make = Callable[..., Path]
 
@@ -75,7 +75,7 @@ def test_a_resumed_run_shows_no_step_twice(pico: Make, data_dir: Path) -> None:
 def test_a_tracker_that_is_not_installed_is_told_before_anything_is_done(
     pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("craft_cli.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("craft_cli.training.trackers.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--report-to wandb: not installed; `pip install wandb`"):
         craft.train(config(pico(), data_dir, report_to="wandb"))
     assert not Path("out").exists()
@@ -204,7 +204,7 @@ def test_names_of_users_are_no_markup(pico: Make) -> None:
 
 
 def test_the_resume_command_can_be_typed_as_it_is_told(pico: Make, data_dir: Path, capsys: Any) -> None:
-    from craft_cli.console import TrainingConsole
+    from craft_cli.cli.console import TrainingConsole
 
     class Interrupts(TrainingConsole):
         def updated(self, step: int, loss: float, rate: float, examples: int) -> None:

@@ -16,8 +16,8 @@ from test_training import config, lines, tensors
 
 import craft_cli as craft
 from craft_cli.errors import ConfigError, CraftError, FileError
-from craft_cli.progress import Listener
-from craft_cli.runs import Run
+from craft_cli.training.progress import Listener
+from craft_cli.training.run import Run
 
 Make = Callable[..., Path]
 

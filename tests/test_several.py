@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_export import logits
 
 import craft_cli as craft
-from craft_cli.attached import ModelAdapter
+from craft_cli.methods.attach import ModelAdapter
 from craft_cli.errors import ConfigError, ModelError
 
 Make = Callable[..., Path]

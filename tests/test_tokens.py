@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from craft_cli.data import Split
-from craft_cli.tokens import Encoded, collate, encode, padding
+from craft_cli.data.sources import Split
+from craft_cli.data.tokens import Encoded, collate, encode, padding
 
 
 @pytest.fixture(scope="module")

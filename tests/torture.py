@@ -35,7 +35,11 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from conftest import build_pico, opinions, write_rows  # noqa: E402
 
-from craft_cli import files, inference, runs, training, training_state  # noqa: E402
+from craft_cli.api import predictor as inference  # noqa: E402
+from craft_cli.training import run as runs  # noqa: E402
+from craft_cli.training import loop as training  # noqa: E402
+from craft_cli.training import checkpoint as training_state  # noqa: E402
+from craft_cli import files  # noqa: E402
 from craft_cli.config import RunConfig  # noqa: E402
 
 SETTINGS = {

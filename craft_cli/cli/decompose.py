@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.common import JsonFlag, reports_errors
+from craft_cli.cli.options import JsonFlag, reports_errors
 
 
 @reports_errors
@@ -25,9 +25,9 @@ def command(
     json: JsonFlag = False,
 ) -> None:
     """Decompose the attention projections of a model once (HOSVD), and cache the factors."""
-    from craft_cli import console
-    from craft_cli.decomposition import decompose_checkpoint, find_checkpoint
-    from craft_cli.ranks import Ranks
+    from craft_cli.cli import console
+    from craft_cli.methods.craft.decomposition import decompose_checkpoint, find_checkpoint
+    from craft_cli.methods.craft.ranks import Ranks
 
     names = tuple(name.strip() for name in targets.split(","))
     wanted = Ranks.parse(ranks)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from craft_cli.cli.common import JsonFlag, reports_errors
+from craft_cli.cli.options import JsonFlag, reports_errors
 
 if TYPE_CHECKING:
-    from craft_cli.doctor import Finding
+    from craft_cli.api.doctor import Finding
 
 _COLOURS = {"ok": "green", "note": "yellow", "broken": "bold red"}
 
@@ -18,8 +18,8 @@ _COLOURS = {"ok": "green", "note": "yellow", "broken": "bold red"}
 @reports_errors
 def command(json: JsonFlag = False) -> None:
     """Examine this installation and machine, down to one real training step and merge."""
-    from craft_cli import console
-    from craft_cli.doctor import examine
+    from craft_cli.cli import console
+    from craft_cli.api.doctor import examine
 
     with console.status("examining") as progress:
         findings = examine(progress)
@@ -36,7 +36,7 @@ def command(json: JsonFlag = False) -> None:
 
 def _show(findings: Sequence[Finding]) -> None:
     """Name, state and what was found; on a terminal wrapped between words, elsewhere a line each."""
-    from craft_cli import console
+    from craft_cli.cli import console
 
     names, states = (max(map(len, texts)) for texts in ([f.name for f in findings], _COLOURS))
     indent = names + states + 4

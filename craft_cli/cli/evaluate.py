@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.common import JsonFlag, reports_errors, with_settings
+from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
 from craft_cli.errors import ConfigError
 
 
@@ -39,9 +39,9 @@ def command(
     **settings: Any,
 ) -> None:
     """Evaluate a run, an adapter or a checkpoint, on a task or on the data it was trained with."""
-    from craft_cli import console
+    from craft_cli.cli import console
     from craft_cli.config import parse_settings
-    from craft_cli.data import DataSource
+    from craft_cli.data.sources import DataSource
 
     given = parse_settings({name: value for name, value in settings.items() if value is not None})
     given["source"] = DataSource(
@@ -57,8 +57,8 @@ def command(
         raise ConfigError("several runs are evaluated together for --submission only; name one")
 
     with console.status("starting"):
-        from craft_cli.evaluation import evaluate
-        from craft_cli.submission import submit
+        from craft_cli.api.evaluate import evaluate
+        from craft_cli.api.submit import submit
     with console.bars() as progress:
         given["progress"] = lambda done, total: progress("evaluating", done, total)
         if submission:
@@ -91,7 +91,7 @@ def command(
 
 
 def _tables(result: Any) -> None:
-    from craft_cli import console
+    from craft_cli.cli import console
 
     console.out.print()
     columns = ["precision", "recall", "f1", "support"]

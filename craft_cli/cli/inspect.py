@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.common import JsonFlag, reports_errors
+from craft_cli.cli.options import JsonFlag, reports_errors
 from craft_cli.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def command(
     json: JsonFlag = False,
 ) -> None:
     """Look into a model, a file of factors, a run or an adapter; list runs, compare them; propose ranks."""
-    from craft_cli import console
+    from craft_cli.cli import console
 
     asked = {
         "--ranks": ranks,
@@ -55,25 +55,25 @@ def command(
     path = paths[0] if paths else None
     if compare:
         with console.status("reading"):
-            from craft_cli.comparison import compare as compare_runs
+            from craft_cli.api.compare import compare as compare_runs
 
             compared = compare_runs(paths or [])
         return console.print_json(asdict(compared)) if json else _comparison(compared)
     if energy is not None or budget is not None:
         with console.status("reading") as progress:
-            from craft_cli.advice import advise
+            from craft_cli.api.advise import advise
 
             advice = advise(path, energy=energy, budget=budget, progress=progress)
         return console.print_json(asdict(advice)) if json else _advice(advice)
     with console.status("reading"):
-        from craft_cli.inspection import inspect
-        from craft_cli.listing import list_runs
+        from craft_cli.api.inspect import inspect
+        from craft_cli.api.listing import list_runs
 
         runs = list_runs(Path(path).expanduser()) if path else []
         if runs and (ranks or plot or html):
             raise ConfigError(f"--ranks, --plot and --html: {path} is a folder of runs; name one of them")
         if html and not runs:
-            from craft_cli.page import write_page
+            from craft_cli.api.report import write_page
 
             found = write_page(path, html)
         if not runs and (plot or not html):
@@ -96,7 +96,7 @@ def command(
 
 
 def _list(path: str, runs: Sequence[Any], *, json: bool) -> None:
-    from craft_cli import console
+    from craft_cli.cli import console
 
     if json:
         console.print_json({"kind": "runs", "path": path, "runs": [asdict(run) for run in runs]})
@@ -111,8 +111,8 @@ def _list(path: str, runs: Sequence[Any], *, json: bool) -> None:
 
 
 def _advice(advice: Any) -> None:
-    from craft_cli import console
-    from craft_cli.console import percent
+    from craft_cli.cli import console
+    from craft_cli.cli.console import percent
 
     for row in advice.projections:
         console.table(
@@ -156,7 +156,7 @@ def _advice(advice: Any) -> None:
 
 
 def _comparison(compared: Any) -> None:
-    from craft_cli import console
+    from craft_cli.cli import console
 
     names = [str(number) for number in range(1, len(compared.runs) + 1)]
     console.facts({name: row["run"] for name, row in zip(names, compared.runs, strict=True)})
@@ -194,7 +194,7 @@ def _comparison(compared: Any) -> None:
 
 
 def _table(projections: Any) -> tuple[list[str], list[list[Any]]]:
-    from craft_cli.console import percent
+    from craft_cli.cli.console import percent
 
     columns = ["projection", "L x out x in", "ranks"]
     rows: list[list[Any]] = [[row["name"], "x".join(map(str, row["shape"])), row["ranks"]] for row in projections]
@@ -214,7 +214,7 @@ def _table(projections: Any) -> tuple[list[str], list[list[Any]]]:
 
 
 def _changes(projections: Any) -> None:
-    from craft_cli import console
+    from craft_cli.cli import console
 
     console.table(
         ["norm of K", "layer", "out", "in"],

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from craft_cli.cli.common import JsonFlag, reports_errors
+from craft_cli.cli.options import JsonFlag, reports_errors
 
 
 @reports_errors
@@ -44,10 +44,10 @@ def command(
     json: JsonFlag = False,
 ) -> None:
     """Fold an adapter into dense weights: a plain Hugging Face checkpoint for any tool, or a LoRA for PEFT."""
-    from craft_cli import console
+    from craft_cli.cli import console
 
     with console.status("starting") as progress:
-        from craft_cli.merging import merge
+        from craft_cli.api.merge import merge
 
         result = merge(
             path,

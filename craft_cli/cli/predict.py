@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.common import reports_errors, with_settings
+from craft_cli.cli.options import reports_errors, with_settings
 
 
 @reports_errors
@@ -28,14 +28,14 @@ def command(
     **settings: Any,
 ) -> None:
     """Predict for texts without labels: a row for each, with the score of every label."""
-    from craft_cli import console
+    from craft_cli.cli import console
     from craft_cli.config import parse_settings
 
     given = parse_settings({name: value for name, value in settings.items() if value is not None})
     if input == "-" and sys.stdin.isatty():
         console.note("reading texts from the keyboard, a line each; end with Ctrl-D")
     with console.status("starting") as progress:
-        from craft_cli.prediction import predict
+        from craft_cli.api.predict import predict
 
         if not output:  # the rows themselves show that it goes on
             progress("predicting")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from craft_cli.cli.common import JsonFlag, reports_errors
+from craft_cli.cli.options import JsonFlag, reports_errors
 
 app = typer.Typer(help="List the shipped recipes, or show one to start from.", invoke_without_command=True)
 
@@ -17,7 +17,7 @@ def listing(context: typer.Context, json: JsonFlag = False) -> None:
     """List the shipped recipes, a line each."""
     if context.invoked_subcommand:
         return
-    from craft_cli import console
+    from craft_cli.cli import console
     from craft_cli.config import describe_recipe, shipped_recipes
 
     found = {name: describe_recipe(path) for name, path in shipped_recipes().items()}
@@ -31,7 +31,7 @@ def listing(context: typer.Context, json: JsonFlag = False) -> None:
 @reports_errors
 def show(name: Annotated[str, typer.Argument(help="A recipe's name.")]) -> None:
     """Print a recipe, to start a file of your own from."""
-    from craft_cli import console
+    from craft_cli.cli import console
     from craft_cli.config import recipe_path
 
     console.out.print(recipe_path(name).read_text(encoding="utf-8"), markup=False, soft_wrap=True, end="")

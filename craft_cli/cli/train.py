@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.common import JsonFlag, reports_errors, with_settings
+from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
 from craft_cli.errors import ConfigError
 
 _DATA = ("task", "data_dir", "train_file", "dataset_name")
@@ -24,14 +24,14 @@ def command(
     **settings: Any,
 ) -> None:
     """Fine-tune a sequence classifier: transforms over frozen factors, and the task head."""
-    from craft_cli import console
+    from craft_cli.cli import console
     from craft_cli.config import RunConfig, load_recipe
 
     given = load_recipe(recipe) if recipe else {}
     asked = given | {name: value for name, value in settings.items() if value is not None}
     former: dict[str, Any] = {}
     if asked.get("resume") or asked.get("init_from"):
-        from craft_cli.runs import inherited_settings, resumed_run
+        from craft_cli.training.run import inherited_settings, resumed_run
 
         former = inherited_settings(asked)
         if asked.get("resume") and not former and not any(asked.get(name) for name in _DATA):
@@ -40,11 +40,11 @@ def command(
     config = RunConfig.build(settings, given, former)
 
     with console.status("starting"):
-        from craft_cli.launch import is_main_process, launch, processes_to_start
+        from craft_cli.training.launch import is_main_process, launch, processes_to_start
 
         processes = processes_to_start(config)
         if not processes:
-            from craft_cli.training import train
+            from craft_cli.training.loop import train
     if processes:
         raise SystemExit(launch(processes, sys.argv[1:]))
 

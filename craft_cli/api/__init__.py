@@ -1,0 +1,1 @@
+"""One plain function a command, which Python users call too."""

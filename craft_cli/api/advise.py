@@ -1,0 +1,235 @@
+"""Use-case: which ranks? The energy that each rank keeps, beside that of a tensor without any structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craft_cli.methods.craft.decomposition import DEFAULT_TARGETS, find_checkpoint, read_stacks
+from craft_cli.errors import ConfigError, ModelError
+from craft_cli.methods.craft.factors import Factors
+from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.training.run import find_adapter, find_run
+from craft_cli.methods.adapter_folder import read_record
+from craft_cli.tucker import MODES, EnergyTable, energy_table, hosvd, stack_shape
+
+_LARGEST_RANDOM = 768, 1 << 24
+"""Width and numbers of the random tensors."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What `advise` found.
+
+    Attributes:
+        base_model: whose weights were looked at.
+        ranks: OUT,IN,LAYERS proposed, one for all projections as in training.
+        parameters: numbers trained at these ranks, over all projections.
+        energy: part of the squared norm kept at these ranks, over all projections.
+        energy_random: the same of random tensors of the same shapes.
+        projections: for each a mapping with `name`, `shape`, `energy`, `energy_random`, `parameters` at these ranks, and
+            `curve`: rows with `rank`, `parameters` (its square) and for each mode the energy kept by that rank alone,
+            and by a random tensor (`layer`, `layer_random`, ...); None above the dimension.
+    """
+
+    base_model: str
+    ranks: str
+    parameters: int
+    energy: float
+    energy_random: float
+    projections: Sequence[Mapping[str, Any]]
+
+
+def advise(
+    path: str | Path | None = None,
+    *,
+    energy: float | None = None,
+    budget: str | int | None = None,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Advice:
+    """Propose ranks: the fewest numbers that keep an energy, or the most energy within a number of numbers.
+
+    Args:
+        path: a model, a run, an adapter or a file of factors (then its base and projections); the latest run without.
+        energy: part of the squared norm to keep, above 0 and up to 1.
+        budget: numbers trained at most, over all projections; `50k` and `1.5m` are understood.
+        progress: called with what is being done.
+
+    Raises:
+        ConfigError: not exactly one of `energy` and `budget`, or a value that cannot be.
+        CraftError: the model is missing, damaged or unsupported.
+    """
+    if (energy is None) == (budget is None):
+        raise ConfigError("--energy and --budget exclude each other: give one")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"--energy: expected a part above 0 and up to 1, not {energy:g}")
+    most = None if budget is None else _numbers(budget)
+    model, revision, targets = _whose(path)
+    checkpoint = find_checkpoint(model, targets, revision)
+    stacks = read_stacks(checkpoint, checkpoint.config(), targets)
+    shapes = {target: stack_shape(stack) for target, stack in stacks.items()}
+    ranks_out, ranks_in = (_grid(max(shape[mode] for shape in shapes.values())) for mode in (1, 2))
+    tables = {}
+    for target, stack in stacks.items():
+        progress(f"decomposing {target} in full")
+        try:
+            tables[target] = energy_table(stack, ranks_out, ranks_in)
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(f"{checkpoint.name}: cannot decompose {target}: {error}") from error
+    chosen = _choose(tables, ranks_out, ranks_in, energy, most)
+    progress("comparing with random tensors")
+    rows: list[dict[str, Any]] = []
+    for target, table in tables.items():
+        ranks = chosen.lowered(table.shape)
+        rows.append(
+            {
+                "name": target,
+                "shape": list(table.shape),
+                "parameters": ranks.count_parameters(),
+                "energy": _at(table, chosen, ranks_out, ranks_in),
+                "energy_random": random_energy(table.shape, ranks.by_mode),
+                "curve": _curve(table),
+            }
+        )
+    whole = sum(table.norm2 for table in tables.values())
+    weights = {target: table.norm2 / whole if whole else 1 / len(tables) for target, table in tables.items()}
+    return Advice(
+        base_model=checkpoint.name,
+        ranks=str(
+            Ranks(
+                *(
+                    min(rank, max(s[mode] for s in shapes.values()))
+                    for rank, mode in zip(chosen, (1, 2, 0), strict=True)
+                )
+            )
+        ),
+        parameters=sum(row["parameters"] for row in rows),
+        energy=sum(weights[row["name"]] * row["energy"] for row in rows),
+        energy_random=sum(weights[row["name"]] * row["energy_random"] for row in rows),
+        projections=rows,
+    )
+
+
+def _whose(path: str | Path | None) -> tuple[str, str | None, tuple[str, ...]]:
+    """Model, revision and projections that a path speaks of."""
+    found = find_run(None if path is None else str(path))
+    adapter = find_adapter(found)
+    if adapter:
+        record = read_record(adapter)
+        return record["base_model"]["model"], record["base_model"]["revision"], tuple(record["targets"])
+    if found.is_file():
+        factors = Factors.load(found)
+        return factors.model, factors.revision, factors.targets
+    return str(path), None, DEFAULT_TARGETS
+
+
+def _numbers(budget: str | int) -> int:
+    text = str(budget).strip().lower()
+    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:], 1)
+    try:
+        number = int(float(text.rstrip("km")) * factor)
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise ConfigError(f"--budget: expected a number of trained numbers such as 50000 or 50k, not '{budget}'")
+    return number
+
+
+def _grid(size: int) -> list[int]:
+    """Ranks to consider: every one up to 128, then some 200 more up to the dimension."""
+    return sorted(
+        {*range(1, min(size, 128) + 1), *range(128, size, max(1, size // 200)), size} & set(range(1, size + 1))
+    )
+
+
+def _choose(
+    tables: Mapping[str, EnergyTable], ranks_out: Sequence[int], ranks_in: Sequence[int],
+    energy: float | None, most: int | None,
+) -> Ranks:  # fmt: skip
+    """The ranks of the grid that keep `energy` with the fewest numbers, or the most energy with at most `most`."""
+    deepest = max(table.shape[0] for table in tables.values())
+    layers, out, in_ = (torch.tensor(ranks) for ranks in (list(range(1, deepest + 1)), ranks_out, ranks_in))
+    numbers = torch.zeros(deepest, len(out), len(in_), dtype=torch.int64)
+    kept = torch.zeros(numbers.shape, dtype=torch.float64)
+    for table in tables.values():
+        count, d_out, d_in = table.shape
+        squares = (layers.clamp(max=count) ** 2, out.clamp(max=d_out) ** 2, in_.clamp(max=d_in) ** 2)
+        numbers += squares[0][:, None, None] + squares[1][:, None] + squares[2]
+        kept += table.norm2 * table.joint[layers.clamp(max=count) - 1]
+    kept /= max(sum(table.norm2 for table in tables.values()), torch.finfo(torch.float64).tiny)
+    if energy is not None:
+        allowed = kept >= min(energy, float(kept.max()))
+        best = int(
+            torch.where(allowed, numbers.double() - kept, torch.inf).argmin()
+        )  # of equal numbers the most energy
+    else:
+        allowed = numbers <= (most or 0)
+        if not allowed.any():
+            raise ConfigError(f"--budget: {most} is below {int(numbers.min())}, the numbers of ranks 1,1,1")
+        best = int(torch.where(allowed, kept, -torch.inf).argmax())
+    layer, rest = divmod(best, len(out) * len(in_))
+    return Ranks(int(out[rest // len(in_)]), int(in_[rest % len(in_)]), int(layers[layer]))
+
+
+def _at(table: EnergyTable, ranks: Ranks, ranks_out: Sequence[int], ranks_in: Sequence[int]) -> float:
+    layer = min(ranks.layers, table.shape[0]) - 1
+    return float(table.joint[layer, list(ranks_out).index(ranks.out), list(ranks_in).index(ranks.in_)])
+
+
+def _curve(table: EnergyTable) -> list[dict[str, Any]]:
+    """Energy by each mode alone at ranks 1, 2, 4, ... up to the largest dimension."""
+    dimensions = sorted(set(table.shape))
+    doubling = [1 << power for power in range(max(table.shape).bit_length())]
+    random = random_by_mode(table.shape)
+    rows = []
+    for rank in sorted({*doubling, *dimensions}):
+        row: dict[str, Any] = {"rank": rank, "parameters": rank**2}
+        for mode, size, kept, by_chance in zip(MODES, table.shape, table.by_mode, random, strict=True):
+            inside = rank <= size
+            row[mode] = float(kept[rank - 1]) if inside else None
+            place = min(len(by_chance), max(1, round(rank * len(by_chance) / size)))
+            row[f"{mode}_random"] = float(by_chance[place - 1]) if inside else None
+        rows.append(row)
+    return rows
+
+
+# -- no structure -------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def random_energy(shape: tuple[int, int, int], ranks: tuple[int, int, int]) -> float:
+    """Energy that HOSVD at these ranks keeps of a Gaussian random tensor of this shape: what no structure looks like.
+
+    A real tensor (fixed seed) is decomposed. A large one is scaled down, ranks with it: in high dimensions the energy
+    depends on the proportions alone.
+    """
+    stack = _random_stack(shape)
+    scaled = [
+        min(size, max(1, round(rank * size / whole)))
+        for rank, size, whole in zip(ranks, stack.shape, shape, strict=True)
+    ]
+    return hosvd(stack, (scaled[0], scaled[1], scaled[2])).energy
+
+
+@lru_cache
+def random_by_mode(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Energy kept by each mode's ranks alone, of such a tensor; a large one is scaled down, so these may be shorter."""
+    by_mode = []
+    for spectrum in hosvd(_random_stack(shape), (1, 1, 1)).spectra:
+        energies = spectrum.double().square().cumsum(0)
+        by_mode.append(energies / energies[-1])
+    return by_mode[0], by_mode[1], by_mode[2]
+
+
+def _random_stack(shape: tuple[int, int, int]) -> Tensor:
+    layers, d_out, d_in = shape
+    widest, numbers = _LARGEST_RANDOM
+    scale = min(1.0, widest / max(d_out, d_in), (numbers / (layers * d_out * d_in)) ** 0.5)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(layers, max(1, round(d_out * scale)), max(1, round(d_in * scale)), generator=generator)

@@ -1,0 +1,93 @@
+"""Use-case: runs side by side, and how alike their changes of the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from craft_cli.errors import ConfigError, FileError
+from craft_cli.api.inspect import change_slices
+from craft_cli.training.run import Run, find_adapter
+from craft_cli.methods.adapter_folder import SavedAdapter, read_adapter
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        runs: for each its `run`, `base_model`, `task`, `targets`, `ranks`, `parameters`, `metrics`, `epoch`, `updates`,
+            `seconds` and `change` (the norm of dW over all its projections); None where it is not recorded.
+        cosine: of the changes dW of every pair of runs, over all projections and layers; None where the shapes differ.
+    """
+
+    runs: Sequence[Mapping[str, Any]]
+    cosine: Sequence[Sequence[float | None]]
+
+
+def compare(paths: Sequence[str | Path]) -> Comparison:
+    """Set runs or adapters side by side.
+
+    The cosine of two changes is <dW, dW'> / (||dW|| ||dW'||). A projection that only one of them adapts counts as
+    unchanged in the other.
+
+    Args:
+        paths: two or more runs or adapters.
+
+    Raises:
+        ConfigError: fewer than two.
+        FileError: one is missing, damaged, or neither.
+    """
+    if len(paths) < 2:
+        raise ConfigError("--compare needs two runs or more: craft inspect --compare RUN RUN")
+    adapters, rows = [], []
+    for path in map(Path, paths):
+        folder = find_adapter(path.expanduser())
+        if folder is None:
+            raise FileError(f"{path} is neither a run nor an adapter")
+        adapters.append(read_adapter(folder, make=False))
+        rows.append(_row(path, folder, adapters[-1]))
+    products = [[_inner(one, other) for other in adapters] for one in adapters]
+    norms = [(products[i][i] or 0.0) ** 0.5 for i in range(len(adapters))]
+    cosine: list[list[float | None]] = []
+    for i, row in enumerate(products):
+        scales = [norms[i] * norm for norm in norms]
+        cosine.append(
+            [None if value is None or not scale else value / scale for value, scale in zip(row, scales, strict=True)]
+        )
+    return Comparison([row | {"change": norm} for row, norm in zip(rows, norms, strict=True)], cosine)
+
+
+def _row(path: Path, folder: Path, saved: SavedAdapter) -> dict[str, Any]:
+    record, results = saved.record, Run(path).results() if path != folder else {}
+    training = record.get("training", {})
+    return {
+        "run": str(path),
+        "base_model": record["base_model"]["model"],
+        "task": training.get("task"),
+        "targets": list(saved.factors.targets),
+        "ranks": " | ".join(dict.fromkeys(str(saved.factors.ranks(target)) for target in saved.factors.targets)),
+        "parameters": record["parameters"],
+        "metrics": training.get("metrics"),
+        "epoch": training.get("epoch"),
+        "updates": results.get("updates"),
+        "seconds": results.get("seconds"),
+    }
+
+
+def _inner(one: SavedAdapter, other: SavedAdapter) -> float | None:
+    """<dW, dW'>, out of the slices: sum over layers of <S_l, (U_out^T U'_out) S'_l (U_in^T U'_in)^T>."""
+    total = 0.0
+    for target in set(one.factors.targets) & set(other.factors.targets):
+        mine, theirs = one.factors.decompositions[target], other.factors.decompositions[target]
+        if mine.shape != theirs.shape:
+            return None
+        out = mine.factors[1].double().T @ theirs.factors[1].double()  # (r_out, r'_out)
+        in_ = mine.factors[2].double().T @ theirs.factors[2].double()  # (r_in, r'_in)
+        slices = zip(
+            change_slices(mine, one.transforms[target]), change_slices(theirs, other.transforms[target]), strict=True
+        )
+        total += sum(float((s * (out @ s_other @ in_.T)).sum()) for s, s_other in slices)
+    return total

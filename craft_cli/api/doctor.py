@@ -1,0 +1,417 @@
+"""Use-case: examine what craft stands on here, from the versions to one real training step and merge.
+
+Meant for installations that do not work, so nothing heavy is imported before the check that is about it, and what one
+check runs into is told as its finding and does not keep the others from being made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import tempfile
+import textwrap
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from craft_cli import __version__
+from craft_cli.config import RunConfig
+from craft_cli.errors import CraftError
+
+State = Literal["ok", "note", "broken"]
+
+DISTRIBUTION = "craft-cli"
+SHOWN = ("transformers", "accelerate", "datasets", "safetensors", "huggingface-hub")
+OPTIONAL = ("tensorboard", "wandb", "mlflow", "bitsandbytes", "peft")
+HUB_SECONDS = 3.0
+"""How long the hub may take to answer, whatever it is that takes so long."""
+LITTLE_SPACE = 10**9
+"""Bytes free below which a cache is worth a note."""
+
+_COUNTING_SECONDS = 3.0
+_GOOD, _BAD = ("good", "great", "lovely", "fine"), ("bad", "awful", "poor", "dull")
+_OTHER = ("a", "is", "not", "opinion", "sentence", "short", "time", "very")
+_SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        name: of the check.
+        state: `ok`, `note` (works, but the user should know) or `broken`.
+        told: what was found, in one line.
+    """
+
+    name: str
+    state: State
+    told: str
+
+
+Check = Callable[[], tuple[State, str]]
+
+
+def examine(progress: Callable[[str], None] = lambda what: None) -> list[Finding]:
+    """Examine this installation and this machine. Nothing is left behind.
+
+    Args:
+        progress: called with the name of each check before it is made.
+
+    Returns:
+        The findings, in the order in which they are best read.
+    """
+    checks: dict[str, Check] = {
+        "craft": _craft,
+        "torch": _torch,
+        "packages": _packages,
+        "optional": _optional,
+        "devices": _devices,
+        "precision": _precision,
+        "processes": _processes,
+        "hub": _hub,
+        "factor cache": _factor_cache,
+        "hub cache": _hub_cache,
+    }
+    with _quiet():
+        found = [_finding(name, check, progress) for name, check in checks.items()]
+        try:
+            scratch = tempfile.TemporaryDirectory(prefix="craft-doctor-", ignore_cleanup_errors=True)
+        except OSError as error:
+            return [*found, Finding("training", "broken", f"no temporary folder can be made: {_reason(error)}")]
+        with scratch as name:
+            folder = Path(name)
+            found.append(_finding("training", partial(_training, folder), progress))
+            found.append(_finding("merge", partial(_merge, folder), progress))
+    return found
+
+
+def _finding(name: str, check: Check, progress: Callable[[str], None]) -> Finding:
+    progress(f"examining: {name}")
+    try:
+        return Finding(name, *check())
+    except Exception as error:
+        return Finding(name, "broken", _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """An exception in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    said = " ".join(str(error).split())
+    if isinstance(error, CraftError):
+        return said
+    return textwrap.shorten(
+        f"{type(error).__name__}: {said}" if said else type(error).__name__, 240, placeholder=" ..."
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of libraries on our screen; what matters in them is told by the checks."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+# -- versions -----------------------------------------------------------------------------------------------------------
+
+
+def _craft() -> tuple[State, str]:
+    return "ok", f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+
+
+def _torch() -> tuple[State, str]:
+    import torch
+
+    hip, cuda = torch.version.hip, torch.version.cuda
+    return "ok", f"{torch.__version__}, built for {f'ROCm {hip}' if hip else f'CUDA {cuda}' if cuda else 'the CPU'}"
+
+
+def _packages() -> tuple[State, str]:
+    """Versions of the main ones; all that craft requires are compared with the ranges in its own metadata."""
+    from packaging.requirements import Requirement
+
+    versions = ", ".join(f"{name} {found}" for name in SHOWN if (found := _version(name)))
+    try:
+        required = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+    except metadata.PackageNotFoundError:
+        return "note", f"{versions}; {DISTRIBUTION} is not installed, so what it requires was not compared"
+    wrong = []
+    for requirement in required:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            wrong.append((requirement, found or "missing"))
+    if wrong:
+        told = ", ".join(f"{requirement.name} is {found}" for requirement, found in wrong)
+        return "broken", f"{told}: pip install {' '.join(repr(str(requirement)) for requirement, _ in wrong)}"
+    return "ok", versions
+
+
+def _optional() -> tuple[State, str]:
+    versions = {name: _version(name) for name in OPTIONAL}
+    there = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    missing = ", ".join(name for name, version in versions.items() if not version)
+    return "ok", "; ".join(part for part in (there, missing and f"not installed: {missing}") if part)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# -- the machine --------------------------------------------------------------------------------------------------------
+
+
+def _devices() -> tuple[State, str]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = [f"{cores} CPU core{'s' if cores > 1 else ''}"]
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # not on every system
+        parts[0] += f" with {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    for number in range(torch.cuda.device_count() if available else 0):
+        gpu = torch.cuda.get_device_properties(number)
+        parts.append(f"GPU {number}: {gpu.name} with {gpu.total_memory / 2**30:.0f} GiB")
+    if torch.backends.mps.is_available():
+        parts.append("MPS, which craft does not use")
+    if available or not (torch.version.hip or torch.version.cuda):
+        return "ok", "; ".join([*parts, *([] if available else ["no GPU"])])
+    why = f" ({_first_sentence(str(said[0].message))})" if said else ""
+    return "note", "; ".join([*parts, f"no GPU that this torch can use{why}"])
+
+
+def _precision() -> tuple[State, str]:
+    """What `--bf16`, `--fp16` and quantised bases can count on; the products are really computed."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    for dtype in (torch.bfloat16, torch.float16) if gpu else (torch.bfloat16,):
+        _multiply(dtype, "cuda" if gpu else "cpu")
+    emulated = gpu and not torch.cuda.is_bf16_supported(including_emulation=False)
+    quantised = gpu and torch.version.cuda and _version("bitsandbytes")
+    usable = ["float32", "bf16 (emulated, so slow)" if emulated else "bf16"]
+    usable += ["fp16"] * gpu + ["8 and 4 bit"] * bool(quantised)
+    missing = [] if gpu else ["fp16 needs a GPU"]
+    missing += [] if quantised else ["8 and 4 bit need CUDA and bitsandbytes"]
+    return "ok", "; ".join([", ".join(usable), *missing])
+
+
+def _multiply(dtype: Any, device: str) -> None:
+    """One small product under autocast, which must come out in this dtype and right."""
+    import torch
+
+    left = torch.arange(64.0, device=device).reshape(8, 8) / 64  # (8, 8), exact in either dtype
+    with torch.autocast(device, dtype=dtype):
+        product = left @ torch.eye(8, device=device)
+    if product.dtype != dtype or not torch.equal(product.float(), left):
+        raise CraftError(f"a product in {dtype} on {device} is wrong")
+
+
+def _processes() -> tuple[State, str]:
+    import torch
+    from torch import distributed
+
+    if not distributed.is_available():
+        return "note", "this torch has no torch.distributed: --num-processes cannot be more than 1"
+    backends = {"gloo": distributed.is_gloo_available(), "nccl": distributed.is_nccl_available()}
+    told = "torch.distributed with " + (" and ".join(name for name, there in backends.items() if there) or "no backend")
+    if torch.cuda.device_count() > 1 and not backends["nccl"]:
+        return "note", f"{told}: several GPUs cannot train together without nccl"
+    return ("ok" if any(backends.values()) else "note"), told
+
+
+# -- hub and caches -----------------------------------------------------------------------------------------------------
+
+
+def _hub() -> tuple[State, str]:
+    """Whether the hub answers, to a request without a token."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "note", "offline mode is set (HF_HUB_OFFLINE): cached and local models only"
+    split = urlsplit(constants.ENDPOINT)
+    shown = f"{split.scheme}://{split.netloc.rpartition('@')[2]}"  # not what may stand before the @
+    answer: list[Any] = []
+
+    def ask() -> None:
+        try:
+            began = time.perf_counter()
+            status = get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS).status_code
+            answer.extend([status, time.perf_counter() - began])
+        except Exception as error:
+            answer.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)  # its own limit holds for each step, not for finding the address
+    asking.start()
+    asking.join(HUB_SECONDS)
+    if answer and not isinstance(answer[0], Exception):
+        status, seconds = answer
+        if status < 500 and status not in (403, 407):  # those two are answers of a proxy
+            return "ok", f"{shown} answers in {1000 * seconds:.0f} ms"
+        reason = f"it answers with HTTP status {status}"
+    elif answer and "timeout" not in type(answer[0]).__name__.lower():
+        reason = type(answer[0]).__name__ if split.username else _first_sentence(str(answer[0]) or repr(answer[0]))
+    else:
+        reason = f"no answer in {HUB_SECONDS:g} s"
+    return "note", f"{shown} cannot be reached ({reason}): cached and local models only"
+
+
+def _factor_cache() -> tuple[State, str]:
+    from craft_cli.methods.craft.factors import FactorCache
+
+    return _cache(FactorCache().folder, "set XDG_CACHE_HOME or give --cache-dir")
+
+
+def _hub_cache() -> tuple[State, str]:
+    from huggingface_hub import constants
+
+    return _cache(Path(constants.HF_HUB_CACHE), "set HF_HOME or HF_HUB_CACHE")
+
+
+def _cache(folder: Path, remedy: str) -> tuple[State, str]:
+    """Whether a cache folder can be written; one that is not there yet, whether it could be made."""
+    shown = f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else str(folder)
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".craft-doctor-") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        return "broken", f"{shown} cannot be written ({error.strerror}): {remedy}"
+    used, complete = _used(folder) if place == folder else (0, True)
+    told = f"{shown}: {'' if complete else 'more than '}{_size(used)} used, {_size(free)} free"
+    return ("note", f"{told}, which is little") if free < LITTLE_SPACE else ("ok", told)
+
+
+def _used(folder: Path) -> tuple[int, bool]:
+    """Bytes in the files below a folder, and whether there was time to count them all."""
+    total, until = 0, time.monotonic() + _COUNTING_SECONDS
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):  # removed in between
+                total += os.lstat(os.path.join(parent, file)).st_size
+        if time.monotonic() > until:
+            return total, False
+    return total, True
+
+
+# -- one training step and merge ----------------------------------------------------------------------------------------
+
+
+def _training(folder: Path) -> tuple[State, str]:
+    """One update and evaluation of a pico model, by what `craft train` calls, with all its files in `folder`."""
+    import torch
+
+    from craft_cli.models.loading import quiet_transformers
+    from craft_cli.training.loop import train
+
+    with quiet_transformers():
+        _save_pico(folder / "model")
+    _save_rows(folder / "train.jsonl", 8)
+    _save_rows(folder / "validation.jsonl", 4)
+    config = RunConfig.build({
+        "model": str(folder / "model"), "data_dir": str(folder), "cache_dir": str(folder / "cache"),
+        "output_dir": str(folder / "run"), "ranks": "4,4,2", "learning_rate": 0.1, "max_steps": 1,
+        "per_device_train_batch_size": 8,
+    })  # fmt: skip
+    began = time.perf_counter()
+    with _inside(folder):  # `train` points runs/latest, in the working folder, to its run
+        result = train(config)
+    assert result.updates == 1
+    seconds = time.perf_counter() - began
+    device = "GPU" if torch.cuda.is_available() else "CPU"
+    return "ok", f"one update and evaluation of a pico BERT on the {device}, {seconds:.1f} s"
+
+
+def _merge(folder: Path) -> tuple[State, str]:
+    """The run of `_training` merged, by what `craft merge` calls."""
+    if not (folder / "run" / "adapter").is_dir():
+        return "note", "not tried: there is no run to merge"
+    from craft_cli.api.merge import merge
+
+    merged = merge(folder / "run")
+    return "ok", f"logits differ by {merged.difference:.1e} of the largest (allowed {merged.tolerance:.0e})"
+
+
+def _save_pico(folder: Path) -> None:
+    """A BERT of a few thousand random weights and a tokenizer of a few words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate((*_SPECIAL, *_GOOD, *_BAD, *_OTHER))}
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
+        model_max_length=64,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def _save_rows(path: Path, count: int) -> None:
+    rows = [
+        {"text": f"{words[number % 4]} {words[-number % 3]}", "label": number % 2}
+        for number, words in zip(range(count), itertools.cycle((_GOOD, _BAD)))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """With this working folder."""
+    former = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(former)
+
+
+def _size(count: float) -> str:
+    """Bytes as they are read best."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.0f} {units[0]}" if count >= 99.5 or units[0] == "bytes" else f"{count:.2g} {units[0]}"
+
+
+def _first_sentence(text: str) -> str:
+    """Of a long message what says what it is about."""
+    return re.sub(r"^\[Errno -?\d+\] ", "", " ".join(text.split()).split(". ")[0].rstrip("."))

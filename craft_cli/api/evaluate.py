@@ -1,0 +1,111 @@
+"""Use-case: evaluate a run, an adapter, or any checkpoint for sequence classification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from craft_cli.data.sources import VALIDATION, DataSource, load_splits
+from craft_cli.errors import DataError
+from craft_cli.api.predictor import load_subject
+from craft_cli.tasks.metrics import by_label, confusion, renamed
+from craft_cli.tasks.sequence_classification import decide, measure
+from craft_cli.data.writers import records, write_records
+from craft_cli.tasks.base import MULTI, REGRESSION, Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        subject: what was evaluated.
+        data: on which rows.
+        metrics: by scikit-learn's and scipy's names, and `loss`; those of MNLI's second split have its name behind them.
+        examples: how many rows were counted, each once.
+        labels: names, in the order of the confusion matrix.
+        confusion: rows by gold label (down) and predicted label (across); of one label a row only.
+        by_label: precision, recall, f1 and support of each label; not of a regression.
+        predictions: the file written.
+    """
+
+    subject: str
+    data: str
+    metrics: Mapping[str, float]
+    examples: int
+    labels: tuple[str, ...] = ()
+    confusion: Sequence[Sequence[int]] | None = None
+    by_label: Mapping[str, Mapping[str, float]] | None = None
+    predictions: str | None = None
+
+
+def evaluate(
+    path: str | Path | None = None,
+    *,
+    source: DataSource | None = None,
+    split: str = VALIDATION,
+    predictions: str | Path | None = None,
+    max_eval_samples: int | None = None,
+    max_seq_length: int | None = None,
+    per_device_eval_batch_size: int = 64,
+    use_cpu: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Evaluate on validation data.
+
+    Args:
+        path: a run, an adapter, a checkpoint's folder or a hub id; the latest run without.
+        source: task or files; what is not given is as in training (runs and adapters know it).
+        split: `validation`, or `test` where that is labelled.
+        predictions: write a row for each example into this file (.jsonl or .csv).
+        max_eval_samples: only the first rows of each split.
+        max_seq_length: tokens kept; as in training without, 128 for a checkpoint.
+        per_device_eval_batch_size: rows at once.
+        use_cpu: stay on the CPU.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        ConfigError: a checkpoint needs a task or files.
+        CraftError: the model or the data cannot be used.
+    """
+    subject = load_subject(path, use_cpu=use_cpu)
+    loaded = load_splits(subject.source(source or DataSource()), [split], subject.task())
+    task = loaded.task
+    metrics: dict[str, float] = {}
+    gold: list[Any] = []
+    found: list[Any] = []
+    rows: list[dict[str, Any]] = []
+    for name, whole in loaded.splits.items():
+        part = whole.first(max_eval_samples)
+        if part.labels is None:
+            raise DataError(
+                f"{part.origin} keeps its labels hidden: craft eval --split test --submission FILE, or craft predict"
+            )
+        logits = subject.logits(subject.encode(part, max_seq_length), task.labels, per_device_eval_batch_size, progress)
+        metrics |= renamed(measure(logits, part.labels, task, subject.threshold), name, loaded.splits)
+        gold += part.labels
+        found += decide(logits, task.problem_type, subject.threshold)
+        if predictions:
+            rows += records(logits, task, subject.threshold, part.labels)
+    if predictions:
+        write_records(Path(predictions), rows)
+    return Evaluation(
+        subject=subject.name,
+        data=" and ".join(part.origin for part in loaded.splits.values()),
+        metrics=metrics,
+        examples=len(gold),
+        labels=task.labels,
+        predictions=str(predictions) if predictions else None,
+        **_tables(task, gold, found),
+    )
+
+
+def _tables(task: Task, gold: list[Any], found: list[Any]) -> dict[str, Any]:
+    if task.problem_type == REGRESSION:
+        return {}
+    tables: dict[str, Any] = {"by_label": by_label(gold, found, task.labels)}
+    if task.problem_type != MULTI:
+        tables["confusion"] = confusion(gold, found, task.labels)
+    return tables

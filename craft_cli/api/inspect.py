@@ -1,0 +1,167 @@
+"""Use-case: look into a model, a file of factors, a run or an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from craft_cli.api.advise import random_energy
+from craft_cli.methods.craft.decomposition import DEFAULT_RANKS, DEFAULT_TARGETS, find_checkpoint, read_stacks
+from craft_cli.errors import ConfigError, FileError
+from craft_cli.methods.craft.factors import Factors
+from craft_cli.plots import spectra
+from craft_cli.models.families import TARGETS
+from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.training.run import Run, find_adapter, find_run
+from craft_cli.methods.adapter_folder import read_adapter
+from craft_cli.tucker import MODES, TuckerTensor, stack_shape
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        kind: `model`, `factors`, `adapter` or `run`.
+        path: what was inspected.
+        facts: what holds for the whole, by name.
+        projections: for each a mapping with `name`, `shape` (L, d_out, d_in), `ranks` (OUT,IN,LAYERS) and more.
+        decompositions: the factors, by projection; none of a model.
+    """
+
+    kind: str
+    path: str
+    facts: Mapping[str, Any]
+    projections: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    decompositions: Mapping[str, TuckerTensor] = field(default_factory=dict, repr=False)
+
+
+def inspect(
+    path: str | Path | None = None, *, ranks: str | Sequence[int] | None = None, plot: str | Path | None = None
+) -> Inspection:
+    """Look into a model, a file of factors, a run or an adapter.
+
+    Args:
+        path: folder, file or hub id; the latest run without.
+        ranks: of a model, to count the numbers trained.
+        plot: draw the spectra into this file (png, svg, pdf).
+
+    Raises:
+        ConfigError: `plot` of something without spectra, or `ranks` of something that has its own.
+        CraftError: it is missing, damaged or unsupported.
+    """
+    found = find_run(None if path is None else str(path))
+    adapter = find_adapter(found)
+    if ranks is not None and (adapter or found.is_file()):
+        raise ConfigError(f"--ranks is for models; {found} has ranks of its own")
+    if adapter:
+        inspection = _adapter(found, adapter)
+    elif found.is_file():
+        factors = Factors.load(found)
+        rows = [_kept(*item) for item in factors.decompositions.items()]
+        inspection = Inspection("factors", str(found), _identity(factors), rows, factors.decompositions)
+    elif path is None or found.suffix == ".safetensors":
+        raise FileError(f"{found}: no such file")
+    else:
+        inspection = _model(str(path), Ranks.parse(ranks or DEFAULT_RANKS))
+    if plot:
+        if not inspection.decompositions:
+            raise ConfigError(f"--plot: {path} is a model; decompose it and plot the file of factors")
+        spectra(inspection.decompositions, Path(plot), f"Spectra of {inspection.facts['base_model']}")
+    return inspection
+
+
+def _model(model: str, ranks: Ranks) -> Inspection:
+    checkpoint = find_checkpoint(model, DEFAULT_TARGETS)
+    config = checkpoint.config()
+    projections: list[dict[str, Any]] = []
+    for target, stack in read_stacks(checkpoint, config, TARGETS).items():
+        lowered = ranks.lowered(stack_shape(stack))
+        projections.append(
+            {
+                "name": target,
+                "shape": list(stack_shape(stack)),
+                "ranks": list(lowered),
+                "parameters": lowered.count_parameters(),
+            }
+        )
+    facts = {
+        "base_model": model,
+        "revision": checkpoint.revision,
+        "family": config.model_type,
+        "default_targets": ", ".join(DEFAULT_TARGETS),
+        "parameters": {"adapter": sum(row["parameters"] for row in projections if row["name"] in DEFAULT_TARGETS)},
+    }
+    return Inspection("model", model, facts, projections)
+
+
+def _adapter(path: Path, folder: Path) -> Inspection:
+    saved = read_adapter(folder, make=False)
+    record, factors = saved.record, saved.factors
+    run = Run(path) if path != folder else None
+    training = record.get("training", {})
+    data = training.get("data", {})
+    facts = _identity(factors) | {
+        "parameters": record["parameters"],
+        "labels": ", ".join(record["model"]["id2label"].values()),
+    }
+    if training:
+        where = data.get("data_dir") or data.get("train_file")
+        facts["trained_on"] = training.get("task", "") + (f" from {where}" if where else "")
+        facts["epoch"] = training.get("epoch")
+        facts["metrics"] = training.get("metrics") or None
+    if run and run.results():
+        facts["examples"] = run.results()["examples"]
+    if run:
+        facts["state"] = run.state()
+    projections = []
+    for name, decomposition in factors.decompositions.items():
+        k = saved.transforms[name]
+        norms = [float(s.norm()) for s in change_slices(decomposition, k)]  # of dW_l too: its bases are orthonormal
+        projections.append(
+            _kept(name, decomposition)
+            | {"k_norms": {mode: float(matrix.double().norm()) for mode, matrix in k.items()}, "change_by_layer": norms}
+        )
+    return Inspection("run" if run else "adapter", str(path), facts, projections, factors.decompositions)
+
+
+def change_slices(decomposition: TuckerTensor, k: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """S_l (r_out, r_in) of every layer in float64, one at a time: a stranger's file may name many layers.
+
+    The core is moved once for all of them, slice by slice: nothing is built that is larger than the core.
+    """
+    core = decomposition.core.double()
+    r_layer, r_out, r_in = core.shape
+    flat, u_layer = core.reshape(r_layer, -1), decomposition.factors[0].double()
+    adapted = u_layer + u_layer @ k["layer"].double()  # (L, r_layer)
+    j_out, j_in = (torch.eye(len(k[mode]), dtype=torch.float64) + k[mode].double() for mode in ("out", "in"))
+    moved = torch.empty_like(flat)
+    for slice_, into in zip(core, moved, strict=True):
+        into.copy_((j_out @ slice_ @ j_in.T).flatten())
+    for before, after in zip(u_layer, adapted, strict=True):
+        yield (after @ moved - before @ flat).reshape(r_out, r_in)
+
+
+def _identity(factors: Factors) -> dict[str, Any]:
+    return {
+        "base_model": factors.model,
+        "revision": factors.revision,
+        "family": factors.model_type,
+        "dtype": factors.dtype,
+    }
+
+
+def _kept(name: str, decomposition: TuckerTensor) -> dict[str, Any]:
+    return {
+        "name": name,
+        "shape": list(decomposition.shape),
+        "ranks": list(Ranks.of_modes(decomposition.ranks)),
+        "parameters": Ranks.of_modes(decomposition.ranks).count_parameters(),
+        "energy": decomposition.energy,
+        "energy_by_mode": dict(zip(MODES, decomposition.energy_by_mode, strict=True)),
+        "energy_random": random_energy(decomposition.shape, decomposition.ranks),
+    }

@@ -1,0 +1,351 @@
+"""Use-case: what leaves craft. A plain Hugging Face checkpoint, or a LoRA that PEFT loads.
+
+The base is read and written tensor by tensor, so that a checkpoint larger than memory merges too. What was written is
+compared with the adapted model before it takes its place, and `merge.json` beside it says what it was made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+from craft_cli import __version__
+from craft_cli.models.cards import model_card
+from craft_cli.models.checkpoint import Checkpoint
+from craft_cli.errors import ConfigError, CraftError, FileError
+from craft_cli.files import cannot_write, holds_something, whole_folder, write_bytes, write_json
+from craft_cli.training.run import find_adapter, find_run
+from craft_cli.methods.adapter_folder import TENSOR_FILE, factor_sha256, read_adapter
+from craft_cli.models.shards import Entry, shard_bytes, write_shards, write_streamed
+from craft_cli.models.streaming import StreamedBase
+from craft_cli.models.hub import upload
+from craft_cli.models.views import View
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference allowed between merged and adapted logits, relative to the largest logit. The adapted model is
+computed in float32, so the merged one differs by the rounding of its weights to the dtype written."""
+
+CHECKPOINT, PEFT = "checkpoint", "peft"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CERTIFICATE = "merge.json"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` wrote.
+
+    Attributes:
+        output: the folder.
+        format: `checkpoint` or `peft`.
+        files: names of its files.
+        dtype: of the weights, that of the base unless another was asked for; of a LoRA float32.
+        tensors_changed: weights that differ from the base's.
+        difference: largest difference between merged and adapted logits, relative to the largest logit.
+        tolerance: what was allowed.
+        rank: of a LoRA.
+        serve: the command that serves what was written with vLLM, where that takes it.
+        hint: which ranks vLLM accepts, and why it does not take this LoRA where it does not.
+        repository: where it was uploaded.
+    """
+
+    output: str
+    format: str
+    files: tuple[str, ...]
+    dtype: str
+    tensors_changed: int
+    difference: float
+    tolerance: float
+    rank: int | None = None
+    serve: str | None = None
+    hint: str | None = None
+    repository: str | None = None
+
+
+def merge(
+    path: str | Path | None = None,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    format: str = CHECKPOINT,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    trim: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Merged:
+    """Merge a run's or an adapter's change into the dense weights of its base, or write it as a LoRA for PEFT.
+
+    A checkpoint holds weights in the base's dtype, the trained head, the label names and the base's tokenizer files byte
+    for byte. A LoRA holds the same change and head in PEFT's layout. Either is read again and its logits are compared
+    with those of the adapted model before it takes its place.
+
+    Args:
+        path: a run or an adapter; the latest run without.
+        output: the folder to write; `merged` (`peft`) inside the run, or beside the adapter, without; `merged-step-N` for a
+            checkpoint of a run.
+        overwrite: replace a folder that an earlier merge wrote.
+        format: `checkpoint` or `peft`.
+        dtype: of a checkpoint's weights: `float32`, `float16` or `bfloat16`; as the base's without.
+        max_shard_size: a checkpoint larger than this, `5GB` without, is written as several files.
+        trim: of a LoRA, leave out directions that are zero to numerical precision.
+        push_to_hub: upload to this repository of the hub too.
+        private: make the repository a private one, if it is made.
+        progress: called with what is being done.
+
+    Raises:
+        ConfigError: options that do not go together, or of unknown values.
+        FileError: no adapter there, it is damaged, or the output cannot be written.
+        ModelError: its base is missing or another one.
+        CraftError: the adapter changes no weight, what was written does not compute what the adapted model does, or the
+            upload failed.
+    """
+    _check_options(format, dtype, max_shard_size, trim=trim, push_to_hub=push_to_hub, private=private)
+    found = find_run(None if path is None else str(path))
+    adapter_path = find_adapter(found)
+    if adapter_path is None:
+        raise FileError(f"{found} is neither a run nor an adapter: there is nothing to merge")
+    name = "merged" if format == CHECKPOINT else format
+    if adapter_path.parent.name == "checkpoints":  # of a run, beside which others may be merged
+        default = adapter_path.parent.parent / f"{name}-{adapter_path.name}"
+    else:
+        default = adapter_path.parent / name
+    destination = Path(output).expanduser() if output else default
+    if destination.is_symlink():
+        destination = Path(os.path.realpath(destination))
+    _check_destination(destination, [found, adapter_path], overwrite=overwrite)
+
+    with whole_folder(destination, overwrite=overwrite) as folder:
+        progress("reading the adapter")
+        base = StreamedBase(read_adapter(adapter_path))
+        _check_destination(destination, [base.checkpoint.folder], overwrite=overwrite)
+        probe = base.probe()
+        progress("computing with the adapter")
+        expected = base.logits(base.read, probe, base.adapter())
+        progress("writing")
+        try:
+            if format == CHECKPOINT:
+                written: _Checkpoint | _Lora = _Checkpoint(base, folder, DTYPES.get(dtype or ""), max_shard_size)
+            else:
+                written = _Lora(base, folder, trim=trim)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        if not written.changed:
+            raise CraftError(f"{adapter_path}: merging changes no tensor: the transforms are (or round to) zero")
+        progress("verifying")
+        difference = _difference(base.logits(written.read, probe), expected)
+        tolerance = TOLERANCE[written.dtype]
+        if not difference["relative"] <= tolerance:
+            raise CraftError(
+                f"the merged model's logits differ from the adapted one's by {difference['relative']:.1e}, more than "
+                f"{tolerance:.0e}; nothing was written"
+            )
+        record = base.saved.record
+        card = model_card(record, base.checkpoint, form=format)
+        write_bytes(folder / "README.md", card.encode())
+        write_json(folder / CERTIFICATE, _certificate(base, adapter_path, written, folder, difference))
+        files = tuple(sorted(file.name for file in folder.iterdir()))
+    result = Merged(
+        output=str(destination),
+        format=format,
+        files=files,
+        dtype=str(written.dtype).removeprefix("torch."),
+        tensors_changed=len(written.changed),
+        difference=difference["relative"],
+        tolerance=tolerance,
+        rank=written.rank,
+        serve=as_lora.serve_command(base, written.rank, str(destination)),
+        hint=None if written.rank is None else as_lora.vllm_hint(base, written.rank),
+    )
+    if push_to_hub:
+        progress("uploading")
+        upload(destination, push_to_hub, private=private)
+        result = Merged(**(vars(result) | {"repository": push_to_hub}))
+    return result
+
+
+def _check_destination(destination: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse a folder whose replacement would take away what is merged, or anything but an earlier merge."""
+    out = destination.resolve()
+    for source in sources:
+        if source.resolve().is_relative_to(out):
+            raise ConfigError(f"--output-dir: {destination} holds {source}, which is merged; choose another")
+    if overwrite and out.is_dir() and holds_something(out) and not (out / CERTIFICATE).is_file():
+        raise FileError(
+            f"{destination} holds no merged model of craft's: --overwrite does not touch it; choose another"
+        )
+
+
+def _check_options(
+    format: str,
+    dtype: str | None,
+    max_shard_size: str | int | None,
+    *,
+    trim: bool,
+    push_to_hub: str | None,
+    private: bool,
+) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if format not in (CHECKPOINT, PEFT):
+        raise ConfigError(f"--format: expected {CHECKPOINT} or {PEFT}, not '{format}'")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected {', '.join(DTYPES)}, not '{dtype}'")
+    if format == PEFT and dtype:
+        raise ConfigError("--dtype is for checkpoints: a LoRA is written in float32 and follows its base")
+    if format == PEFT and max_shard_size is not None:
+        raise ConfigError("--max-shard-size is for checkpoints: a LoRA is one small file")
+    shard_bytes(max_shard_size)
+    if private and not push_to_hub:
+        raise ConfigError("--private needs --push-to-hub")
+    if format == CHECKPOINT and trim:
+        raise ConfigError("--trim is for --format peft: a checkpoint has no rank")
+    if push_to_hub is not None:  # before the work
+        try:
+            validate_repo_id(push_to_hub)
+        except HFValidationError as error:
+            raise ConfigError(f"--push-to-hub: expected OWNER/NAME, not '{push_to_hub}'") from error
+
+
+# -- the two formats ----------------------------------------------------------------------------------------------------
+
+
+class _Checkpoint:
+    """A plain checkpoint, written tensor by tensor into `folder`."""
+
+    rank: int | None = None
+
+    def __init__(
+        self, base: StreamedBase, folder: Path, dtype: torch.dtype | None, max_shard_size: str | int | None
+    ) -> None:
+        self.changed: list[str] = []
+        self.dtype = dtype or getattr(torch, base.saved.factors.dtype)
+        self._slices = {target: p.slices().detach() for target, p in base.adapter().items()}
+        self._base = base
+        changes = base.changes()
+        entries = {}
+        for name, shape in base.shapes.items():
+            kind = base.dtypes[name]
+            if kind.is_floating_point:  # the head was trained in float32; it follows the rest
+                kind = self.dtype if dtype or name in base.saved.head else kind
+            entries[name] = Entry(shape, kind, partial(self._tensor, name, kind, changes.get(name, ())))
+        write_shards(folder, entries, shard_bytes(max_shard_size))
+        config = base.model.config
+        config.architectures = [type(base.model).__name__]
+        config.dtype = self.dtype
+        config.save_pretrained(folder)
+        for file in base.checkpoint.tokenizer_files():
+            shutil.copyfile(file, folder / file.name)
+        self._reader = Checkpoint(str(folder), None, folder).open()
+
+    def read(self, name: str) -> Tensor:
+        return self._reader.read(name)
+
+    def _tensor(self, name: str, dtype: torch.dtype, changes: Sequence[tuple[View, str, int]]) -> Tensor:
+        """A tensor as it is written: the change is added in float32 (or wider), then rounded once."""
+        before = self._base.read(name)
+        if not changes:
+            return before.to(dtype)
+        weight = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
+        for view, target, layer in changes:
+            _, u_out, u_in = self._base.saved.factors.decompositions[target].factors
+            view.add_to_weight(weight, u_out @ self._slices[target][layer] @ u_in.T)
+        after = weight.to(dtype)
+        if not torch.equal(after, before.to(dtype)):
+            self.changed.append(name)
+        return after
+
+
+class _Lora:
+    """A LoRA in PEFT's layout, written into `folder`."""
+
+    dtype = torch.float32
+
+    def __init__(self, base: StreamedBase, folder: Path, *, trim: bool) -> None:
+        from safetensors.torch import load_file
+
+        pairs = as_lora.lora_pairs(base, trim=trim)
+        config = as_lora.peft_config(base, pairs)
+        tensors = as_lora.peft_tensors(base, pairs)
+        self.rank: int | None = config["r"]
+        entries = {name: Entry(tuple(t.shape), t.dtype, partial(_itself, t)) for name, t in tensors.items()}
+        write_streamed(folder / as_lora.TENSOR_FILE, entries)
+        write_json(folder / as_lora.CONFIG_FILE, config)
+        self.changed = [f"{module}.weight" for module, (a, b) in pairs.items() if a.any() and b.any()]
+        self._base, self._transposed = base, config["fan_in_fan_out"]
+        self._written = load_file(folder / as_lora.TENSOR_FILE)
+
+    def read(self, name: str) -> Tensor:
+        """Base + B A, out of what was written."""
+        own = self._written.get(f"base_model.model.{name}")
+        if own is not None:
+            return own
+        tensor = self._base.read(name)
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" not in self._written:
+            return tensor
+        delta = self._written[f"{module}.lora_B.weight"] @ self._written[f"{module}.lora_A.weight"]
+        return tensor.float() + (delta.T if self._transposed else delta)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+# -- the certificate ----------------------------------------------------------------------------------------------------
+
+
+def _difference(actual: Tensor, expected: Tensor) -> dict[str, float]:
+    absolute = float((actual - expected).abs().max())
+    return {"absolute": absolute, "relative": absolute / max(float(expected.abs().max()), 1e-12)}
+
+
+def _certificate(
+    base: StreamedBase, adapter: Path, written: _Checkpoint | _Lora, folder: Path, difference: Mapping[str, float]
+) -> dict[str, Any]:
+    import safetensors
+    import transformers
+
+    return {
+        "base": {
+            "model": Path(base.checkpoint.name).name
+            if Path(base.checkpoint.name).is_absolute()
+            else base.checkpoint.name,
+            "revision": base.checkpoint.revision,
+            "sha256": {file.name: _sha256(file) for file in base.reader.weight_files()},
+        },
+        "adapter": {"sha256": _sha256(adapter / TENSOR_FILE)},
+        "factors": {"sha256": factor_sha256(base.saved.factors.decompositions)},
+        "dtype": str(written.dtype).removeprefix("torch."),
+        "tensors_changed": sorted(written.changed),
+        "head": list(base.saved.head),
+        "largest_logit_difference": dict(difference),
+        "tolerance": {"relative": TOLERANCE[written.dtype]},
+        "sha256": {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))},
+        "versions": {
+            "craft": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

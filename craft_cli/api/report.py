@@ -1,0 +1,185 @@
+"""Use-case: one self-contained HTML page on a run, an adapter or a file of factors. Nothing in it is fetched or run."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from craft_cli.errors import ConfigError, CraftError
+from craft_cli.api.evaluate import Evaluation, evaluate
+from craft_cli.files import write_bytes
+from craft_cli.api.inspect import Inspection, inspect
+from craft_cli.plots import curve_figure, spectra_figure, svg
+from craft_cli.training.run import Run
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1d2430; --soft: #5d6776; --line: #d9dee5; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 68rem; margin: 2rem auto;
+  padding: 0 1.25rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2.25rem 0 .5rem; border-bottom: 1px solid var(--line); padding-bottom: .25rem; }
+p.note { color: var(--soft); margin: .25rem 0 .75rem; }
+div.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; }
+table.facts th { text-align: left; font-weight: 600; color: var(--soft); white-space: nowrap; }
+table.facts td { text-align: left; overflow-wrap: anywhere; }
+table.heat td { min-width: 5rem; border: 1px solid #fff; }
+table.heat td:first-child { min-width: 0; }
+img { max-width: 100%; height: auto; }
+pre { background: #f5f7f9; padding: .75rem 1rem; overflow-x: auto; font-size: 13px; }
+"""
+
+
+def write_page(path: str | Path | None, file: str | Path, *, evaluated: bool = True) -> Inspection:
+    """Write the page; a run or adapter is evaluated on its data for the confusion matrix, where that is at hand.
+
+    Args:
+        path: run, adapter or file of factors; the latest run without.
+        file: the page, replaced in one step.
+        evaluated: whether to evaluate.
+
+    Raises:
+        ConfigError: a model has neither spectra nor a change to show.
+        CraftError: it is missing or damaged, or the page cannot be written.
+    """
+    found = inspect(path)
+    if found.kind == "model":
+        raise ConfigError(f"--html: {path} is a model; decompose it, and give the file of factors, or a run")
+    run = Run(Path(found.path)) if found.kind == "run" else None
+    parts = [
+        f"<h1>{escape(found.path)}</h1>",
+        _facts(found.facts),
+        _section("Projections", _projections(found.projections), "Energy: the part of the squared norm kept at the ranks, "
+                 "of a random tensor of that shape, and by each mode's rank alone."),
+        _section("Spectra", _image(spectra_figure(found.decompositions, ""), "Singular values of every mode")),
+    ]  # fmt: skip
+    if found.kind != "factors":
+        parts.append(
+            _section("Change by layer", _heat(found.projections), "Norm of dW in every layer; darker is more.")
+        )
+    if run:
+        parts.append(_section("Training", _training(run, found.facts)))
+    if found.kind != "factors":
+        parts.append(_section("Confusion", _confusion(found.path) if evaluated else "<p>Not evaluated.</p>"))
+    if run and (run.path / "recipe.yaml").is_file():
+        recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+        parts.append(_section("Configuration", f"<pre>{escape(recipe)}</pre>"))
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">"
+        f"<title>craft: {escape(Path(found.path).name)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+    write_bytes(Path(file), page.encode())
+    return found
+
+
+def _section(title: str, body: str, note: str = "") -> str:
+    explained = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f'<h2>{escape(title)}</h2>{explained}<div class="wide">{body}</div>'
+
+
+def _table(columns: Sequence[Any], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
+    head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name.replace("_", " "))}</th><td>{escape(_shown(value))}</td></tr>'
+        for name, value in facts.items()
+        if value is not None
+    )
+    return f'<table class="facts"><tbody>{rows}</tbody></table>'
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(entry)}" for name, entry in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _projections(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = ["projection", "L x out x in", "ranks OUT,IN,LAYERS", "numbers", "energy", "random", "layer", "out", "in"]
+    return _table(
+        columns,
+        [
+            [
+                row["name"], "x".join(map(str, row["shape"])), ",".join(map(str, row["ranks"])), f"{row['parameters']:,}",
+                *(f"{100 * part:.1f}%" for part in
+                  (row["energy"], row["energy_random"], *row["energy_by_mode"].values())),
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def _heat(rows: Sequence[Mapping[str, Any]]) -> str:
+    largest = max((value for row in rows for value in row["change_by_layer"]), default=0.0) or 1.0
+    head = "".join(f'<th scope="col">{escape(row["name"])}</th>' for row in rows)
+    body = []
+    for layer in range(max(len(row["change_by_layer"]) for row in rows)):
+        cells = []
+        for row in rows:
+            value = row["change_by_layer"][layer]
+            part = value / largest
+            colour = ",".join(
+                str(round(white + part * (dark - white))) for white, dark in ((247, 8), (250, 64), (253, 129))
+            )
+            ink = "#fff" if part > 0.55 else "#1d2430"
+            cells.append(f'<td style="background:rgb({colour});color:{ink}">{value:.3g}</td>')
+        body.append(f"<tr><td>layer {layer}</td>{''.join(cells)}</tr>")
+    return f'<table class="heat"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+
+
+def _image(figure: Any, text: str) -> str:
+    return f'<img alt="{escape(text)}" src="data:image/svg+xml;base64,{b64encode(svg(figure)).decode()}">'
+
+
+def _training(run: Run, facts: Mapping[str, Any]) -> str:
+    file = run.path / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        metric = next(iter(facts.get("metrics") or {"loss": 0}))
+        figure = curve_figure([line for line in lines if isinstance(line, dict)], metric, "")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "<p>metrics.jsonl is missing or damaged.</p>"
+    return _image(figure, f"Training loss and validation {metric} over the updates")
+
+
+def _confusion(path: str) -> str:
+    try:
+        result = evaluate(path, use_cpu=True)
+    except CraftError as error:
+        return f"<p>Not evaluated: {escape(str(error))}</p>"
+    return _confusion_table(result)
+
+
+def _confusion_table(result: Evaluation) -> str:
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    told = f"<p>{result.examples:,} examples of {escape(result.data)}: {escape(metrics)}</p>"
+    if result.by_label is None:
+        return told + "<p>A regression has no labels to take for one another.</p>"
+    labels = _table(
+        ["label", "precision", "recall", "f1", "support"],
+        [
+            [label, *(f"{row[name]:.4f}" for name in ("precision", "recall", "f1")), f"{row['support']:g}"]
+            for label, row in result.by_label.items()
+        ],
+    )
+    if result.confusion is None:
+        return told + labels
+    rows = [[label, *row] for label, row in zip(result.labels, result.confusion, strict=True)]
+    return told + _table(["gold (down), predicted", *result.labels], rows) + "<br>" + labels

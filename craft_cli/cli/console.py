@@ -1,0 +1,227 @@
+"""The only place that prints. Results go to stdout, progress and messages to stderr; bars only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from craft_cli.training.progress import Plan
+
+for _stream in (sys.stdout, sys.stderr):  # a code page or an ASCII pipe must not end a run
+    if hasattr(_stream, "reconfigure"):
+        _stream.reconfigure(errors="replace")
+
+out = Console(highlight=False)
+if not out.is_terminal:
+    out.width = max(out.width, 120)  # a file has no width; let no table break there
+err = Console(stderr=True, highlight=False)
+
+
+def fail(message: str) -> None:
+    """An error: one line for each thing that is wrong."""
+    for line in message.splitlines():
+        err.print("[bold red]error:[/] ", end="")
+        err.print(_plain(line), markup=False, soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """Something the user should know, on stderr."""
+    err.print("[yellow]note:[/] ", end="")
+    err.print(_plain(message), markup=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """A plain message on stderr."""
+    err.print(message, markup=False, soft_wrap=True)
+
+
+def print_json(content: Any) -> None:
+    """One object on stdout."""
+    print(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+
+
+def facts(pairs: Mapping[str, Any], *, rename: bool = True) -> None:
+    """Names and values, a line each; values are never broken, so that paths can be copied."""
+    pairs = {
+        name.replace("_", " ") if rename else name: show(value) for name, value in pairs.items() if value is not None
+    }
+    width = max(map(len, pairs))
+    for name, value in pairs.items():
+        out.print(f"[bold]{name:<{width}}[/]  ", end="")
+        out.print(value, markup=False, soft_wrap=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout; all columns but the first are numbers, to the right."""
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, column in enumerate(columns):
+        grid.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold", no_wrap=number < 3)
+    for row in rows:
+        grid.add_row(*[escape(show(value)) for value in row])
+    out.print(grid)
+
+
+def show(value: Any) -> str:
+    """A value as it is read best."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if value == 0 or not 1e-4 <= abs(value) < 1 else f"{value:.4f}"
+    if isinstance(value, Path):
+        return f"~/{value.relative_to(Path.home())}" if value.is_relative_to(Path.home()) else str(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {show(entry)}" for name, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return _plain(",".join(map(str, value)))
+    return _plain(str(value))
+
+
+def _plain(text: str) -> str:
+    """Without control characters: names in a stranger's file must not steer the terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def percent(value: float) -> str:
+    """A part of one as a percentage."""
+    return f"{100 * value:.1f}%"
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars that vanish when done; yields a function of (what, done, total)."""
+    tasks: dict[str, TaskID] = {}
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=err, transient=True, disable=not err.is_terminal,
+    ) as progress:  # fmt: skip
+
+        def show_progress(what: str, done: int, total: int) -> None:
+            if what not in tasks or progress.tasks[tasks[what]].completed > done:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done, total=total, visible=done < total)
+
+        yield show_progress
+
+
+@contextmanager
+def status(first: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with a line that changes; without a terminal nothing."""
+    with err.status(first) as spinner:
+        yield spinner.update
+
+
+class TrainingConsole:
+    """Shows a training run: header, bar with loss, rate and time left, a line for each evaluation."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"), TimeRemainingColumn(),
+            console=err, transient=True, disable=not err.is_terminal, expand=True,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+        self._loss: float | None = None
+        self._seen = 0
+        self._began = 0.0
+        self._metric = ""
+
+    def __enter__(self) -> TrainingConsole:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def _bar(self, what: str, done: int, total: int, detail: str = "") -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total, detail=detail)
+        self._progress.update(self._tasks[what], completed=done, total=total, detail=detail, visible=done < total)
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        self._bar(what, done, total)
+
+    def started(self, plan: Plan) -> None:
+        for line in plan.notes:
+            note(line)
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold")
+        grid.add_column(overflow="fold")
+        rows = {
+            "model": plan.model,
+            "task": f"{plan.task} ({', '.join(plan.labels)})",
+            "data": f"{plan.train_examples:,} to train on, {plan.eval_examples:,} to evaluate on",
+            "tokens": plan.tokens,
+            "adapter": f"{' and '.join(plan.targets)}, ranks {plan.ranks} (OUT,IN,LAYERS)",
+            "trained": f"{plan.adapter_parameters:,} numbers in the adapter, {plan.head_parameters:,} in the head",
+            "devices": plan.devices,
+            "batch": plan.effective_batch,
+            "updates": f"{plan.updates:,}",
+            "run": plan.output or "nothing is written (--dry-run)",
+        }
+        for name, value in rows.items():
+            grid.add_row(name, escape(value))
+        err.print(Panel(grid, title="craft train", title_align="left", expand=False))
+        self._updates = plan.updates
+        self._began = time.perf_counter()
+        if plan.done == plan.updates:
+            say(f"all {plan.updates:,} updates were made before: nothing is left to train")
+        elif plan.done:
+            say(f"going on after update {plan.done:,} of {plan.updates:,}")
+
+    def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
+        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        self._seen += examples
+        self._bar("training", step, self._updates, f"loss {self._loss:.3f}  {self._speed()}{self._metric}")
+
+    def logged(self, step: int, epoch: float, loss: float, rate: float) -> None:
+        if not err.is_terminal:  # a file gets lines where a terminal has its bar
+            width = len(f"{self._updates:,}")
+            say(f"update {step:>{width},}/{self._updates:,}  loss {self._loss:.4f}  lr {rate:.1e}  {self._speed()}")
+
+    def _speed(self) -> str:
+        return f"{self._seen / max(time.perf_counter() - self._began, 1e-9):,.0f} examples/s"
+
+    def evaluating(self, done: int, total: int) -> None:
+        self._bar("evaluating", done, total)
+
+    def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float], *, best: bool) -> None:
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._metric = "  " + "  ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[:1])
+        err.print(f"epoch {epoch:<5.3g} {shown}{'  [green]best so far[/]' if best else ''}")
+
+    def noticed(self, what: str) -> None:
+        note(what)
+
+    def stopping(self) -> None:
+        say("stopping: the checkpoint is being written")
+
+    def interrupted(self, step: int, run: Path | None, *, resumable: bool) -> None:
+        self._progress.stop()
+        say(f"interrupted after update {step:,} of {self._updates:,}")
+        if run and resumable:
+            if (run / "adapter").is_dir():
+                say(f"the best adapter so far is in {run}/adapter")
+            say(f"resume with  craft train --resume --output-dir {shlex.quote(str(run))}")

@@ -1,0 +1,115 @@
+"""What all commands share: common options, options made from the settings, and how errors end."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Optional, get_type_hints
+
+import typer
+
+from craft_cli.config import RunConfig, flag
+from craft_cli.errors import CraftError
+from craft_cli.training.signals import terminates_cleanly
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+_OTHERS_SPEAK = 3.0
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Every error as one line and an exit code: 1 for errors, 130 for Ctrl-C; the traceback only with -v."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, verbose: bool = False, **options: Any) -> None:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and without a GPU it complains
+        try:
+            with terminates_cleanly():
+                command(*arguments, **options)
+        except CraftError as error:
+            rank = os.environ.get("RANK", "0")
+            if rank != "0":  # an error of all is told by the main process, and this one is ended meanwhile
+                time.sleep(_OTHERS_SPEAK)
+            _end(str(error) if rank == "0" else f"process {rank}: {error}", verbose)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except BrokenPipeError:  # `craft inspect | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
+        except Exception as error:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(word in str(error) for word in _LOST):
+                time.sleep(_OTHERS_SPEAK)
+                rank = os.environ.get("RANK", "0")
+                _end(f"process {rank} lost the connection to another process, which ended first", verbose)
+            reason = " ".join(str(error).split())
+            _end(f"unexpected {type(error).__name__}: {reason} (-v shows where; please report it)", verbose)
+
+    _set_signature(wrapped, [*_parameters(command), _parameter("verbose", VerboseFlag, False)])
+    return wrapped
+
+
+def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of these settings (all without), passed on as keywords; None for those not given."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in _parameters(command) if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        fields = [field for field in dataclasses.fields(RunConfig) if not names or field.name in names]
+        hints, groups = get_type_hints(RunConfig), RunConfig.groups()
+        options = [_option(field, str(hints[field.name]), groups[field.name], not names) for field in fields]
+        _set_signature(command, [*own, *options])
+        return command
+
+    return decorate
+
+
+def _option(field: dataclasses.Field[Any], hint: str, group: str, show_default: bool) -> inspect.Parameter:
+    kind: Any = (
+        bool
+        if "bool" in hint
+        else str
+        if any(text in hint for text in ("str", "Ranks", "Literal"))
+        else float
+        if "float" in hint
+        else int
+    )
+    name = f"{flag(field.name)}/--no-{flag(field.name)[2:]}" if kind is bool else flag(field.name)
+    default = field.default
+    shown = ",".join(default) if isinstance(default, tuple) and field.name != "ranks" else str(default)
+    option = typer.Option(
+        name,
+        help=field.metadata["help"],
+        show_default=shown if show_default and default not in (None, False) else False,
+        rich_help_panel=group,
+        metavar={"ranks": "OUT,IN,LAYERS", "targets": "NAMES", "text_columns": "NAMES"}.get(field.name),
+    )
+    return _parameter(field.name, Annotated[Optional[kind], option], None)  # noqa: UP045
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _parameters(command: Callable[..., None]) -> list[inspect.Parameter]:
+    signature = getattr(command, "__signature__", None) or inspect.signature(command, eval_str=True)
+    return list(signature.parameters.values())
+
+
+def _set_signature(command: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def _end(message: str, verbose: bool) -> None:
+    from craft_cli.cli import console
+
+    console.fail(message)
+    if verbose:
+        console.err.print_exception()
+    raise SystemExit(1)

@@ -1,0 +1,283 @@
+"""From files, saved data sets or the hub to texts and gold labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from craft_cli.errors import ConfigError, DataError
+from craft_cli.tasks.labels import label_numbers, settle_task
+from craft_cli.data.tables import (
+    Table,
+    hub_splits,
+    hub_table,
+    is_saved,
+    read_file,
+    saved_splits,
+    saved_table,
+    split_file,
+    split_files,
+)
+from craft_cli.tasks.base import OWN, SINGLE, Task, task_named
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+_TEXTS = (
+    ("text",), ("sentence",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
+    ("question", "sentence"),
+)  # fmt: skip
+_LABELS = ("label", "labels", "score", "target", "class")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where rows come from; the fields are the settings of the same names."""
+
+    task: str | None = None
+    data_dir: str | None = None
+    train_file: str | None = None
+    validation_file: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_split: str | None = None
+    validation_split: str | None = None
+    validation_share: float | None = None
+    text_columns: tuple[str, ...] | None = None
+    label_column: str | None = None
+    label_separator: str | None = None
+    problem_type: str | None = None
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, settings: Any) -> DataSource:
+        """Taken from an object or mapping that has such settings among others."""
+        get = settings.get if isinstance(settings, Mapping) else lambda name: getattr(settings, name)
+        values = {name: get(name) for name in cls.__dataclass_fields__}
+        if values["text_columns"]:
+            values["text_columns"] = tuple(values["text_columns"])
+        return cls(**values)
+
+    def resolved(self) -> DataSource:
+        """With absolute paths, so that it means the same from any folder."""
+        absolute = lambda path: str(Path(path).expanduser().resolve()) if path else None  # noqa: E731
+        return replace(
+            self,
+            data_dir=absolute(self.data_dir),
+            train_file=absolute(self.train_file),
+            validation_file=absolute(self.validation_file),
+        )
+
+    @property
+    def given(self) -> bool:
+        """Whether it says where rows come from at all."""
+        return bool(self.task or self.data_dir or self.train_file or self.validation_file or self.dataset_name)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one split.
+
+    Attributes:
+        texts: for each row one text or two.
+        labels: gold of each row: the number of its label in the task's `labels`, a real number for a regression, a 0.0 or
+            1.0 for every label where several apply. None if they are not known.
+        origin: file or hub name, for messages.
+    """
+
+    texts: list[tuple[str, ...]]
+    labels: list[Any] | None
+    origin: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def first(self, rows: int | None) -> Split:
+        """Only the first rows."""
+        return self if rows is None else self.select(range(min(rows, len(self))))
+
+    def select(self, rows: Sequence[int], part: str = "") -> Split:
+        """Only these rows; `part` says which, for messages."""
+        labels = None if self.labels is None else [self.labels[row] for row in rows]
+        return Split([self.texts[row] for row in rows], labels, self.origin + part)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A task and the splits asked for, by name, in the order of the request; notes for the user."""
+
+    task: Task
+    splits: dict[str, Split]
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, part: str) -> dict[str, Split]:
+        """The splits of a part: of `validation` the task's several ones."""
+        return {name: split for name, split in self.splits.items() if name.startswith(part)}
+
+
+def load_splits(source: DataSource, parts: Sequence[str], known: Task = OWN) -> Loaded:
+    """The task and its splits.
+
+    Args:
+        source: where from.
+        parts: of `train`, `validation`, `test`; labels of the user's own data are collected from the first one.
+        known: what is known of the user's own task already (labels, kind of problem).
+
+    Raises:
+        ConfigError: an unknown task, or one that cannot be trained on.
+        DataError: a file, column, row or label that cannot be used.
+    """
+    task = task_named(source.task) if source.task else known
+    if TRAIN in parts and task.train is None:
+        raise ConfigError(
+            f"--task {task.name} is for evaluation only: train on mnli, then `craft eval --task {task.name}`"
+        )
+    task = replace(
+        task,
+        text_columns=source.text_columns or task.text_columns,
+        label_separator=source.label_separator or task.label_separator,
+        problem_type=source.problem_type or task.problem_type,
+    )
+    held_out = VALIDATION in parts and task.name == OWN.name and not _has_validation(source)
+    if source.validation_share and not held_out and VALIDATION in parts:
+        raise ConfigError("--validation-share: there is validation data, so nothing is held out; give one or the other")
+    tables: dict[str, Table] = {}
+    for part in parts:
+        for name in [TRAIN] if held_out and part != TEST else _split_names(source, task, part):
+            if name not in tables:
+                tables[name] = _table(source, task, name)
+
+    splits: dict[str, Split] = {}
+    for name, table in tables.items():
+        task = _with_columns(task, source, table, labelled=not name.startswith(TEST))
+        texts = list(zip(*(_texts(table, column) for column in task.text_columns), strict=True))
+        labels = None
+        if task.label_column in table.columns:
+            values = table.column(task.label_column)
+            task = settle_task(task, values, table.place, table.origin)
+            labels = label_numbers(values, task, table.place)
+        splits[name] = Split(texts, labels, table.origin)
+    notes = []
+    if held_out:
+        share, seed = source.validation_share or 0.1, source.seed or 0
+        kept, apart = hold_out(splits[TRAIN], share, seed, stratify=task.problem_type == SINGLE)
+        note = (
+            f"{len(apart)} of {len(splits[TRAIN])} rows of {splits[TRAIN].origin} held out to evaluate on (seed {seed})"
+        )
+        notes = [note] if TRAIN in parts else []
+        whole = splits.pop(TRAIN)
+        if TRAIN in parts:
+            splits[TRAIN] = whole.select(kept)
+        splits[VALIDATION] = whole.select(apart, f", {len(apart)} rows held out")
+    return Loaded(task, splits, notes)
+
+
+def hold_out(split: Split, share: float, seed: int, *, stratify: bool) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows to evaluate on, the same for the same seed; every label in both where it can be.
+
+    Raises:
+        DataError: too few rows.
+    """
+    from sklearn.model_selection import train_test_split
+
+    rows, labels = list(range(len(split))), split.labels
+    apart = max(1, round(share * len(rows)))
+    if len(rows) < 2:
+        raise DataError(f"{split.origin}: {len(rows)} row(s) cannot be divided into training and validation")
+    if stratify and labels:
+        kinds = set(labels)
+        stratify = min(labels.count(label) for label in kinds) > 1 and len(kinds) <= min(apart, len(rows) - apart)
+    kept, held = train_test_split(rows, test_size=apart, random_state=seed, stratify=labels if stratify else None)
+    return sorted(kept), sorted(held)
+
+
+# -- where the splits are ------------------------------------------------------------------------------------------------
+
+
+def _split_names(source: DataSource, task: Task, part: str) -> list[str]:
+    """What the splits of a part are called: MNLI has two to evaluate on, where they are not given as one file."""
+    if part == TRAIN:
+        return [TRAIN]
+    if part == TEST:
+        return list(dict.fromkeys(split for split, _ in task.server.values())) if task.server else [TEST]
+    if source.validation_file:
+        return [VALIDATION]
+    folder = Path(source.data_dir).expanduser() if source.data_dir else None
+    there = [name for name in task.validation if folder is None or is_saved(folder) or split_files(folder, name)]
+    return there or [VALIDATION]
+
+
+def _has_validation(source: DataSource) -> bool:
+    """Whether the user's own data has rows to evaluate on; else some of the training rows are held out."""
+    if source.data_dir:
+        folder = Path(source.data_dir).expanduser()
+        if is_saved(folder):
+            return VALIDATION in saved_splits(folder) or source.validation_split is not None
+        return not folder.is_dir() or not split_files(folder, TRAIN) or bool(split_files(folder, VALIDATION))
+    if source.dataset_name:
+        return source.validation_split is not None or VALIDATION in hub_splits(
+            source.dataset_name, source.dataset_config_name
+        )
+    return source.validation_file is not None
+
+
+def _table(source: DataSource, task: Task, split: str) -> Table:
+    given = source.train_file if split == TRAIN else source.validation_file if split.startswith(VALIDATION) else None
+    renamed = source.train_split if split == TRAIN else source.validation_split if split == VALIDATION else None
+    if given:
+        return read_file(Path(given).expanduser())
+    if source.data_dir:
+        folder = Path(source.data_dir).expanduser()
+        return saved_table(folder, renamed or split) if is_saved(folder) else read_file(split_file(folder, split))
+    if task.sample:
+        shipped = Path(__file__).parent.parent / "samples" / task.sample / f"{split}.jsonl"
+        return replace(read_file(shipped), origin=f"the shipped sample {task.sample}, {split}")
+    if source.dataset_name or task.hub:
+        name, config = (
+            (source.dataset_name, source.dataset_config_name) if source.dataset_name else task.hub or ("", "")
+        )
+        return hub_table(str(name), config, renamed or split)
+    raise DataError(f"no {split} data: give --data-dir or --{split}-file")
+
+
+# -- columns ------------------------------------------------------------------------------------------------------------
+
+
+def guess_texts(columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns of one text or a pair by their usual names; none if there are none."""
+    return next((guess for guess in _TEXTS if set(guess) <= set(columns)), ())
+
+
+def _with_columns(task: Task, source: DataSource, table: Table, *, labelled: bool) -> Task:
+    """The task with its columns: as given, as the task has them, or as they are usually called."""
+    texts = task.text_columns or guess_texts(table.columns)
+    if not texts:
+        raise DataError(
+            f"{table.origin}: which columns hold the text? It has {', '.join(table.columns)} (choose with --text-columns)"
+        )
+    label = source.label_column or task.label_column
+    if not source.label_column and task.name == OWN.name and label not in table.columns:
+        label = next((guess for guess in _LABELS if guess in table.columns), label)
+    wanted_columns = dict.fromkeys(texts, "--text-columns") | ({label: "--label-column"} if labelled else {})
+    for column, wanted in wanted_columns.items():
+        if column not in table.columns:
+            raise DataError(
+                f"{table.origin} has no column '{column}'; it has {', '.join(table.columns)} (choose with {wanted})"
+            )
+    return replace(task, text_columns=texts, label_column=label)
+
+
+def _texts(table: Table, column: str) -> list[str]:
+    return [text_of(value, column, partial(table.place, row)) for row, value in enumerate(table.column(column))]
+
+
+def text_of(value: Any, column: str, place: Callable[[], str]) -> str:
+    """The text in a cell.
+
+    Raises:
+        DataError: there is none (`place` tells where).
+    """
+    if value is None or isinstance(value, (list, dict)):
+        raise DataError(f"{place()}: column '{column}' {'has no text' if value is None else 'is a list, not a text,'}")
+    return str(value)

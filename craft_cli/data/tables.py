@@ -1,0 +1,205 @@
+"""Rows with named columns, wherever they come from: files, folders of files, folders saved by `datasets`, the hub."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from craft_cli.errors import DataError
+from craft_cli.data.readers import SUFFIXES, read_rows
+
+WHOLE = "train"
+"""What the only split of a saved data set without splits is called."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with named columns, wherever they come from.
+
+    Attributes:
+        origin: file or hub name, for messages.
+        columns: names.
+        column: all cells of a column.
+        place: where a row stands, for messages.
+    """
+
+    origin: str
+    columns: Sequence[str]
+    column: Callable[[str], list[Any]]
+    place: Callable[[int], str]
+
+
+def read_file(path: Path) -> Table:
+    """A file as a table.
+
+    Raises:
+        DataError: it is missing, empty, of an unknown kind, or a row cannot be read (file and line named).
+    """
+    rows = list(read_rows(path))
+    if not rows:
+        raise DataError(f"{path} holds no rows")
+    columns = list(dict.fromkeys(name for row in rows for name in row.cells))
+    return Table(
+        origin=str(path),
+        columns=columns,
+        column=lambda name: [row.cells.get(name) for row in rows],
+        place=lambda row: f"{path}, {rows[row].place}",
+    )
+
+
+def _of_dataset(dataset: Any, origin: str) -> Table:
+    """A `datasets.Dataset` as a table; numbers of a class label become its names."""
+
+    def column(name: str) -> list[Any]:
+        values, feature = list(dataset[name]), dataset.features[name]
+        if hasattr(feature, "int2str"):
+            return [feature.int2str(value) if value is not None and value >= 0 else None for value in values]
+        inner: Any = getattr(feature, "feature", None)
+        if hasattr(inner, "int2str"):
+            return [[inner.int2str(number) for number in value] for value in values]
+        return values
+
+    return Table(origin, dataset.column_names, column, lambda row: f"{origin}, row {row + 1}")
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The files of a folder that hold this split."""
+    return [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+
+
+def split_file(folder: Path, split: str) -> Path:
+    """The one file of a folder that holds this split.
+
+    Raises:
+        DataError: there is none, or there are several.
+    """
+    if not folder.is_dir():
+        raise DataError(f"--data-dir: {folder}: no such folder")
+    found = split_files(folder, split)
+    if len(found) != 1:
+        names = ", ".join(f"{split}{suffix}" for suffix in SUFFIXES)
+        problem = f"holds {' and '.join(path.name for path in found)}" if found else "holds none"
+        raise DataError(f"--data-dir: expected one of {names} in {folder}, which {problem}")
+    return found[0]
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote this folder (`save_to_disk`)."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def saved_splits(folder: Path) -> list[str]:
+    """The names of the splits in a folder that `datasets` wrote.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    with _reading(str(folder)):
+        from datasets import DatasetDict, load_from_disk
+
+        saved = load_from_disk(str(folder))
+        return list(saved) if isinstance(saved, DatasetDict) else [WHOLE]
+
+
+def saved_table(folder: Path, split: str) -> Table:
+    """A split out of a folder that `datasets` wrote.
+
+    Raises:
+        DataError: it is damaged, or has no such split.
+    """
+    with _reading(str(folder)):
+        from datasets import DatasetDict, load_from_disk
+
+        saved: Any = load_from_disk(str(folder))
+    if not isinstance(saved, DatasetDict):
+        saved = {WHOLE: saved}
+    if split not in saved:
+        raise DataError(f"{folder} has no split '{split}'; it has {', '.join(map(str, saved))} (choose with --train-split or --validation-split)")  # fmt: skip
+    return _of_dataset(saved[split], f"{folder} ({split})")
+
+
+def hub_splits(name: str, config: str | None) -> list[str]:
+    """The names of the splits of a data set on the hub.
+
+    Raises:
+        DataError: it is neither in the cache nor on the hub.
+    """
+    from datasets import get_dataset_split_names
+
+    found: list[str] = _from_hub(name, lambda: get_dataset_split_names(name, config))
+    return found
+
+
+def hub_table(name: str, config: str | None, split: str) -> Table:
+    """A split of a data set on the hub, from the cache where it is there.
+
+    Raises:
+        DataError: it is neither in the cache nor on the hub.
+    """
+    from datasets import load_dataset
+
+    origin = f"{name} ({config + ', ' if config else ''}{split})"
+    return _of_dataset(_from_hub(origin, lambda: load_dataset(name, config, split=split), name), origin)
+
+
+def _from_hub(origin: str, load: Callable[[], Any], name: str | None = None) -> Any:
+    """Out of the cache of `datasets`, else from the hub."""
+    from huggingface_hub import HfApi
+
+    with contextlib.suppress(Exception), _quiet_datasets(), _cache_only():
+        return load()
+    try:
+        HfApi().dataset_info(name or origin, timeout=10)  # fails at once where `datasets` would try for half a minute
+        with _quiet_datasets():
+            return load()
+    except Exception as error:  # the hub's HTTP client, `datasets` and pyarrow each raise their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"the data set {origin} is not in the cache and cannot be fetched ({reason}): connect once, or give --data-dir"
+        ) from error
+
+
+@contextmanager
+def _reading(folder: str) -> Iterator[None]:
+    try:
+        with _quiet_datasets():
+            yield
+    except Exception as error:  # `datasets` and pyarrow each raise their own
+        raise DataError(f"{folder}: not readable as a saved data set ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
+def _cache_only() -> Iterator[None]:
+    """`datasets` looks in its cache and asks no hub, so that a second use needs none."""
+    import datasets
+
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """No bars and no log lines of `datasets` and the hub's client among our own output."""
+    import datasets
+    from huggingface_hub.utils import logging as hub_logging
+
+    level, hub_level = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    hub_logging.set_verbosity(hub_logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
+        if not bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,103 @@
+"""Predictions as rows, and the files they are written to: one JSON object or one csv line for each example."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from craft_cli.errors import ConfigError
+from craft_cli.files import whole_file
+from craft_cli.tasks.sequence_classification import decide, scores
+from craft_cli.tasks.base import MULTI, REGRESSION, Task
+
+FORMATS = ("jsonl", "csv")
+
+
+def records(
+    logits: Tensor, task: Task, threshold: float = 0.5, gold: Sequence[Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """A mapping for each row: `prediction`, `scores` by label, and `label` where gold is known.
+
+    A prediction is a label's name, the names of all labels that apply, or a number.
+    """
+    for row, (values, number) in enumerate(
+        zip(scores(logits, task.problem_type).tolist(), decide(logits, task.problem_type, threshold), strict=True)
+    ):
+        record: dict[str, Any] = {
+            "prediction": _named(number, task),
+            "scores": {name: round(value, 6) for name, value in zip(task.labels, values, strict=True)},
+        }
+        if gold is not None:
+            record["label"] = _named(gold[row], task)
+        yield record
+
+
+def _named(value: Any, task: Task) -> Any:
+    if task.problem_type == REGRESSION:
+        return round(float(value), 6)
+    if task.problem_type == MULTI:
+        return [name for name, applies in zip(task.labels, value, strict=True) if applies]
+    return task.labels[value]
+
+
+class RecordWriter:
+    """Writes records to an open text file, in one of `FORMATS`."""
+
+    def __init__(self, file: TextIO, kind: str) -> None:
+        self._file, self._kind = file, kind
+        self._csv: Any = None
+
+    def write(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows and pass them on at once."""
+        for row in rows:
+            if self._kind == "jsonl":
+                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            else:
+                self._write_csv(row)
+        self._file.flush()
+
+    def _write_csv(self, row: dict[str, Any]) -> None:
+        cells = {"prediction": row["prediction"]} | {f"score_{name}": value for name, value in row["scores"].items()}
+        cells |= {"label": row["label"]} if "label" in row else {}
+        if self._csv is None:
+            self._csv = csv.DictWriter(self._file, list(cells), lineterminator="\n")
+            self._csv.writeheader()
+        self._csv.writerow({name: ",".join(v) if isinstance(v, list) else v for name, v in cells.items()})
+
+
+def format_of(path: Path, given: str | None = None) -> str:
+    """The format of a predictions file: as given, or as its name ends.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    kind = given or path.suffix.removeprefix(".")
+    if kind not in FORMATS:
+        raise ConfigError(f"{path}: predictions are written as {' or '.join('.' + name for name in FORMATS)}")
+    return kind
+
+
+@contextmanager
+def open_records(path: Path, kind: str) -> Iterator[RecordWriter]:
+    """A writer to a file that takes its place when whole, however long it is; a failure leaves the former one.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    with whole_file(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        yield RecordWriter(text, kind)
+        text.detach()
+
+
+def write_records(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a predictions file in one step."""
+    with open_records(path, format_of(path)) as writer:
+        writer.write(rows)

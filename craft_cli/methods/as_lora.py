@@ -1,0 +1,190 @@
+"""An adapter as a LoRA in PEFT's own layout, written directly: no peft is needed, and no nested head is lost.
+
+The change of a layer is exactly of low rank, dW_l = U_out S_l U_in^T. With alpha = r, a LoRA adds B A:
+
+    r_in <= r_out:   A = U_in^T        (r, d_in)      B = U_out S_l    (d_out, r)
+    r_out < r_in:    A = S_l U_in^T    (r, d_in)      B = U_out        (d_out, r)
+
+Where one weight holds several projections (GPT-2's c_attn), their A are stacked and their B stand in their own rows. All
+layers get the same rank, as servers want it: smaller ones are filled with zeros.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craft_cli.methods.adapter_folder import SavedAdapter
+from craft_cli.models.streaming import StreamedBase
+from craft_cli.models.views import View
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for --max-lora-rank; an adapter's rank may be any up to it."""
+VLLM_FAMILIES = ("llama",)
+"""Of ours, those whose architectures vLLM serves with LoRA."""
+
+_ROOT = "base_model.model."  # PEFT's names start with its own wrappers
+_EPSILON = 1e-6
+
+
+def lora_pairs(base: StreamedBase, *, trim: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (r, d_in) and B (d_out, r) of every adapted module, by its path in the classifier; float32.
+
+    Args:
+        base: of the adapter.
+        trim: leave out directions whose singular value is below 1e-6 of the largest one of all.
+    """
+    slices = {target: projection.slices().detach().double() for target, projection in base.adapter().items()}
+    floor = _EPSILON * _largest(slices) if trim else 0.0
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, changes in base.changes().items():
+        parts = [
+            _factored(base.saved, target, slices[target][layer], trim=trim, floor=floor) for _, target, layer in changes
+        ]
+        a = torch.cat([a for a, _ in parts])  # (sum of ranks, d_in)
+        stored = base.shapes[name]
+        b = torch.cat(
+            [_in_rows(view, b, stored) for (view, _, _), (_, b) in zip(changes, parts, strict=True)], dim=1
+        )  # (d_out, sum of ranks)
+        pairs[name.removesuffix(".weight")] = a, b
+    rank = max(max(len(a) for a, _ in pairs.values()), 1)
+    return {name: (_filled(a, 0, rank).float(), _filled(b, 1, rank).float()) for name, (a, b) in pairs.items()}
+
+
+def _largest(slices: Mapping[str, Tensor]) -> float:
+    return max(float(torch.linalg.matrix_norm(s, 2).max()) for s in slices.values())
+
+
+def _factored(saved: SavedAdapter, target: str, s: Tensor, *, trim: bool, floor: float) -> tuple[Tensor, Tensor]:
+    """A and B of one layer's slice S (r_out, r_in)."""
+    _, u_out, u_in = (factor.double() for factor in saved.factors.decompositions[target].factors)
+    if trim:
+        left, values, right = torch.linalg.svd(s, full_matrices=False)
+        kept = int((values > floor).sum())
+        return right[:kept] @ u_in.T, u_out @ (left[:, :kept] * values[:kept])
+    if s.shape[1] <= s.shape[0]:
+        return u_in.T, u_out @ s
+    return s @ u_in.T, u_out
+
+
+def _in_rows(view: View, b: Tensor, stored: Sequence[int]) -> Tensor:
+    """B (d_out of the view, r) at the view's rows of the whole weight, zero elsewhere."""
+    if view.rows is None:
+        return b
+    whole = b.new_zeros(stored[1 if view.transposed else 0], b.shape[1])
+    view.rows.of(whole, 0).copy_(b.unflatten(0, (view.rows.count, view.rows.size)))
+    return whole
+
+
+def _filled(tensor: Tensor, dim: int, size: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[dim] = size - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim=dim)
+
+
+def peft_tensors(base: StreamedBase, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """All tensors of adapter_model.safetensors by PEFT's names."""
+    tensors = {}
+    for module, (a, b) in pairs.items():
+        tensors[f"{_ROOT}{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"{_ROOT}{module}.lora_B.weight"] = b.contiguous()
+    return tensors | {f"{_ROOT}{name}": tensor.contiguous() for name, tensor in base.saved.head.items()}
+
+
+def peft_config(base: StreamedBase, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """adapter_config.json as PEFT reads it."""
+    rank = next(len(a) for a, _ in pairs.values())
+    transposed = any(view.transposed for changes in base.changes().values() for view, _, _ in changes)
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": base.checkpoint.name
+        if base.checkpoint.name != "demo"
+        else str(base.checkpoint.folder),
+        "revision": base.checkpoint.revision,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": transposed,
+        "target_modules": _shortest_names(base, list(pairs)),
+        "modules_to_save": _head_modules(base) or None,
+        "inference_mode": True,
+    }
+
+
+def _shortest_names(base: StreamedBase, modules: Sequence[str]) -> list[str]:
+    """The endings of paths, as short as possible, that mean the adapted modules of a projection and no others."""
+    everywhere = [name for name, _ in base.model.named_modules()]
+    chosen = []
+    for ending in dict.fromkeys(_after_layer(module) for module in modules):
+        parts = ending.split(".")
+        wanted = {module for module in modules if _after_layer(module) == ending}
+        for length in range(1, len(parts) + 1):
+            short = ".".join(parts[-length:])
+            if {name for name in everywhere if name == short or name.endswith(f".{short}")} == wanted:
+                break
+        chosen.append(short)
+    return chosen
+
+
+def _after_layer(module: str) -> str:
+    parts = module.split(".")
+    number = next(index for index, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[number + 1 :])
+
+
+def _head_modules(base: StreamedBase) -> list[str]:
+    """The outermost modules that hold the trained head and nothing else."""
+    found: dict[str, None] = {}
+    head = set(base.saved.head)
+    for name in base.saved.head:
+        parts = name.split(".")
+        for length in range(1, len(parts)):
+            path = ".".join(parts[:length])
+            inside = {other for other in base.shapes if other.startswith(f"{path}.")}
+            if inside <= head:
+                found[path] = None
+                break
+    return list(found)
+
+
+def serve_command(base: StreamedBase, rank: int | None, folder: str) -> str | None:
+    """How vLLM serves what was written, where it serves the architecture and takes the adapter; None otherwise.
+
+    Args:
+        base: of the adapter.
+        rank: of the LoRA; None for a merged checkpoint.
+        folder: what was written.
+    """
+    if base.model.config.model_type not in VLLM_FAMILIES:
+        return None
+    if rank is None:
+        return f"vllm serve {shlex.quote(folder)} --runner pooling"
+    if base.saved.head or rank > VLLM_RANKS[-1]:
+        return None
+    size = next(size for size in VLLM_RANKS if size >= rank)
+    name, lora = shlex.quote(base.checkpoint.name), shlex.quote(f"tuned={folder}")
+    return f"vllm serve {name} --enable-lora --max-lora-rank {size} --lora-modules {lora}"
+
+
+def vllm_hint(base: StreamedBase, rank: int) -> str:
+    """Which ranks vLLM accepts, and what stands in the way of serving this LoRA with it."""
+    line = f"vLLM accepts --max-lora-rank {', '.join(map(str, VLLM_RANKS))}"
+    fitting = [size for size in VLLM_RANKS if size >= rank]
+    line += (
+        f": rank {rank} needs {fitting[0]}" if fitting else f": rank {rank} is too large (--trim, or smaller --ranks)"
+    )
+    if base.model.config.model_type not in VLLM_FAMILIES:
+        return f"{line}; it serves no {base.model.config.model_type} with LoRA"
+    if base.saved.head:
+        return f"{line}; it takes no trained head from a LoRA (modules_to_save): serve what `craft merge` writes"
+    return line

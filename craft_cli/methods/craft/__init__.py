@@ -1,0 +1,1 @@
+"""CRAFT: frozen Tucker factors of the stacked weights, one small trained matrix for every mode."""

@@ -1,0 +1,1 @@
+"""Base models: finding, reading, loading, streaming and writing checkpoints."""

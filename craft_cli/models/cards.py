@@ -1,0 +1,133 @@
+"""The model card: README.md of what craft writes, with the metadata block that the hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from craft_cli.models.checkpoint import CARD, DEMO, Checkpoint
+
+DEMO_ID = "sentence-transformers/all-MiniLM-L6-v2"
+"""Where the demo model comes from."""
+
+_WHAT = {
+    "adapter": "CRAFT adapter on {base}",
+    "checkpoint": "{base}, fine-tuned with CRAFT",
+    "peft": "LoRA on {base}, made from a CRAFT adapter",
+}
+
+_USE = {
+    "adapter": """With craft (the folder is PATH):
+
+    craft eval PATH                          # again, on the same data
+    craft predict PATH                       # texts from standard input
+
+    adapter = craft_cli.load(model, "PATH")  # on a fresh {architecture} with num_labels={num_labels}
+
+With plain transformers: `craft merge PATH` writes an ordinary checkpoint.
+With PEFT: `craft merge PATH --format peft` writes a LoRA.""",
+    "checkpoint": """With plain transformers (the folder is PATH):
+
+    from transformers import pipeline
+    pipeline("text-classification", "PATH")("some text")
+
+With craft: `craft eval PATH --task TASK` or `craft predict PATH`. With PEFT: nothing is needed, the change is merged.""",
+    "peft": """With PEFT (the folder is PATH):
+
+    import peft, transformers
+
+    base = transformers.{architecture}.from_pretrained(
+        {base!r}, num_labels={num_labels}, pad_token_id={pad_token_id}
+    )
+    model = peft.PeftModel.from_pretrained(base, "PATH")
+
+With plain transformers: `model.merge_and_unload(safe_merge=True).save_pretrained(...)`, or `craft merge` of the adapter.
+With craft: load the adapter that this was made from. PEFT's layout has no place for label names; they are, in order:
+{labels}.""",
+}
+
+
+def model_card(record: Mapping[str, Any], base: Checkpoint, *, form: str = "adapter") -> str:
+    """What was trained on what, with which result, and how to use it.
+
+    Args:
+        record: the adapter's description, as in adapter_config.json.
+        base: the checkpoint it was trained on.
+        form: `adapter`, `checkpoint` or `peft`.
+    """
+    import yaml
+    from huggingface_hub import EvalResult, ModelCardData
+
+    training, model = record.get("training") or {}, record["model"]
+    name = DEMO_ID if base.name == DEMO else Path(base.name).name if Path(base.name).is_absolute() else base.name
+    task = training.get("task", "not recorded")
+    data: dict[str, Any] = {
+        "library_name": {"adapter": "craft", "checkpoint": "transformers", "peft": "peft"}[form],
+        "pipeline_tag": "text-classification",
+        "tags": ["craft", "text-classification"] + (["lora"] if form == "peft" else []),
+    }
+    if not Path(base.name).is_absolute():  # the hub links to ids only
+        data["base_model"] = name
+        data["base_model_relation"] = "adapter" if form != "checkpoint" else "finetune"
+    licence = base_licence(base)
+    if licence:
+        data["license"] = licence
+    metrics = training.get("metrics", {})
+    if metrics:
+        data["model_name"] = f"{name.rpartition('/')[2]}-{task}"
+        data["eval_results"] = [
+            EvalResult("text-classification", task, task, metric, round(float(value), 6))
+            for metric, value in metrics.items()
+        ]
+    labels = ", ".join(model["id2label"].values())
+    ranks = " | ".join(dict.fromkeys(",".join(map(str, ranks)) for ranks in record["ranks"].values()))
+    parts = [
+        f"---\n{ModelCardData(**data).to_yaml()}\n---",
+        "# " + _WHAT[form].format(base=name),
+        f"Task: {task}. Labels: {labels}. Data: {_data(training)}.",
+        f"Trained numbers: {record['parameters']['adapter']:,} in the transforms of {', '.join(record['targets'])} "
+        f"(ranks {ranks}, OUT,IN,LAYERS), {record['parameters']['head']:,} in the head.",
+        f"Licence: {licence or 'that of the base model'}. Base model: {name}"
+        + (f", revision {base.revision}." if base.revision else "."),
+    ]
+    if metrics:
+        rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in metrics.items())
+        parts.append(f"| validation | epoch {training.get('epoch', 0):g} |\n|---|---|\n{rows}")
+    parts.append("## Use")
+    parts.append(
+        _USE[form].format(
+            architecture=model["architecture"],
+            num_labels=model["num_labels"],
+            pad_token_id=model["pad_token_id"],
+            base=name,
+            labels=labels,
+        )
+    )
+    parts.append(
+        "Method: frozen Tucker factors of the stacked attention weights, one small trained matrix for each mode "
+        "(arXiv 2602.17510)."
+    )
+    if training.get("recipe"):
+        recipe = yaml.safe_dump(training["recipe"], sort_keys=False, allow_unicode=True).strip()
+        parts.append(f"## Recipe\n\n```yaml\n{recipe}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def base_licence(base: Checkpoint) -> str | None:
+    """The licence that the base's own card names, if it has a card."""
+    from huggingface_hub import ModelCard
+
+    try:
+        found = ModelCard.load(base.folder / CARD).data.get("license")
+    except Exception:  # a missing, strange or damaged card is no reason to write none
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _data(training: Mapping[str, Any]) -> str:
+    data = training.get("data") or {}
+    named = [data.get("dataset_name"), data.get("dataset_config_name")]
+    files = [Path(str(data[key])).name for key in ("data_dir", "train_file", "validation_file") if data.get(key)]
+    found = [str(part) for part in [*named, *files] if part]
+    return ", ".join(found) or (f"the task's own ({training['task']})" if training.get("task") else "not recorded")

@@ -1,0 +1,169 @@
+"""Sequence classifiers by transformers: a base with a fresh head, or a checkpoint as it is, always in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from craft_cli.methods.attach import ModelAdapter, head_names, load
+from craft_cli.models.checkpoint import Checkpoint, resolve
+from craft_cli.errors import ModelError
+from craft_cli.models.quantization import after_loading, quantization_config
+from craft_cli.methods.adapter_folder import read_record
+
+
+def load_classifier(
+    checkpoint: Checkpoint,
+    labels: Sequence[str] | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    **more: Any,
+) -> tuple[Any, list[str]]:
+    """A model for sequence classification.
+
+    Args:
+        checkpoint: of a base model or a classifier.
+        labels: names of the labels; those of the checkpoint without. A head of another size starts anew.
+        dtype: of the weights; `auto` keeps the checkpoint's.
+        more: for `from_pretrained`.
+
+    Returns:
+        The model, and the names of its parameters that the checkpoint does not hold and that are random now.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    options: dict[str, Any] = dict(more)
+    if labels is not None:
+        options |= {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: number for number, label in enumerate(labels)},
+        }
+    try:
+        with quiet_transformers():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                checkpoint.folder,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=labels is not None,
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelError(f"transformers cannot load {checkpoint.name}: {str(error).strip().splitlines()[0]}") from error
+    return model, sorted(set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]})
+
+
+def load_quantised(
+    checkpoint: Checkpoint, labels: Sequence[str], bits: int, compute: torch.dtype, device: torch.device
+) -> tuple[Any, list[str]]:
+    """A model for sequence classification whose frozen linear layers have 4 or 8 bits; what is trained stays float32.
+
+    Args:
+        checkpoint: in full precision.
+        labels: names of the labels.
+        bits: 4 or 8.
+        compute: dtype in which a 4-bit layer multiplies.
+        device: where it computes.
+
+    Returns:
+        As `load_classifier`.
+
+    Raises:
+        ModelError: transformers cannot load it, or its family is not supported in so few bits.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = checkpoint.config()
+    with torch.device("meta"):
+        empty = AutoModelForSequenceClassification.from_config(config)
+    trained = head_names(empty)
+    place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    while True:
+        whole = sorted({name.rpartition(".")[0] for name in trained})
+        settings = quantization_config(bits, compute, whole)
+        model, fresh = load_classifier(checkpoint, labels, quantization_config=settings, **place)
+        inside = [name for name in fresh if name.rpartition(".")[0] not in whole]
+        if not inside:  # else the checkpoint lacks a part of the base, such as a pooler, which is trained too
+            after_loading(model)
+            return model, fresh
+        trained = [*trained, *inside]
+
+
+def recompute_activations(model: Any) -> None:
+    """Keep only what goes into each layer, and compute the rest again in the backward pass.
+
+    Raises:
+        ModelError: transformers cannot do this for the model's family.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(f"--gradient-checkpointing: transformers has none for {model.config.model_type}")
+    # The other way, reentrant, would go through the graph of the slices once for each layer, and fail.
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.24
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def head_of(model: Any, fresh: Sequence[str]) -> list[str]:
+    """The parameters to train in full: all outside the base model, and the fresh ones inside it (a missing pooler)."""
+    trained = set(fresh) | set(head_names(model))
+    return [name for name, _ in model.named_parameters() if name in trained]
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer, able to pad.
+
+    Raises:
+        ModelError: it has none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{checkpoint.name} holds no tokenizer that transformers can load: {str(error).strip().splitlines()[0]}"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_adapted(path: Path, dtype: torch.dtype | str = torch.float32) -> tuple[Any, ModelAdapter, Checkpoint]:
+    """An adapter's base model with the adapter and its head on it.
+
+    Raises:
+        FileError: the adapter is missing or damaged.
+        ModelError: its base cannot be found, or is another one now.
+    """
+    record = read_record(path)
+    checkpoint = resolve(record["base_model"]["model"], record["base_model"]["revision"])
+    labels = [record["model"]["id2label"][str(number)] for number in range(record["model"]["num_labels"])]
+    model, _ = load_classifier(checkpoint, labels, dtype)
+    model.config.pad_token_id = record["model"]["pad_token_id"]
+    return model, load(model, path), checkpoint
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and no load report of transformers among our own output."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

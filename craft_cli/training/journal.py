@@ -1,0 +1,201 @@
+"""What a training tells and keeps: metrics.jsonl, trackers, the curve, the best adapter, and when to stop early."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from craft_cli.methods.attach import ModelAdapter
+from craft_cli.models.cards import model_card
+from craft_cli.config import RunConfig
+from craft_cli.errors import ConfigError, CraftError, nearest
+from craft_cli.files import write_bytes
+from craft_cli.tasks.metrics import renamed
+from craft_cli.plots import training_curve
+from craft_cli.training.setup import Prepared, data_record, resolved_recipe
+from craft_cli.training.progress import Listener
+from craft_cli.training.run import Run
+
+
+def chosen_metric(config: RunConfig, prepared: Prepared) -> str:
+    """The metric that chooses the best adapter.
+
+    Raises:
+        ConfigError: this task has no such metric.
+    """
+    if config.metric_for_best_model is None:
+        return prepared.task.metrics[0]
+    known: list[str] = []
+    for split in prepared.validation:
+        known += renamed(dict.fromkeys((*prepared.task.metrics, "loss"), 0.0), split, prepared.validation)
+    name = config.metric_for_best_model.removeprefix("eval_")
+    if name not in known:
+        raise ConfigError(f"--metric-for-best-model: no metric '{name}' of {prepared.task.name}{nearest(name, known)}")
+    return name
+
+
+class Journal:
+    """Hears of updates and evaluations on every process; only the one that is given a run writes.
+
+    Args:
+        config: of the run.
+        prepared: what is trained on.
+        adapter: what is trained.
+        metric: chooses the best adapter, see `chosen_metric`.
+        run: where to write; None writes nothing.
+        listener: who is told.
+        track: a tracker's function of (values, step).
+
+    Attributes:
+        best: metrics of the best evaluation so far; empty before the first.
+        best_epoch: of that evaluation.
+        best_state: transforms and head of that evaluation, where there is a run.
+        evaluated: the last update that was evaluated.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prepared: Prepared,
+        adapter: ModelAdapter,
+        metric: str,
+        run: Run | None,
+        listener: Listener,
+        track: Callable[[dict[str, float], int], None] = lambda values, step: None,
+    ) -> None:
+        self._config, self._prepared, self._adapter, self._run = config, prepared, adapter, run
+        self._listener, self._track = listener, track
+        self._metric = metric
+        self._lines: list[dict[str, Any]] = []
+        self._misses = 0
+        self.best: dict[str, float] = {}
+        self.best_epoch = 0.0
+        self.best_state: dict[str, Tensor] = {}
+        self.evaluated = 0
+
+    def update(self, step: int, epoch: float, loss: float, rate: float, examples: int) -> None:
+        """An update was made.
+
+        Raises:
+            CraftError: its loss is not finite.
+        """
+        if not math.isfinite(loss):
+            raise CraftError(f"the loss is {loss} at update {step}{self._too_fast}")
+        self._listener.updated(step, loss, rate, examples)
+        if step % self._config.logging_steps == 0 or step == 1:
+            self._append({"step": step, "epoch": round(epoch, 6), "loss": loss, "learning_rate": rate})
+            self._listener.logged(step, epoch, loss, rate)
+
+    def evaluation(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """An evaluation is complete.
+
+        Raises:
+            CraftError: its loss is not finite.
+        """
+        if not math.isfinite(metrics["loss"]):
+            raise CraftError(f"the validation loss is {metrics['loss']} after update {step}{self._too_fast}")
+        gain = self._gain(metrics)
+        better = gain > 0
+        self._misses = 0 if gain > (self._config.early_stopping_threshold or 0.0) else self._misses + 1
+        self.evaluated = step
+        if better:
+            self.best, self.best_epoch = dict(metrics), epoch
+            self._keep()
+        self._append(
+            {"step": step, "epoch": round(epoch, 6)} | {f"eval_{key}": value for key, value in metrics.items()}
+        )
+        if self._run:
+            title = f"{self._prepared.task.name} on {self._prepared.checkpoint.name}"
+            training_curve(self._lines, self._metric, self._run.curve, title)
+        self._listener.evaluated(step, epoch, metrics, best=better)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether so many evaluations in a row were not better that the run should stop."""
+        return bool(self._config.early_stopping_patience) and self._misses >= (
+            self._config.early_stopping_patience or 0
+        )
+
+    def keep_last(self, epoch: float) -> None:
+        """Where nothing was evaluated, the adapter as it is now is the best one."""
+        if not self.best:
+            self.best_epoch = epoch
+            self._keep()
+
+    # -- for checkpoints ------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint must know of this journal, beside `best_state` and metrics.jsonl."""
+        return {
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "misses": self._misses,
+            "evaluated": self.evaluated,
+        }
+
+    def restore(self, record: Mapping[str, Any], best: Mapping[str, Tensor], metrics: bytes) -> None:
+        """Go back to what a checkpoint knew; the files in the run folder, too. The adapter is left at its best."""
+        self.best, self.best_epoch = dict(record["best"]), record["best_epoch"]
+        self._misses, self.evaluated = record["misses"], record["evaluated"]
+        self._lines = [json.loads(line) for line in metrics.splitlines()]
+        if self._run:
+            write_bytes(self._run.metrics_file, metrics)
+        if self._run and best:
+            self._adapter.load_trained_state(best)
+            self._keep()
+
+    # -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _too_fast(self) -> str:
+        kept = f"; the best adapter so far is in {self._run.adapter}" if self._run and self.best else ""
+        return f": start again with a lower --learning-rate or --head-learning-rate{kept}"
+
+    def _gain(self, metrics: Mapping[str, float]) -> float:
+        """By how much this evaluation is better than the best so far."""
+        if not self.best:
+            return math.inf
+        gain = metrics[self._metric] - self.best[self._metric]
+        return -gain if self._metric.startswith("loss") else gain
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._lines.append(line)
+        if self._run:
+            self._run.append_metrics(line)
+        try:
+            self._track({name: value for name, value in line.items() if name not in ("step", "epoch")}, line["step"])
+        except Exception as error:  # a server that is away is no reason to lose a training
+            self._track = lambda values, step: None
+            self._listener.noticed(
+                f"--report-to: the tracker failed ({' '.join(str(error).split())}); the training goes on without it"
+            )
+
+    def _keep(self) -> None:
+        if self._run is None:
+            return
+        self.best_state = self._adapter.trained_state()
+        self._adapter.training_record = training_record(self._config, self._prepared, self.best_epoch, self.best)
+        card = model_card(self._adapter.describe(), self._prepared.checkpoint)
+        self._adapter.save(self._run.adapter, card=card, factors=self._config.adapter_factors)
+
+
+def training_record(
+    config: RunConfig, prepared: Prepared, epoch: float, metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    """What an adapter's folder says of its training, as JSON."""
+    record = {
+        "task": prepared.task.name,
+        "data": data_record(config, prepared),
+        "problem_type": prepared.task.problem_type,
+        "labels": prepared.task.labels,
+        "threshold": config.threshold,
+        "max_seq_length": config.max_seq_length,
+        "epoch": epoch,
+        "metrics": metrics,
+        "recipe": resolved_recipe(config, prepared),
+    }
+    return dict(json.loads(json.dumps(record)))

@@ -1,0 +1,184 @@
+"""What a training starts from: nothing, a run that was cut, or the transforms of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from craft_cli.training.schedule import Timetable
+from craft_cli.config import GROUPS, RunConfig, flag, free_settings, parse_settings
+from craft_cli.errors import ConfigError, FileError
+from craft_cli.methods.craft.factors import Factors
+from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.training.run import RUNS, Run, adapter_to_start_from, check_output, resumed_run
+from craft_cli.methods.adapter_folder import read_adapter
+from craft_cli.tasks.base import task_named
+from craft_cli.training.checkpoint import TrainingState, newest_state
+
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_DATA = ("data_dir", "train_file", "validation_file")
+_PATHS = (*_DATA, "init_from")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins.
+
+    Attributes:
+        config: the settings; of a resumed run completed by what it was started with.
+        run: the run to go on with.
+        state: its newest whole checkpoint.
+        factors: the basis to train in; decomposed or taken from the cache without.
+        transforms: K of another run, by their names in an adapter's file.
+        notes: what the user should know.
+    """
+
+    config: RunConfig
+    run: Run | None = None
+    state: TrainingState | None = None
+    factors: Factors | None = None
+    transforms: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def find_start(config: RunConfig, processes: int, held: ExitStack) -> Start:
+    """Look at what there is.
+
+    Args:
+        config: as given.
+        processes: that will train.
+        held: keeps a run that goes on from being trained twice.
+
+    Raises:
+        ConfigError: the run to resume was trained with other settings, or the other run's transforms do not fit.
+        FileError: the output folder is taken, or something in it cannot be read.
+    """
+    start = _resumed(config, processes, held) if config.resume else Start(config)
+    if start.run is None and config.output_dir and not config.dry_run:
+        check_output(config.output_dir, overwrite=config.overwrite)
+    if start.state is None and start.config.init_from:
+        factors, transforms = _other_run(start.config, start.config.init_from)
+        start = replace(start, factors=factors, transforms=transforms)
+    return start
+
+
+def _resumed(config: RunConfig, processes: int, held: ExitStack) -> Start:
+    run = resumed_run(config.output_dir)
+    if not run.is_run():
+        where = run.path if config.output_dir else RUNS
+        return Start(config, notes=(f"nothing to resume in {where}: starting from the beginning",))
+    held.enter_context(run.being_trained())
+    state, notes = newest_state(run)
+    config = continued(config, run, state, processes)
+    if state is None and (notes or run.results() or (run.adapter.is_dir() and config.save_strategy == "no")):
+        why = "; ".join(notes) or ("it is finished" if run.results() else "it was trained with --save-strategy no")
+        raise FileError(
+            f"--resume: {run.path} has no checkpoint to go on from ({why}): choose another --output-dir, or give --overwrite "
+            "to begin again in its place"
+        )
+    if state is None:
+        notes.append(f"{run.path} has no checkpoint yet: starting from the beginning")
+        return Start(config, run, notes=tuple(notes))
+    return Start(config, run, state, state.factors, notes=tuple(notes))
+
+
+def continued(config: RunConfig, run: Run, state: TrainingState | None, processes: int) -> RunConfig:
+    """The settings of a resumed run: those given, where they compute the same, and its own where none are given.
+
+    Args:
+        config: as given.
+        run: the run to go on with.
+        state: its newest checkpoint, which knows what it was trained with (recipe.yaml may have been edited). Another batch
+            size that, with accumulation and processes, makes updates of as many rows is no change, nor is another number of
+            processes, nor that the data has moved: its rows are compared.
+        processes: that will train.
+
+    Raises:
+        ConfigError: settings differ that change what is computed.
+    """
+    defaults = {field.name: field.default for field in fields(RunConfig)}
+    former = defaults | parse_settings(state.record["settings"] if state else run.recipe())
+    differing: list[str] = []
+    own: dict[str, Any] = {}
+    for name, group in RunConfig.groups().items():
+        if name in free_settings() or group == GROUPS[-1]:
+            continue
+        now, then = getattr(config, name), former.get(name)
+        if now is None or name == "revision":  # it knows the very commit
+            own[name] = then
+        elif state and name in _DATA:
+            continue
+        elif _comparable(name, now) != _comparable(name, then):
+            differing.append(f"{flag(name)} was {_shown(then)}, is {_shown(now)}")
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    if state and batch * processes == state.record["update_size"]:
+        differing = [line for line in differing if not line.startswith(tuple(map(flag, _BATCH)))]
+    if config.eval_strategy == "no" and state and state.record["journal"]["best"]:
+        differing.append(f"{flag('eval_strategy')} was {former['eval_strategy']}, is no")
+    if differing:
+        raise ConfigError(
+            f"--resume: {run.path} cannot go on with other settings: {', '.join(differing)}; "
+            "give the former ones, or choose another --output-dir"
+        )
+    return replace(config, **own)
+
+
+def check_state(start: Start, timetable: Timetable, data: str) -> None:
+    """Refuse to go on with other rows, or beyond the end.
+
+    Args:
+        start: of the training.
+        timetable: of the training.
+        data: checksum of the rows to train and evaluate on.
+
+    Raises:
+        ConfigError: the checkpoint does not fit them.
+    """
+    if not (start.state and start.run):
+        return
+    if start.state.record["data"] != data:
+        raise ConfigError(
+            f"--resume: {start.run.path} cannot go on: the rows it was trained or evaluated on have changed since; "
+            "give the former data, or choose another --output-dir"
+        )
+    if start.state.step > timetable.total:
+        raise ConfigError(
+            f"--resume: {start.run.path} has made {start.state.step:,} updates already, but --num-train-epochs or "
+            f"--max-steps end it at {timetable.total:,}"
+        )
+
+
+def _comparable(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if name in _PATHS or (name == "model" and Path(value).expanduser().is_dir()):
+        return str(Path(value).expanduser().resolve())
+    if name == "task":
+        return task_named(value).name
+    return value
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _other_run(config: RunConfig, path: str) -> tuple[Factors, dict[str, Tensor]]:
+    """Factors and transforms of a run or adapter, in the projections and at the ranks of these settings."""
+    saved = read_adapter(adapter_to_start_from(path), config.cache_dir)
+    factors = saved.factors
+    if factors.targets != config.targets:
+        raise ConfigError(
+            f"--init-from: {path} adapts {','.join(factors.targets)}; give --targets {','.join(factors.targets)}"
+        )
+    for target, decomposition in factors.decompositions.items():
+        if config.ranks.lowered(decomposition.shape) != factors.ranks(target):
+            ranks = Ranks(*map(max, *(factors.ranks(name) for name in factors.targets), (0, 0, 0)))
+            raise ConfigError(f"--init-from: {path} has the ranks {factors.ranks(target)}; give --ranks {ranks}")
+    return factors, {
+        f"transform.{target}.{mode}": k for target, modes in saved.transforms.items() for mode, k in modes.items()
+    }

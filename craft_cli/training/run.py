@@ -1,0 +1,333 @@
+"""Run folders: what lies where, and which one is the latest.
+
+recipe.yaml           the resolved configuration; running it again repeats the run
+metrics.jsonl         a line for each logged update and each evaluation
+training_curve.png
+adapter/              the best adapter
+checkpoints/step-N/   what `--resume` goes on from; each is an adapter's folder with the state of the training beside it
+all_results.json      the summary; only a finished run has one
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from craft_cli.config import load_recipe
+from craft_cli.errors import FileError
+from craft_cli.files import (
+    LOCK_FILE,
+    cannot_write,
+    check_free,
+    holds_something,
+    read_json,
+    tidy,
+    write_bytes,
+    write_json,
+)
+from craft_cli.methods.adapter_folder import CONFIG_FILE, read_record
+
+RUNS = Path("runs")
+_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
+_WRITTEN = ("adapter", "recipe.yaml", "metrics.jsonl", "training_curve.png", "all_results.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the best adapter."""
+        return self.path / "adapter"
+
+    @property
+    def curve(self) -> Path:
+        """Picture of loss and metrics."""
+        return self.path / "training_curve.png"
+
+    def start(self, recipe: dict[str, Any], *, again: bool = False) -> None:
+        """Make it, empty, with its recipe, and point `runs/latest` to it. `being_trained` must hold it.
+
+        Args:
+            recipe: its settings.
+            again: it is begun once more; what no training wrote stays.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        try:
+            _empty(self.path, [*_WRITTEN, "checkpoints", "tensorboard"] if again else None)
+            self.write_recipe(recipe)
+            point_latest(self.path)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def go_on(self, recipe: dict[str, Any]) -> None:
+        """Make it an unfinished run again, of these settings, and the latest. `being_trained` must hold it.
+
+        The rows of an update stay those of its start, so its recipe keeps what they came from.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        try:
+            (self.path / "all_results.json").unlink(missing_ok=True)
+            former = self.recipe()
+            kept = {name: former[name] for name in _SIZES if name in former}
+            self.write_recipe({n: value for n, value in recipe.items() if n not in _SIZES or n in kept} | kept)
+            point_latest(self.path)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def write_recipe(self, recipe: dict[str, Any]) -> None:
+        """Write recipe.yaml."""
+        import yaml
+
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        write_bytes(self.path / "recipe.yaml", f"# craft train --recipe {self.path / 'recipe.yaml'}\n{text}".encode())
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of what a resumed training goes on from."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        """A line for each logged update and each evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @contextlib.contextmanager
+    def being_trained(self) -> Iterator[None]:
+        """Hold the folder for one training; the system lets go of it when the process ends, however that comes.
+
+        Raises:
+            FileError: another process is training in it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / LOCK_FILE)
+            lock.acquire(timeout=0.3)  # somebody may just be looking whether it runs
+        except Timeout:
+            raise FileError(
+                f"{self.path} is being trained by another process: wait for its end, or choose another --output-dir"
+            ) from None
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        try:
+            tidy(self.path, _WRITTEN)
+            yield
+        finally:
+            lock.release()
+
+    def is_running(self) -> bool:
+        """Whether a process is training in it now."""
+        if not (self.path / LOCK_FILE).is_file():
+            return False
+        try:
+            with FileLock(self.path / LOCK_FILE, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # somebody else's folder
+            return False
+
+    def state(self) -> str:
+        """`running`, `finished`, or `interrupted at step N`, the last one known of."""
+        if self.is_running():
+            return "running"
+        if self.results():
+            return "finished"
+        saved = [int(path.name[5:]) for path in checkpoints(self)]
+        return f"interrupted at step {max([line['step'] for line in self.metrics()] + saved, default=0)}"
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings in recipe.yaml; empty where there is none yet."""
+        path = self.path / "recipe.yaml"
+        return load_recipe(str(path)) if path.is_file() else {}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; one that was cut while it was written is left out."""
+        lines = []
+        if self.metrics_file.is_file():
+            for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    lines.append(json.loads(line))
+        return lines
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        try:
+            with open(self.metrics_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise cannot_write(self.metrics_file, error) from error
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write all_results.json."""
+        write_json(self.path / "all_results.json", results)
+
+    def results(self) -> dict[str, Any]:
+        """What all_results.json says; empty for a run that did not end."""
+        path = self.path / "all_results.json"
+        return read_json(path) if path.is_file() else {}
+
+    def is_run(self) -> bool:
+        """Whether this is a run folder at all."""
+        return (self.path / "recipe.yaml").is_file()
+
+
+def checkpoints(run: Run) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    found = [path for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: -int(path.name[5:]))
+
+
+def new_run(output_dir: str | None, label: str, *, overwrite: bool) -> Run:
+    """The folder of a new run.
+
+    Args:
+        output_dir: the folder; `runs/LABEL-TIME` without.
+        label: task and model, for the name.
+        overwrite: it may hold a run, which `start` then clears away.
+
+    Raises:
+        FileError: the folder is taken.
+    """
+    if output_dir:
+        return check_output(output_dir, overwrite=overwrite)
+    name, number = f"{label}-{datetime.now():%Y%m%d-%H%M%S}", 1
+    while True:
+        path = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        else:
+            return Run(path)
+
+
+def check_output(output_dir: str, *, overwrite: bool) -> Run:
+    """The run that may be made in this folder: it is empty, or may be overwritten and holds a run.
+
+    Raises:
+        FileError: the folder is taken.
+    """
+    run = Run(Path(output_dir).expanduser())
+    check_free(run.path, overwrite=overwrite)
+    if run.path.is_dir() and holds_something(run.path) and not run.is_run():
+        raise FileError(
+            f"{run.path} is not empty and is no run of craft's: --overwrite does not touch it; choose another"
+        )
+    return run
+
+
+def find_run(path: str | None) -> Path:
+    """The path given, or the latest run.
+
+    Raises:
+        FileError: there is no latest run.
+    """
+    if path is not None:
+        return Path(path).expanduser()
+    latest = _latest()
+    if latest is None:
+        raise FileError(f"no run yet below {RUNS.resolve()}: train one first, or give a path")
+    return latest
+
+
+def _latest() -> Path | None:
+    """The folder that `runs/latest` points to, from here."""
+    link = RUNS / "latest"
+    return Path(os.path.relpath(link.resolve())) if link.is_dir() else None
+
+
+def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What settings that name a former run take from it, below all that is given: its recipe, or what fits its transforms.
+
+    Args:
+        settings: given ones; `resume` and `output_dir`, or `init_from`, say which run.
+
+    Raises:
+        FileError: `init_from` is no run or adapter.
+        ConfigError: its recipe is damaged.
+    """
+    if settings.get("resume"):
+        run = resumed_run(settings.get("output_dir"))
+        if run.is_run():
+            return run.recipe()
+    if settings.get("init_from"):
+        recipe = read_record(adapter_to_start_from(settings["init_from"])).get("training", {}).get("recipe", {})
+        return {name: recipe[name] for name in ("model", "revision", "targets", "ranks") if name in recipe}
+    return {}
+
+
+def resumed_run(output_dir: str | None) -> Run:
+    """The run that `--resume` goes on with, if it is one: the one given, or the latest."""
+    return Run(Path(output_dir).expanduser() if output_dir else _latest() or RUNS / "latest")
+
+
+def adapter_to_start_from(path: str) -> Path:
+    """The adapter folder that `--init-from` names.
+
+    Raises:
+        FileError: it is no run and no adapter.
+    """
+    folder = find_adapter(Path(path).expanduser())
+    if folder is None:
+        raise FileError(f"--init-from: {path} is no run and no adapter")
+    return folder
+
+
+def find_adapter(path: Path) -> Path | None:
+    """The adapter folder at a path: of a run, or itself; None for anything else.
+
+    Raises:
+        FileError: a run without an adapter.
+    """
+    if (path / CONFIG_FILE).is_file():
+        return path
+    if Run(path).is_run():
+        if not (Run(path).adapter / CONFIG_FILE).is_file():
+            raise FileError(
+                f"{path} is a run without an adapter: it stopped before its first evaluation; "
+                f"go on with `craft train --resume --output-dir {shlex.quote(str(path))}`"
+            )
+        return Run(path).adapter
+    return None
+
+
+def _empty(folder: Path, names: Sequence[str] | None = None) -> None:
+    """Delete what is in a folder, or only these entries; the recipe last, by which a run is known as one."""
+    import shutil
+
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "recipe.yaml"):
+        if entry.name == LOCK_FILE or (names is not None and entry.name not in names):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def point_latest(path: Path) -> None:
+    """Make `runs/latest` a link to this run."""
+    RUNS.mkdir(exist_ok=True)
+    link = RUNS / f".latest.{os.getpid()}"
+    with contextlib.suppress(OSError):  # a file system without symbolic links has no latest run
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(path.resolve(), RUNS.resolve()), target_is_directory=True)
+        os.replace(link, RUNS / "latest")

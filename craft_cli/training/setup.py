@@ -1,0 +1,222 @@
+"""What a run needs before its loop: rows, factors, the adapted model, the recipe that repeats it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craft_cli.methods.attach import ModelAdapter, attach
+from craft_cli.training.schedule import plan_epoch
+from craft_cli.models.checkpoint import Checkpoint, fingerprint, resolve
+from craft_cli.training.compile import compile_blocks, freeze_cache
+from craft_cli.config import RunConfig
+from craft_cli.data.sources import TRAIN, VALIDATION, DataSource, Split, load_splits
+from craft_cli.methods.craft.decomposition import Decomposition, decompose_checkpoint, read_stacks
+from craft_cli.errors import CraftError, ModelError
+from craft_cli.methods.craft.factors import FactorCache, Factors
+from craft_cli.tasks.metrics import renamed
+from craft_cli.models.loading import head_of, load_classifier, load_quantised, load_tokenizer, recompute_activations
+from craft_cli.tasks.sequence_classification import measure
+from craft_cli.tasks.base import REGRESSION, Task, align_labels
+from craft_cli.data.tokens import Encoded, encode, padding
+
+
+@dataclass
+class Prepared:
+    """All that is needed before a model is built.
+
+    Attributes:
+        checkpoint: of the base.
+        decomposition: its factors.
+        task: with its labels.
+        labels: names of the model's outputs, in the order of its head: the task's, or those a checkpoint had already.
+        tokenizer: the base's.
+        train: rows to train on; labels are numbers of the task's, not of the head's order.
+        validation: rows to evaluate on, by split.
+        notes: what the user should know; in a dry run also what is noticed in the data.
+    """
+
+    checkpoint: Checkpoint
+    decomposition: Decomposition
+    task: Task
+    labels: tuple[str, ...]
+    tokenizer: Any
+    train: Encoded
+    validation: dict[str, Encoded]
+    notes: list[str]
+
+    def in_task_order(self, logits: Tensor) -> Tensor:
+        """Logits (rows, outputs of the head) with a column for each of the task's labels, in their order."""
+        return (
+            logits if self.labels == self.task.labels else logits[:, [self.labels.index(n) for n in self.task.labels]]
+        )
+
+    def measure(self, logits: Mapping[str, Tensor], threshold: float) -> dict[str, float]:
+        """The metrics of all validation splits, by name."""
+        metrics: dict[str, float] = {}
+        for name, encoded in self.validation.items():
+            found = measure(self.in_task_order(logits[name]), encoded.labels or [], self.task, threshold)
+            metrics |= renamed(found, name, self.validation)
+        return metrics
+
+    @property
+    def eval_examples(self) -> int:
+        """Rows of each evaluation."""
+        return sum(map(len, self.validation.values()))
+
+
+def prepare(config: RunConfig, progress: Callable[[str, int, int], None], factors: Factors | None = None) -> Prepared:
+    """Data, checkpoint and factors of a run; the same on every process.
+
+    Args:
+        config: of the run.
+        progress: called with (what, done, total).
+        factors: the basis to train in; decomposed or taken from the cache without.
+    """
+    progress("loading data", 0, 1)
+    loaded = load_splits(DataSource.of(config), [TRAIN, VALIDATION])
+    progress("loading data", 1, 1)
+    checkpoint = resolve(config.model, config.revision)
+    if factors is None:
+        decomposition = decompose_checkpoint(
+            checkpoint,
+            config.targets,
+            config.ranks,
+            cache_dir=config.cache_dir,
+            progress=lambda target, done, total: progress(f"decomposing {target}", done, total),
+        )
+    else:
+        stacks = read_stacks(checkpoint, checkpoint.config(), factors.targets)
+        if any(fingerprint(stack) != factors.fingerprints[target] for target, stack in stacks.items()):
+            raise ModelError(f"{checkpoint.name} has other weights than those the transforms were trained on")
+        decomposition = Decomposition(replace(factors, model=checkpoint.name, revision=checkpoint.revision))
+    tokenizer = load_tokenizer(checkpoint)
+    rows = {
+        name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
+        for name, split in loaded.splits.items()
+    }
+    encoded = {
+        name: encode(
+            split,
+            tokenizer,
+            config.max_seq_length,
+            lambda done, total: progress("tokenising", done, total),
+            FactorCache(config.cache_dir).folder,
+        )
+        for name, split in rows.items()
+    }
+    notes = [*decomposition.notes, *loaded.notes]
+    for name, part in encoded.items():
+        if part.cut:
+            share = f"{part.cut:,} of {len(part):,} rows of {rows[name].origin}"
+            notes.append(f"{share} are longer than {part.limit} tokens and were cut (--max-seq-length)")
+    if config.load_in_4bit or config.load_in_8bit:
+        notes.append("the base is quantised in training only: craft eval, predict and merge take it in full precision")
+    if config.dry_run:
+        notes += _report(rows)
+    train = encoded.pop(TRAIN)
+    return Prepared(checkpoint, decomposition, loaded.task, loaded.task.labels, tokenizer, train, encoded, notes)
+
+
+def _report(splits: Mapping[str, Split]) -> list[str]:
+    """Rows that stand several times in the training data, or in what is evaluated too."""
+    train = splits[TRAIN]
+    labels: dict[tuple[str, ...], Any] = {}
+    repeated = contradicting = 0
+    for text, label in zip(train.texts, train.labels or [], strict=True):
+        if text in labels:
+            repeated += 1
+            contradicting += label != labels[text]
+        else:
+            labels[text] = label
+    lines = []
+    if repeated:
+        lines.append(
+            f"{repeated:,} rows of {train.origin} repeat an earlier text, {contradicting:,} with another label"
+        )
+    for name, split in splits.items():
+        shared = sum(text in labels for text in split.texts)
+        if name != TRAIN and shared:
+            lines.append(f"{shared:,} of {len(split):,} rows of {split.origin} are in the training data too")
+    empty = sum(not any(part.strip() for part in text) for split in splits.values() for text in split.texts)
+    return [*lines, f"{empty:,} rows hold no text"] if empty else lines
+
+
+def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> str:
+    """Lengths, and the padding of the first epoch with rows of similar length together and without."""
+    lengths, size = prepared.train.lengths, config.per_device_train_batch_size
+    updates = plan_epoch(lengths, update_size, seed=config.seed, epoch=0)
+    batches = [update[start : start + size] for update in updates for start in range(0, len(update), size)]
+    plain = [range(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size)]
+    return (
+        f"median {median(lengths):g}, longest {max(lengths)}; padding {100 * padding(lengths, batches):.1f}% "
+        f"(unsorted {100 * padding(lengths, plain):.1f}%)"
+    )
+
+
+def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[Any, ModelAdapter]:
+    """The adapted model; where the checkpoint's head names the same labels, it keeps their order.
+
+    Args:
+        config: of the run.
+        prepared: what is trained on.
+        device: where a quantised base is put; any other stays on the CPU here.
+
+    Raises:
+        ModelError: it cannot be loaded, quantised, compiled, or its activations not be computed again.
+    """
+    task = prepared.task
+    named = prepared.checkpoint.config()
+    if task.problem_type != REGRESSION and named.num_labels == len(task.labels):
+        with contextlib.suppress(CraftError):  # other names: the head is trained for ours
+            prepared.labels = align_labels(task.labels, named.id2label)
+    if bits := 4 if config.load_in_4bit else 8 if config.load_in_8bit else None:
+        compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+        model, fresh = load_quantised(prepared.checkpoint, prepared.labels, bits, compute, device)
+    else:
+        model, fresh = load_classifier(prepared.checkpoint, prepared.labels)
+    freeze_cache(model)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = prepared.tokenizer.pad_token_id
+    model.config.problem_type = task.problem_type
+    adapter = attach(model, prepared.decomposition.factors, init_noise=config.init_noise, head=head_of(model, fresh))
+    if config.gradient_checkpointing:
+        recompute_activations(model)
+    if config.torch_compile:
+        compile_blocks(adapter)
+    return model, adapter
+
+
+def data_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """Where the rows came from, so that they are found again from anywhere."""
+    task = prepared.task
+    return asdict(DataSource.of(config).resolved()) | {
+        "text_columns": task.text_columns,
+        "label_column": task.label_column,
+        "label_separator": task.label_separator,
+    }
+
+
+def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """The configuration that repeats this run from any folder."""
+    recipe = config.recipe()
+    source = DataSource.of(config).resolved()
+    recipe |= {name: path for name, path in asdict(source).items() if name.endswith(("_dir", "_file")) and path}
+    if source.task is None:
+        recipe["text_columns"] = ",".join(prepared.task.text_columns)
+        recipe["label_column"] = prepared.task.label_column
+        recipe["problem_type"] = prepared.task.problem_type
+    if Path(config.model).expanduser().is_dir():
+        recipe["model"] = str(Path(config.model).expanduser().resolve())
+    elif prepared.checkpoint.revision:
+        recipe["revision"] = prepared.checkpoint.revision
+    if config.init_from:
+        recipe["init_from"] = str(Path(config.init_from).expanduser().resolve())
+    return recipe | {"ranks": str(config.ranks)}

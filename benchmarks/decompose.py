@@ -29,10 +29,11 @@ from measure import arguments, in_turn, peak, peak_memory, ratio, reset_peak, ta
 from tensorly.decomposition import tucker
 from torch import Tensor
 
-from craft_cli.models.checkpoint import LazyMatrix, resolve
-from craft_cli.methods.craft.decomposition import decompose_checkpoint, find_checkpoint, read_stacks
 from craft_cli.files import write_json
+from craft_cli.methods.craft.decomposition import decompose_checkpoint, find_checkpoint, read_stacks
 from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.models.checkpoint import LazyMatrix
+from craft_cli.models.hub import resolve
 from craft_cli.models.shards import Entry, write_shards
 from craft_cli.tucker import gram_matrix, hosvd, multi_mode_product, unfold
 

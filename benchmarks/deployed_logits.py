@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 import craft_cli as craft
-from craft_cli.models.loading import load_adapted
+from craft_cli.api.predictor import load_adapted
 from craft_cli.models.families import TARGETS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -207,7 +207,7 @@ def with_lora(watch: Watch, config: Any, order: str, rank: int, rate: float) -> 
     )
     from transformers.utils import logging
 
-    from craft_cli.models.checkpoint import resolve
+    from craft_cli.models.hub import resolve
 
     class Start(TrainerCallback):
         at = 0.0
@@ -261,7 +261,8 @@ def with_lora(watch: Watch, config: Any, order: str, rank: int, rate: float) -> 
 
 def splits(config: Any) -> tuple[Sequence[str], list[Any]]:
     """The names of the labels, and the training and validation texts that craft would take."""
-    from craft_cli.data.sources import TRAIN, VALIDATION, DataSource, load_splits
+    from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
+    from craft_cli.tasks.splits import load_splits
 
     loaded = load_splits(DataSource.of(config), [TRAIN, VALIDATION])
     rows = (config.max_train_samples, config.max_eval_samples)

@@ -30,8 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from craft_cli.methods.adapter import Adapter
-from craft_cli.models.families import layer_views
 from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.models.families import layer_views
 from craft_cli.tucker import hosvd, stack_shape
 
 TARGETS = ("query", "value")

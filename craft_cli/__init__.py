@@ -35,20 +35,20 @@ __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from craft_cli.api.advise import advise as advise
-    from craft_cli.methods.attach import ModelAdapter as ModelAdapter
-    from craft_cli.methods.attach import attach as attach
-    from craft_cli.methods.attach import load as load
     from craft_cli.api.compare import compare as compare
-    from craft_cli.config import RunConfig as RunConfig
-    from craft_cli.methods.craft.decomposition import decompose as decompose
-    from craft_cli.errors import CraftError as CraftError
+    from craft_cli.api.decompose import decompose as decompose
     from craft_cli.api.evaluate import evaluate as evaluate
-    from craft_cli.methods.craft.factors import Factors as Factors
     from craft_cli.api.inspect import inspect as inspect
     from craft_cli.api.merge import merge as merge
     from craft_cli.api.predict import predict as predict
-    from craft_cli.methods.craft.ranks import Ranks as Ranks
     from craft_cli.api.submit import submit as submit
+    from craft_cli.config import RunConfig as RunConfig
+    from craft_cli.errors import CraftError as CraftError
+    from craft_cli.methods.attach import ModelAdapter as ModelAdapter
+    from craft_cli.methods.attach import attach as attach
+    from craft_cli.methods.attach import load as load
+    from craft_cli.methods.craft.factors import Factors as Factors
+    from craft_cli.methods.craft.ranks import Ranks as Ranks
     from craft_cli.training.loop import train as train
     from craft_cli.tucker import TuckerTensor as TuckerTensor
     from craft_cli.tucker import hosvd as hosvd

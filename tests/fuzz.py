@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 
 import craft_cli as craft
 from craft_cli.errors import CraftError
-from craft_cli.methods.craft.factors import Factors
 from craft_cli.files import read_header, write_tensors
+from craft_cli.methods.craft.factors import Factors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ODD: list[Any] = [

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from craft_cli.methods.adapter import PAPER_NOISE, Adapter, ProjectionAdapter
-from craft_cli.tucker import TuckerTensor, hosvd, multi_mode_product
+from craft_cli.methods.adapter import Adapter
+from craft_cli.methods.craft.change import PAPER_NOISE, ProjectionAdapter
 from craft_cli.models.views import Rows, View
+from craft_cli.tucker import TuckerTensor, hosvd, multi_mode_product
 
 
 def decomposed(shape: tuple[int, int, int], ranks: tuple[int, int, int] | None = None) -> TuckerTensor:

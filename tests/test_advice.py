@@ -18,7 +18,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 import craft_cli as craft
-from craft_cli.models.loading import load_adapted
+from craft_cli.api.predictor import load_adapted
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.tucker import energy_table, hosvd
 

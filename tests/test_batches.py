@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from craft_cli.training.schedule import plan_epoch, share_out
+from craft_cli.data.batches import plan_epoch, share_out
 
 LENGTHS = random.Random(3).choices(range(4, 128), k=4003)
 

@@ -14,9 +14,9 @@ from conftest import invoke, opinions, write_rows
 from test_training import Remember, config, lines, tensors
 
 import craft_cli as craft
-from craft_cli.training import loop as training
-from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.api.predict import predict
+from craft_cli.errors import ConfigError, CraftError, FileError
+from craft_cli.training import loop as training
 
 Make = Callable[..., Path]
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from craft_cli.data.sources import DataSource, Split, load_splits
-from craft_cli.errors import DataError
+from craft_cli.data.sources import DataSource, Split
 from craft_cli.data.tables import read_file
+from craft_cli.errors import DataError
 from craft_cli.tasks.base import OWN, Task
+from craft_cli.tasks.splits import load_splits
 
 ROWS = [
     {"text": "NA", "label": "good"},

@@ -34,7 +34,8 @@ from transformers import (
 )
 
 import craft_cli as craft
-from craft_cli.models.loading import head_of, load_adapted
+from craft_cli.api.predictor import load_adapted
+from craft_cli.models.loading import head_of
 from craft_cli.models.shards import Entry, write_shards
 
 Make = Callable[..., Path]

@@ -12,11 +12,11 @@ from conftest import PICO, build_pico, classifier, shake, token_batch
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 import craft_cli as craft
-from craft_cli.models import families as projections
-from craft_cli.methods.attach import head_names
 from craft_cli.errors import ConfigError, FileError, ModelError
 from craft_cli.files import read_tensors, write_tensors
+from craft_cli.models import families as projections
 from craft_cli.models.families import FAMILIES, TARGETS, layer_views
+from craft_cli.models.loading import head_names
 from craft_cli.models.views import Rows, View
 
 Make = Callable[..., Path]

@@ -18,14 +18,13 @@ from fuzz import memory
 from safetensors.torch import load_file
 
 import craft_cli as craft
-from craft_cli.methods.adapter import ProjectionAdapter
-from craft_cli.models.checkpoint import resolve
 from craft_cli.errors import ModelError
-from craft_cli.methods.craft.factors import Factors, factor_tensors
 from craft_cli.files import read_header, write_tensors
-from craft_cli.api.inspect import change_slices
-from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.methods.adapter_folder import read_adapter
+from craft_cli.methods.craft.change import ProjectionAdapter, change_slices
+from craft_cli.methods.craft.factors import Factors, factor_tensors
+from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.models.hub import resolve
 
 BOUND = 160 << 20  # 31 MB for 10,000 files, 119 MB with 300 merges among them
 """Bytes of memory above the files that are read."""

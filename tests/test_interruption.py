@@ -15,8 +15,7 @@ from conftest import opinions, write_rows
 from test_training import config
 
 import craft_cli as craft
-from craft_cli.training import journal
-from craft_cli.training import signals
+from craft_cli.training import journal, signals
 from craft_cli.training.progress import Listener
 
 Make = Callable[..., Path]

@@ -17,12 +17,13 @@ from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import craft_cli as craft
-from craft_cli.api.advise import random_energy
-from craft_cli.data.sources import DataSource, load_splits
+from craft_cli.api.predictor import load_adapted
+from craft_cli.data.sources import DataSource
 from craft_cli.errors import ConfigError, FileError, ModelError
-from craft_cli.models.loading import load_adapted
 from craft_cli.models.shards import Entry, write_streamed
+from craft_cli.tasks.splits import load_splits
 from craft_cli.tucker import hosvd
+from craft_cli.tucker.chance import random_energy
 
 Make = Callable[..., Path]
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}

@@ -10,9 +10,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
-from craft_cli.tasks.sequence_classification import balanced_weights, constant_metric, decide, measure, scores, summed_loss
 from craft_cli.tasks.base import MULTI, NUMBER, REGRESSION, SINGLE, Task
+from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
+from craft_cli.tasks.sequence_classification import (
+    balanced_weights,
+    constant_metric,
+    decide,
+    measure,
+    scores,
+    summed_loss,
+)
 
 
 @pytest.mark.parametrize("classes", [2, 4])

@@ -13,12 +13,12 @@ from conftest import classifier, shake, token_batch
 from test_training import Remember, config, lines, tensors
 
 import craft_cli as craft
-from craft_cli.training import compile as compilation
-from craft_cli.training import setup as preparation
-from craft_cli.training import loop as training
-from craft_cli.models.checkpoint import resolve
 from craft_cli.errors import ConfigError, CraftError, ModelError
+from craft_cli.models.hub import resolve
 from craft_cli.models.loading import load_quantised, recompute_activations
+from craft_cli.training import compile as compilation
+from craft_cli.training import loop as training
+from craft_cli.training import setup as preparation
 from craft_cli.training.checkpoint import read_checkpoint
 
 Make = Callable[..., Path]

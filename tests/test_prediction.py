@@ -22,7 +22,7 @@ from craft_cli.api import submit as submission
 from craft_cli.config import RunConfig
 from craft_cli.data.sources import DataSource
 from craft_cli.errors import ConfigError, DataError
-from craft_cli.tasks.base import TASKS
+from craft_cli.tasks.glue import TASKS
 
 Make = Callable[..., Path]
 TEXTS = ["the film was great", "a dull book", "", "\U0001f600 the the the", "never good"]

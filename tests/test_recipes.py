@@ -11,7 +11,7 @@ import pytest
 from conftest import failure, invoke, opinions, write_rows
 
 from craft_cli.config import load_recipe, shipped_recipes
-from craft_cli.tasks.base import TASKS
+from craft_cli.tasks.glue import TASKS
 
 RECIPES = shipped_recipes()
 

@@ -21,9 +21,9 @@ from test_training import config, lines, tensors
 
 import craft_cli as craft
 from craft_cli.errors import FileError
+from craft_cli.training.checkpoint import checkpoints, read_checkpoint
 from craft_cli.training.progress import Listener, Plan
 from craft_cli.training.run import Run
-from craft_cli.training.checkpoint import checkpoints, read_checkpoint
 
 Make = Callable[..., Path]
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from test_export import logits
 
 import craft_cli as craft
-from craft_cli.methods.attach import ModelAdapter
 from craft_cli.errors import ConfigError, ModelError
+from craft_cli.methods.attach import ModelAdapter
 
 Make = Callable[..., Path]
 

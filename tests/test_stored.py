@@ -13,8 +13,8 @@ import torch
 from conftest import failure
 from safetensors.torch import load_file, save_file
 
-from craft_cli.models.checkpoint import fingerprint
 from craft_cli.methods.craft.decomposition import find_checkpoint, read_stacks
+from craft_cli.models.checkpoint import fingerprint
 from craft_cli.models.shards import stored_tensors
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool)

@@ -134,7 +134,7 @@ sys.exit(f"imported: {heavy & set(sys.modules)}" if heavy & set(sys.modules) els
 def test_every_command_and_family_is_in_the_readme() -> None:
     from craft_cli.config import shipped_recipes
     from craft_cli.models.families import FAMILIES
-    from craft_cli.tasks.base import TASKS
+    from craft_cli.tasks.glue import TASKS
 
     readme = (PACKAGE.parent / "README.md").read_text()
     shipped = [name for name in shipped_recipes() if not name.startswith("roberta-")]  # `craft recipes` lists those

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from test_data import own, problem, write, write_as
 
-from craft_cli.data.sources import DataSource, Split, hold_out, load_splits
+from craft_cli.data.sources import DataSource, Split, hold_out
 from craft_cli.errors import ConfigError, DataError
-from craft_cli.tasks.base import TASKS, align_labels, task_named
+from craft_cli.tasks.glue import TASKS, task_named
+from craft_cli.tasks.sequence_classification import align_labels
+from craft_cli.tasks.splits import load_splits
 
 # -- tasks --------------------------------------------------------------------------------------------------------------
 

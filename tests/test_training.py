@@ -19,13 +19,14 @@ from torch.nn import functional
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import craft_cli as craft
-from craft_cli.training.schedule import plan_epoch
 from craft_cli.config import RunConfig
-from craft_cli.data.sources import DataSource, load_splits
+from craft_cli.data.batches import plan_epoch
+from craft_cli.data.sources import DataSource
+from craft_cli.data.tokens import Encoded, collate, encode
 from craft_cli.errors import ConfigError, CraftError, DataError, FileError
+from craft_cli.tasks.splits import load_splits
 from craft_cli.training.progress import Listener, Plan, TrainResult
 from craft_cli.training.run import Run
-from craft_cli.data.tokens import Encoded, collate, encode
 
 Make = Callable[..., Path]
 

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from craft_cli.methods.craft.decomposition import DEFAULT_TARGETS, find_checkpoint, read_stacks
 from craft_cli.errors import ConfigError, ModelError
+from craft_cli.methods.adapter_folder import read_record
+from craft_cli.methods.craft.decomposition import DEFAULT_TARGETS, find_checkpoint, read_stacks
 from craft_cli.methods.craft.factors import Factors
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.training.run import find_adapter, find_run
-from craft_cli.methods.adapter_folder import read_record
-from craft_cli.tucker import MODES, EnergyTable, energy_table, hosvd, stack_shape
-
-_LARGEST_RANDOM = 768, 1 << 24
-"""Width and numbers of the random tensors."""
+from craft_cli.tucker import MODES, EnergyTable, energy_table, stack_shape
+from craft_cli.tucker.chance import random_by_mode, random_energy
 
 
 @dataclass(frozen=True)
@@ -200,36 +196,3 @@ def _curve(table: EnergyTable) -> list[dict[str, Any]]:
 
 
 # -- no structure -------------------------------------------------------------------------------------------------------
-
-
-@lru_cache
-def random_energy(shape: tuple[int, int, int], ranks: tuple[int, int, int]) -> float:
-    """Energy that HOSVD at these ranks keeps of a Gaussian random tensor of this shape: what no structure looks like.
-
-    A real tensor (fixed seed) is decomposed. A large one is scaled down, ranks with it: in high dimensions the energy
-    depends on the proportions alone.
-    """
-    stack = _random_stack(shape)
-    scaled = [
-        min(size, max(1, round(rank * size / whole)))
-        for rank, size, whole in zip(ranks, stack.shape, shape, strict=True)
-    ]
-    return hosvd(stack, (scaled[0], scaled[1], scaled[2])).energy
-
-
-@lru_cache
-def random_by_mode(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Energy kept by each mode's ranks alone, of such a tensor; a large one is scaled down, so these may be shorter."""
-    by_mode = []
-    for spectrum in hosvd(_random_stack(shape), (1, 1, 1)).spectra:
-        energies = spectrum.double().square().cumsum(0)
-        by_mode.append(energies / energies[-1])
-    return by_mode[0], by_mode[1], by_mode[2]
-
-
-def _random_stack(shape: tuple[int, int, int]) -> Tensor:
-    layers, d_out, d_in = shape
-    widest, numbers = _LARGEST_RANDOM
-    scale = min(1.0, widest / max(d_out, d_in), (numbers / (layers * d_out * d_in)) ** 0.5)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(layers, max(1, round(d_out * scale)), max(1, round(d_in * scale)), generator=generator)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from craft_cli.data.sources import VALIDATION, DataSource, load_splits
-from craft_cli.errors import DataError
 from craft_cli.api.predictor import load_subject
-from craft_cli.tasks.metrics import by_label, confusion, renamed
-from craft_cli.tasks.sequence_classification import decide, measure
-from craft_cli.data.writers import records, write_records
-from craft_cli.tasks.base import MULTI, REGRESSION, Task
+from craft_cli.data.sources import VALIDATION, DataSource
+from craft_cli.data.writers import write_records
+from craft_cli.errors import DataError
+from craft_cli.tasks.metrics import renamed
+from craft_cli.tasks.sequence_classification import _tables, decide, measure, records
+from craft_cli.tasks.splits import load_splits
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,3 @@ def evaluate(
         predictions=str(predictions) if predictions else None,
         **_tables(task, gold, found),
     )
-
-
-def _tables(task: Task, gold: list[Any], found: list[Any]) -> dict[str, Any]:
-    if task.problem_type == REGRESSION:
-        return {}
-    tables: dict[str, Any] = {"by_label": by_label(gold, found, task.labels)}
-    if task.problem_type != MULTI:
-        tables["confusion"] = confusion(gold, found, task.labels)
-    return tables

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from craft_cli.api.advise import random_energy
-from craft_cli.methods.craft.decomposition import DEFAULT_RANKS, DEFAULT_TARGETS, find_checkpoint, read_stacks
 from craft_cli.errors import ConfigError, FileError
-from craft_cli.methods.craft.factors import Factors
-from craft_cli.plots import spectra
-from craft_cli.models.families import TARGETS
-from craft_cli.methods.craft.ranks import Ranks
-from craft_cli.training.run import Run, find_adapter, find_run
 from craft_cli.methods.adapter_folder import read_adapter
+from craft_cli.methods.craft.change import change_slices
+from craft_cli.methods.craft.decomposition import DEFAULT_RANKS, DEFAULT_TARGETS, find_checkpoint, read_stacks
+from craft_cli.methods.craft.factors import Factors
+from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.models.families import TARGETS
+from craft_cli.plots import spectra
+from craft_cli.training.run import Run, find_adapter, find_run
 from craft_cli.tucker import MODES, TuckerTensor, stack_shape
+from craft_cli.tucker.chance import random_energy
 
 
 @dataclass(frozen=True)
@@ -127,23 +126,6 @@ def _adapter(path: Path, folder: Path) -> Inspection:
             | {"k_norms": {mode: float(matrix.double().norm()) for mode, matrix in k.items()}, "change_by_layer": norms}
         )
     return Inspection("run" if run else "adapter", str(path), facts, projections, factors.decompositions)
-
-
-def change_slices(decomposition: TuckerTensor, k: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
-    """S_l (r_out, r_in) of every layer in float64, one at a time: a stranger's file may name many layers.
-
-    The core is moved once for all of them, slice by slice: nothing is built that is larger than the core.
-    """
-    core = decomposition.core.double()
-    r_layer, r_out, r_in = core.shape
-    flat, u_layer = core.reshape(r_layer, -1), decomposition.factors[0].double()
-    adapted = u_layer + u_layer @ k["layer"].double()  # (L, r_layer)
-    j_out, j_in = (torch.eye(len(k[mode]), dtype=torch.float64) + k[mode].double() for mode in ("out", "in"))
-    moved = torch.empty_like(flat)
-    for slice_, into in zip(core, moved, strict=True):
-        into.copy_((j_out @ slice_ @ j_in.T).flatten())
-    for before, after in zip(u_layer, adapted, strict=True):
-        yield (after @ moved - before @ flat).reshape(r_out, r_in)
 
 
 def _identity(factors: Factors) -> dict[str, Any]:

@@ -9,28 +9,26 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
 from craft_cli import __version__
-from craft_cli.models.cards import model_card
-from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.files import cannot_write, holds_something, whole_folder, write_bytes, write_json
-from craft_cli.training.run import find_adapter, find_run
-from craft_cli.methods.adapter_folder import TENSOR_FILE, factor_sha256, read_adapter
-from craft_cli.models.shards import Entry, shard_bytes, write_shards, write_streamed
-from craft_cli.models.streaming import StreamedBase
+from craft_cli.methods.adapter_folder import TENSOR_FILE, read_adapter
+from craft_cli.methods.as_dense import _Checkpoint
+from craft_cli.methods.as_lora import _Lora, serve_command, vllm_hint
+from craft_cli.methods.craft.factors import factor_sha256
+from craft_cli.models.cards import model_card
 from craft_cli.models.hub import upload
-from craft_cli.models.views import View
+from craft_cli.models.shards import shard_bytes
+from craft_cli.models.streaming import StreamedBase
+from craft_cli.training.run import find_adapter, find_run
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed between merged and adapted logits, relative to the largest logit. The adapted model is
@@ -165,8 +163,8 @@ def merge(
         difference=difference["relative"],
         tolerance=tolerance,
         rank=written.rank,
-        serve=as_lora.serve_command(base, written.rank, str(destination)),
-        hint=None if written.rank is None else as_lora.vllm_hint(base, written.rank),
+        serve=serve_command(base, written.rank, str(destination)),
+        hint=None if written.rank is None else vllm_hint(base, written.rank),
     )
     if push_to_hub:
         progress("uploading")
@@ -219,88 +217,6 @@ def _check_options(
 
 
 # -- the two formats ----------------------------------------------------------------------------------------------------
-
-
-class _Checkpoint:
-    """A plain checkpoint, written tensor by tensor into `folder`."""
-
-    rank: int | None = None
-
-    def __init__(
-        self, base: StreamedBase, folder: Path, dtype: torch.dtype | None, max_shard_size: str | int | None
-    ) -> None:
-        self.changed: list[str] = []
-        self.dtype = dtype or getattr(torch, base.saved.factors.dtype)
-        self._slices = {target: p.slices().detach() for target, p in base.adapter().items()}
-        self._base = base
-        changes = base.changes()
-        entries = {}
-        for name, shape in base.shapes.items():
-            kind = base.dtypes[name]
-            if kind.is_floating_point:  # the head was trained in float32; it follows the rest
-                kind = self.dtype if dtype or name in base.saved.head else kind
-            entries[name] = Entry(shape, kind, partial(self._tensor, name, kind, changes.get(name, ())))
-        write_shards(folder, entries, shard_bytes(max_shard_size))
-        config = base.model.config
-        config.architectures = [type(base.model).__name__]
-        config.dtype = self.dtype
-        config.save_pretrained(folder)
-        for file in base.checkpoint.tokenizer_files():
-            shutil.copyfile(file, folder / file.name)
-        self._reader = Checkpoint(str(folder), None, folder).open()
-
-    def read(self, name: str) -> Tensor:
-        return self._reader.read(name)
-
-    def _tensor(self, name: str, dtype: torch.dtype, changes: Sequence[tuple[View, str, int]]) -> Tensor:
-        """A tensor as it is written: the change is added in float32 (or wider), then rounded once."""
-        before = self._base.read(name)
-        if not changes:
-            return before.to(dtype)
-        weight = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
-        for view, target, layer in changes:
-            _, u_out, u_in = self._base.saved.factors.decompositions[target].factors
-            view.add_to_weight(weight, u_out @ self._slices[target][layer] @ u_in.T)
-        after = weight.to(dtype)
-        if not torch.equal(after, before.to(dtype)):
-            self.changed.append(name)
-        return after
-
-
-class _Lora:
-    """A LoRA in PEFT's layout, written into `folder`."""
-
-    dtype = torch.float32
-
-    def __init__(self, base: StreamedBase, folder: Path, *, trim: bool) -> None:
-        from safetensors.torch import load_file
-
-        pairs = as_lora.lora_pairs(base, trim=trim)
-        config = as_lora.peft_config(base, pairs)
-        tensors = as_lora.peft_tensors(base, pairs)
-        self.rank: int | None = config["r"]
-        entries = {name: Entry(tuple(t.shape), t.dtype, partial(_itself, t)) for name, t in tensors.items()}
-        write_streamed(folder / as_lora.TENSOR_FILE, entries)
-        write_json(folder / as_lora.CONFIG_FILE, config)
-        self.changed = [f"{module}.weight" for module, (a, b) in pairs.items() if a.any() and b.any()]
-        self._base, self._transposed = base, config["fan_in_fan_out"]
-        self._written = load_file(folder / as_lora.TENSOR_FILE)
-
-    def read(self, name: str) -> Tensor:
-        """Base + B A, out of what was written."""
-        own = self._written.get(f"base_model.model.{name}")
-        if own is not None:
-            return own
-        tensor = self._base.read(name)
-        module = f"base_model.model.{name.removesuffix('.weight')}"
-        if f"{module}.lora_A.weight" not in self._written:
-            return tensor
-        delta = self._written[f"{module}.lora_B.weight"] @ self._written[f"{module}.lora_A.weight"]
-        return tensor.float() + (delta.T if self._transposed else delta)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
 
 
 # -- the certificate ----------------------------------------------------------------------------------------------------

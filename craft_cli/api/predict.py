@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
-from craft_cli.data.sources import Split, guess_texts, text_of
-from craft_cli.errors import DataError
 from craft_cli.api.predictor import load_subject
-from craft_cli.data.writers import RecordWriter, format_of, open_records, records
 from craft_cli.data.readers import SUFFIXES, TEXT, Row, read_rows, read_stdin
+from craft_cli.data.sources import Split
+from craft_cli.data.writers import RecordWriter, format_of, open_records
+from craft_cli.errors import DataError
+from craft_cli.tasks.sequence_classification import records
+from craft_cli.tasks.splits import guess_texts, text_of
 
 STDIN = "-"
 _BATCHES_AT_ONCE = 16

@@ -10,58 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from craft_cli.models.checkpoint import resolve
+from craft_cli.data.batches import length_sorted_batches
 from craft_cli.data.sources import DataSource, Split
-from craft_cli.errors import ConfigError, CraftError
-from craft_cli.models.loading import load_adapted, load_classifier, load_tokenizer
+from craft_cli.data.tokens import Encoded, encode
+from craft_cli.errors import ConfigError
+from craft_cli.methods.adapter_folder import read_record
+from craft_cli.methods.attach import ModelAdapter, load
+from craft_cli.models.checkpoint import Checkpoint
+from craft_cli.models.hub import resolve
+from craft_cli.models.loading import load_classifier, load_tokenizer
+from craft_cli.tasks.base import MULTI, NUMBER, OWN, OWN_METRICS, REGRESSION, SINGLE, Task
+from craft_cli.tasks.glue import task_named
+from craft_cli.tasks.inference import in_order, predict_batches
+from craft_cli.tasks.sequence_classification import align_labels
 from craft_cli.training.run import find_adapter, find_run
-from craft_cli.tasks.base import MULTI, NUMBER, OWN, OWN_METRICS, REGRESSION, SINGLE, Task, align_labels, task_named
-from craft_cli.data.tokens import Encoded, collate, encode
-
-
-def length_sorted_batches(encoded: Encoded, batch_size: int) -> list[list[int]]:
-    """All rows once, rows of similar length together."""
-    lengths = encoded.lengths
-    order = sorted(range(len(encoded)), key=lambda row: -lengths[row])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-@torch.no_grad()
-def predict_batches(
-    model: Any,
-    encoded: Encoded,
-    batches: Sequence[Sequence[int]],
-    tokenizer: Any,
-    device: torch.device,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    cancelled: Callable[[], object] = lambda: False,
-) -> list[Tensor]:
-    """Logits (rows, labels) of every batch, float32 on the CPU; of fewer, once `cancelled` says so."""
-    was_training = model.training
-    model.eval()
-    outputs, done, total = [], 0, sum(len(batch) for batch in batches)
-    for batch in batches:
-        if cancelled():
-            break
-        inputs, _ = collate(encoded, batch, tokenizer)
-        outputs.append(model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.float().cpu())
-        done += len(batch)
-        progress(done, total)
-    model.train(was_training)
-    return outputs
-
-
-def in_order(outputs: Sequence[Tensor], batches: Sequence[Sequence[int]], examples: int) -> Tensor:
-    """Logits (examples, labels) in the order of the rows.
-
-    Raises:
-        CraftError: a row was counted twice or not at all.
-    """
-    rows = torch.tensor([row for batch in batches for row in batch])
-    if sorted(rows.tolist()) != list(range(examples)):
-        raise CraftError(f"evaluation counted {len(rows)} rows of {examples}; please report this")
-    logits = torch.cat(list(outputs))
-    return torch.empty_like(logits).index_copy_(0, rows, logits)
 
 
 @dataclass
@@ -167,3 +129,18 @@ def load_subject(path: str | Path | None = None, *, use_cpu: bool = False) -> Su
     device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
     labels = tuple(model.config.id2label[number] for number in range(model.config.num_labels))
     return Subject(str(path or found), model.to(device), tokenizer, device, labels, record)
+
+
+def load_adapted(path: Path, dtype: torch.dtype | str = torch.float32) -> tuple[Any, ModelAdapter, Checkpoint]:
+    """An adapter's base model with the adapter and its head on it.
+
+    Raises:
+        FileError: the adapter is missing or damaged.
+        ModelError: its base cannot be found, or is another one now.
+    """
+    record = read_record(path)
+    checkpoint = resolve(record["base_model"]["model"], record["base_model"]["revision"])
+    labels = [record["model"]["id2label"][str(number)] for number in range(record["model"]["num_labels"])]
+    model, _ = load_classifier(checkpoint, labels, dtype)
+    model.config.pad_token_id = record["model"]["pad_token_id"]
+    return model, load(model, path), checkpoint

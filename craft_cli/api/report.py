@@ -9,10 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from craft_cli.errors import ConfigError, CraftError
 from craft_cli.api.evaluate import Evaluation, evaluate
-from craft_cli.files import write_bytes
 from craft_cli.api.inspect import Inspection, inspect
+from craft_cli.errors import ConfigError, CraftError
+from craft_cli.files import write_bytes
 from craft_cli.plots import curve_figure, spectra_figure, svg
 from craft_cli.training.run import Run
 

@@ -7,21 +7,18 @@ is missing, so those not predicted are filled with one constant answer; AX is an
 
 from __future__ import annotations
 
-import io
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from craft_cli.data.sources import TEST, DataSource, Split, load_splits
+from craft_cli.api.predictor import load_subject
+from craft_cli.data.sources import TEST, DataSource, Split
 from craft_cli.errors import ConfigError, DataError
 from craft_cli.files import write_bytes
-from craft_cli.api.predictor import load_subject
+from craft_cli.tasks.base import Task
+from craft_cli.tasks.glue import TASKS, _answers, _zipped
 from craft_cli.tasks.sequence_classification import decide
-from craft_cli.tasks.base import REGRESSION, TASKS, Task
-
-HIGHEST = 5.0
-"""STS-B's scores go from 0 to 5."""
+from craft_cli.tasks.splits import load_splits
 
 
 @dataclass(frozen=True)
@@ -113,19 +110,3 @@ def _test_sets(task: Task, trained: Task, source: DataSource) -> dict[str, Split
             raise DataError(f"{found.origin} holds {len(found):,} rows, but GLUE's test set {name} has {rows:,}")
         sets[name] = found
     return sets
-
-
-def _answers(predictions: Sequence[float], task: Task) -> list[str]:
-    """As the server writes them."""
-    if task.problem_type == REGRESSION:
-        return [f"{min(max(value, 0.0), HIGHEST):.3f}" for value in predictions]
-    return [str(int(number)) if task.server_numbers else task.labels[int(number)] for number in predictions]
-
-
-def _zipped(answers: Mapping[str, Sequence[str]]) -> bytes:
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(answers):
-            lines = [f"{index}\t{answer}" for index, answer in enumerate(answers[name])]
-            archive.writestr(f"{name}.tsv", "\n".join(["index\tprediction", *lines]) + "\n")
-    return content.getvalue()

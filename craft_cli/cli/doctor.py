@@ -18,8 +18,8 @@ _COLOURS = {"ok": "green", "note": "yellow", "broken": "bold red"}
 @reports_errors
 def command(json: JsonFlag = False) -> None:
     """Examine this installation and machine, down to one real training step and merge."""
-    from craft_cli.cli import console
     from craft_cli.api.doctor import examine
+    from craft_cli.cli import console
 
     with console.status("examining") as progress:
         findings = examine(progress)

@@ -66,8 +66,8 @@ def command(
             advice = advise(path, energy=energy, budget=budget, progress=progress)
         return console.print_json(asdict(advice)) if json else _advice(advice)
     with console.status("reading"):
+        from craft_cli.api.compare import list_runs
         from craft_cli.api.inspect import inspect
-        from craft_cli.api.listing import list_runs
 
         runs = list_runs(Path(path).expanduser()) if path else []
         if runs and (ranks or plot or html):

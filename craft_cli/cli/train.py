@@ -31,7 +31,8 @@ def command(
     asked = given | {name: value for name, value in settings.items() if value is not None}
     former: dict[str, Any] = {}
     if asked.get("resume") or asked.get("init_from"):
-        from craft_cli.training.run import inherited_settings, resumed_run
+        from craft_cli.training.resume import inherited_settings
+        from craft_cli.training.run import resumed_run
 
         former = inherited_settings(asked)
         if asked.get("resume") and not former and not any(asked.get(name) for name in _DATA):

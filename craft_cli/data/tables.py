@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from craft_cli.errors import DataError
 from craft_cli.data.readers import SUFFIXES, read_rows
+from craft_cli.errors import DataError
 
 WHOLE = "train"
 """What the only split of a saved data set without splits is called."""

@@ -5,46 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch import Tensor
-
 from craft_cli.errors import ConfigError
 from craft_cli.files import whole_file
-from craft_cli.tasks.sequence_classification import decide, scores
-from craft_cli.tasks.base import MULTI, REGRESSION, Task
 
 FORMATS = ("jsonl", "csv")
-
-
-def records(
-    logits: Tensor, task: Task, threshold: float = 0.5, gold: Sequence[Any] | None = None
-) -> Iterator[dict[str, Any]]:
-    """A mapping for each row: `prediction`, `scores` by label, and `label` where gold is known.
-
-    A prediction is a label's name, the names of all labels that apply, or a number.
-    """
-    for row, (values, number) in enumerate(
-        zip(scores(logits, task.problem_type).tolist(), decide(logits, task.problem_type, threshold), strict=True)
-    ):
-        record: dict[str, Any] = {
-            "prediction": _named(number, task),
-            "scores": {name: round(value, 6) for name, value in zip(task.labels, values, strict=True)},
-        }
-        if gold is not None:
-            record["label"] = _named(gold[row], task)
-        yield record
-
-
-def _named(value: Any, task: Task) -> Any:
-    if task.problem_type == REGRESSION:
-        return round(float(value), 6)
-    if task.problem_type == MULTI:
-        return [name for name, applies in zip(task.labels, value, strict=True) if applies]
-    return task.labels[value]
 
 
 class RecordWriter:

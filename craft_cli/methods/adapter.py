@@ -24,60 +24,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from craft_cli.tucker import MODES, TuckerTensor, mode_product
+from craft_cli.methods.craft.change import ProjectionAdapter
 from craft_cli.models.views import View
-
-PAPER_NOISE = 0.01 * 0.02
-"""Standard deviation of K in the paper's start, J = I + 0.01 N(0, 0.02^2)."""
-
-
-class ProjectionAdapter(nn.Module):
-    """The transforms of one projection, for all its layers.
-
-    Args:
-        decomposition: of the stacked weight (L, d_out, d_in).
-        init_noise: standard deviation of K at the start; 0 starts exactly at the base model.
-    """
-
-    core: Tensor
-    u_layer: Tensor
-    u_out: Tensor
-    u_in: Tensor
-    c0: Tensor
-
-    def __init__(self, decomposition: TuckerTensor, init_noise: float = 0.0) -> None:
-        super().__init__()
-        self.spectra = decomposition.spectra
-        for name, tensor in zip(("u_layer", "u_out", "u_in"), decomposition.factors, strict=True):
-            self.register_buffer(name, tensor.clone(), persistent=False)
-        self.register_buffer("core", decomposition.core.clone(), persistent=False)
-        self.register_buffer("c0", mode_product(self.core, self.u_layer, 0), persistent=False)
-        for mode, rank in zip(MODES, decomposition.ranks, strict=True):
-            k = torch.randn(rank, rank, dtype=self.core.dtype) * init_noise
-            self.register_parameter(f"k_{mode}", nn.Parameter(k))  # (r, r)
-
-    @property
-    def transforms(self) -> dict[str, nn.Parameter]:
-        """K of every mode by its name, (r, r)."""
-        return {mode: self.get_parameter(f"k_{mode}") for mode in MODES}
-
-    @property
-    def decomposition(self) -> TuckerTensor:
-        """The frozen factors, as they were given."""
-        return TuckerTensor(self.core, (self.u_layer, self.u_out, self.u_in), self.spectra)
-
-    def slices(self) -> Tensor:
-        """S (L, r_out, r_in), in the dtype of the transforms."""
-        k_layer, k_out, k_in = self.transforms.values()
-        change = mode_product(self.core, self.u_layer @ k_layer, 0)  # C - C0
-        c = self.c0 + change
-        k_out_c = k_out @ c
-        return change + k_out_c + (c + k_out_c) @ k_in.T
-
-    def deltas(self) -> Iterator[Tensor]:
-        """dW_l (d_out, d_in) of every layer, dense, one at a time."""
-        for s in self.slices():
-            yield self.u_out @ s @ self.u_in.T
+from craft_cli.tucker import TuckerTensor
 
 
 class _Change:

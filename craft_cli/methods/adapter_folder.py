@@ -15,13 +15,13 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from craft_cli.models.checkpoint import resolve
-from craft_cli.methods.craft.decomposition import decompose_checkpoint
 from craft_cli.errors import CraftError, FileError
-from craft_cli.methods.craft.factors import DTYPES, FactorCache, Factors, factor_tensors, from_tensors
-from craft_cli.files import FORMAT_VERSION, checksum, quoted, read_json, read_tensors
+from craft_cli.files import FORMAT_VERSION, quoted, read_json, read_tensors
+from craft_cli.methods.craft.decomposition import decompose_checkpoint
+from craft_cli.methods.craft.factors import DTYPES, FactorCache, Factors, factor_sha256, factor_tensors, from_tensors
 from craft_cli.methods.craft.ranks import Ranks
-from craft_cli.tucker import MODES, TuckerTensor
+from craft_cli.models.hub import resolve
+from craft_cli.tucker import MODES
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -47,11 +47,6 @@ class SavedAdapter:
     factors: Factors
     transforms: Mapping[str, Mapping[str, Tensor]]
     head: Mapping[str, Tensor]
-
-
-def factor_sha256(decompositions: Mapping[str, TuckerTensor]) -> str:
-    """What the factors are: sha256 over names, shapes and values of all their tensors."""
-    return checksum(factor_tensors(decompositions))
 
 
 def read_adapter(path: Path, cache_dir: str | Path | None = None, *, make: bool = True) -> SavedAdapter:

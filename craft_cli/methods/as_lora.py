@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from craft_cli.files import write_json
 from craft_cli.methods.adapter_folder import SavedAdapter
+from craft_cli.models.shards import Entry, write_streamed
 from craft_cli.models.streaming import StreamedBase
 from craft_cli.models.views import View
 
@@ -188,3 +192,39 @@ def vllm_hint(base: StreamedBase, rank: int) -> str:
     if base.saved.head:
         return f"{line}; it takes no trained head from a LoRA (modules_to_save): serve what `craft merge` writes"
     return line
+
+
+class _Lora:
+    """A LoRA in PEFT's layout, written into `folder`."""
+
+    dtype = torch.float32
+
+    def __init__(self, base: StreamedBase, folder: Path, *, trim: bool) -> None:
+        from safetensors.torch import load_file
+
+        pairs = lora_pairs(base, trim=trim)
+        config = peft_config(base, pairs)
+        tensors = peft_tensors(base, pairs)
+        self.rank: int | None = config["r"]
+        entries = {name: Entry(tuple(t.shape), t.dtype, partial(_itself, t)) for name, t in tensors.items()}
+        write_streamed(folder / TENSOR_FILE, entries)
+        write_json(folder / CONFIG_FILE, config)
+        self.changed = [f"{module}.weight" for module, (a, b) in pairs.items() if a.any() and b.any()]
+        self._base, self._transposed = base, config["fan_in_fan_out"]
+        self._written = load_file(folder / TENSOR_FILE)
+
+    def read(self, name: str) -> Tensor:
+        """Base + B A, out of what was written."""
+        own = self._written.get(f"base_model.model.{name}")
+        if own is not None:
+            return own
+        tensor = self._base.read(name)
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" not in self._written:
+            return tensor
+        delta = self._written[f"{module}.lora_B.weight"] @ self._written[f"{module}.lora_A.weight"]
+        return tensor.float() + (delta.T if self._transposed else delta)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()

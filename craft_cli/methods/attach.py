@@ -23,13 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craft_cli.methods.adapter import PAPER_NOISE, Adapter
-from craft_cli.methods.craft.bases import check_base
 from craft_cli.errors import ConfigError, FileError, ModelError, nearest
-from craft_cli.methods.craft.factors import Factors, factor_tensors
 from craft_cli.files import FORMAT_VERSION, read_tensors, whole_folder, write_bytes, write_json, write_tensors
-from craft_cli.models.families import layer_views
-from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.methods.adapter import Adapter
 from craft_cli.methods.adapter_folder import (
     CONFIG_FILE,
     INCLUDE,
@@ -37,9 +33,13 @@ from craft_cli.methods.adapter_folder import (
     REFERENCE,
     TENSOR_FILE,
     SavedAdapter,
-    factor_sha256,
     read_adapter,
 )
+from craft_cli.methods.craft.change import PAPER_NOISE
+from craft_cli.methods.craft.factors import Factors, check_base, factor_sha256, factor_tensors
+from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.models.families import layer_views
+from craft_cli.models.loading import head_names
 from craft_cli.models.views import View
 
 DEFAULT_NAME = "default"
@@ -371,12 +371,6 @@ def load(model: Any, path: str | Path, *, name: str | None = None, cache_dir: st
     if held is None:
         _put_on(adapter, views)
     return adapter
-
-
-def head_names(model: Any) -> list[str]:
-    """The parameters outside the base model: the task head, whatever the family calls it."""
-    inside = {id(parameter) for parameter in model.base_model.parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
 
 
 def _put_on(adapter: ModelAdapter, views: Mapping[str, Sequence[View]]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from craft_cli.models.checkpoint import CARD, DEMO, Checkpoint
+from craft_cli.models.checkpoint import CARD, Checkpoint
+from craft_cli.models.hub import DEMO
 
 DEMO_ID = "sentence-transformers/all-MiniLM-L6-v2"
 """Where the demo model comes from."""

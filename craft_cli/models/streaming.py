@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craft_cli.methods.adapter import Adapter
-from craft_cli.models.checkpoint import Checkpoint, fingerprint, resolve
 from craft_cli.errors import ModelError
 from craft_cli.files import quoted
-from craft_cli.models.loading import load_tokenizer
-from craft_cli.models.families import layer_views
+from craft_cli.methods.adapter import Adapter
 from craft_cli.methods.adapter_folder import SavedAdapter
+from craft_cli.models.checkpoint import Checkpoint, fingerprint
+from craft_cli.models.families import layer_views
+from craft_cli.models.hub import resolve
+from craft_cli.models.loading import load_tokenizer
 from craft_cli.models.views import View
 
 Read = Callable[[str], Tensor]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from craft_cli.errors import ConfigError
-from craft_cli.tasks.metrics import compute_metrics
+from craft_cli.errors import ConfigError, DataError
 from craft_cli.tasks.base import MULTI, REGRESSION, Task
+from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
 
 
 def summed_loss(logits: Tensor, gold: Tensor, problem_type: str, class_weights: Tensor | None = None) -> Tensor:
@@ -85,3 +85,56 @@ def constant_metric(train: Sequence[Any], gold: Sequence[Any], task: Task) -> fl
     else:
         guess = max(set(train), key=lambda label: (list(train).count(label), -label))
     return compute_metrics(task.metrics[:1], gold, [guess] * len(gold))[task.metrics[0]]
+
+
+def align_labels(labels: Sequence[str], id2label: Mapping[int, str] | None) -> tuple[str, ...]:
+    """The label names in the order of a checkpoint's head, if it has names; by name, never by position.
+
+    Raises:
+        DataError: the checkpoint names other labels.
+    """
+    if not id2label:
+        return tuple(labels)
+    theirs = [id2label[number] for number in sorted(id2label)]
+    if all(name.startswith("LABEL_") for name in theirs) and len(theirs) == len(labels):
+        return tuple(labels)
+    by_lower = {label.lower(): label for label in labels}
+    if sorted(name.lower() for name in theirs) != sorted(by_lower):
+        raise DataError(f"the checkpoint has the labels {', '.join(theirs)}, the data {', '.join(labels)}")
+    return tuple(by_lower[name.lower()] for name in theirs)
+
+
+def records(
+    logits: Tensor, task: Task, threshold: float = 0.5, gold: Sequence[Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """A mapping for each row: `prediction`, `scores` by label, and `label` where gold is known.
+
+    A prediction is a label's name, the names of all labels that apply, or a number.
+    """
+    for row, (values, number) in enumerate(
+        zip(scores(logits, task.problem_type).tolist(), decide(logits, task.problem_type, threshold), strict=True)
+    ):
+        record: dict[str, Any] = {
+            "prediction": _named(number, task),
+            "scores": {name: round(value, 6) for name, value in zip(task.labels, values, strict=True)},
+        }
+        if gold is not None:
+            record["label"] = _named(gold[row], task)
+        yield record
+
+
+def _named(value: Any, task: Task) -> Any:
+    if task.problem_type == REGRESSION:
+        return round(float(value), 6)
+    if task.problem_type == MULTI:
+        return [name for name, applies in zip(task.labels, value, strict=True) if applies]
+    return task.labels[value]
+
+
+def _tables(task: Task, gold: list[Any], found: list[Any]) -> dict[str, Any]:
+    if task.problem_type == REGRESSION:
+        return {}
+    tables: dict[str, Any] = {"by_label": by_label(gold, found, task.labels)}
+    if task.problem_type != MULTI:
+        tables["confusion"] = confusion(gold, found, task.labels)
+    return tables

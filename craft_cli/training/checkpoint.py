@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from craft_cli.methods.attach import ModelAdapter
+from craft_cli.data.tokens import Encoded
 from craft_cli.errors import FileError, LaterVersion
-from craft_cli.methods.craft.factors import Factors, from_tensors
 from craft_cli.files import cannot_write, delete_folder, read_tensors, tidy, whole_folder, write_bytes, write_tensors
-from craft_cli.training.run import Run, checkpoints
 from craft_cli.methods.adapter_folder import KIND as ADAPTER_KIND
 from craft_cli.methods.adapter_folder import TENSOR_FILE
-from craft_cli.data.tokens import Encoded
+from craft_cli.methods.attach import ModelAdapter
+from craft_cli.methods.craft.factors import Factors, from_tensors
+from craft_cli.training.run import Run, checkpoints
 
 KIND = "the state of a training"
 STATE_FILE = "training_state.safetensors"

@@ -6,8 +6,8 @@ import re
 import warnings
 from typing import Any
 
-from craft_cli.methods.attach import ModelAdapter
 from craft_cli.errors import ConfigError, CraftError
+from craft_cli.methods.attach import ModelAdapter
 
 _GRAPHS = 64
 """The first block and the others, training and evaluation, padded and unpadded batches each make a graph of the same code;

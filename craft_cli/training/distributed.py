@@ -7,15 +7,19 @@ Accelerate shards on accelerators only, and not every base (BERT's embeddings it
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, disable_fsdp_ram_efficient_loading
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    disable_fsdp_ram_efficient_loading,
+)
 from torch import Tensor, distributed, nn
 
-from craft_cli.errors import ConfigError
+from craft_cli.errors import ConfigError, CraftError
 
 
 def fsdp_asked() -> bool:
@@ -80,3 +84,26 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     flat /= distributed.get_world_size()
     for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = mean.view_as(parameter)
+
+
+T = TypeVar("T")
+
+
+def _from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """What the main process makes, on every process; the error it meets, too."""
+    made: list[Any] = [None]
+    unexpected: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            made = [make()]
+        except CraftError as error:
+            made = [error]
+        except Exception as error:  # the others must not wait for it
+            unexpected, made = error, [CraftError(f"the main process failed: {error}")]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(made)
+    if unexpected:
+        raise unexpected
+    if isinstance(made[0], CraftError):
+        raise made[0]
+    return made[0]

@@ -8,41 +8,47 @@ A training that was cut goes on from its newest checkpoint (`training_state`) an
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from transformers import get_linear_schedule_with_warmup
 
-from craft_cli.methods.attach import ModelAdapter
-from craft_cli.training.schedule import Timetable, share_out
-from craft_cli.training.compile import refusal
 from craft_cli.config import RunConfig
-from craft_cli.errors import ConfigError, CraftError
-from craft_cli.api.predictor import in_order, length_sorted_batches, predict_batches
-from craft_cli.training.journal import Journal, chosen_metric
-from craft_cli.tasks.sequence_classification import balanced_weights, constant_metric, summed_loss
-from craft_cli.training.setup import Prepared, build, describe_tokens, prepare, resolved_recipe
-from craft_cli.training.progress import Listener, Plan, TrainResult
-from craft_cli.models.quantization import check_available
-from craft_cli.training.run import Run, check_output, new_run
-from craft_cli.training.distributed import average_gradients, fsdp_asked, held_here, shard
-from craft_cli.training.signals import StopSignals, end_by
-from craft_cli.training.resume import Start, check_state, find_start
+from craft_cli.data.batches import length_sorted_batches, share_out
 from craft_cli.data.tokens import collate
-from craft_cli.training.trackers import finish_trackers, start_trackers, trackers
+from craft_cli.errors import ConfigError
+from craft_cli.models.quantization import check_available
+from craft_cli.tasks.inference import in_order, predict_batches
+from craft_cli.tasks.sequence_classification import balanced_weights, constant_metric, summed_loss
 from craft_cli.training.checkpoint import data_checksum, rng_state, save_checkpoint, untouched_rng
-
-T = TypeVar("T")
+from craft_cli.training.compile import refusal
+from craft_cli.training.distributed import _from_main, average_gradients, fsdp_asked, held_here, shard
+from craft_cli.training.journal import Journal, chosen_metric
+from craft_cli.training.progress import Listener, TrainResult
+from craft_cli.training.resume import check_state, find_start
+from craft_cli.training.run import Run
+from craft_cli.training.schedule import Timetable, _move
+from craft_cli.training.setup import (
+    Prepared,
+    _accelerator,
+    _devices,
+    _open_run,
+    _parameter_groups,
+    _plan,
+    build,
+    prepare,
+    resolved_recipe,
+)
+from craft_cli.training.signals import StopSignals, end_by
+from craft_cli.training.trackers import finish_trackers, start_trackers
 
 
 def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
@@ -230,133 +236,6 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
 
 
 # -- before the loop ----------------------------------------------------------------------------------------------------
-
-
-def _accelerator(config: RunConfig) -> Accelerator:
-    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None  # None: as `accelerate launch` says
-    if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
-        raise ConfigError("--fp16 needs a GPU; on the CPU use --bf16 or neither")
-    fsdp_asked()  # refuses what Accelerate would trip over
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ConfigError(
-            "DeepSpeed is not supported: leave it out (several processes), or use FSDP with fsdp_version: 2"
-        )
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        cpu=config.use_cpu or not torch.cuda.is_available(),
-        log_with=trackers(config.report_to) or None,
-        project_dir=".",  # the trackers' folder is known when the run is
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the factors never change
-    )
-    accelerator.gradient_accumulation_steps = 1  # `accelerate launch` may say otherwise; the loop sums by itself
-    return accelerator
-
-
-def _from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
-    """What the main process makes, on every process; the error it meets, too."""
-    made: list[Any] = [None]
-    unexpected: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            made = [make()]
-        except CraftError as error:
-            made = [error]
-        except Exception as error:  # the others must not wait for it
-            unexpected, made = error, [CraftError(f"the main process failed: {error}")]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(made)
-    if unexpected:
-        raise unexpected
-    if isinstance(made[0], CraftError):
-        raise made[0]
-    return made[0]
-
-
-def _open_run(start: Start, prepared: Prepared, recipe: dict[str, Any], held: contextlib.ExitStack) -> Path:
-    """The run folder, held by this process from now on."""
-    config = start.config
-    if start.run and start.state:
-        start.run.go_on(recipe)
-        return start.run.path
-    run = start.run
-    if run is None:
-        label = f"{prepared.task.name}-{Path(prepared.checkpoint.name).name}"
-        run = new_run(config.output_dir, label, overwrite=config.overwrite)
-        held.enter_context(run.being_trained())
-        if config.output_dir:  # another process may have trained there while this one prepared
-            check_output(config.output_dir, overwrite=config.overwrite)
-    run.start(recipe, again=start.run is not None)
-    return run.path
-
-
-def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str, Any]]:
-    """Transforms first, then the head; weight decay on matrices only."""
-    head = dict(adapter.model.named_parameters())
-    tensors = [head[name] for name in adapter.head]
-    return [
-        {"params": list(adapter.parameters()), "lr": config.learning_rate, "weight_decay": config.weight_decay},
-        {
-            "params": [t for t in tensors if t.ndim > 1],
-            "lr": config.head_learning_rate,
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [t for t in tensors if t.ndim <= 1], "lr": config.head_learning_rate, "weight_decay": 0.0},
-    ]
-
-
-def _move(schedule: Any, step: int) -> None:
-    """Set a schedule to where it is after this many updates; the rate is a function of nothing else."""
-    schedule.last_epoch = step
-    for group, base, factor in zip(
-        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * factor(step)
-    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
-
-
-def _devices(accelerator: Accelerator) -> str:
-    kind = "GPU" if accelerator.device.type == "cuda" else accelerator.device.type.upper()
-    precision = "" if accelerator.mixed_precision == "no" else f", {accelerator.mixed_precision}"
-    return f"{accelerator.num_processes} x {kind}{precision}"
-
-
-def _plan(
-    start: Start,
-    prepared: Prepared,
-    accelerator: Accelerator,
-    parameters: dict[str, int],
-    update_size: int,
-    timetable: Timetable,
-    devices: str,
-    run: Run | None,
-) -> Plan:
-    config, factors = start.config, prepared.decomposition.factors
-    each, processes = config.per_device_train_batch_size, accelerator.num_processes
-    effective = f"{update_size} = {each} a device"
-    if processes > 1:
-        effective += f" x {processes} processes"
-    if config.gradient_accumulation_steps > 1:
-        effective += f" x {config.gradient_accumulation_steps} accumulated"
-    if update_size != each * processes * config.gradient_accumulation_steps:
-        effective = f"{update_size}, as before; at most {each} a device at once"
-    return Plan(
-        model=prepared.checkpoint.name,
-        task=prepared.task.name,
-        labels=prepared.labels,
-        train_examples=len(prepared.train),
-        eval_examples=prepared.eval_examples,
-        tokens=describe_tokens(config, prepared, update_size),
-        targets=factors.targets,
-        ranks=" | ".join(dict.fromkeys(str(factors.ranks(target)) for target in factors.targets)),
-        adapter_parameters=parameters["adapter"],
-        head_parameters=parameters["head"],
-        devices=devices,
-        effective_batch=effective,
-        updates=timetable.total,
-        done=start.state.step if start.state else 0,
-        output=str(run.path) if run else None,
-        notes=(*start.notes, *prepared.notes),
-    )
 
 
 # -- in the loop --------------------------------------------------------------------------------------------------------

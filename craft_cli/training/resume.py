@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from craft_cli.training.schedule import Timetable
 from craft_cli.config import GROUPS, RunConfig, flag, free_settings, parse_settings
 from craft_cli.errors import ConfigError, FileError
+from craft_cli.methods.adapter_folder import read_adapter, read_record
 from craft_cli.methods.craft.factors import Factors
 from craft_cli.methods.craft.ranks import Ranks
-from craft_cli.training.run import RUNS, Run, adapter_to_start_from, check_output, resumed_run
-from craft_cli.methods.adapter_folder import read_adapter
-from craft_cli.tasks.base import task_named
+from craft_cli.tasks.glue import task_named
 from craft_cli.training.checkpoint import TrainingState, newest_state
+from craft_cli.training.run import RUNS, Run, check_output, find_adapter, resumed_run
+from craft_cli.training.schedule import Timetable
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _DATA = ("data_dir", "train_file", "validation_file")
@@ -182,3 +182,35 @@ def _other_run(config: RunConfig, path: str) -> tuple[Factors, dict[str, Tensor]
     return factors, {
         f"transform.{target}.{mode}": k for target, modes in saved.transforms.items() for mode, k in modes.items()
     }
+
+
+def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What settings that name a former run take from it, below all that is given: its recipe, or what fits its transforms.
+
+    Args:
+        settings: given ones; `resume` and `output_dir`, or `init_from`, say which run.
+
+    Raises:
+        FileError: `init_from` is no run or adapter.
+        ConfigError: its recipe is damaged.
+    """
+    if settings.get("resume"):
+        run = resumed_run(settings.get("output_dir"))
+        if run.is_run():
+            return run.recipe()
+    if settings.get("init_from"):
+        recipe = read_record(adapter_to_start_from(settings["init_from"])).get("training", {}).get("recipe", {})
+        return {name: recipe[name] for name in ("model", "revision", "targets", "ranks") if name in recipe}
+    return {}
+
+
+def adapter_to_start_from(path: str) -> Path:
+    """The adapter folder that `--init-from` names.
+
+    Raises:
+        FileError: it is no run and no adapter.
+    """
+    folder = find_adapter(Path(path).expanduser())
+    if folder is None:
+        raise FileError(f"--init-from: {path} is no run and no adapter")
+    return folder

@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,7 +34,7 @@ from craft_cli.files import (
     write_bytes,
     write_json,
 )
-from craft_cli.methods.adapter_folder import CONFIG_FILE, read_record
+from craft_cli.methods.adapter_folder import CONFIG_FILE
 
 RUNS = Path("runs")
 _SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
@@ -255,41 +255,9 @@ def _latest() -> Path | None:
     return Path(os.path.relpath(link.resolve())) if link.is_dir() else None
 
 
-def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What settings that name a former run take from it, below all that is given: its recipe, or what fits its transforms.
-
-    Args:
-        settings: given ones; `resume` and `output_dir`, or `init_from`, say which run.
-
-    Raises:
-        FileError: `init_from` is no run or adapter.
-        ConfigError: its recipe is damaged.
-    """
-    if settings.get("resume"):
-        run = resumed_run(settings.get("output_dir"))
-        if run.is_run():
-            return run.recipe()
-    if settings.get("init_from"):
-        recipe = read_record(adapter_to_start_from(settings["init_from"])).get("training", {}).get("recipe", {})
-        return {name: recipe[name] for name in ("model", "revision", "targets", "ranks") if name in recipe}
-    return {}
-
-
 def resumed_run(output_dir: str | None) -> Run:
     """The run that `--resume` goes on with, if it is one: the one given, or the latest."""
     return Run(Path(output_dir).expanduser() if output_dir else _latest() or RUNS / "latest")
-
-
-def adapter_to_start_from(path: str) -> Path:
-    """The adapter folder that `--init-from` names.
-
-    Raises:
-        FileError: it is no run and no adapter.
-    """
-    folder = find_adapter(Path(path).expanduser())
-    if folder is None:
-        raise FileError(f"--init-from: {path} is no run and no adapter")
-    return folder
 
 
 def find_adapter(path: Path) -> Path | None:

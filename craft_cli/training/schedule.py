@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-
-import torch
+from typing import Any
 
 from craft_cli.config import RunConfig
-
-BUCKET = 50
-"""Updates whose rows are sorted by length together: enough to save most padding, few enough to keep the order random."""
+from craft_cli.data.batches import plan_epoch
 
 
 class Timetable:
@@ -61,30 +58,11 @@ class Timetable:
         return step == self.total or step % (steps or self._in_epoch) == 0
 
 
-def plan_epoch(lengths: Sequence[int], update_size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """The rows of every update of an epoch, rows of similar length together.
-
-    Args:
-        lengths: tokens of each row.
-        update_size: rows of one update, over all processes and accumulated batches; the last update may be smaller.
-        seed: of the run.
-        epoch: from 0.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    updates = []
-    for start in range(0, len(order), BUCKET * update_size):
-        bucket = sorted(order[start : start + BUCKET * update_size], key=lambda row: -lengths[row])
-        updates += [bucket[first : first + update_size] for first in range(0, len(bucket), update_size)]
-    return [updates[number] for number in torch.randperm(len(updates), generator=generator).tolist()]
-
-
-def share_out(update: Sequence[int], batch_size: int, *, process: int, processes: int) -> list[list[int]]:
-    """The batches that one process takes of an update: as few as `batch_size` allows, of sizes as even as can be.
-
-    Every process gets the same number of batches; the last ones may be empty for some.
-    """
-    rounds = -(-len(update) // (batch_size * processes))
-    size = -(-len(update) // (rounds * processes))
-    starts = [(turn * processes + process) * size for turn in range(rounds)]
-    return [list(update[start : start + size]) for start in starts]
+def _move(schedule: Any, step: int) -> None:
+    """Set a schedule to where it is after this many updates; the rate is a function of nothing else."""
+    schedule.last_epoch = step
+    for group, base, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(step)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]

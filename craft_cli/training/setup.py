@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,22 +11,34 @@ from statistics import median
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
-from craft_cli.methods.attach import ModelAdapter, attach
-from craft_cli.training.schedule import plan_epoch
-from craft_cli.models.checkpoint import Checkpoint, fingerprint, resolve
-from craft_cli.training.compile import compile_blocks, freeze_cache
 from craft_cli.config import RunConfig
-from craft_cli.data.sources import TRAIN, VALIDATION, DataSource, Split, load_splits
-from craft_cli.methods.craft.decomposition import Decomposition, decompose_checkpoint, read_stacks
-from craft_cli.errors import CraftError, ModelError
-from craft_cli.methods.craft.factors import FactorCache, Factors
-from craft_cli.tasks.metrics import renamed
-from craft_cli.models.loading import head_of, load_classifier, load_quantised, load_tokenizer, recompute_activations
-from craft_cli.tasks.sequence_classification import measure
-from craft_cli.tasks.base import REGRESSION, Task, align_labels
+from craft_cli.data.batches import plan_epoch
+from craft_cli.data.sources import TRAIN, VALIDATION, DataSource, Split
 from craft_cli.data.tokens import Encoded, encode, padding
+from craft_cli.errors import ConfigError, CraftError, ModelError
+from craft_cli.methods.attach import ModelAdapter, attach
+from craft_cli.methods.craft.decomposition import Decomposition, decompose_checkpoint, read_stacks
+from craft_cli.methods.craft.factors import FactorCache, Factors
+from craft_cli.models.checkpoint import Checkpoint, fingerprint
+from craft_cli.models.hub import resolve
+from craft_cli.models.loading import head_of, load_classifier, load_quantised, load_tokenizer, recompute_activations
+from craft_cli.tasks.base import REGRESSION, Task
+from craft_cli.tasks.metrics import renamed
+from craft_cli.tasks.sequence_classification import (
+    align_labels,
+    measure,
+)
+from craft_cli.tasks.splits import load_splits
+from craft_cli.training.compile import compile_blocks, freeze_cache
+from craft_cli.training.distributed import fsdp_asked
+from craft_cli.training.progress import Plan
+from craft_cli.training.resume import Start
+from craft_cli.training.run import Run, check_output, new_run
+from craft_cli.training.schedule import Timetable
+from craft_cli.training.trackers import trackers
 
 
 @dataclass
@@ -220,3 +233,100 @@ def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     if config.init_from:
         recipe["init_from"] = str(Path(config.init_from).expanduser().resolve())
     return recipe | {"ranks": str(config.ranks)}
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None  # None: as `accelerate launch` says
+    if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
+        raise ConfigError("--fp16 needs a GPU; on the CPU use --bf16 or neither")
+    fsdp_asked()  # refuses what Accelerate would trip over
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "DeepSpeed is not supported: leave it out (several processes), or use FSDP with fsdp_version: 2"
+        )
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=config.use_cpu or not torch.cuda.is_available(),
+        log_with=trackers(config.report_to) or None,
+        project_dir=".",  # the trackers' folder is known when the run is
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the factors never change
+    )
+    accelerator.gradient_accumulation_steps = 1  # `accelerate launch` may say otherwise; the loop sums by itself
+    return accelerator
+
+
+def _open_run(start: Start, prepared: Prepared, recipe: dict[str, Any], held: contextlib.ExitStack) -> Path:
+    """The run folder, held by this process from now on."""
+    config = start.config
+    if start.run and start.state:
+        start.run.go_on(recipe)
+        return start.run.path
+    run = start.run
+    if run is None:
+        label = f"{prepared.task.name}-{Path(prepared.checkpoint.name).name}"
+        run = new_run(config.output_dir, label, overwrite=config.overwrite)
+        held.enter_context(run.being_trained())
+        if config.output_dir:  # another process may have trained there while this one prepared
+            check_output(config.output_dir, overwrite=config.overwrite)
+    run.start(recipe, again=start.run is not None)
+    return run.path
+
+
+def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str, Any]]:
+    """Transforms first, then the head; weight decay on matrices only."""
+    head = dict(adapter.model.named_parameters())
+    tensors = [head[name] for name in adapter.head]
+    return [
+        {"params": list(adapter.parameters()), "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        {
+            "params": [t for t in tensors if t.ndim > 1],
+            "lr": config.head_learning_rate,
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [t for t in tensors if t.ndim <= 1], "lr": config.head_learning_rate, "weight_decay": 0.0},
+    ]
+
+
+def _devices(accelerator: Accelerator) -> str:
+    kind = "GPU" if accelerator.device.type == "cuda" else accelerator.device.type.upper()
+    precision = "" if accelerator.mixed_precision == "no" else f", {accelerator.mixed_precision}"
+    return f"{accelerator.num_processes} x {kind}{precision}"
+
+
+def _plan(
+    start: Start,
+    prepared: Prepared,
+    accelerator: Accelerator,
+    parameters: dict[str, int],
+    update_size: int,
+    timetable: Timetable,
+    devices: str,
+    run: Run | None,
+) -> Plan:
+    config, factors = start.config, prepared.decomposition.factors
+    each, processes = config.per_device_train_batch_size, accelerator.num_processes
+    effective = f"{update_size} = {each} a device"
+    if processes > 1:
+        effective += f" x {processes} processes"
+    if config.gradient_accumulation_steps > 1:
+        effective += f" x {config.gradient_accumulation_steps} accumulated"
+    if update_size != each * processes * config.gradient_accumulation_steps:
+        effective = f"{update_size}, as before; at most {each} a device at once"
+    return Plan(
+        model=prepared.checkpoint.name,
+        task=prepared.task.name,
+        labels=prepared.labels,
+        train_examples=len(prepared.train),
+        eval_examples=prepared.eval_examples,
+        tokens=describe_tokens(config, prepared, update_size),
+        targets=factors.targets,
+        ranks=" | ".join(dict.fromkeys(str(factors.ranks(target)) for target in factors.targets)),
+        adapter_parameters=parameters["adapter"],
+        head_parameters=parameters["head"],
+        devices=devices,
+        effective_batch=effective,
+        updates=timetable.total,
+        done=start.state.step if start.state else 0,
+        output=str(run.path) if run else None,
+        notes=(*start.notes, *prepared.notes),
+    )

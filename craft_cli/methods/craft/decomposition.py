@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from craft_cli.models.checkpoint import Checkpoint, LazyMatrix, fingerprint, resolve
 from craft_cli.errors import ModelError
 from craft_cli.methods.craft.factors import FactorCache, Factors
-from craft_cli.models.families import check_targets, layer_views
 from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.models.checkpoint import Checkpoint, LazyMatrix, fingerprint
+from craft_cli.models.families import check_targets, layer_views
+from craft_cli.models.hub import resolve
 from craft_cli.tucker import hosvd, stack_shape
 
 DEFAULT_RANKS = Ranks(64, 64, 8)
@@ -36,38 +37,6 @@ class Decomposition:
     def cached(self) -> bool:
         """Whether nothing had to be computed."""
         return not self.seconds
-
-
-def decompose(
-    model: str,
-    targets: Sequence[str] = DEFAULT_TARGETS,
-    ranks: str | Sequence[int] = DEFAULT_RANKS,
-    *,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    device: str | None = None,
-    force: bool = False,
-) -> Factors:
-    """HOSVD factors of a model's stacked attention projections, from the cache where it has them.
-
-    Args:
-        model: hub id, local folder, or `demo`.
-        targets: of `query`, `key`, `value`, `output`.
-        ranks: OUT,IN,LAYERS; a rank above its dimension is lowered to it.
-        revision: branch, tag or commit of a hub model.
-        cache_dir: folder of the factor files; `~/.cache/craft` without.
-        device: where to compute; the CPU without.
-        force: decompose again even if the cache has it.
-
-    Raises:
-        ConfigError: unknown targets or impossible ranks.
-        ModelError: the model is missing, damaged or of an unsupported family.
-        FileError: the cache cannot be written.
-    """
-    checkpoint = find_checkpoint(model, targets, revision)
-    return decompose_checkpoint(
-        checkpoint, targets, Ranks.parse(ranks), cache_dir=cache_dir, device=device, force=force
-    ).factors
 
 
 def find_checkpoint(model: str, targets: Sequence[str], revision: str | None = None) -> Checkpoint:

@@ -1,0 +1,104 @@
+"""GLUE: its tasks as rows of a table, and the files its server takes."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping, Sequence
+
+from craft_cli.errors import ConfigError, nearest
+from craft_cli.tasks.base import NUMBER, REGRESSION, Task
+
+GLUE = "nyu-mll/glue"
+
+
+_MNLI = ("entailment", "neutral", "contradiction")
+
+
+_ENTAILED = ("entailment", "not_entailment")
+
+
+_PAIR = ("sentence1", "sentence2")
+
+
+_F1 = ("accuracy", "f1")
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("opinions", ("text",), ("negative", "positive"), sample="opinions"),
+        Task(
+            "cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation", "accuracy"),
+            hub=(GLUE, "cola"), server={"CoLA": ("test", 1063)},
+        ),
+        Task("sst2", ("sentence",), ("negative", "positive"), hub=(GLUE, "sst2"), server={"SST-2": ("test", 1821)}),
+        Task(
+            "mrpc", _PAIR, ("not_equivalent", "equivalent"), _F1, hub=(GLUE, "mrpc"), server={"MRPC": ("test", 1725)}
+        ),
+        Task(
+            "qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), _F1, hub=(GLUE, "qqp"),
+            server={"QQP": ("test", 390965)},
+        ),
+        Task(
+            "stsb", _PAIR, NUMBER, ("pearson", "spearman"), REGRESSION, hub=(GLUE, "stsb"),
+            server={"STS-B": ("test", 1379)},
+        ),
+        Task(
+            "mnli", ("premise", "hypothesis"), _MNLI, hub=(GLUE, "mnli"),
+            validation=("validation_matched", "validation_mismatched"),
+            server={"MNLI-m": ("test_matched", 9796), "MNLI-mm": ("test_mismatched", 9847)}, server_numbers=False,
+        ),
+        Task(
+            "mnli-mm", ("premise", "hypothesis"), _MNLI, hub=(GLUE, "mnli"), validation=("validation_mismatched",),
+            server={"MNLI-mm": ("test_mismatched", 9847)}, server_numbers=False,
+        ),
+        Task(
+            "qnli", ("question", "sentence"), _ENTAILED, hub=(GLUE, "qnli"), server={"QNLI": ("test", 5463)},
+            server_numbers=False,
+        ),
+        Task("rte", _PAIR, _ENTAILED, hub=(GLUE, "rte"), server={"RTE": ("test", 3000)}, server_numbers=False),
+        Task("wnli", _PAIR, _ENTAILED[::-1], hub=(GLUE, "wnli"), server={"WNLI": ("test", 146)}),
+        Task(
+            "ax", ("premise", "hypothesis"), _MNLI, ("matthews_correlation", "accuracy"), hub=(GLUE, "ax"), train=None,
+            validation=("test",), server={"AX": ("test", 1104)}, server_numbers=False,
+        ),
+    )
+}  # fmt: skip
+"""By the names that `run_glue` and the hub use; label numbers as in the hub's nyu-mll/glue."""
+
+
+_ALIASES = {"mnlim": "mnli", "mnlimatched": "mnli", "mnlimm": "mnli-mm", "mnlimismatched": "mnli-mm", "sts": "stsb"}
+
+
+def task_named(name: str) -> Task:
+    """The task of this name, in any of the spellings people use: `stsb`, `STS-B`, `sts_b`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    plain = name.lower().replace("-", "").replace("_", "")
+    known = _ALIASES.get(plain, plain)
+    if known not in TASKS:
+        raise ConfigError(f"--task: unknown task '{name}'{nearest(name, TASKS)}")
+    return TASKS[known]
+
+
+HIGHEST = 5.0
+"""STS-B's scores go from 0 to 5."""
+
+
+def _answers(predictions: Sequence[float], task: Task) -> list[str]:
+    """As the server writes them."""
+    if task.problem_type == REGRESSION:
+        return [f"{min(max(value, 0.0), HIGHEST):.3f}" for value in predictions]
+    return [str(int(number)) if task.server_numbers else task.labels[int(number)] for number in predictions]
+
+
+def _zipped(answers: Mapping[str, Sequence[str]]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(answers):
+            lines = [f"{index}\t{answer}" for index, answer in enumerate(answers[name])]
+            archive.writestr(f"{name}.tsv", "\n".join(["index\tprediction", *lines]) + "\n")
+    return content.getvalue()

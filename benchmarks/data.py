@@ -23,11 +23,11 @@ from torch import Tensor
 
 import craft_cli as craft
 from craft_cli import RunConfig, train
+from craft_cli.data import batches
 from craft_cli.data.sources import TRAIN, DataSource
 from craft_cli.data.tokens import collate, encode, padding
 from craft_cli.models.loading import quiet_transformers
 from craft_cli.tasks.splits import load_splits
-from craft_cli.training import schedule as batches
 from craft_cli.training.progress import Listener, Plan
 from craft_cli.training.setup import Prepared, build, prepare
 

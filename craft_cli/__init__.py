@@ -20,7 +20,7 @@ _HOME = {
     "advise": "api.advise",
     "attach": "methods.attach",
     "compare": "api.compare",
-    "decompose": "methods.craft.decomposition",
+    "decompose": "api.decompose",
     "evaluate": "api.evaluate",
     "hosvd": "tucker",
     "inspect": "api.inspect",

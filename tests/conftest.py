@@ -266,8 +266,7 @@ def signed_in(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def halves(pico: Callable[..., Path], data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run `uncut`, and a run `out` that was cut after 9 of 12 updates; checkpoints every 4."""
-    from test_resume import DROPOUT, Cut, cut
-    from test_training import config
+    from helpers import DROPOUT, Cut, config, cut
 
     folder = tmp_path_factory.mktemp("halves")
     with pytest.MonkeyPatch.context() as patch:
@@ -280,8 +279,7 @@ def halves(pico: Callable[..., Path], data_dir: Path, tmp_path_factory: pytest.T
 @pytest.fixture
 def half(halves: Path, tmp_path: Path, pico: Callable[..., Path], data_dir: Path) -> Callable[..., Any]:
     """Copies of them in the working folder; a function of changed settings gives those to resume with."""
-    from test_resume import DROPOUT
-    from test_training import config
+    from helpers import DROPOUT, config
 
     for name in ("uncut", "out"):
         shutil.copytree(halves / name, tmp_path / name)

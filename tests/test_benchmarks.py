@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from craft_cli.cli import app
 from craft_cli.config import RunConfig
-from craft_cli.training import schedule as batches
+from craft_cli.data import batches
 from craft_cli.training.setup import prepare
 from craft_cli.tucker import gram_matrix, hosvd
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import opinions, write_rows
-from test_training import config
+from helpers import config
 
 import craft_cli as craft
 from craft_cli.training import journal, signals

@@ -1,6 +1,6 @@
 """Kill a training again and again, resume it, and compare the end with that of a training that was never cut.
 
-    python tests/torture.py --kills 60
+    python tests/training/torture.py --kills 60
 
 Half of the kills (-9) come at a random time, half at a random event: an update's second batch, an optimizer step, a batch of
 an evaluation, a file being synced or renamed. A cut run may be cut again, and now and then SIGTERM comes instead. Everything
@@ -30,6 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # children are forked
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 warnings.simplefilter("ignore")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402

@@ -8,8 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from conftest import PICO, build_pico, classifier, failure, invoke, save_tokenizer, shake, token_batch
+from helpers import endpoint, logits, saved_adapter
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, card_problem
 from safetensors import safe_open
@@ -39,24 +39,6 @@ from craft_cli.models.loading import head_of
 from craft_cli.models.shards import Entry, write_shards
 
 Make = Callable[..., Path]
-
-
-def saved_adapter(base: Path, targets: tuple[str, ...] = ("query", "value"), **options: Any) -> Path:
-    """An adapter with random transforms and another head than a fresh model has."""
-    model = classifier(base, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
-    model.config.pad_token_id = 0
-    adapter = craft.attach(model, craft.decompose(str(base), targets, (6, 5, 2)), **options)
-    shake(adapter)
-    with torch.no_grad():
-        for tensor in adapter.head_state().values():
-            tensor.add_(torch.linspace(-0.1, 0.1, tensor.numel()).view_as(tensor))
-    adapter.save("adapter")
-    return Path("adapter")
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model.eval()(**token_batch()).logits.float()
 
 
 def expected(path: str = "adapter") -> torch.Tensor:
@@ -300,13 +282,6 @@ def test_nothing_is_uploaded_unless_asked_for_and_then_all(
 
 
 # -- cards --------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def endpoint(hub: LoopbackHub) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        yield
 
 
 def test_cards_are_valid_and_say_how_to_load(pico: Make, hub: LoopbackHub, data_dir: Path, tmp_path: Path) -> None:

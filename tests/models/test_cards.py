@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import classifier, failure, invoke, shake
+from helpers import endpoint, saved_adapter
 from loopback_hub import LoopbackHub
-from test_export import endpoint, saved_adapter
 
 import craft_cli as craft
 from craft_cli.errors import ConfigError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data import own, problem, write, write_as
+from helpers import own, problem, write, write_as
 
 from craft_cli.data.sources import DataSource, Split, hold_out
 from craft_cli.errors import ConfigError, DataError

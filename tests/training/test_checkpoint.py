@@ -14,71 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from helpers import DROPOUT, Cut, config, cut, flip, full_disk, leftovers, lines, same
 from safetensors import safe_open
-from test_damage import flip, full_disk, leftovers
-from test_training import config, lines, tensors
 
 import craft_cli as craft
 from craft_cli.errors import FileError
-from craft_cli.training.checkpoint import checkpoints, read_checkpoint
-from craft_cli.training.progress import Listener, Plan
+from craft_cli.training.checkpoint import checkpoints
+from craft_cli.training.progress import Listener
 from craft_cli.training.run import Run
 
 Make = Callable[..., Path]
-DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-
-
-class Cut(Listener):
-    """Sends a signal to this process once: after an update, or inside an evaluation that follows it."""
-
-    def __init__(self, after: int, number: int = signal.SIGINT, *, in_evaluation: bool = False) -> None:
-        self.after, self.number, self.in_evaluation, self.step = after, number, in_evaluation, 0
-        self.told: list[tuple[int, Path | None, bool]] = []
-        self.plan: Plan | None = None
-
-    def started(self, plan: Plan) -> None:
-        self.plan, self.step = plan, plan.done
-
-    def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
-        self.step = step
-        if step == self.after - 1 and not self.in_evaluation:  # heard of after the next one
-            os.kill(os.getpid(), self.number)
-
-    def evaluating(self, done: int, total: int) -> None:
-        if self.step == self.after and self.in_evaluation and done < total:
-            os.kill(os.getpid(), self.number)
-
-    def interrupted(self, step: int, run: Path | None, *, resumable: bool) -> None:
-        self.told.append((step, run, resumable))
-
-
-def cut(settings: Any, listener: Cut) -> None:
-    """Train until the signal; 6 updates an epoch."""
-    ending: type[BaseException] = KeyboardInterrupt if listener.number == signal.SIGINT else SystemExit
-    with pytest.raises(ending) as ended:
-        craft.train(settings, listener)
-    if listener.number == signal.SIGTERM:
-        assert isinstance(ended.value, SystemExit)
-        assert ended.value.code == 143
-
-
-def same(run: str, other: str) -> None:
-    """Two runs ended alike, to the bit."""
-    assert lines(run) == lines(other)
-    first, second = tensors(run), tensors(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    newest = [checkpoints(Run(Path(name))) for name in (run, other)]
-    if all(newest):
-        last, expected = (read_checkpoint(paths[0]) for paths in newest)
-        assert (last.step, last.metrics) == (expected.step, expected.metrics)
-        for name in ("journal", "rng", "update_size", "data"):
-            assert last.record[name] == expected.record[name], name
-    results, others = Run(Path(run)).results(), Run(Path(other)).results()
-    assert {n: v for n, v in results.items() if n not in ("seconds", "output")} == {
-        n: v for n, v in others.items() if n not in ("seconds", "output")
-    }
 
 
 # -- wherever it is cut --------------------------------------------------------------------------------------------------

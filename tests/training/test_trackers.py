@@ -18,9 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import failure, invoke
-from test_processes import flags
-from test_resume import Cut, cut
-from test_training import config, lines
+from helpers import Cut, config, cut, flags, lines
 
 import craft_cli as craft
 from craft_cli.errors import ConfigError, CraftError

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import classifier, opinions, write_rows
-from safetensors.torch import load_file
+from helpers import Remember, config, craft_command, lines, tensors
 from torch.nn import functional
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
@@ -25,52 +25,10 @@ from craft_cli.data.sources import DataSource
 from craft_cli.data.tokens import Encoded, collate, encode
 from craft_cli.errors import ConfigError, CraftError, DataError, FileError
 from craft_cli.tasks.splits import load_splits
-from craft_cli.training.progress import Listener, Plan, TrainResult
+from craft_cli.training.progress import Plan, TrainResult
 from craft_cli.training.run import Run
 
 Make = Callable[..., Path]
-
-
-def config(base: Path, data: Path, **settings: Any) -> RunConfig:
-    given = {
-        "model": str(base), "task": "sst2", "data_dir": str(data), "ranks": "6,5,2", "use_cpu": True, "output_dir": "out",
-        "per_device_train_batch_size": 8, "num_train_epochs": 2, "logging_steps": 1, "head_learning_rate": 3e-2,
-        "learning_rate": 3e-2,
-    }  # fmt: skip
-    return RunConfig.build(given | settings)
-
-
-def lines(run: str = "out") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
-def tensors(run: str = "out") -> dict[str, torch.Tensor]:
-    return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
-
-
-def craft_command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "craft_cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        **options,
-    )
-
-
-class Remember(Listener):
-    """Keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.plan: Plan | None = None
-        self.evaluations: list[dict[str, float]] = []
-
-    def started(self, plan: Plan) -> None:
-        self.plan = plan
-
-    def evaluated(self, step: int, epoch: float, metrics: Any, *, best: bool) -> None:
-        self.evaluations.append(dict(metrics) | {"best": best})
 
 
 def test_a_run_leaves_what_it_promises_and_learns(pico: Make, data_dir: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import invoke, opinions, write_rows
-from test_training import Remember, config, lines, tensors
+from helpers import Remember, config, lines, tensors
 
 import craft_cli as craft
 from craft_cli.api.predict import predict

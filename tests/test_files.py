@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import classifier, failure, invoke, shake, tree
+from helpers import flip, full_disk, leftovers
 from safetensors.torch import load_file, save_file
 
 import craft_cli as craft
@@ -30,12 +29,6 @@ DATA = ("--task", "sst2", "--data-dir", "data")
 @pytest.fixture
 def base(pico: Make) -> str:
     return str(pico())
-
-
-def flip(path: Path) -> None:
-    """Change one bit of the last tensor."""
-    content = path.read_bytes()
-    path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
 
 
 @pytest.fixture
@@ -138,21 +131,6 @@ def test_an_adapter_on_weights_that_differ_in_one_number_is_refused(run: Path) -
 
 
 # -- a full disk --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def full_disk(size: int = 2000) -> Iterator[None]:
-    """No file can grow beyond `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def leftovers() -> list[Path]:
-    return [path for path in Path().rglob("*") if path.name.endswith((".part", ".old"))]
 
 
 def test_the_former_factors_outlive_a_full_disk(base: str, tmp_path: Path) -> None:

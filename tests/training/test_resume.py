@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import opinions, write_rows
-from test_damage import flip
-from test_resume import Cut, cut, same
-from test_training import config, lines, tensors
+from helpers import Cut, config, cut, flip, lines, same, tensors
 
 import craft_cli as craft
 from craft_cli.errors import ConfigError, CraftError, FileError

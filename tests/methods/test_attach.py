@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_pico, classifier, failure, invoke, shake
+from helpers import logits
 from safetensors.torch import load_file
-from test_export import logits
 
 import craft_cli as craft
 from craft_cli.errors import ConfigError, ModelError

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import craft_cli as craft
 from craft_cli.cli import app
 from craft_cli.errors import FileError, ModelError
-from craft_cli.models import checkpoint as checkpoints
+from craft_cli.models import hub as checkpoints
 
 Make = Callable[..., Path]
 

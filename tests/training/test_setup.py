@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import classifier, shake, token_batch
-from test_training import Remember, config, lines, tensors
+from helpers import Remember, config, lines, tensors
 
 import craft_cli as craft
 from craft_cli.errors import ConfigError, CraftError, ModelError

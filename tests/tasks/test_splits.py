@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import own, problem, write, write_as
 
-from craft_cli.data.sources import DataSource, Split
+from craft_cli.data.sources import DataSource
 from craft_cli.data.tables import read_file
-from craft_cli.errors import DataError
-from craft_cli.tasks.base import OWN, Task
+from craft_cli.tasks.base import OWN
 from craft_cli.tasks.splits import load_splits
 
 ROWS = [
@@ -24,49 +22,6 @@ ROWS = [
     {"text": "caf\u00e9, null, 1e5", "label": "bad"},
     {"text": "007", "label": "good"},
 ]
-
-
-def write(name: str, content: str | bytes) -> str:
-    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return name
-
-
-def write_as(suffix: str, rows: list[dict[str, Any]]) -> Path:
-    """Rows as a file of this kind, by another library than the one which reads them."""
-    path = Path(f"rows{suffix}")
-    if suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif suffix in (".jsonl", ".json"):
-        lines = [json.dumps(row) for row in rows]
-        path.write_text("\n".join(lines) + "\n" if suffix == ".jsonl" else f"[{','.join(lines)}]")
-    elif suffix == ".tsv":
-        lines = ["\t".join(map(str, row.values())) for row in [dict.fromkeys(rows[0]), *rows]]
-        lines[0] = "\t".join(rows[0])
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    else:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
-
-
-def own(train: str, validation: str | None = None, **settings: Any) -> tuple[Task, list[Split]]:
-    """The splits of files, as `craft train --train-file` reads them."""
-    parts = ["train", "validation"] if validation else ["train"]
-    loaded = load_splits(DataSource(train_file=train, validation_file=validation, **settings), parts)
-    return loaded.task, list(loaded.splits.values())
-
-
-def problem(function: Callable[..., Any], *arguments: Any, **settings: Any) -> str:
-    with pytest.raises(DataError) as raised:
-        function(*arguments, **settings)
-    message = str(raised.value)
-    assert "\n" not in message
-    return message
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------

@@ -19,22 +19,13 @@ import pytest
 import torch
 import yaml
 from conftest import opinions, write_rows
-from test_training import config, craft_command, lines, tensors
+from helpers import config, craft_command, flags, lines, tensors
 
 import craft_cli as craft
 from craft_cli.training.run import Run, checkpoints
 
 Make = Callable[..., Path]
 Popen = subprocess.Popen[str]
-
-
-def flags(base: Path, data: Path, **settings: Any) -> list[str]:
-    """The settings of `config` for the command line."""
-    given = {
-        "model": base, "task": "sst2", "data_dir": data, "ranks": "6,5,2", "output_dir": "out", "logging_steps": 1,
-        "per_device_train_batch_size": 8, "num_train_epochs": 2, "head_learning_rate": 3e-2, "learning_rate": 3e-2,
-    } | settings  # fmt: skip
-    return ["--use-cpu", *[word for name, value in given.items() for word in (f"--{name}", str(value))]]
 
 
 def alike(run: str, other: str, tolerance: float = 1e-6) -> None:

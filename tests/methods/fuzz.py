@@ -1,6 +1,6 @@
 """Read many mutated adapters and files of factors, as if they came from strangers.
 
-    python tests/fuzz.py MADE SEED COUNT MERGES
+    python tests/methods/fuzz.py MADE SEED COUNT MERGES
 
 MADE holds `base`, an adapter `whole`, one `small` that refers to its factors, and `factors.safetensors`. Each mutated
 one is loaded, inspected and, until MERGES have been, merged: those too that no model takes, for merging has checks of
@@ -20,6 +20,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from conftest import classifier

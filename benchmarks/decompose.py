@@ -30,11 +30,12 @@ from tensorly.decomposition import tucker
 from torch import Tensor
 
 from craft_cli.files import write_json
-from craft_cli.methods.craft.decomposition import decompose_checkpoint, find_checkpoint, read_stacks
+from craft_cli.methods.craft.decomposition import decompose_weights
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.models.checkpoint import LazyMatrix
 from craft_cli.models.hub import resolve
 from craft_cli.models.shards import Entry, write_shards
+from craft_cli.models.stacks import find_checkpoint, read_stacks, read_weights
 from craft_cli.tucker import gram_matrix, hosvd, multi_mode_product, unfold
 
 PROJECTIONS = 4
@@ -125,8 +126,8 @@ def decompose_there(folder: str, device: str) -> dict[str, Any]:
     hosvd(torch.randn(2, 64, 64), (2, 8, 8), device=device)
     reset_peak()
     before, began = peak(), time.perf_counter()
-    made = decompose_checkpoint(
-        resolve(folder), TARGETS, Ranks(64, 64, 8), cache_dir=f"{folder}/cache", device=device, force=True
+    made = decompose_weights(
+        read_weights(resolve(folder), TARGETS), Ranks(64, 64, 8), cache_dir=f"{folder}/cache", device=device, force=True
     )
     return {
         "peak_bytes": peak() - before,

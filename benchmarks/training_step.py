@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from craft_cli.methods.adapter import Adapter
+from craft_cli.methods.craft.change import CraftChange
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.models.families import layer_views
 from craft_cli.tucker import hosvd, stack_shape
@@ -65,7 +66,7 @@ def craft(model: Model) -> Model:
     for name, layers in views.items():
         stack = torch.stack([view.read(view.module_of(model.base_model).get_parameter("weight")) for view in layers])
         decompositions[name] = hosvd(stack, Ranks(64, 64, 8).lowered(stack_shape(stack)).by_mode)
-    Adapter(decompositions).attach(model.base_model, views)
+    Adapter(CraftChange(decompositions)).attach(model.base_model, views)
     return model
 
 

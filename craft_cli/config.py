@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt
 
 from craft_cli.errors import ConfigError, nearest
-from craft_cli.methods.craft.ranks import Ranks
 
 Positive = Annotated[int, Gt(0)]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -44,7 +43,29 @@ def _setting(default: Any, text: str, *, free: bool = False) -> Any:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class CraftOptions:
+    """What `--method craft` can be told."""
+
+    ranks: tuple[int, int, int] = _setting((64, 64, 8), "OUT,IN,LAYERS; a rank above its dimension is lowered.")
+    init_noise: bool = _setting(False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What `--method lora` can be told; the names are peft's."""
+
+    rank: Positive = _setting(8, "Rank of the change of every weight.")
+    alpha: Annotated[float, Gt(0.0), Lt(math.inf)] = _setting(16.0, "The change is scaled by alpha / rank.")
+    lora_dropout: Annotated[float, Ge(0.0), Lt(1.0)] = _setting(0.0, "Dropout of what goes into A.")
+    use_rslora: bool = _setting(False, "Scale by alpha / sqrt(rank) instead.")
+
+
+METHOD_OPTIONS: dict[str, Any] = {"craft": CraftOptions, "lora": LoraOptions}
+"""The options of every method, by its name."""
+
+
+@dataclass(frozen=True)
+class RunConfig(LoraOptions, CraftOptions):
     """One training run, fully specified. The fields are the flags of `craft train` and the keys of a recipe."""
 
     model: str = _setting("roberta-base", "Hub id, local folder, or 'demo'.")
@@ -72,19 +93,19 @@ class RunConfig:
     max_eval_samples: Positive | None = _setting(None, "Use only the first rows for evaluation.")
     max_seq_length: Positive = _setting(128, "Tokens kept of each example.")
 
+    method: Literal["craft", "lora"] = _setting("craft", "How the change of the weights is written: craft or lora.")
     targets: tuple[str, ...] = _setting(("query", "value"), "Projections to adapt: query,key,value,output.")
-    ranks: Ranks = _setting(Ranks(64, 64, 8), "OUT,IN,LAYERS; a rank above its dimension is lowered.")
     adapter_factors: Literal["include", "reference"] = _setting(
         "include",
         "reference: the adapter's folder only names its factors, and they are looked for in the cache.",
         free=True,
     )
-    init_noise: bool = _setting(False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.")
     init_from: str | None = _setting(
-        None, "Run or adapter to take the transforms from (same base, same ranks); the head starts anew."
+        None,
+        "Run or adapter to take the trained numbers from (same base, same method and ranks); the head starts anew.",
     )
 
-    learning_rate: Rate = _setting(3e-3, "Of the transforms; 0 trains the head alone.")
+    learning_rate: Rate = _setting(3e-3, "Of the adapter; 0 trains the head alone.")
     head_learning_rate: Rate = _setting(2e-3, "Of the task head.")
     weight_decay: Rate = _setting(0.0, "Pulls K (and the head's matrices) to zero: towards the base model.")
     warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = _setting(0.06, "Share of the steps with a rising rate.")
@@ -147,15 +168,29 @@ class RunConfig:
     dry_run: bool = _setting(False, "Check everything, down to one real step, and stop.")
 
     @classmethod
+    def settings(cls) -> list[dataclasses.Field[Any]]:
+        """Every field, in the order in which they are shown: the options of the methods follow the choice of one."""
+        inherited = {name for method in METHOD_OPTIONS for name in option_names(method)}
+        own = [field for field in dataclasses.fields(cls) if field.name not in inherited]
+        at = [field.name for field in own].index("targets") + 1
+        options = [field for kind in METHOD_OPTIONS.values() for field in dataclasses.fields(kind)]
+        return [*own[:at], *{field.name: field for field in options}.values(), *own[at:]]
+
+    @classmethod
     def groups(cls) -> dict[str, str]:
         """The group of every field; each begins with a certain one."""
-        begin = ("model", "targets", "learning_rate", "eval_strategy", "num_processes", "cache_dir")
+        begin = ("model", "method", "learning_rate", "eval_strategy", "num_processes", "cache_dir")
         first = dict(zip(begin, GROUPS, strict=True))
         group, found = GROUPS[0], {}
-        for field in dataclasses.fields(cls):
+        for field in cls.settings():
             group = first.get(field.name, group)
             found[field.name] = group
         return found
+
+    @property
+    def method_options(self) -> Any:
+        """The options of the method chosen."""
+        return METHOD_OPTIONS[self.method](**{name: getattr(self, name) for name in option_names(self.method)})
 
     @classmethod
     def build(
@@ -180,6 +215,8 @@ class RunConfig:
             dict(recipe or {}),
             {name: value for name, value in (flags or {}).items() if value is not None},
         ):
+            if layer.get("method", given.get("method")) != given.get("method"):  # another than below: its options go
+                given = {name: value for name, value in given.items() if not _owners(name)}
             given |= layer | _strategies(layer, given)
         names = [field.name for field in dataclasses.fields(cls)]
         for key in given:
@@ -187,6 +224,9 @@ class RunConfig:
                 raise ConfigError(f"unknown key '{key}'{nearest(str(key), names)}")
         config = cls(**parse_settings(given))
         problems = _contradictions(config)
+        for name in given:
+            if _owners(name) and config.method not in _owners(name):
+                problems.append(f"{flag(name)} is for --method {' or '.join(_owners(name))}, not {config.method}")
         if problems:
             raise ConfigError("\n".join(problems))
         return config
@@ -196,9 +236,42 @@ class RunConfig:
         kept = {}
         for name, group in self.groups().items():
             value = getattr(self, name)
+            if _owners(name) and self.method not in _owners(name):
+                continue
             if group != GROUPS[-1] and value is not None:
                 kept[name] = ",".join(map(str, value)) if isinstance(value, tuple) else value
         return kept
+
+
+def option_names(method: str) -> list[str]:
+    """The options of a method; none where there is no such method."""
+    options = METHOD_OPTIONS.get(method)
+    return [field.name for field in dataclasses.fields(options)] if options else []
+
+
+def _owners(name: str) -> list[str]:
+    """The methods that have this option; none for a setting of every run."""
+    return [method for method in METHOD_OPTIONS if name in option_names(method)]
+
+
+def parse_ranks(ranks: str | Sequence[int]) -> tuple[int, int, int]:
+    """OUT,IN,LAYERS from `64,64,8` or (64, 64, 8).
+
+    Raises:
+        ConfigError: not three positive whole numbers.
+    """
+    try:
+        parts = ranks.split(",") if isinstance(ranks, str) else list(ranks)
+        if any(isinstance(part, (bool, float)) for part in parts):
+            raise ValueError
+        out, in_, layers = (int(part) for part in parts)
+        if min(out, in_, layers) < 1:
+            raise ValueError
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"--ranks: expected three positive whole numbers OUT,IN,LAYERS such as 64,64,8, not '{ranks}'"
+        ) from None
+    return out, in_, layers
 
 
 LISTS = ("targets", "text_columns", "report_to")
@@ -243,7 +316,7 @@ def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         value: Any = raw
         try:
             if name == "ranks":
-                values[name] = Ranks.parse(value)
+                values[name] = parse_ranks(value)
                 continue
             if name in LISTS and isinstance(value, str):
                 value = tuple(part.strip() for part in value.split(","))
@@ -298,6 +371,8 @@ def _contradictions(config: RunConfig) -> list[str]:
         problems.append("--load-in-4bit and --load-in-8bit exclude each other")
     if config.resume and (config.overwrite or config.dry_run):
         problems.append("--resume excludes --overwrite and --dry-run")
+    if config.adapter_factors == "reference" and config.method != "craft":
+        problems.append(f"--adapter-factors reference: --method {config.method} has no factors to refer to")
     if config.init_from and config.init_noise:
         problems.append("--init-from and --init-noise exclude each other")
     unknown = [name for name in config.report_to if name not in (*TRACKERS, "none")]

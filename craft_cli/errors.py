@@ -26,8 +26,8 @@ class FileError(CraftError):
     """A file of ours that is damaged, or a place that cannot be written."""
 
 
-class LaterVersion(FileError):
-    """A file of ours that is whole, but was written by a later version."""
+class OtherVersion(FileError):
+    """A file of ours that is whole, but was written by an earlier or later version."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

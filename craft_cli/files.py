@@ -21,11 +21,18 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from craft_cli.errors import FileError, LaterVersion
+from craft_cli.errors import FileError, OtherVersion
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LOCK_FILE = ".lock"
 """In a folder that one process at a time may write."""
+
+
+def cache_folder(given: str | Path | None = None) -> Path:
+    """Where craft keeps what it can make again: `~/.cache/craft` (or below XDG_CACHE_HOME) without."""
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "craft"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -243,11 +250,21 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
         raise FileError(f"{path} is damaged or truncated ({_reason(error)})") from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise FileError(f"{path} is not a file of craft's with {kind}")
-    if header.get("format_version") != FORMAT_VERSION:
-        raise LaterVersion(
-            f"{path} has format version {quoted(header.get('format_version'))}, this craft reads {FORMAT_VERSION}: upgrade craft"
-        )
+    check_version(header, path)
     return header
+
+
+def check_version(header: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file of another format version than ours.
+
+    Raises:
+        OtherVersion: it has one, or none.
+    """
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        earlier = isinstance(version, int) and version < FORMAT_VERSION
+        way_out = "it was written by an earlier craft, make it again" if earlier else "upgrade craft"
+        raise OtherVersion(f"{path} has format version {quoted(version)}, this craft reads {FORMAT_VERSION}: {way_out}")
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

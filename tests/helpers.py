@@ -41,6 +41,8 @@ def config(base: Path, data: Path, **settings: Any) -> RunConfig:
         "per_device_train_batch_size": 8, "num_train_epochs": 2, "logging_steps": 1, "head_learning_rate": 3e-2,
         "learning_rate": 3e-2,
     }  # fmt: skip
+    if settings.get("method", "craft") != "craft":
+        del given["ranks"]
     return RunConfig.build(given | settings)
 
 

@@ -82,7 +82,7 @@ def test_an_unknown_key_names_the_nearest_one() -> None:
 
 def test_an_unknown_key_in_a_recipe_file_names_the_file_too() -> None:
     assert (
-        recipe_problem(recipe_file("task: sst2\nrank: 4,4,2")) == "own.yaml: unknown key 'rank'; did you mean 'ranks'?"
+        recipe_problem(recipe_file("task: sst2\nrnks: 4,4,2")) == "own.yaml: unknown key 'rnks'; did you mean 'ranks'?"
     )
 
 

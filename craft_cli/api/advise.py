@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, ModelError
 from craft_cli.methods.adapter_folder import read_record
-from craft_cli.methods.craft.decomposition import DEFAULT_TARGETS, find_checkpoint, read_stacks
 from craft_cli.methods.craft.factors import Factors
 from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.models.stacks import find_checkpoint, read_stacks
 from craft_cli.training.run import find_adapter, find_run
 from craft_cli.tucker import MODES, EnergyTable, energy_table, stack_shape
 from craft_cli.tucker.chance import random_by_mode, random_energy
@@ -122,7 +123,7 @@ def _whose(path: str | Path | None) -> tuple[str, str | None, tuple[str, ...]]:
     if found.is_file():
         factors = Factors.load(found)
         return factors.model, factors.revision, factors.targets
-    return str(path), None, DEFAULT_TARGETS
+    return str(path), None, RunConfig.targets
 
 
 def _numbers(budget: str | int) -> int:

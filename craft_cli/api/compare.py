@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, CraftError, FileError
+from craft_cli.methods import method_named
 from craft_cli.methods.adapter_folder import CONFIG_FILE, SavedAdapter, read_adapter, read_record
-from craft_cli.methods.craft.change import change_slices
+from craft_cli.methods.base import inner
 from craft_cli.training.run import Run, find_adapter
 
 
@@ -18,7 +20,7 @@ class Comparison:
     """What `compare` found.
 
     Attributes:
-        runs: for each its `run`, `base_model`, `task`, `targets`, `ranks`, `parameters`, `metrics`, `epoch`, `updates`,
+        runs: for each its `run`, `base_model`, `task`, `method`, `targets`, `ranks`, `parameters`, `metrics`, `epoch`, `updates`,
             `seconds` and `change` (the norm of dW over all its projections); None where it is not recorded.
         cosine: of the changes dW of every pair of runs, over all projections and layers; None where the shapes differ.
     """
@@ -47,7 +49,7 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
         folder = find_adapter(path.expanduser())
         if folder is None:
             raise FileError(f"{path} is neither a run nor an adapter")
-        adapters.append(read_adapter(folder, make=False))
+        adapters.append(read_adapter(folder))
         rows.append(_row(path, folder, adapters[-1]))
     products = [[_inner(one, other) for other in adapters] for one in adapters]
     norms = [(products[i][i] or 0.0) ** 0.5 for i in range(len(adapters))]
@@ -67,8 +69,9 @@ def _row(path: Path, folder: Path, saved: SavedAdapter) -> dict[str, Any]:
         "run": str(path),
         "base_model": record["base_model"]["model"],
         "task": training.get("task"),
-        "targets": list(saved.factors.targets),
-        "ranks": " | ".join(dict.fromkeys(str(saved.factors.ranks(target)) for target in saved.factors.targets)),
+        "method": saved.method.describe(record).title,
+        "targets": list(saved.frozen.targets),
+        "ranks": saved.method.describe(record).size,
         "parameters": record["parameters"],
         "metrics": training.get("metrics"),
         "epoch": training.get("epoch"),
@@ -78,18 +81,12 @@ def _row(path: Path, folder: Path, saved: SavedAdapter) -> dict[str, Any]:
 
 
 def _inner(one: SavedAdapter, other: SavedAdapter) -> float | None:
-    """<dW, dW'>, out of the slices: sum over layers of <S_l, (U_out^T U'_out) S'_l (U_in^T U'_in)^T>."""
+    """<dW, dW'> over all layers of the projections that both change; None where their shapes differ."""
     total = 0.0
-    for target in set(one.factors.targets) & set(other.factors.targets):
-        mine, theirs = one.factors.decompositions[target], other.factors.decompositions[target]
-        if mine.shape != theirs.shape:
+    for target in set(one.frozen.targets) & set(other.frozen.targets):
+        if tuple(one.frozen.shapes[target]) != tuple(other.frozen.shapes[target]):
             return None
-        out = mine.factors[1].double().T @ theirs.factors[1].double()  # (r_out, r'_out)
-        in_ = mine.factors[2].double().T @ theirs.factors[2].double()  # (r_in, r'_in)
-        slices = zip(
-            change_slices(mine, one.transforms[target]), change_slices(theirs, other.transforms[target]), strict=True
-        )
-        total += sum(float((s * (out @ s_other @ in_.T)).sum()) for s, s_other in slices)
+        total += sum(inner(mine, theirs) for mine, theirs in zip(one.chains(target), other.chains(target), strict=True))
     return total
 
 
@@ -102,7 +99,8 @@ class Listed:
         state: `finished`, `running`, `interrupted at step N` or `damaged`.
         task: as given.
         model: as given.
-        ranks: OUT,IN,LAYERS, as given.
+        method: as given.
+        ranks: what decides how many numbers it trains, as given: OUT,IN,LAYERS, or a rank.
         metrics: of the best evaluation so far; empty before the first.
         step: the last update that was logged.
         problem: what is damaged.
@@ -112,6 +110,7 @@ class Listed:
     state: str
     task: str | None = None
     model: str | None = None
+    method: str | None = None
     ranks: str | None = None
     metrics: Mapping[str, float] | None = None
     step: int = 0
@@ -130,6 +129,7 @@ def list_runs(folder: Path) -> list[Listed]:
 def _listed(run: Run) -> Listed:
     try:
         recipe = run.recipe()
+        method = method_named(recipe.get("method", RunConfig.method))
         metrics = run.results().get("metrics")
         if metrics is None and (run.adapter / CONFIG_FILE).is_file():
             metrics = read_record(run.adapter).get("training", {}).get("metrics")
@@ -138,7 +138,8 @@ def _listed(run: Run) -> Listed:
             run.state(),
             task=recipe.get("task") or "own",
             model=recipe.get("model"),
-            ranks=recipe.get("ranks"),
+            method=method.name,
+            ranks=method.describe(asdict(method.Options()) | recipe).size,
             metrics=metrics or {},
             step=max((line["step"] for line in run.metrics()), default=0),
         )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from craft_cli.methods.craft.decomposition import DEFAULT_RANKS, DEFAULT_TARGETS, decompose_checkpoint, find_checkpoint
+from craft_cli.config import RunConfig
+from craft_cli.methods.craft.decomposition import decompose_weights
 from craft_cli.methods.craft.factors import Factors
 from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.models.stacks import find_checkpoint, read_weights
 
 
 def decompose(
     model: str,
-    targets: Sequence[str] = DEFAULT_TARGETS,
-    ranks: str | Sequence[int] = DEFAULT_RANKS,
+    targets: Sequence[str] = RunConfig.targets,
+    ranks: str | Sequence[int] = RunConfig.ranks,
     *,
     revision: str | None = None,
     cache_dir: str | None = None,
@@ -35,7 +37,5 @@ def decompose(
         ModelError: the model is missing, damaged or of an unsupported family.
         FileError: the cache cannot be written.
     """
-    checkpoint = find_checkpoint(model, targets, revision)
-    return decompose_checkpoint(
-        checkpoint, targets, Ranks.parse(ranks), cache_dir=cache_dir, device=device, force=force
-    ).factors
+    weights = read_weights(find_checkpoint(model, targets, revision), targets)
+    return decompose_weights(weights, Ranks.parse(ranks), cache_dir=cache_dir, device=device, force=force).factors

@@ -284,9 +284,9 @@ def _hub() -> tuple[State, str]:
 
 
 def _factor_cache() -> tuple[State, str]:
-    from craft_cli.methods.craft.factors import FactorCache
+    from craft_cli.files import cache_folder
 
-    return _cache(FactorCache().folder, "set XDG_CACHE_HOME or give --cache-dir")
+    return _cache(cache_folder(), "set XDG_CACHE_HOME or give --cache-dir")
 
 
 def _hub_cache() -> tuple[State, str]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.methods.adapter_folder import read_adapter
-from craft_cli.methods.craft.change import change_slices
-from craft_cli.methods.craft.decomposition import DEFAULT_RANKS, DEFAULT_TARGETS, find_checkpoint, read_stacks
+from craft_cli.methods.base import inner
 from craft_cli.methods.craft.factors import Factors
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.models.families import TARGETS
+from craft_cli.models.stacks import Origin, find_checkpoint, read_stacks
 from craft_cli.plots import spectra
 from craft_cli.training.run import Run, find_adapter, find_run
 from craft_cli.tucker import MODES, TuckerTensor, stack_shape
@@ -66,7 +68,7 @@ def inspect(
     elif path is None or found.suffix == ".safetensors":
         raise FileError(f"{found}: no such file")
     else:
-        inspection = _model(str(path), Ranks.parse(ranks or DEFAULT_RANKS))
+        inspection = _model(str(path), Ranks.parse(ranks or RunConfig.ranks))
     if plot:
         if not inspection.decompositions:
             raise ConfigError(f"--plot: {path} is a model; decompose it and plot the file of factors")
@@ -75,7 +77,7 @@ def inspect(
 
 
 def _model(model: str, ranks: Ranks) -> Inspection:
-    checkpoint = find_checkpoint(model, DEFAULT_TARGETS)
+    checkpoint = find_checkpoint(model, RunConfig.targets)
     config = checkpoint.config()
     projections: list[dict[str, Any]] = []
     for target, stack in read_stacks(checkpoint, config, TARGETS).items():
@@ -92,19 +94,21 @@ def _model(model: str, ranks: Ranks) -> Inspection:
         "base_model": model,
         "revision": checkpoint.revision,
         "family": config.model_type,
-        "default_targets": ", ".join(DEFAULT_TARGETS),
-        "parameters": {"adapter": sum(row["parameters"] for row in projections if row["name"] in DEFAULT_TARGETS)},
+        "default_targets": ", ".join(RunConfig.targets),
+        "parameters": {"adapter": sum(row["parameters"] for row in projections if row["name"] in RunConfig.targets)},
     }
     return Inspection("model", model, facts, projections)
 
 
 def _adapter(path: Path, folder: Path) -> Inspection:
-    saved = read_adapter(folder, make=False)
-    record, factors = saved.record, saved.factors
+    saved = read_adapter(folder)
+    record, frozen = saved.record, saved.frozen
+    method = saved.method.describe(record)
     run = Run(path) if path != folder else None
     training = record.get("training", {})
     data = training.get("data", {})
-    facts = _identity(factors) | {
+    facts = _identity(frozen) | {
+        "method": f"{method.title}, {method.settings}",
         "parameters": record["parameters"],
         "labels": ", ".join(record["model"]["id2label"].values()),
     }
@@ -118,22 +122,22 @@ def _adapter(path: Path, folder: Path) -> Inspection:
     if run:
         facts["state"] = run.state()
     projections = []
-    for name, decomposition in factors.decompositions.items():
-        k = saved.transforms[name]
-        norms = [float(s.norm()) for s in change_slices(decomposition, k)]  # of dW_l too: its bases are orthonormal
-        projections.append(
-            _kept(name, decomposition)
-            | {"k_norms": {mode: float(matrix.double().norm()) for mode, matrix in k.items()}, "change_by_layer": norms}
-        )
-    return Inspection("run" if run else "adapter", str(path), facts, projections, factors.decompositions)
+    for name, shape in frozen.shapes.items():
+        row = {"name": name, "shape": list(shape)} | saved.facts(name)
+        if isinstance(frozen, Factors):
+            row |= _kept(name, frozen.decompositions[name])
+        norms = [math.sqrt(max(inner(chain, chain), 0.0)) for chain in saved.chains(name)]  # of dW_l
+        projections.append(row | {"change_by_layer": norms})
+    decompositions = frozen.decompositions if isinstance(frozen, Factors) else {}
+    return Inspection("run" if run else "adapter", str(path), facts, projections, decompositions)
 
 
-def _identity(factors: Factors) -> dict[str, Any]:
+def _identity(frozen: Origin) -> dict[str, Any]:
     return {
-        "base_model": factors.model,
-        "revision": factors.revision,
-        "family": factors.model_type,
-        "dtype": factors.dtype,
+        "base_model": frozen.model,
+        "revision": frozen.revision,
+        "family": frozen.model_type,
+        "dtype": frozen.dtype,
     }
 
 

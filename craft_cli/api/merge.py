@@ -21,13 +21,11 @@ from craft_cli import __version__
 from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.files import cannot_write, holds_something, whole_folder, write_bytes, write_json
 from craft_cli.methods.adapter_folder import TENSOR_FILE, read_adapter
-from craft_cli.methods.as_dense import _Checkpoint
-from craft_cli.methods.as_lora import _Lora, serve_command, vllm_hint
-from craft_cli.methods.craft.factors import factor_sha256
+from craft_cli.methods.as_dense import AdaptedBase, Dense
+from craft_cli.methods.as_lora import Lora, serve_command, vllm_hint
 from craft_cli.models.cards import model_card
 from craft_cli.models.hub import upload
 from craft_cli.models.shards import shard_bytes
-from craft_cli.models.streaming import StreamedBase
 from craft_cli.training.run import find_adapter, find_run
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -126,33 +124,33 @@ def merge(
 
     with whole_folder(destination, overwrite=overwrite) as folder:
         progress("reading the adapter")
-        base = StreamedBase(read_adapter(adapter_path))
-        _check_destination(destination, [base.checkpoint.folder], overwrite=overwrite)
-        probe = base.probe()
+        adapted = AdaptedBase(read_adapter(adapter_path, make=True))
+        _check_destination(destination, [adapted.checkpoint.folder], overwrite=overwrite)
+        probe = adapted.base.probe()
         progress("computing with the adapter")
-        expected = base.logits(base.read, probe, base.adapter())
+        expected = adapted.logits(probe)
         progress("writing")
         try:
             if format == CHECKPOINT:
-                written: _Checkpoint | _Lora = _Checkpoint(base, folder, DTYPES.get(dtype or ""), max_shard_size)
+                written: Dense | Lora = Dense(adapted, folder, DTYPES.get(dtype or ""), max_shard_size)
             else:
-                written = _Lora(base, folder, trim=trim)
+                written = Lora(adapted, folder, trim=trim)
         except OSError as error:
             raise cannot_write(folder, error) from error
         if not written.changed:
-            raise CraftError(f"{adapter_path}: merging changes no tensor: the transforms are (or round to) zero")
+            raise CraftError(f"{adapter_path}: merging changes no tensor: the trained numbers are (or round to) zero")
         progress("verifying")
-        difference = _difference(base.logits(written.read, probe), expected)
+        difference = _difference(adapted.base.logits(written.read, probe), expected)
         tolerance = TOLERANCE[written.dtype]
         if not difference["relative"] <= tolerance:
             raise CraftError(
                 f"the merged model's logits differ from the adapted one's by {difference['relative']:.1e}, more than "
                 f"{tolerance:.0e}; nothing was written"
             )
-        record = base.saved.record
-        card = model_card(record, base.checkpoint, form=format)
+        record = adapted.saved.record
+        card = model_card(record, adapted.saved.method.describe(record), adapted.checkpoint, form=format)
         write_bytes(folder / "README.md", card.encode())
-        write_json(folder / CERTIFICATE, _certificate(base, adapter_path, written, folder, difference))
+        write_json(folder / CERTIFICATE, _certificate(adapted, adapter_path, written, folder, difference))
         files = tuple(sorted(file.name for file in folder.iterdir()))
     result = Merged(
         output=str(destination),
@@ -163,8 +161,8 @@ def merge(
         difference=difference["relative"],
         tolerance=tolerance,
         rank=written.rank,
-        serve=serve_command(base, written.rank, str(destination)),
-        hint=None if written.rank is None else vllm_hint(base, written.rank),
+        serve=serve_command(adapted, written.rank, str(destination)),
+        hint=None if written.rank is None else vllm_hint(adapted, written.rank),
     )
     if push_to_hub:
         progress("uploading")
@@ -228,24 +226,24 @@ def _difference(actual: Tensor, expected: Tensor) -> dict[str, float]:
 
 
 def _certificate(
-    base: StreamedBase, adapter: Path, written: _Checkpoint | _Lora, folder: Path, difference: Mapping[str, float]
+    adapted: AdaptedBase, adapter: Path, written: Dense | Lora, folder: Path, difference: Mapping[str, float]
 ) -> dict[str, Any]:
     import safetensors
     import transformers
 
     return {
         "base": {
-            "model": Path(base.checkpoint.name).name
-            if Path(base.checkpoint.name).is_absolute()
-            else base.checkpoint.name,
-            "revision": base.checkpoint.revision,
-            "sha256": {file.name: _sha256(file) for file in base.reader.weight_files()},
+            "model": Path(adapted.checkpoint.name).name
+            if Path(adapted.checkpoint.name).is_absolute()
+            else adapted.checkpoint.name,
+            "revision": adapted.checkpoint.revision,
+            "sha256": {file.name: _sha256(file) for file in adapted.base.reader.weight_files()},
         },
         "adapter": {"sha256": _sha256(adapter / TENSOR_FILE)},
-        "factors": {"sha256": factor_sha256(base.saved.factors.decompositions)},
+        "factors": {"sha256": adapted.saved.frozen.sha256()},
         "dtype": str(written.dtype).removeprefix("torch."),
         "tensors_changed": sorted(written.changed),
-        "head": list(base.saved.head),
+        "head": list(adapted.saved.head),
         "largest_logit_difference": dict(difference),
         "tolerance": {"relative": TOLERANCE[written.dtype]},
         "sha256": {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))},

@@ -18,7 +18,7 @@ from craft_cli.methods.adapter_folder import read_record
 from craft_cli.methods.attach import ModelAdapter, load
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import resolve
-from craft_cli.models.loading import load_classifier, load_tokenizer
+from craft_cli.models.loading import load_model, load_tokenizer
 from craft_cli.tasks.base import MULTI, NUMBER, OWN, OWN_METRICS, REGRESSION, SINGLE, Task
 from craft_cli.tasks.glue import task_named
 from craft_cli.tasks.inference import in_order, predict_batches
@@ -120,7 +120,7 @@ def load_subject(path: str | Path | None = None, *, use_cpu: bool = False) -> Su
         record = adapter.training_record
     else:
         checkpoint = resolve(str(path or found))
-        model, fresh = load_classifier(checkpoint)
+        model, fresh = load_model(checkpoint, "AutoModelForSequenceClassification")
         if fresh:
             raise ConfigError(f"{found} has no trained head ({', '.join(fresh)} would be random): train it first")
     tokenizer = load_tokenizer(checkpoint)
@@ -140,7 +140,8 @@ def load_adapted(path: Path, dtype: torch.dtype | str = torch.float32) -> tuple[
     """
     record = read_record(path)
     checkpoint = resolve(record["base_model"]["model"], record["base_model"]["revision"])
-    labels = [record["model"]["id2label"][str(number)] for number in range(record["model"]["num_labels"])]
-    model, _ = load_classifier(checkpoint, labels, dtype)
+    labels = {int(number): label for number, label in record["model"]["id2label"].items()}
+    options = {"num_labels": len(labels), "id2label": labels, "label2id": {name: n for n, name in labels.items()}}
+    model, _ = load_model(checkpoint, record["model"]["architecture"], options, dtype)
     model.config.pad_token_id = record["model"]["pad_token_id"]
     return model, load(model, path), checkpoint

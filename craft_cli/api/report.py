@@ -35,6 +35,8 @@ img { max-width: 100%; height: auto; }
 pre { background: #f5f7f9; padding: .75rem 1rem; overflow-x: auto; font-size: 13px; }
 """
 
+_ENERGY = "Energy: the part of the squared norm kept at the ranks, of a random tensor of that shape, and by each mode's rank alone."
+
 
 def write_page(path: str | Path | None, file: str | Path, *, evaluated: bool = True) -> Inspection:
     """Write the page; a run or adapter is evaluated on its data for the confusion matrix, where that is at hand.
@@ -55,10 +57,11 @@ def write_page(path: str | Path | None, file: str | Path, *, evaluated: bool = T
     parts = [
         f"<h1>{escape(found.path)}</h1>",
         _facts(found.facts),
-        _section("Projections", _projections(found.projections), "Energy: the part of the squared norm kept at the ranks, "
-                 "of a random tensor of that shape, and by each mode's rank alone."),
-        _section("Spectra", _image(spectra_figure(found.decompositions, ""), "Singular values of every mode")),
-    ]  # fmt: skip
+        _section("Projections", _projections(found.projections), _ENERGY if found.decompositions else ""),
+    ]
+    if found.decompositions:
+        picture = _image(spectra_figure(found.decompositions, ""), "Singular values of every mode")
+        parts.append(_section("Spectra", picture))
     if found.kind != "factors":
         parts.append(
             _section("Change by layer", _heat(found.projections), "Norm of dW in every layer; darker is more.")
@@ -112,18 +115,15 @@ def _shown(value: Any) -> str:
 
 
 def _projections(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = ["projection", "L x out x in", "ranks OUT,IN,LAYERS", "numbers", "energy", "random", "layer", "out", "in"]
-    return _table(
-        columns,
-        [
-            [
-                row["name"], "x".join(map(str, row["shape"])), ",".join(map(str, row["ranks"])), f"{row['parameters']:,}",
-                *(f"{100 * part:.1f}%" for part in
-                  (row["energy"], row["energy_random"], *row["energy_by_mode"].values())),
-            ]
-            for row in rows
-        ],
-    )  # fmt: skip
+    columns = ["projection", "L x out x in", "numbers"]
+    cells = [[row["name"], "x".join(map(str, row["shape"])), f"{row['parameters']:,}"] for row in rows]
+    if all("energy" in row for row in rows):
+        columns[2:2], columns[4:] = ["ranks OUT,IN,LAYERS"], ["energy", "random", "layer", "out", "in"]
+        for line, row in zip(cells, rows, strict=True):
+            line.insert(2, ",".join(map(str, row["ranks"])))
+            parts = (row["energy"], row["energy_random"], *row["energy_by_mode"].values())
+            line += [f"{100 * part:.1f}%" for part in parts]
+    return _table(columns, cells)
 
 
 def _heat(rows: Sequence[Mapping[str, Any]]) -> str:

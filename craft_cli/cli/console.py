@@ -174,7 +174,7 @@ class TrainingConsole:
             "task": f"{plan.task} ({', '.join(plan.labels)})",
             "data": f"{plan.train_examples:,} to train on, {plan.eval_examples:,} to evaluate on",
             "tokens": plan.tokens,
-            "adapter": f"{' and '.join(plan.targets)}, ranks {plan.ranks} (OUT,IN,LAYERS)",
+            "adapter": f"{plan.method} on {' and '.join(plan.targets)}, {plan.sizes}",
             "trained": f"{plan.adapter_parameters:,} numbers in the adapter, {plan.head_parameters:,} in the head",
             "devices": plan.devices,
             "batch": plan.effective_batch,

@@ -7,15 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from craft_cli.cli.options import JsonFlag, reports_errors
+from craft_cli.config import RunConfig
 
 
 @reports_errors
 def command(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or 'demo'.")],
-    targets: Annotated[str, typer.Option(help="Of query,key,value,output.")] = "query,value",
+    targets: Annotated[str, typer.Option(help="Of query,key,value,output.")] = ",".join(RunConfig.targets),
     ranks: Annotated[
         str, typer.Option(metavar="OUT,IN,LAYERS", help="Ranks to keep; smaller ones need no new run.")
-    ] = "64,64,8",
+    ] = ",".join(map(str, RunConfig.ranks)),
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     cache_dir: Annotated[
         str | None, typer.Option(help="Folder of the factor files.", show_default="~/.cache/craft")
@@ -26,17 +27,17 @@ def command(
 ) -> None:
     """Decompose the attention projections of a model once (HOSVD), and cache the factors."""
     from craft_cli.cli import console
-    from craft_cli.methods.craft.decomposition import decompose_checkpoint, find_checkpoint
+    from craft_cli.methods.craft.decomposition import decompose_weights
     from craft_cli.methods.craft.ranks import Ranks
+    from craft_cli.models.stacks import find_checkpoint, read_weights
 
     names = tuple(name.strip() for name in targets.split(","))
     wanted = Ranks.parse(ranks)
     with console.status(f"looking for {model}"):
         checkpoint = find_checkpoint(model, names, revision)
     with console.bars() as progress:
-        done = decompose_checkpoint(
-            checkpoint, names, wanted, cache_dir=cache_dir, device=device, force=force, progress=progress
-        )
+        weights = read_weights(checkpoint, names)
+        done = decompose_weights(weights, wanted, cache_dir=cache_dir, device=device, force=force, progress=progress)
     factors = done.factors
     rows: list[dict[str, Any]] = [
         {

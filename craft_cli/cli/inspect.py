@@ -106,8 +106,9 @@ def _list(path: str, runs: Sequence[Any], *, json: bool) -> None:
         if run.problem:
             console.note(run.problem)
         best = dict(list((run.metrics or {}).items())[:1])
-        rows.append([Path(run.run).name, run.task or "", run.ranks or "", console.show(best), run.state])
-    console.table(["run", "task", "ranks", "best", "state"], rows)
+        name = Path(run.run).name
+        rows.append([name, run.task or "", run.method or "", run.ranks or "", console.show(best), run.state])
+    console.table(["run", "task", "method", "ranks", "best", "state"], rows)
 
 
 def _advice(advice: Any) -> None:
@@ -171,6 +172,7 @@ def _comparison(compared: Any) -> None:
     rows: list[tuple[str, list[Any]]] = [
         ("base model", [row["base_model"].rstrip("/").rpartition("/")[2] for row in compared.runs]),
         ("task", [row["task"] for row in compared.runs]),
+        ("method", [row["method"] for row in compared.runs]),
         ("targets", [row["targets"] for row in compared.runs]),
         ("ranks", [row["ranks"] for row in compared.runs]),
         ("numbers in the adapter", [numbers(row)["adapter"] for row in compared.runs]),
@@ -196,8 +198,12 @@ def _comparison(compared: Any) -> None:
 def _table(projections: Any) -> tuple[list[str], list[list[Any]]]:
     from craft_cli.cli.console import percent
 
-    columns = ["projection", "L x out x in", "ranks"]
-    rows: list[list[Any]] = [[row["name"], "x".join(map(str, row["shape"])), row["ranks"]] for row in projections]
+    columns = ["projection", "L x out x in"]
+    rows: list[list[Any]] = [[row["name"], "x".join(map(str, row["shape"]))] for row in projections]
+    if all("ranks" in row for row in projections):
+        columns += ["ranks"]
+        for cells, row in zip(rows, projections, strict=True):
+            cells.append(row["ranks"])
     if all("energy" in row for row in projections):
         columns += ["energy", "random", "layer", "out", "in"]
         for cells, row in zip(rows, projections, strict=True):
@@ -216,11 +222,12 @@ def _table(projections: Any) -> tuple[list[str], list[list[Any]]]:
 def _changes(projections: Any) -> None:
     from craft_cli.cli import console
 
-    console.table(
-        ["norm of K", "layer", "out", "in"],
-        [[row["name"], *[f"{norm:.3f}" for norm in row["k_norms"].values()]] for row in projections],
-    )
-    console.out.print()
+    if all("k_norms" in row for row in projections):
+        console.table(
+            ["norm of K", "layer", "out", "in"],
+            [[row["name"], *[f"{norm:.3f}" for norm in row["k_norms"].values()]] for row in projections],
+        )
+        console.out.print()
     layers = range(len(projections[0]["change_by_layer"]))
     console.table(
         ["norm of dW in layer", *[row["name"] for row in projections]],

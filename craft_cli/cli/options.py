@@ -60,7 +60,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in _parameters(command) if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        fields = [field for field in dataclasses.fields(RunConfig) if not names or field.name in names]
+        fields = [field for field in RunConfig.settings() if not names or field.name in names]
         hints, groups = get_type_hints(RunConfig), RunConfig.groups()
         options = [_option(field, str(hints[field.name]), groups[field.name], not names) for field in fields]
         _set_signature(command, [*own, *options])
@@ -74,14 +74,14 @@ def _option(field: dataclasses.Field[Any], hint: str, group: str, show_default: 
         bool
         if "bool" in hint
         else str
-        if any(text in hint for text in ("str", "Ranks", "Literal"))
+        if any(text in hint for text in ("str", "tuple", "Literal"))
         else float
         if "float" in hint
         else int
     )
     name = f"{flag(field.name)}/--no-{flag(field.name)[2:]}" if kind is bool else flag(field.name)
     default = field.default
-    shown = ",".join(default) if isinstance(default, tuple) and field.name != "ranks" else str(default)
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     option = typer.Option(
         name,
         help=field.metadata["help"],

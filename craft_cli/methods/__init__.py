@@ -1,1 +1,29 @@
 """Adapter methods, and what holds for all of them: hooks, files, merging, export."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from craft_cli.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from craft_cli.methods.base import Method
+
+METHODS = {
+    "craft": "craft_cli.methods.craft.method",
+    "lora": "craft_cli.methods.lora",
+}
+"""The module of every method, by its name after `--method`. Each has one object `METHOD`."""
+
+
+def method_named(name: Any) -> Method:
+    """The method of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"--method: unknown method '{name}'{nearest(str(name), METHODS)}")
+    method: Method = import_module(METHODS[name]).METHOD
+    return method

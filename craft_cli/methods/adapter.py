@@ -1,90 +1,94 @@
-"""CRAFT's adapter: frozen Tucker factors, one small trained matrix for every mode (arXiv 2602.17510).
+"""The hooks that add a change to a model, whatever method computes it. This module knows torch only.
 
-For one projection with factors G, U_layer, U_out, U_in and transforms J = I + K, layer l's weight changes by
+Attached, an adapter is a submodule of the model, so that optimizers, DDP and `.to()` see it. The model's own modules stay
+as they are: a forward hook on each adapted layer adds x @ chain to its output.
 
-    dW_l = U_out S_l U_in^T                         (d_out, d_in)
-    C0   = G x0 U_layer                             (L, r_out, r_in)
-    C    = C0 + G x0 (U_layer K_layer)
-    E    = C + K_out C
-    S    = (C - C0) + K_out C + E K_in^T            (L, r_out, r_in)
-
-K is what is stored and trained. Every term of S carries a K, so at K = 0 the change is exactly zero and no two large
-reconstructions are ever subtracted. The dense form this equals is
-
-    dW = G x0 U_layer J_layer x1 U_out J_out x2 U_in J_in  -  G x0 U_layer x1 U_out x2 U_in
-
-This module knows torch only: give it decompositions, a module and views into it.
+The chains of a projection are computed when the first of its layers asks, and serve the others as long as a module that
+holds several of them runs, or, where activations are recomputed, for one backward pass. A layer called by itself gets
+chains of its own. So the change is that of the parameters as they are, whoever calls whatever part of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import CheckpointFunction
 
-from craft_cli.methods.craft.change import ProjectionAdapter
+from craft_cli.errors import ModelError
+from craft_cli.methods.base import Chain, Change, delta
 from craft_cli.models.views import View
-from craft_cli.tucker import TuckerTensor
+
+_REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
 
 
-class _Change:
-    """The forward hook of one adapted layer: adds the change by the slice that the running forward began with.
+class _Layer:
+    """The forward hook of one adapted layer.
 
-    Nothing in it differs between layers but tensors, so that all of them share one compiled graph.
+    Compiled, nothing in it differs between layers but tensors, so that all of them share one graph.
     """
 
-    tensors: tuple[Tensor, Tensor, Tensor] | None = None  # U_in (d_in, r_in), S_l (r_out, r_in), U_out^T (r_out, d_out)
+    fed: Chain | None = None
+    """What a compiled block works with; its caller puts it here."""
+    in_compiled_block = False
 
-    def __init__(self, view: View) -> None:
-        self.view = view
+    def __init__(self, adapter: Adapter, projection: str, number: int, view: View) -> None:
+        self.adapter, self.projection, self.number, self.view = adapter, projection, number, view
+        self.dropout = adapter.change.dropout
 
     def __getstate__(self) -> dict[str, object]:
-        """For copies and pickles: the tensors of the last forward belong to its graph and stay behind."""
-        return {"view": self.view}
+        """For copies and pickles: compiled code and the tensors of its last call stay behind."""
+        return {name: value for name, value in vars(self).items() if name not in ("fed", "in_compiled_block")}
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if self.tensors is None:  # disabled
+        x = inputs[0]
+        if not torch.compiler.is_compiling():
+            chain = self.adapter.chain(self.projection, self.number, x)
+        elif self.in_compiled_block:
+            chain = self.fed
+        else:  # somebody compiles the whole model: equal computations of its layers become one
+            chain = self.adapter.chain(self.projection, self.number, x, traced=True)
+        if chain is None:  # disabled
             return output
-        u_in, s, u_out_t = self.tensors
-        x = inputs[0].reshape(-1, inputs[0].shape[-1])  # (tokens, d_in)
-        hidden = x @ u_in @ s.T  # (tokens, r_out)
-        return self.view.add_to_output(output, hidden, u_out_t)  # (..., d_out)
+        if self.dropout:
+            x = functional.dropout(x, self.dropout, module.training)
+        hidden = x.reshape(-1, x.shape[-1])  # (tokens, d_in)
+        for matrix in chain[:-1]:
+            hidden = hidden @ matrix  # (tokens, r)
+        return self.view.add_to_output(output, hidden, chain[-1])  # (..., d_out)
 
 
 class Adapter(nn.Module):
-    """The transforms of several projections, and their place in a model.
-
-    Attached, it is a submodule of the model (`root.craft`), so that optimizers, DDP and `.to()` see it. The model's own
-    modules stay as they are: forward hooks add  ((x U_in) S_l^T) U_out^T  to the output of each adapted layer, and one
-    hook before the model's forward computes S of all layers.
+    """A change and its place in a model.
 
     Args:
-        decompositions: of the stacked weight of every projection, by its name.
-        init_noise: standard deviation of K at the start.
+        change: of any method.
     """
 
     ATTRIBUTE = "craft"
 
-    def __init__(self, decompositions: Mapping[str, TuckerTensor], init_noise: float = 0.0) -> None:
+    def __init__(self, change: Change) -> None:
         super().__init__()
-        self.projections = nn.ModuleDict(
-            {name: ProjectionAdapter(decomposition, init_noise) for name, decomposition in decompositions.items()}
-        )
+        self.change = change
         self._views: dict[str, Sequence[View]] = {}
+        self._layers: list[_Layer] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._changes: dict[str, list[_Change]] = {}
+        self._running: dict[int, int] = {}  # by thread: how many modules run that hold several layers
+        self._ready: dict[tuple[Any, ...], Sequence[Chain]] = {}
         self._enabled = True
 
-    def items(self) -> Iterator[tuple[str, ProjectionAdapter]]:
-        """(name, projection), in the order they were given."""
-        for name, projection in self.projections.items():
-            assert isinstance(projection, ProjectionAdapter)
-            yield name, projection
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: what was computed for a running forward stays behind."""
+        return super().__getstate__() | {"_running": {}, "_ready": {}}  # type: ignore[operator]
 
     def count_parameters(self) -> int:
-        """How many numbers the transforms hold: r_layer^2 + r_out^2 + r_in^2 for every projection."""
+        """How many numbers are trained, the head's not among them."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     # -- in a model -------------------------------------------------------------------------------------------------
@@ -93,43 +97,42 @@ class Adapter(nn.Module):
         """Adapt `root` in place.
 
         Args:
-            root: the module that paths in `views` start from, and whose forward begins a step.
+            root: the module that paths in `views` start from.
             views: for every projection, one view a layer.
 
         Raises:
-            ValueError: `root` carries an adapter already, is compiled, or a view's weight has not the shape decomposed.
+            ValueError: `root` carries an adapter already, is compiled, or a view's weight has another shape.
         """
         if hasattr(root, self.ATTRIBUTE):
             raise ValueError("this model carries an adapter already: detach it first")
         if any(getattr(module, "_compiled_call_impl", None) for module in root.modules()):
             raise ValueError("this model is compiled, and compiled code does not see new hooks: attach, then compile")
-        for name, projection in self.items():
-            shape = projection.decomposition.shape
+        for name, shape in self.change.shapes.items():
             found = [view.shape(view.stored_shape(root)) for view in views[name]]
             if (len(found), *found[0]) != shape or len(set(found)) != 1:
                 raise ValueError(f"{name}: the model has {len(found)} layers {found[0]}, the factors are for {shape}")
         self.to(next(root.parameters()).device)
-        self._views = {name: views[name] for name, _ in self.items()}
-        self._handles.append(root.register_forward_pre_hook(self._begin))
+        self._views = {name: views[name] for name in self.change.shapes}
         for name, layers in self._views.items():
-            self._changes[name] = [_Change(view) for view in layers]
-            for change in self._changes[name]:
-                self._handles.append(change.view.module_of(root).register_forward_hook(change))
+            self._layers += [_Layer(self, name, number, view) for number, view in enumerate(layers)]
+        self._handles = [layer.view.module_of(root).register_forward_hook(layer) for layer in self._layers]
+        for path in self._containers():
+            module = root.get_submodule(path)
+            self._handles.append(module.register_forward_pre_hook(self._enter))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         root.add_module(self.ATTRIBUTE, self)
 
     def detach(self, root: nn.Module) -> None:
         """Take the adapter off: `root` is the base model again, bit for bit."""
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
-        self._changes.clear()
-        self._views = {}
+        self._handles, self._layers, self._views = [], [], {}
         if getattr(root, self.ATTRIBUTE, None) is self:
             delattr(root, self.ATTRIBUTE)
 
     def modules_adapted(self) -> list[str]:
         """Paths of the modules that are adapted, from the root it is attached to."""
-        return list(dict.fromkeys(view.module for views in self._views.values() for view in views))
+        return list(dict.fromkeys(layer.view.module for layer in self._layers))
 
     @torch.no_grad()
     def merge(self, root: nn.Module) -> list[str]:
@@ -144,15 +147,15 @@ class Adapter(nn.Module):
         if not self._views:
             raise ValueError("this adapter is attached to no model")
         changed = []
-        for name, projection in self.items():
-            for view, delta in zip(self._views[name], projection.deltas(), strict=True):
+        for name, views in self._views.items():
+            for view, chain in zip(views, self.change.chains(name), strict=True):
                 weight = view.module_of(root).get_parameter("weight").data
                 before = weight.clone()
-                view.add_to_weight(weight, delta)
+                view.add_to_weight(weight, delta(chain))
                 if not torch.equal(before, weight):
                     changed.append(view.module)
         if not changed:
-            raise ValueError("merging changes no tensor: the transforms are (or round to) zero")
+            raise ValueError("merging changes no tensor: the trained numbers are (or round to) zero")
         self.detach(root)
         return list(dict.fromkeys(changed))
 
@@ -165,22 +168,104 @@ class Adapter(nn.Module):
         finally:
             self._enabled = before
 
-    def _begin(self, root: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Before the forward: S of every layer in float32, cast once to the dtype the layers compute in."""
+    # -- in a forward -----------------------------------------------------------------------------------------------
+
+    def chain(self, projection: str, layer: int, x: Tensor, *, traced: bool = False) -> Chain | None:
+        """The chain of one layer, in the dtype that a layer with the input `x` computes in; None where disabled.
+
+        Raises:
+            ModelError: reentrant checkpointing, through which no right gradient comes.
+        """
         if not self._enabled:
-            for change in (change for changes in self._changes.values() for change in changes):
-                change.tensors = None
-            return
-        device = next(self.parameters()).device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else _compute_dtype(root)
+            return None
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if traced:
+            return self._compute(projection, dtype, device)[layer]
+        thread, backward = threading.get_ident(), torch._C._current_graph_task_id()  # -1 outside of a backward pass
+        key = (thread, backward, projection, torch.is_grad_enabled(), dtype)
+        if key not in self._ready:
+            if backward != -1 or (self.training and not torch.is_grad_enabled()):
+                _refuse_reentrant()
+            # Under hooks of their own: no part of what a checkpoint around the layer keeps or computes again.
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+                chains = self._compute(projection, dtype, device)
+            if backward == -1 and not self._running.get(thread):
+                return chains[layer]
+            self._ready[key] = chains
+        return self._ready[key][layer]
+
+    def feed(self, block: nn.Module, path: str) -> None:
+        """Have a compiled block called with the chains of its layers, which it cannot compute by itself.
+
+        Args:
+            block: compiled in place.
+            path: its own, from the root.
+        """
+        layers = [layer for layer in self._layers if layer.view.module.startswith(f"{path}.")]
+        compiled: Callable[..., Any] = block._compiled_call_impl  # type: ignore[assignment]
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            x = next(one for one in (*arguments, *options.values()) if isinstance(one, Tensor))
+            for layer in layers:
+                layer.fed = self.chain(layer.projection, layer.number, x)
+            return compiled(*arguments, **options)
+
+        for layer in layers:
+            layer.in_compiled_block = True
+        block._compiled_call_impl = call  # type: ignore[assignment]
+
+    def _compute(self, projection: str, dtype: torch.dtype, device: str) -> Sequence[Chain]:
         with torch.autocast(device, enabled=False):
-            for name, projection in self.items():
-                u_in, u_out_t = projection.u_in.to(dtype), projection.u_out.T.to(dtype)
-                for change, s in zip(self._changes[name], projection.slices().to(dtype).unbind(0), strict=True):
-                    change.tensors = (u_in, s, u_out_t)
+            return self.change.chains(projection, dtype)
+
+    def _containers(self) -> list[str]:
+        """Paths of the modules that hold several layers of a projection, the root among them."""
+        counts: dict[str, int] = {"": 2}
+        for views in self._views.values():
+            for path in {path for view in views for path in _above(view.module)}:
+                held = sum(view.module.startswith(f"{path}.") for view in views)
+                counts[path] = max(counts.get(path, 0), held)
+        return [path for path, held in counts.items() if held > 1]
+
+    def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        thread, backward = threading.get_ident(), torch._C._current_graph_task_id()
+        if not self._running.get(thread):
+            self._forget(lambda key: key[1] == backward != -1 or key[0] != thread)
+        self._running[thread] = self._running.get(thread, 0) + 1
+
+    def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        thread = threading.get_ident()
+        self._running[thread] -= 1
+        if not self._running[thread]:
+            del self._running[thread]
+            self._forget(lambda key: key[1] != -1 or key[0] != thread)
+
+    def _forget(self, keep: Callable[[tuple[Any, ...]], bool]) -> None:
+        self._ready = {key: chains for key, chains in list(self._ready.items()) if keep(key)}
 
 
-def _compute_dtype(root: nn.Module) -> torch.dtype:
-    """The dtype of the model's own floating-point weights (the transforms stay float32 in a bf16 model)."""
-    return next(p.dtype for name, p in root.named_parameters() if "craft" not in name and p.is_floating_point())
+def _above(path: str) -> list[str]:
+    """Every path above a module's, the root's left out."""
+    parts = path.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def _refuse_reentrant() -> None:
+    """Reentrant checkpointing runs a forward outside of autograd, and again inside the backward pass.
+
+    Raises:
+        ModelError: the call that asks comes out of one.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code in _REENTRANT:
+            raise ModelError(
+                "reentrant gradient checkpointing gives an adapter no gradient, or a wrong one: enable it with "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        frame = frame.f_back  # type: ignore[assignment]

@@ -1,12 +1,13 @@
-"""An adapter's folder, read and checked without any model. It may come from a stranger: nothing in it is believed.
+"""An adapter's folder: `adapter_config.json` and `adapter_model.safetensors`, written and read without any model.
 
-Either it holds the factors its transforms live in, or only their sha256 (`factors: reference`): then they are found in
-the cache, or made again from the base and taken only if they are the very same.
+A folder may come from a stranger: nothing in it is believed. Reading it reads it; nothing is fetched or computed. Either
+it holds what its method keeps of the base, or only the sha256 of that (`factors: reference`): then it is looked for in the
+cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,18 +16,18 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from craft_cli.errors import CraftError, FileError
-from craft_cli.files import FORMAT_VERSION, quoted, read_json, read_tensors
-from craft_cli.methods.craft.decomposition import decompose_checkpoint
-from craft_cli.methods.craft.factors import DTYPES, FactorCache, Factors, factor_sha256, factor_tensors, from_tensors
-from craft_cli.methods.craft.ranks import Ranks
-from craft_cli.models.hub import resolve
-from craft_cli.tucker import MODES
+from craft_cli.errors import FileError
+from craft_cli.files import check_version, quoted, read_json, read_tensors, write_bytes, write_json, write_tensors
+from craft_cli.methods import METHODS, method_named
+from craft_cli.methods.base import Chain, Method
+from craft_cli.methods.frozen import Frozen
+from craft_cli.models.stacks import DTYPES
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 KIND = "an adapter"
 INCLUDE, REFERENCE = "include", "reference"
+HEAD = "head."
 _DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 
 
@@ -37,96 +38,102 @@ class SavedAdapter:
     Attributes:
         path: the folder.
         record: adapter_config.json.
-        factors: the frozen factors, of the folder or of the cache.
-        transforms: K (r, r) of every projection and mode.
+        method: that trained it.
+        frozen: what the method kept of the base, of the folder or of the cache.
+        trained: what was trained, by the names of the change's parameters.
         head: the trained head by the names of the model's parameters.
     """
 
     path: Path
     record: Mapping[str, Any]
-    factors: Factors
-    transforms: Mapping[str, Mapping[str, Tensor]]
+    method: Method
+    frozen: Frozen
+    trained: Mapping[str, Tensor]
     head: Mapping[str, Tensor]
 
+    @property
+    def options(self) -> Any:
+        """The method's options."""
+        return self.method.options(self.record)
 
-def read_adapter(path: Path, cache_dir: str | Path | None = None, *, make: bool = True) -> SavedAdapter:
+    def chains(self, target: str) -> Iterator[Chain]:
+        """The change of every layer of a projection in float64, one at a time."""
+        return self.method.chains_in_turn(self.frozen, self.record, self.trained, target)
+
+    def facts(self, target: str) -> dict[str, Any]:
+        """What is shown of a projection."""
+        return self.method.facts(self.frozen, self.record, self.trained, target)
+
+
+def read_adapter(path: Path, cache_dir: str | Path | None = None, *, make: bool = False) -> SavedAdapter:
     """Read and check an adapter's folder.
 
     Args:
         path: the folder.
-        cache_dir: where factors that are only referred to are looked for; `~/.cache/craft` without.
-        make: where the cache lacks them, decompose the base that the adapter names; else nothing is fetched or written.
+        cache_dir: where it is looked for what the adapter only refers to; `~/.cache/craft` without.
+        make: where the cache lacks that, have the method prepare it again from the base; else nothing is fetched or written.
 
     Raises:
-        FileError: it is no adapter, is damaged, or refers to factors that cannot be had.
+        FileError: it is no adapter, is damaged, or refers to what cannot be had.
     """
     record = read_record(path)
+    method = method_named(record["method"])
     file = path / TENSOR_FILE
     tensors, header = read_tensors(file, KIND)
-    head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    head = {name.removeprefix(HEAD): tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
     if header.get("sha256") != record["base_model"]["sha256"] or header.get("targets") != record["targets"]:
         raise FileError(f"{path} is damaged: {CONFIG_FILE} and {TENSOR_FILE} speak of other factors")
     if sorted(head) != sorted(record["head"]):
         raise FileError(f"{path} is damaged: {TENSOR_FILE} holds another head than {CONFIG_FILE} names")
     stored = record.get("factors", {}).get("stored", INCLUDE) == INCLUDE
-    factors = from_tensors(tensors, header, file) if stored else _referred(path, record, cache_dir, make=make)
-    layers = {target: decomposition.shape[0] for target, decomposition in factors.decompositions.items()}
+    if stored:
+        frozen = method.read(tensors, header, file)
+    else:
+        frozen = method.recall(record, path, None if cache_dir is None else str(cache_dir), make=make)
+    layers = {target: shape[0] for target, shape in frozen.shapes.items()}
     if len(set(layers.values())) != 1:
         raise FileError(f"{path} is damaged: its projections are of different numbers of layers {layers}")
 
-    expected = {f"transform.{target}.{mode}" for target in factors.targets for mode in MODES}
-    expected |= {f"head.{name}" for name in head} | (set(factor_tensors(factors.decompositions)) if stored else set())
+    shapes = method.trained_shapes(frozen, method.options(record))
+    expected = set(shapes) | {HEAD + name for name in head} | (set(frozen.tensors()) if stored else set())
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)[0]
         raise FileError(f"{file} is damaged: {quoted(odd)} is {'too much' if odd in tensors else 'missing'}")
-    for target, decomposition in factors.decompositions.items():
-        for mode, rank in zip(MODES, decomposition.ranks, strict=True):
-            k = tensors[f"transform.{target}.{mode}"]
-            if tuple(k.shape) != (rank, rank) or k.dtype != torch.float32:
-                raise FileError(
-                    f"{file} is damaged: transform.{target}.{mode} is {k.dtype} {tuple(k.shape)}, not {(rank, rank)}"
-                )
+    for name, shape in shapes.items():
+        found = tensors[name]
+        if tuple(found.shape) != shape or found.dtype != torch.float32:
+            raise FileError(f"{file} is damaged: {name} is {found.dtype} {tuple(found.shape)}, not {shape}")
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES or not torch.isfinite(tensor).all():
             raise FileError(f"{file} is damaged: {quoted(name)} holds values that are not finite numbers")
-    transforms = {target: {mode: tensors[f"transform.{target}.{mode}"] for mode in MODES} for target in factors.targets}
-    return SavedAdapter(path, record, factors, transforms, head)
+    return SavedAdapter(path, record, method, frozen, {name: tensors[name] for name in shapes}, head)
 
 
-def _referred(path: Path, record: Mapping[str, Any], cache_dir: str | Path | None, *, make: bool) -> Factors:
-    """The factors with the sha256 in the record: out of the cache, else (with `make`) decomposed again."""
-    wanted: str = record["factors"]["sha256"]
-    base, targets = record["base_model"], tuple(record["targets"])
-    ranks = Ranks(*(max(sizes) for sizes in zip(*record["ranks"].values(), strict=True)))
-    for found in FactorCache(cache_dir).all_that_serve(base["sha256"], ranks):
-        try:
-            factors = found.select(targets, ranks)
-        except (KeyError, ValueError):  # it holds less than its header promises
-            continue
-        if factor_sha256(factors.decompositions) == wanted:
-            return factors
-    told = f"{path} only refers to its factors (sha256 {wanted[:12]}...): they are not in the cache"
-    copy = f"copy the file of factors from where it was trained into {FactorCache(cache_dir).folder}"
-    if not make:
-        raise FileError(f"{told}; load or merge it once, which makes them out of its base, or {copy}")
-    try:
-        factors = decompose_checkpoint(
-            resolve(base["model"], base["revision"]),
-            targets,
-            ranks,
-            cache_dir=None if cache_dir is None else str(cache_dir),
-        ).factors
-    except CraftError as error:
-        reason = f"its base is not at hand ({error})"
-    else:
-        if factor_sha256(factors.decompositions) == wanted:
-            return factors
-        reason = (
-            "decomposing its base gives others here"
-            if dict(factors.fingerprints) == base["sha256"]
-            else "its base has other weights now"
-        )
-    raise FileError(f"{told}, and {reason}; {copy}, or save it there with factors='include'")
+def write_adapter(
+    folder: Path, record: Mapping[str, Any], trained: Mapping[str, Tensor], frozen: Frozen, card: str | None = None
+) -> None:
+    """Write the files of an adapter into a folder that is there, and check them by reading them back.
+
+    Args:
+        folder: to write to.
+        record: what adapter_config.json says; see `AdapterRecord`.
+        trained: parameters of the change, and of the head with `HEAD` before their names.
+        frozen: what the method keeps of the base.
+        card: text of README.md.
+
+    Raises:
+        FileError: one cannot be written, or reads back different.
+    """
+    state = dict(trained)
+    if record.get("factors", {}).get("stored", INCLUDE) == INCLUDE:
+        state |= frozen.tensors()
+    write_tensors(folder / TENSOR_FILE, KIND, state, {"targets": list(frozen.targets)} | frozen.identity())
+    write_json(folder / CONFIG_FILE, record)
+    if card is not None:
+        write_bytes(folder / "README.md", card.encode())
+    saved, _ = read_tensors(folder / TENSOR_FILE, KIND)
+    if any(not torch.equal(saved[name], tensor.detach().cpu()) for name, tensor in state.items()):
+        raise FileError(f"{folder}: the adapter reads back different from what was written; the disk may be failing")
 
 
 # -- the description ----------------------------------------------------------------------------------------------------
@@ -140,7 +147,6 @@ def _one_line(text: str) -> str:
 
 _Line = Annotated[str, AfterValidator(_one_line), Field(max_length=4096)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_Rank = Annotated[int, Field(gt=0, le=1 << 20)]
 
 
 class _Strict(BaseModel):
@@ -197,8 +203,8 @@ class _Training(_Strict):
 
 class _Record(_Strict):
     base_model: _Base
+    task_type: _Line | None = None
     targets: list[_Line]
-    ranks: dict[_Line, Annotated[list[_Rank], Field(min_length=3, max_length=3)]]
     head: list[_Line]
     parameters: _Parameters
     model: _Model
@@ -215,12 +221,9 @@ def read_record(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_FILE).is_file():
         raise FileError(f"{path} is no adapter: it holds no {CONFIG_FILE}")
     record = read_json(path / CONFIG_FILE)
-    if record.get("method") != "craft":
+    if str(record.get("method")) not in METHODS:
         raise FileError(f"{path} is not an adapter of craft's (an adapter of peft's is loaded with peft)")
-    if record.get("format_version") != FORMAT_VERSION:
-        raise FileError(
-            f"{path} has format version {quoted(record.get('format_version'))}, this craft reads {FORMAT_VERSION}: upgrade craft"
-        )
+    check_version(record, path)
     try:
         checked = _Record.model_validate(record)
     except ValidationError as error:
@@ -229,7 +232,12 @@ def read_record(path: Path) -> dict[str, Any]:
         raise FileError(f"{path / CONFIG_FILE} is damaged: {quoted(where)}: {' '.join(first['msg'].split())}") from None
     labels = {str(number) for number in range(checked.model.num_labels)}
     targets = set(checked.targets)
-    alike = set(checked.ranks) == targets == set(checked.base_model.sha256)
+    alike = targets == set(checked.base_model.sha256)
     if set(checked.model.id2label) != labels or not alike or not targets:
         raise FileError(f"{path / CONFIG_FILE} is damaged: its labels or its projections contradict each other")
+    try:
+        method_named(record["method"]).options(record)
+    except (ValueError, KeyError) as error:
+        reason = str(error).splitlines()[-1] if str(error) else "something"
+        raise FileError(f"{path / CONFIG_FILE} is damaged: {quoted(reason.strip())}") from None
     return record

@@ -1,50 +1,144 @@
-"""An adapter's change in the dense weights of its base, written tensor by tensor."""
+"""An adapter beside its base on disk, and its change written into dense weights, tensor by tensor."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from craft_cli.models.checkpoint import Checkpoint
+from craft_cli.errors import ModelError
+from craft_cli.files import quoted
+from craft_cli.methods.adapter import Adapter
+from craft_cli.methods.adapter_folder import SavedAdapter
+from craft_cli.methods.base import Chain, delta
+from craft_cli.models.checkpoint import Checkpoint, fingerprint
+from craft_cli.models.families import layer_views
+from craft_cli.models.hub import resolve
 from craft_cli.models.shards import Entry, shard_bytes, write_shards
-from craft_cli.models.streaming import StreamedBase
+from craft_cli.models.streaming import StreamedModel
 from craft_cli.models.views import View
 
 
-class _Checkpoint:
-    """A plain checkpoint, written tensor by tensor into `folder`."""
+class AdaptedBase:
+    """The base of a saved adapter, with the adapter's head, streamed from disk.
+
+    Attributes:
+        saved: the adapter.
+        base: the model, of the class that was trained.
+        views: of every projection, one a layer.
+        change: what the adapter does to the weights.
+
+    Raises:
+        ModelError: the base is missing, is another one, or does not fit the class that was trained.
+    """
+
+    def __init__(self, saved: SavedAdapter) -> None:
+        self.saved = saved
+        base, told = saved.record["base_model"], saved.record["model"]
+        checkpoint = resolve(base["model"], base["revision"])
+        self.views = layer_views(checkpoint.config(), saved.frozen.targets)
+        self._check_weights(checkpoint)
+        layered = [view.module for views in self.views.values() for view in views]
+        self.base = StreamedModel(checkpoint, told["architecture"], told, saved.head, layered)
+        self._check_head()
+        self.change = saved.method.build(saved.frozen, saved.options)
+        self.change.load(saved.trained)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Of the base."""
+        return self.base.checkpoint
+
+    def changes(self) -> dict[str, list[tuple[View, str, int]]]:
+        """Which views, of which projection and layer, the adapter changes in a tensor, by the tensor's name."""
+        found: dict[str, list[tuple[View, str, int]]] = {}
+        for target, views in self.views.items():
+            for layer, view in enumerate(views):
+                found.setdefault(f"{self.base.prefix}{view.module}.weight", []).append((view, target, layer))
+        return found
+
+    def chains(self) -> dict[str, Sequence[Chain]]:
+        """The change of every projection."""
+        with torch.no_grad():
+            return {target: self.change.chains(target) for target in self.views}
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits of the adapted model, in float32."""
+        return self.base.logits(self.base.read, batch, self._attached())
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        adapter = Adapter(self.change)
+        adapter.attach(self.base.model.base_model, self.views)
+        try:
+            yield
+        finally:
+            adapter.detach(self.base.model.base_model)
+
+    def _check_weights(self, checkpoint: Checkpoint) -> None:
+        reader = checkpoint.open()
+        for target, views in self.views.items():
+            shape = tuple(self.saved.frozen.shapes[target])
+            found = {(len(views), *matrix.shape) for matrix in reader.matrices(views)}
+            if found != {shape}:  # before anything is computed
+                raise ModelError(
+                    f"{self.saved.path}: the factors of {target} are for {shape}, {checkpoint.name} has "
+                    f"{' and '.join(map(str, sorted(found))) or 'no layers'} there"
+                )
+            layers = (checkpoint.open().matrices([view])[0] for view in views)  # mapped one after the other
+            if fingerprint(layers) != self.saved.frozen.fingerprints[target]:
+                raise ModelError(
+                    f"the factors are of {self.saved.frozen.model}; this model has other weights ({target}): they belong to "
+                    "another model"
+                )
+
+    def _check_head(self) -> None:
+        changed = self.changes()
+        for name in self.saved.head:
+            if name not in self.base.shapes or name in changed:
+                why = "its transforms change" if name in changed else f"{self.checkpoint.name} lacks"
+                raise ModelError(f"{self.saved.path}: its head holds {quoted(name)}, which {why}")
+
+
+class Dense:
+    """A plain checkpoint, written tensor by tensor into `folder`.
+
+    Attributes:
+        changed: names of the tensors that differ from the base's.
+        dtype: of the weights.
+    """
 
     rank: int | None = None
 
     def __init__(
-        self, base: StreamedBase, folder: Path, dtype: torch.dtype | None, max_shard_size: str | int | None
+        self, adapted: AdaptedBase, folder: Path, dtype: torch.dtype | None, max_shard_size: str | int | None
     ) -> None:
         self.changed: list[str] = []
-        self.dtype = dtype or getattr(torch, base.saved.factors.dtype)
-        self._slices = {target: p.slices().detach() for target, p in base.adapter().items()}
-        self._base = base
-        changes = base.changes()
+        self.dtype = dtype or getattr(torch, adapted.saved.frozen.dtype)
+        self._base, self._chains = adapted.base, adapted.chains()
+        changes = adapted.changes()
         entries = {}
-        for name, shape in base.shapes.items():
-            kind = base.dtypes[name]
+        for name, shape in adapted.base.shapes.items():
+            kind = adapted.base.dtypes[name]
             if kind.is_floating_point:  # the head was trained in float32; it follows the rest
-                kind = self.dtype if dtype or name in base.saved.head else kind
+                kind = self.dtype if dtype or name in adapted.saved.head else kind
             entries[name] = Entry(shape, kind, partial(self._tensor, name, kind, changes.get(name, ())))
         write_shards(folder, entries, shard_bytes(max_shard_size))
-        config = base.model.config
-        config.architectures = [type(base.model).__name__]
+        config = adapted.base.model.config
+        config.architectures = [type(adapted.base.model).__name__]
         config.dtype = self.dtype
         config.save_pretrained(folder)
-        for file in base.checkpoint.tokenizer_files():
+        for file in adapted.checkpoint.tokenizer_files():
             shutil.copyfile(file, folder / file.name)
         self._reader = Checkpoint(str(folder), None, folder).open()
 
     def read(self, name: str) -> Tensor:
+        """A tensor out of what was written."""
         return self._reader.read(name)
 
     def _tensor(self, name: str, dtype: torch.dtype, changes: Sequence[tuple[View, str, int]]) -> Tensor:
@@ -54,8 +148,7 @@ class _Checkpoint:
             return before.to(dtype)
         weight = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
         for view, target, layer in changes:
-            _, u_out, u_in = self._base.saved.factors.decompositions[target].factors
-            view.add_to_weight(weight, u_out @ self._slices[target][layer] @ u_in.T)
+            view.add_to_weight(weight, delta(self._chains[target][layer]))
         after = weight.to(dtype)
         if not torch.equal(after, before.to(dtype)):
             self.changed.append(name)

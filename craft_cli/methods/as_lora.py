@@ -1,9 +1,8 @@
 """An adapter as a LoRA in PEFT's own layout, written directly: no peft is needed, and no nested head is lost.
 
-The change of a layer is exactly of low rank, dW_l = U_out S_l U_in^T. With alpha = r, a LoRA adds B A:
+A chain (d_in, r) ... (r, d_out) of low rank is a LoRA. Split where it is narrowest, with alpha = r:
 
-    r_in <= r_out:   A = U_in^T        (r, d_in)      B = U_out S_l    (d_out, r)
-    r_out < r_in:    A = S_l U_in^T    (r, d_in)      B = U_out        (d_out, r)
+    A = (left part)^T   (r, d_in)        B = (right part)^T   (d_out, r)        dW_l = B A
 
 Where one weight holds several projections (GPT-2's c_attn), their A are stacked and their B stand in their own rows. All
 layers get the same rank, as servers want it: smaller ones are filled with zeros.
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor
 
 from craft_cli.files import write_json
-from craft_cli.methods.adapter_folder import SavedAdapter
+from craft_cli.methods.as_dense import AdaptedBase
+from craft_cli.methods.base import low_rank
+from craft_cli.models.cards import peft_type
 from craft_cli.models.shards import Entry, write_streamed
-from craft_cli.models.streaming import StreamedBase
 from craft_cli.models.views import View
 
 CONFIG_FILE = "adapter_config.json"
@@ -37,22 +37,23 @@ _ROOT = "base_model.model."  # PEFT's names start with its own wrappers
 _EPSILON = 1e-6
 
 
-def lora_pairs(base: StreamedBase, *, trim: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (r, d_in) and B (d_out, r) of every adapted module, by its path in the classifier; float32.
+def lora_pairs(adapted: AdaptedBase, *, trim: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (r, d_in) and B (d_out, r) of every adapted module, by its path in the model; float32.
 
     Args:
-        base: of the adapter.
+        adapted: the adapter and its base.
         trim: leave out directions whose singular value is below 1e-6 of the largest one of all.
     """
-    slices = {target: projection.slices().detach().double() for target, projection in base.adapter().items()}
-    floor = _EPSILON * _largest(slices) if trim else 0.0
+    factored = {target: [low_rank(chain) for chain in adapted.saved.chains(target)] for target in adapted.views}
+    if trim:
+        spectral = [_singular(a, b)[1] for pairs in factored.values() for a, b in pairs]
+        floor = _EPSILON * max(float(values.max()) for values in spectral)
+        factored = {target: [_trimmed(a, b, floor) for a, b in pairs] for target, pairs in factored.items()}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, changes in base.changes().items():
-        parts = [
-            _factored(base.saved, target, slices[target][layer], trim=trim, floor=floor) for _, target, layer in changes
-        ]
+    for name, changes in adapted.changes().items():
+        parts = [factored[target][layer] for _, target, layer in changes]
         a = torch.cat([a for a, _ in parts])  # (sum of ranks, d_in)
-        stored = base.shapes[name]
+        stored = adapted.base.shapes[name]
         b = torch.cat(
             [_in_rows(view, b, stored) for (view, _, _), (_, b) in zip(changes, parts, strict=True)], dim=1
         )  # (d_out, sum of ranks)
@@ -61,20 +62,19 @@ def lora_pairs(base: StreamedBase, *, trim: bool = False) -> dict[str, tuple[Ten
     return {name: (_filled(a, 0, rank).float(), _filled(b, 1, rank).float()) for name, (a, b) in pairs.items()}
 
 
-def _largest(slices: Mapping[str, Tensor]) -> float:
-    return max(float(torch.linalg.matrix_norm(s, 2).max()) for s in slices.values())
+def _singular(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values of B A: U (d_out, r), values (r,), V^T (r, d_in)."""
+    q_in, r_in = torch.linalg.qr(a.T)
+    q_out, r_out = torch.linalg.qr(b)
+    left, values, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
+    return q_out @ left, values, right @ q_in.T
 
 
-def _factored(saved: SavedAdapter, target: str, s: Tensor, *, trim: bool, floor: float) -> tuple[Tensor, Tensor]:
-    """A and B of one layer's slice S (r_out, r_in)."""
-    _, u_out, u_in = (factor.double() for factor in saved.factors.decompositions[target].factors)
-    if trim:
-        left, values, right = torch.linalg.svd(s, full_matrices=False)
-        kept = int((values > floor).sum())
-        return right[:kept] @ u_in.T, u_out @ (left[:, :kept] * values[:kept])
-    if s.shape[1] <= s.shape[0]:
-        return u_in.T, u_out @ s
-    return s @ u_in.T, u_out
+def _trimmed(a: Tensor, b: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """The same product with the directions above a singular value alone."""
+    left, values, right = _singular(a, b)
+    kept = int((values > floor).sum())
+    return right[:kept], left[:, :kept] * values[:kept]
 
 
 def _in_rows(view: View, b: Tensor, stored: Sequence[int]) -> Tensor:
@@ -92,26 +92,26 @@ def _filled(tensor: Tensor, dim: int, size: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(missing)], dim=dim)
 
 
-def peft_tensors(base: StreamedBase, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def peft_tensors(adapted: AdaptedBase, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """All tensors of adapter_model.safetensors by PEFT's names."""
     tensors = {}
     for module, (a, b) in pairs.items():
         tensors[f"{_ROOT}{module}.lora_A.weight"] = a.contiguous()
         tensors[f"{_ROOT}{module}.lora_B.weight"] = b.contiguous()
-    return tensors | {f"{_ROOT}{name}": tensor.contiguous() for name, tensor in base.saved.head.items()}
+    return tensors | {f"{_ROOT}{name}": tensor.contiguous() for name, tensor in adapted.saved.head.items()}
 
 
-def peft_config(base: StreamedBase, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def peft_config(adapted: AdaptedBase, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """adapter_config.json as PEFT reads it."""
     rank = next(len(a) for a, _ in pairs.values())
-    transposed = any(view.transposed for changes in base.changes().values() for view, _, _ in changes)
+    transposed = any(view.transposed for changes in adapted.changes().values() for view, _, _ in changes)
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
-        "base_model_name_or_path": base.checkpoint.name
-        if base.checkpoint.name != "demo"
-        else str(base.checkpoint.folder),
-        "revision": base.checkpoint.revision,
+        "task_type": peft_type(adapted.saved.record["model"]["architecture"]),
+        "base_model_name_or_path": adapted.checkpoint.name
+        if adapted.checkpoint.name != "demo"
+        else str(adapted.checkpoint.folder),
+        "revision": adapted.checkpoint.revision,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
@@ -119,15 +119,15 @@ def peft_config(base: StreamedBase, pairs: Mapping[str, tuple[Tensor, Tensor]]) 
         "use_rslora": False,
         "use_dora": False,
         "fan_in_fan_out": transposed,
-        "target_modules": _shortest_names(base, list(pairs)),
-        "modules_to_save": _head_modules(base) or None,
+        "target_modules": _shortest_names(adapted, list(pairs)),
+        "modules_to_save": _head_modules(adapted) or None,
         "inference_mode": True,
     }
 
 
-def _shortest_names(base: StreamedBase, modules: Sequence[str]) -> list[str]:
+def _shortest_names(adapted: AdaptedBase, modules: Sequence[str]) -> list[str]:
     """The endings of paths, as short as possible, that mean the adapted modules of a projection and no others."""
-    everywhere = [name for name, _ in base.model.named_modules()]
+    everywhere = [name for name, _ in adapted.base.model.named_modules()]
     chosen = []
     for ending in dict.fromkeys(_after_layer(module) for module in modules):
         parts = ending.split(".")
@@ -146,71 +146,71 @@ def _after_layer(module: str) -> str:
     return ".".join(parts[number + 1 :])
 
 
-def _head_modules(base: StreamedBase) -> list[str]:
+def _head_modules(adapted: AdaptedBase) -> list[str]:
     """The outermost modules that hold the trained head and nothing else."""
     found: dict[str, None] = {}
-    head = set(base.saved.head)
-    for name in base.saved.head:
+    head = set(adapted.saved.head)
+    for name in adapted.saved.head:
         parts = name.split(".")
         for length in range(1, len(parts)):
             path = ".".join(parts[:length])
-            inside = {other for other in base.shapes if other.startswith(f"{path}.")}
+            inside = {other for other in adapted.base.shapes if other.startswith(f"{path}.")}
             if inside <= head:
                 found[path] = None
                 break
     return list(found)
 
 
-def serve_command(base: StreamedBase, rank: int | None, folder: str) -> str | None:
+def serve_command(adapted: AdaptedBase, rank: int | None, folder: str) -> str | None:
     """How vLLM serves what was written, where it serves the architecture and takes the adapter; None otherwise.
 
     Args:
-        base: of the adapter.
+        adapted: the adapter and its base.
         rank: of the LoRA; None for a merged checkpoint.
         folder: what was written.
     """
-    if base.model.config.model_type not in VLLM_FAMILIES:
+    if adapted.base.model.config.model_type not in VLLM_FAMILIES:
         return None
     if rank is None:
         return f"vllm serve {shlex.quote(folder)} --runner pooling"
-    if base.saved.head or rank > VLLM_RANKS[-1]:
+    if adapted.saved.head or rank > VLLM_RANKS[-1]:
         return None
     size = next(size for size in VLLM_RANKS if size >= rank)
-    name, lora = shlex.quote(base.checkpoint.name), shlex.quote(f"tuned={folder}")
+    name, lora = shlex.quote(adapted.checkpoint.name), shlex.quote(f"tuned={folder}")
     return f"vllm serve {name} --enable-lora --max-lora-rank {size} --lora-modules {lora}"
 
 
-def vllm_hint(base: StreamedBase, rank: int) -> str:
+def vllm_hint(adapted: AdaptedBase, rank: int) -> str:
     """Which ranks vLLM accepts, and what stands in the way of serving this LoRA with it."""
     line = f"vLLM accepts --max-lora-rank {', '.join(map(str, VLLM_RANKS))}"
     fitting = [size for size in VLLM_RANKS if size >= rank]
     line += (
         f": rank {rank} needs {fitting[0]}" if fitting else f": rank {rank} is too large (--trim, or smaller --ranks)"
     )
-    if base.model.config.model_type not in VLLM_FAMILIES:
-        return f"{line}; it serves no {base.model.config.model_type} with LoRA"
-    if base.saved.head:
+    if adapted.base.model.config.model_type not in VLLM_FAMILIES:
+        return f"{line}; it serves no {adapted.base.model.config.model_type} with LoRA"
+    if adapted.saved.head:
         return f"{line}; it takes no trained head from a LoRA (modules_to_save): serve what `craft merge` writes"
     return line
 
 
-class _Lora:
+class Lora:
     """A LoRA in PEFT's layout, written into `folder`."""
 
     dtype = torch.float32
 
-    def __init__(self, base: StreamedBase, folder: Path, *, trim: bool) -> None:
+    def __init__(self, adapted: AdaptedBase, folder: Path, *, trim: bool) -> None:
         from safetensors.torch import load_file
 
-        pairs = lora_pairs(base, trim=trim)
-        config = peft_config(base, pairs)
-        tensors = peft_tensors(base, pairs)
+        pairs = lora_pairs(adapted, trim=trim)
+        config = peft_config(adapted, pairs)
+        tensors = peft_tensors(adapted, pairs)
         self.rank: int | None = config["r"]
         entries = {name: Entry(tuple(t.shape), t.dtype, partial(_itself, t)) for name, t in tensors.items()}
         write_streamed(folder / TENSOR_FILE, entries)
         write_json(folder / CONFIG_FILE, config)
         self.changed = [f"{module}.weight" for module, (a, b) in pairs.items() if a.any() and b.any()]
-        self._base, self._transposed = base, config["fan_in_fan_out"]
+        self._base, self._transposed = adapted.base, config["fan_in_fan_out"]
         self._written = load_file(folder / TENSOR_FILE)
 
     def read(self, name: str) -> Tensor:

@@ -1,45 +1,45 @@
 """An adapter on a transformers model: attach it, save it as a folder, load it again onto the same base.
 
-    factors = craft.decompose("roberta-base")
-    adapter = craft.attach(model, factors)      # adapts `model` in place, freezes all but transforms and head
-    ...                                         # any training loop, or the Hugging Face Trainer
-    adapter.save("my-adapter")
-    adapter = craft.load(fresh_model, "my-adapter")
-    craft.load(fresh_model, "another", name="other")    # held beside it, and in use now
-    adapter.use("default")
-
-The folder holds `adapter_config.json` and `adapter_model.safetensors` (transforms, the factors they live in, the trained
-head). Transforms mean nothing without their exact basis, so nothing is ever decomposed again at load.
+factors = craft.decompose("roberta-base")
+adapter = craft.attach(model, factors)      # adapts `model` in place, freezes all but what is trained and the head
+adapter = craft.attach(model, method="lora", rank=8)    # another method
+...                                         # any training loop, or the Hugging Face Trainer
+adapter.save("my-adapter")
+adapter = craft.load(fresh_model, "my-adapter")
+craft.load(fresh_model, "another", name="other")    # held beside it, and in use now
+adapter.use("default")
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, FileError, ModelError, nearest
-from craft_cli.files import FORMAT_VERSION, read_tensors, whole_folder, write_bytes, write_json, write_tensors
+from craft_cli.files import FORMAT_VERSION, whole_folder
+from craft_cli.methods import method_named
 from craft_cli.methods.adapter import Adapter
 from craft_cli.methods.adapter_folder import (
     CONFIG_FILE,
+    HEAD,
     INCLUDE,
-    KIND,
     REFERENCE,
-    TENSOR_FILE,
     SavedAdapter,
     read_adapter,
+    write_adapter,
 )
-from craft_cli.methods.craft.change import PAPER_NOISE
-from craft_cli.methods.craft.factors import Factors, check_base, factor_sha256, factor_tensors
-from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.methods.base import Method
+from craft_cli.methods.frozen import Frozen, check_base
 from craft_cli.models.families import layer_views
 from craft_cli.models.loading import head_names
+from craft_cli.models.stacks import weights_in
 from craft_cli.models.views import View
 
 DEFAULT_NAME = "default"
@@ -49,18 +49,26 @@ DEFAULT_NAME = "default"
 class _Held:
     """One of several adapters on a model, while another one may be in use."""
 
-    transforms: dict[str, Tensor]
+    trained: dict[str, Tensor]
     head: dict[str, Tensor]
     model: Mapping[str, Any]
     training: dict[str, Any]
 
 
 class ModelAdapter(Adapter):
-    """Transforms on a transformers model, together with the model's task head.
+    """A change on a transformers model, together with the model's task head.
+
+    Args:
+        model: a `PreTrainedModel`.
+        method: that writes the change.
+        frozen: what it keeps of the base's weights, and which weights they are.
+        options: of the method.
+        head: names of the model's parameters that are trained in full.
 
     Attributes:
         model: the adapted `PreTrainedModel`.
-        factors: the frozen factors, and which weights they came from.
+        method: that writes the change.
+        frozen: what it keeps of the base's weights, and which weights they are.
         head: names of the model's parameters that are trained in full.
         training_record: what the adapter was trained on, for those who find its folder later.
         active: name of the one in use, of those held.
@@ -68,10 +76,10 @@ class ModelAdapter(Adapter):
 
     model: Any
 
-    def __init__(self, model: Any, factors: Factors, head: Iterable[str], init_noise: float = 0.0) -> None:
-        super().__init__(factors.decompositions, init_noise)
+    def __init__(self, model: Any, method: Method, frozen: Frozen, options: Any, head: Iterable[str]) -> None:
+        super().__init__(method.build(frozen, options))
         object.__setattr__(self, "model", model)  # not a submodule: the adapter is a submodule of the model
-        self.factors = factors
+        self.method, self.frozen, self.options = method, frozen, options
         self.architecture = type(model).__name__  # FSDP changes the class in place
         self.head = tuple(head)
         self.training_record: dict[str, Any] = {}
@@ -84,7 +92,7 @@ class ModelAdapter(Adapter):
         return {name: self.model.get_parameter(name).detach() for name in self.head}  # state_dict() disturbs FSDP
 
     def trained_state(self) -> dict[str, Tensor]:
-        """A copy of transforms and head on the CPU, by their names in the adapter's file."""
+        """A copy of what is trained on the CPU, the head too, by its names in the adapter's file."""
         self._refuse_disabled()
         return {name: tensor.detach().cpu().clone() for name, tensor in self._trained().items()}
 
@@ -103,8 +111,11 @@ class ModelAdapter(Adapter):
             mine[name].copy_(tensor)
 
     def _trained(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {f"transform.{name}": k for name, k in self._named_transforms().items()}
-        return state | {f"head.{name}": tensor for name, tensor in self.head_state().items()}
+        return self._changing() | {HEAD + name: tensor for name, tensor in self.head_state().items()}
+
+    def _changing(self) -> dict[str, Tensor]:
+        """The parameters of the change by their names in the adapter's file."""
+        return {name: parameter.detach() for name, parameter in self.change.trained().items()}
 
     def count_head_parameters(self) -> int:
         """How many numbers of the head are trained."""
@@ -143,20 +154,21 @@ class ModelAdapter(Adapter):
 
     @torch.no_grad()
     def hold(self, name: str, saved: SavedAdapter) -> None:
-        """Keep a saved adapter of these very factors under a name, and use it.
+        """Keep a saved adapter of the same method over the same factors under a name, and use it.
 
         Raises:
             ConfigError: inside `disabled`.
         """
         self._refuse_disabled()
         self._put_away()
-        transforms = {f"{target}.{mode}": k for target, modes in saved.transforms.items() for mode, k in modes.items()}
-        self._held[name] = _Held(transforms, dict(saved.head), saved.record["model"], saved.record.get("training", {}))
+        self._held[name] = _Held(
+            dict(saved.trained), dict(saved.head), saved.record["model"], saved.record.get("training", {})
+        )
         self._show(name)
 
     @torch.no_grad()
     def use(self, name: str) -> None:
-        """Switch to another of the adapters held: transforms, head and label names; nothing is attached again.
+        """Switch to another of the adapters held: what is trained, head and label names; nothing is attached again.
 
         Raises:
             ConfigError: none is held by this name, or inside `disabled`.
@@ -179,13 +191,10 @@ class ModelAdapter(Adapter):
         finally:
             self._set_head(trained)
 
-    def _named_transforms(self) -> dict[str, nn.Parameter]:
-        return {f"{target}.{mode}": k for target, p in self.items() for mode, k in p.transforms.items()}
-
     def _put_away(self) -> None:
         """What is in use may have been trained on since it was loaded."""
         self._held[self.active] = _Held(
-            {name: k.detach().clone() for name, k in self._named_transforms().items()},
+            {name: tensor.clone() for name, tensor in self._changing().items()},
             {name: tensor.clone() for name, tensor in self.head_state().items()},
             self._model_record(),
             self.training_record,
@@ -203,8 +212,8 @@ class ModelAdapter(Adapter):
 
     def _show(self, name: str) -> None:
         held, self.active = self._held[name], name
-        for key, k in self._named_transforms().items():
-            k.data.copy_(held.transforms[key])
+        for key, tensor in self._changing().items():
+            tensor.copy_(held.trained[key])
         self._set_head(held.head)
         self.training_record = held.training
         config = self.model.config
@@ -220,18 +229,17 @@ class ModelAdapter(Adapter):
     # -- on disk ----------------------------------------------------------------------------------------------------
 
     def describe(self, factors: str = INCLUDE) -> dict[str, Any]:
-        """What adapter_config.json says, with the factors included or referred to."""
+        """What adapter_config.json says, with what is frozen included or referred to."""
+        sha256 = self.frozen.sha256()
         return {
-            "method": "craft",
+            "method": self.method.name,
             "format_version": FORMAT_VERSION,
-            "base_model": self.factors.identity(),
-            "targets": list(self.factors.targets),
-            "ranks": {name: list(Ranks.of_modes(p.decomposition.ranks)) for name, p in self.items()},
+            "task_type": self.training_record.get("task_type"),
+            "base_model": self.frozen.identity(),
+            "targets": list(self.frozen.targets),
+            **self.method.settings(self.frozen, self.options),
             "head": list(self.head),
-            "factors": {
-                "stored": factors,
-                "sha256": factor_sha256({name: p.decomposition for name, p in self.items()}),
-            },
+            **({"factors": {"stored": factors, "sha256": sha256}} if sha256 else {}),
             "parameters": {"adapter": self.count_parameters(), "head": self.count_head_parameters()},
             "model": self._model_record(),
             "training": self.training_record,
@@ -264,63 +272,58 @@ class ModelAdapter(Adapter):
         self._refuse_disabled()
         if factors not in (INCLUDE, REFERENCE):
             raise ConfigError(f"factors: expected {INCLUDE} or {REFERENCE}, not '{factors}'")
-        state = self._trained()
-        if factors == INCLUDE:
-            state |= factor_tensors({name: projection.decomposition for name, projection in self.items()})
-        write_tensors(
-            folder / TENSOR_FILE, KIND, state, {"targets": list(self.factors.targets)} | self.factors.identity()
-        )
-        write_json(folder / CONFIG_FILE, self.describe(factors))
-        if card is not None:
-            write_bytes(folder / "README.md", card.encode())
-        saved, _ = read_tensors(folder / TENSOR_FILE, KIND)
-        if any(not torch.equal(saved[name], tensor.detach().cpu()) for name, tensor in state.items()):
-            raise FileError(
-                f"{folder}: the adapter reads back different from what was written; the disk may be failing"
-            )
+        if factors == REFERENCE and self.frozen.sha256() is None:
+            raise ConfigError(f"factors: {self.method.name} has none to refer to; leave '{INCLUDE}'")
+        write_adapter(folder, self.describe(factors), self._trained(), self.frozen, card)
 
 
 def attach(
     model: Any,
-    factors: Factors,
+    factors: Frozen | None = None,
     *,
+    method: str = "craft",
     targets: Sequence[str] | None = None,
-    ranks: str | Sequence[int] | None = None,
-    init_noise: bool = False,
     head: Iterable[str] | None = None,
+    **options: Any,
 ) -> ModelAdapter:
-    """Adapt a transformers model in place and freeze everything but the transforms and the head.
+    """Adapt a transformers model in place and freeze everything but what the method trains and the head.
 
     Args:
-        model: a supported `PreTrainedModel`, loaded from the weights that were decomposed.
-        factors: of `craft.decompose`.
-        targets: some of the factors' projections; all without.
-        ranks: smaller ones than the factors', OUT,IN,LAYERS.
-        init_noise: start as the paper does, J = I + 0.01 N(0, 0.02^2), instead of exactly at the base model.
+        model: a supported `PreTrainedModel`; with `factors` loaded from the weights that were decomposed.
+        factors: of `craft.decompose`; made from the model's own weights without.
+        method: `craft` or `lora`.
+        targets: the projections to adapt; those of the factors, or query and value, without.
         head: names of parameters to train in full; all outside the base model without. Name those too that were newly
             initialised inside it.
+        options: of the method, named as on the command line: `ranks` (OUT,IN,LAYERS, those of the factors or smaller) and
+            `init_noise` of craft; `rank`, `alpha`, `lora_dropout` and `use_rslora` of lora.
 
     Raises:
-        ConfigError: targets that were not decomposed, or ranks above those of the factors.
+        ConfigError: an unknown method or option, targets that were not decomposed, or ranks above those of the factors.
         ModelError: an unsupported family, or other weights than those decomposed.
     """
-    chosen = tuple(targets) if targets is not None else factors.targets
-    views = layer_views(model.config, chosen)
-    missing = [target for target in chosen if target not in factors.targets]
-    if missing:
-        raise ConfigError(
-            f"the factors hold {', '.join(factors.targets)}, not {', '.join(missing)}: decompose them too"
-        )
-    if ranks is not None:
-        try:
-            factors = factors.select(chosen, Ranks.parse(ranks))
-        except ValueError as error:
-            raise ConfigError(f"--ranks: {error}; decompose at these ranks first") from error
-    elif chosen != factors.targets:
-        factors = replace(factors, decompositions={target: factors.decompositions[target] for target in chosen},
-                          fingerprints={target: factors.fingerprints[target] for target in chosen})  # fmt: skip
-    check_base(model, factors, views)
-    adapter = ModelAdapter(model, factors, head_names(model) if head is None else head, PAPER_NOISE * init_noise)
+    chosen = method_named(method)
+    names = [field.name for field in fields(chosen.Options)]
+    for name in options:
+        if name not in names:
+            raise ConfigError(f"--method {method} has no option '{name}'{nearest(name, names)}")
+    if factors is None:
+        weights = weights_in(model, targets or RunConfig.targets)
+        factors = chosen.prepare(weights, chosen.Options(**options), None, lambda what, done, total: None).frozen
+        targets = None
+    frozen, complete = chosen.fit(factors, targets, options)
+    return attach_prepared(model, chosen, frozen, complete, head_names(model) if head is None else head)
+
+
+def attach_prepared(model: Any, method: Method, frozen: Frozen, options: Any, head: Iterable[str]) -> ModelAdapter:
+    """Adapt a model by what a method has prepared of its weights; see `attach`.
+
+    Raises:
+        ModelError: an unsupported family, or other weights than those prepared.
+    """
+    views = layer_views(model.config, frozen.targets)
+    check_base(model, frozen, views)
+    adapter = ModelAdapter(model, method, frozen, options, head)
     _put_on(adapter, views)
     return adapter
 
@@ -330,10 +333,11 @@ def load(model: Any, path: str | Path, *, name: str | None = None, cache_dir: st
 
     Args:
         model: the base, with the right number of labels; it gets the adapter's label names. With `name` it may carry an
-            adapter already: those of one base and the same factors are held together, and this one is in use then.
+            adapter already: those of one base, method and the same factors are held together, and this one is in use then.
         path: the adapter's folder.
         name: what it is called in `adapter.use`; `default` without.
-        cache_dir: where factors are looked for that the adapter only refers to; `~/.cache/craft` without.
+        cache_dir: where factors are looked for that the adapter only refers to, and made of the base where they are not
+            there; `~/.cache/craft` without.
 
     Raises:
         FileError: the folder is no adapter, is damaged, or refers to factors that cannot be had.
@@ -343,26 +347,14 @@ def load(model: Any, path: str | Path, *, name: str | None = None, cache_dir: st
     held: ModelAdapter | None = getattr(model.base_model, ModelAdapter.ATTRIBUTE, None)
     if held is not None and name is None:
         raise ModelError("this model carries an adapter already: detach it first, or give name=... to hold several")
-    saved = read_adapter(path, cache_dir)
-    views = layer_views(model.config, saved.factors.targets)
+    saved = read_adapter(path, cache_dir, make=True)
+    views = layer_views(model.config, saved.frozen.targets)
     if held is None:
-        check_base(model, saved.factors, views)
-    elif factor_sha256(held.factors.decompositions) != factor_sha256(saved.factors.decompositions):
+        check_base(model, saved.frozen, views)
+    elif not _held_together(held, saved):
         raise ModelError(f"{path} was trained over other factors than the adapter on this model: load it on its own")
-    state = model.state_dict()
-    if model.config.num_labels != saved.record["model"]["num_labels"]:
-        raise ModelError(
-            f"{path} has {saved.record['model']['num_labels']} labels, this model {model.config.num_labels}: load a "
-            f"{saved.record['model']['architecture']} with num_labels={saved.record['model']['num_labels']}"
-        )
-    for parameter, tensor in saved.head.items():
-        if parameter not in state or state[parameter].shape != tensor.shape:
-            found = f"is {tuple(state[parameter].shape)}" if parameter in state else "is missing"
-            raise ModelError(
-                f"{path}: its head needs {parameter!r} {tuple(tensor.shape)}, which {found} in this model; load a "
-                f"{saved.record['model']['architecture']} with num_labels={saved.record['model']['num_labels']}"
-            )
-    adapter = ModelAdapter(model, saved.factors, saved.head) if held is None else held
+    _check_head(model, saved)
+    adapter = ModelAdapter(model, saved.method, saved.frozen, saved.options, saved.head) if held is None else held
     if held is None:
         adapter.active = name or DEFAULT_NAME
     if set(saved.head) != set(adapter.head):
@@ -373,12 +365,42 @@ def load(model: Any, path: str | Path, *, name: str | None = None, cache_dir: st
     return adapter
 
 
+def _held_together(held: ModelAdapter, saved: SavedAdapter) -> bool:
+    """Whether a saved adapter is of the method, the base, the frozen tensors and the options of the one held."""
+    mine, theirs = held.method.settings(held.frozen, held.options), saved.method.settings(saved.frozen, saved.options)
+    return (
+        (held.method.name, mine, held.frozen.sha256(), dict(held.frozen.fingerprints))
+        == (saved.method.name, theirs, saved.frozen.sha256(), dict(saved.frozen.fingerprints))
+    )  # fmt: skip
+
+
+def _check_head(model: Any, saved: SavedAdapter) -> None:
+    """Refuse a model without the place for the adapter's head, or of another class.
+
+    Raises:
+        ModelError: so.
+    """
+    state, told = model.state_dict(), saved.record["model"]
+    if model.config.num_labels != told["num_labels"]:
+        raise ModelError(
+            f"{saved.path} has {told['num_labels']} labels, this model {model.config.num_labels}: load a "
+            f"{told['architecture']} with num_labels={told['num_labels']}"
+        )
+    for parameter, tensor in saved.head.items():
+        if parameter not in state or state[parameter].shape != tensor.shape:
+            found = f"is {tuple(state[parameter].shape)}" if parameter in state else "is missing"
+            raise ModelError(
+                f"{saved.path}: its head needs {parameter!r} {tuple(tensor.shape)}, which {found} in this model; load a "
+                f"{told['architecture']} with num_labels={told['num_labels']}"
+            )
+
+
 def _put_on(adapter: ModelAdapter, views: Mapping[str, Sequence[View]]) -> None:
     try:
         adapter.attach(adapter.model.base_model, views)
     except ValueError as error:
         raise ModelError(str(error)) from error
     head = set(adapter.head)
-    transforms = {id(parameter) for parameter in adapter.parameters()}
+    trained = {id(parameter) for parameter in adapter.parameters()}
     for name, parameter in adapter.model.named_parameters():
-        parameter.requires_grad_(name in head or id(parameter) in transforms)
+        parameter.requires_grad_(name in head or id(parameter) in trained)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from craft_cli.models.checkpoint import CARD, Checkpoint
 from craft_cli.models.hub import DEMO
@@ -13,10 +13,18 @@ DEMO_ID = "sentence-transformers/all-MiniLM-L6-v2"
 """Where the demo model comes from."""
 
 _WHAT = {
-    "adapter": "CRAFT adapter on {base}",
-    "checkpoint": "{base}, fine-tuned with CRAFT",
-    "peft": "LoRA on {base}, made from a CRAFT adapter",
+    "adapter": "{title} adapter on {base}",
+    "checkpoint": "{base}, fine-tuned with {title}",
+    "peft": "LoRA on {base}, made from a {title} adapter",
 }
+
+_PIPELINES = {
+    "text-classification": ("SEQUENCE_CLASSIFICATION", "SEQ_CLS"),
+    "token-classification": ("TOKEN_CLASSIFICATION", "TOKEN_CLS"),
+    "text-generation": ("CAUSAL_LM", "CAUSAL_LM"),
+    "question-answering": ("QUESTION_ANSWERING", "QUESTION_ANS"),
+}
+"""The hub's pipelines: what transformers' mapping of their models is called, and PEFT's word for them."""
 
 _USE = {
     "adapter": """With craft (the folder is PATH):
@@ -31,7 +39,7 @@ With PEFT: `craft merge PATH --format peft` writes a LoRA.""",
     "checkpoint": """With plain transformers (the folder is PATH):
 
     from transformers import pipeline
-    pipeline("text-classification", "PATH")("some text")
+    pipeline("{pipeline}", "PATH")("some text")
 
 With craft: `craft eval PATH --task TASK` or `craft predict PATH`. With PEFT: nothing is needed, the change is merged.""",
     "peft": """With PEFT (the folder is PATH):
@@ -49,11 +57,37 @@ With craft: load the adapter that this was made from. PEFT's layout has no place
 }
 
 
-def model_card(record: Mapping[str, Any], base: Checkpoint, *, form: str = "adapter") -> str:
+class Described(Protocol):
+    """A method in words."""
+
+    title: str
+    settings: str
+    trained: str
+    source: str
+
+
+def pipeline_of(architecture: str) -> str | None:
+    """The pipeline of the hub that models of this class belong to, as transformers has it; None where it has none."""
+    from transformers.models.auto import modeling_auto
+
+    for pipeline, (mapping, _) in _PIPELINES.items():
+        if architecture in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values():
+            return pipeline
+    return None
+
+
+def peft_type(architecture: str) -> str | None:
+    """PEFT's word for the task of models of this class; None where it has none."""
+    pipeline = pipeline_of(architecture)
+    return _PIPELINES[pipeline][1] if pipeline else None
+
+
+def model_card(record: Mapping[str, Any], method: Described, base: Checkpoint, *, form: str = "adapter") -> str:
     """What was trained on what, with which result, and how to use it.
 
     Args:
         record: the adapter's description, as in adapter_config.json.
+        method: that it was trained by.
         base: the checkpoint it was trained on.
         form: `adapter`, `checkpoint` or `peft`.
     """
@@ -63,10 +97,11 @@ def model_card(record: Mapping[str, Any], base: Checkpoint, *, form: str = "adap
     training, model = record.get("training") or {}, record["model"]
     name = DEMO_ID if base.name == DEMO else Path(base.name).name if Path(base.name).is_absolute() else base.name
     task = training.get("task", "not recorded")
+    pipeline = pipeline_of(model["architecture"]) or "feature-extraction"
     data: dict[str, Any] = {
         "library_name": {"adapter": "craft", "checkpoint": "transformers", "peft": "peft"}[form],
-        "pipeline_tag": "text-classification",
-        "tags": ["craft", "text-classification"] + (["lora"] if form == "peft" else []),
+        "pipeline_tag": pipeline,
+        "tags": ["craft", pipeline] + (["lora"] if form == "peft" else []),
     }
     if not Path(base.name).is_absolute():  # the hub links to ids only
         data["base_model"] = name
@@ -78,17 +113,15 @@ def model_card(record: Mapping[str, Any], base: Checkpoint, *, form: str = "adap
     if metrics:
         data["model_name"] = f"{name.rpartition('/')[2]}-{task}"
         data["eval_results"] = [
-            EvalResult("text-classification", task, task, metric, round(float(value), 6))
-            for metric, value in metrics.items()
+            EvalResult(pipeline, task, task, metric, round(float(value), 6)) for metric, value in metrics.items()
         ]
     labels = ", ".join(model["id2label"].values())
-    ranks = " | ".join(dict.fromkeys(",".join(map(str, ranks)) for ranks in record["ranks"].values()))
     parts = [
         f"---\n{ModelCardData(**data).to_yaml()}\n---",
-        "# " + _WHAT[form].format(base=name),
+        "# " + _WHAT[form].format(title=method.title, base=name),
         f"Task: {task}. Labels: {labels}. Data: {_data(training)}.",
-        f"Trained numbers: {record['parameters']['adapter']:,} in the transforms of {', '.join(record['targets'])} "
-        f"(ranks {ranks}, OUT,IN,LAYERS), {record['parameters']['head']:,} in the head.",
+        f"Trained numbers: {record['parameters']['adapter']:,} {method.trained} {', '.join(record['targets'])} "
+        f"({method.settings}), {record['parameters']['head']:,} in the head.",
         f"Licence: {licence or 'that of the base model'}. Base model: {name}"
         + (f", revision {base.revision}." if base.revision else "."),
     ]
@@ -103,12 +136,10 @@ def model_card(record: Mapping[str, Any], base: Checkpoint, *, form: str = "adap
             pad_token_id=model["pad_token_id"],
             base=name,
             labels=labels,
+            pipeline=pipeline,
         )
     )
-    parts.append(
-        "Method: frozen Tucker factors of the stacked attention weights, one small trained matrix for each mode "
-        "(arXiv 2602.17510)."
-    )
+    parts.append(f"Method: {method.title}, {method.source}.")
     if training.get("recipe"):
         recipe = yaml.safe_dump(training["recipe"], sort_keys=False, allow_unicode=True).strip()
         parts.append(f"## Recipe\n\n```yaml\n{recipe}\n```")

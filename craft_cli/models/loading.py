@@ -1,29 +1,49 @@
-"""Sequence classifiers by transformers: a base with a fresh head, or a checkpoint as it is, always in float32."""
+"""Models by transformers: a base with a fresh head, or a checkpoint as it is, always in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from craft_cli.errors import ModelError
+from craft_cli.files import quoted
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.quantization import after_loading, quantization_config
 
 
-def load_classifier(
+def model_class(name: str) -> Any:
+    """A class of transformers: an auto class, or an architecture that an adapter was trained on.
+
+    Raises:
+        ModelError: this transformers has none of this name.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if not hasattr(found, "from_pretrained") or not (
+        name.startswith("AutoModel") or hasattr(found, "base_model_prefix")
+    ):
+        raise ModelError(f"this transformers ({transformers.__version__}) has no model class {quoted(name)}")
+    return found
+
+
+def load_model(
     checkpoint: Checkpoint,
-    labels: Sequence[str] | None = None,
+    class_name: str,
+    options: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = torch.float32,
     **more: Any,
 ) -> tuple[Any, list[str]]:
-    """A model for sequence classification.
+    """A model with the head that its class has.
 
     Args:
-        checkpoint: of a base model or a classifier.
-        labels: names of the labels; those of the checkpoint without. A head of another size starts anew.
+        checkpoint: of a base model or of one with a head.
+        class_name: see `model_class`.
+        options: of the configuration, such as the labels; those of the checkpoint without. A head of another size starts
+            anew.
         dtype: of the weights; `auto` keeps the checkpoint's.
         more: for `from_pretrained`.
 
@@ -33,58 +53,67 @@ def load_classifier(
     Raises:
         ModelError: transformers cannot load it.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    options: dict[str, Any] = dict(more)
-    if labels is not None:
-        options |= {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: number for number, label in enumerate(labels)},
-        }
+    kind = model_class(class_name)
     try:
         with quiet_transformers():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
+            model, report = kind.from_pretrained(
                 checkpoint.folder,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=labels is not None,
-                **options,
+                ignore_mismatched_sizes=options is not None,
+                **(options or {}),
+                **more,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"transformers cannot load {checkpoint.name}: {str(error).strip().splitlines()[0]}") from error
     return model, sorted(set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]})
 
 
+def build_empty(config: Any, class_name: str, **more: Any) -> Any:
+    """A model of random weights: put it on the meta device, or it takes their memory.
+
+    Raises:
+        ModelError: the class does not go with the configuration.
+    """
+    kind = model_class(class_name)
+    try:
+        return (kind.from_config if class_name.startswith("AutoModel") else kind._from_config)(config, **more)
+    except (ValueError, KeyError, AssertionError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        raise ModelError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+
+
 def load_quantised(
-    checkpoint: Checkpoint, labels: Sequence[str], bits: int, compute: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    class_name: str,
+    options: Mapping[str, Any],
+    bits: int,
+    compute: torch.dtype,
+    device: torch.device,
 ) -> tuple[Any, list[str]]:
-    """A model for sequence classification whose frozen linear layers have 4 or 8 bits; what is trained stays float32.
+    """A model whose frozen linear layers have 4 or 8 bits; what is trained stays float32.
 
     Args:
         checkpoint: in full precision.
-        labels: names of the labels.
+        class_name: see `model_class`.
+        options: of the configuration.
         bits: 4 or 8.
         compute: dtype in which a 4-bit layer multiplies.
         device: where it computes.
 
     Returns:
-        As `load_classifier`.
+        As `load_model`.
 
     Raises:
         ModelError: transformers cannot load it, or its family is not supported in so few bits.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    config = checkpoint.config()
     with torch.device("meta"):
-        empty = AutoModelForSequenceClassification.from_config(config)
+        empty = build_empty(checkpoint.config(), class_name)
     trained = head_names(empty)
     place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     while True:
         whole = sorted({name.rpartition(".")[0] for name in trained})
         settings = quantization_config(bits, compute, whole)
-        model, fresh = load_classifier(checkpoint, labels, quantization_config=settings, **place)
+        model, fresh = load_model(checkpoint, class_name, options, quantization_config=settings, **place)
         inside = [name for name in fresh if name.rpartition(".")[0] not in whole]
         if not inside:  # else the checkpoint lacks a part of the base, such as a pooler, which is trained too
             after_loading(model)
@@ -152,6 +181,13 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def head_names(model: Any) -> list[str]:
-    """The parameters outside the base model: the task head, whatever the family calls it."""
-    inside = {id(parameter) for parameter in model.base_model.parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+    """The parameters outside the base model: the task head, whatever the family calls it.
+
+    Of a class that is its own base model, they are those that the family's plain model does not have.
+    """
+    if model.base_model is not model:
+        inside = {id(parameter) for parameter in model.base_model.parameters()}
+        return [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+    with torch.device("meta"):
+        plain = {name for name, _ in build_empty(model.config, "AutoModel").named_parameters()}
+    return [name for name, _ in model.named_parameters() if name not in plain and not name.startswith("craft.")]

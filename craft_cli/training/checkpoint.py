@@ -26,12 +26,11 @@ import torch
 from torch import Tensor
 
 from craft_cli.data.tokens import Encoded
-from craft_cli.errors import FileError, LaterVersion
+from craft_cli.errors import FileError, OtherVersion
 from craft_cli.files import cannot_write, delete_folder, read_tensors, tidy, whole_folder, write_bytes, write_tensors
-from craft_cli.methods.adapter_folder import KIND as ADAPTER_KIND
-from craft_cli.methods.adapter_folder import TENSOR_FILE
+from craft_cli.methods.adapter_folder import HEAD, TENSOR_FILE, read_adapter
 from craft_cli.methods.attach import ModelAdapter
-from craft_cli.methods.craft.factors import Factors, from_tensors
+from craft_cli.methods.frozen import Frozen
 from craft_cli.training.run import Run, checkpoints
 
 KIND = "the state of a training"
@@ -47,16 +46,16 @@ class TrainingState:
         step: updates made.
         record: everything that is no tensor: `step`, `settings` (the resolved recipe), `update_size` (rows), `data` (a
             checksum), `seconds`, `journal`, `rng` (of every process), `scaler`, `tracker_id`, `metrics_sha256`.
-        factors: the basis that the transforms live in.
-        trained: transforms and head by their names in an adapter's file.
+        frozen: what the method keeps of the base's weights.
+        trained: what is trained, the head too, by its names in an adapter's file.
         optimizer: its state by `NUMBER.KEY`, parameters numbered in the optimizer's order.
-        best: transforms and head of the best evaluation so far; empty before the first.
+        best: trained numbers and head of the best evaluation so far; empty before the first.
         metrics: metrics.jsonl up to here.
     """
 
     step: int
     record: Mapping[str, Any]
-    factors: Factors
+    frozen: Frozen
     trained: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     best: Mapping[str, Tensor]
@@ -86,7 +85,7 @@ def save_checkpoint(
         record: see `TrainingState.record`.
         adapter: as it is now.
         optimizer: of torch.
-        best: transforms and head of the best evaluation so far.
+        best: trained numbers and head of the best evaluation so far.
         keep: checkpoints to keep, this one counted.
 
     Raises:
@@ -112,7 +111,7 @@ def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:
     """The state in the newest checkpoint that is whole, and a note about each newer one; those are set aside.
 
     Raises:
-        LaterVersion: a checkpoint was written by one.
+        OtherVersion: a checkpoint was written by one.
     """
     notes: list[str] = []
     if run.checkpoints.is_dir():
@@ -120,7 +119,7 @@ def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:
     for path in checkpoints(run):
         try:
             state = read_checkpoint(path)
-        except LaterVersion:
+        except OtherVersion:
             raise
         except FileError as error:
             notes.append(f"{error}; going on from the checkpoint before")
@@ -141,12 +140,12 @@ def read_checkpoint(path: Path) -> TrainingState:
 
     Raises:
         FileError: a part is missing, cut, changed or unreadable.
-        LaterVersion: it was written by one.
+        OtherVersion: it was written by one.
     """
     for name in (TENSOR_FILE, STATE_FILE, METRICS_FILE):
         if not (path / name).is_file():
             raise FileError(f"{path} is damaged: it holds no {name}")
-    adapter, header = read_tensors(path / TENSOR_FILE, ADAPTER_KIND)
+    saved = read_adapter(path)
     tensors, _ = read_tensors(path / STATE_FILE, KIND)
     try:
         metrics = (path / METRICS_FILE).read_bytes()
@@ -158,8 +157,8 @@ def read_checkpoint(path: Path) -> TrainingState:
     return TrainingState(
         step=record["step"],
         record=record,
-        factors=from_tensors(adapter, header, path / TENSOR_FILE),
-        trained={name: tensor for name, tensor in adapter.items() if name.startswith(("transform.", "head."))},
+        frozen=saved.frozen,
+        trained=dict(saved.trained) | {HEAD + name: tensor for name, tensor in saved.head.items()},
         optimizer=_below(tensors, "optimizer."),
         best=_below(tensors, "best."),
         metrics=metrics,

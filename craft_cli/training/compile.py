@@ -41,7 +41,9 @@ def compile_blocks(adapter: ModelAdapter, backend: str = "inductor") -> list[str
     torch._dynamo.config.cache_size_limit = max(_GRAPHS, torch._dynamo.config.cache_size_limit)
     paths = list(dict.fromkeys(re.match(r".*?\.\d+(?=\.)", path)[0] for path in adapter.modules_adapted()))  # type: ignore[index]
     for path in paths:
-        base.get_submodule(path).compile(fullgraph=True, dynamic=True, backend=backend)
+        block = base.get_submodule(path)
+        block.compile(fullgraph=True, dynamic=True, backend=backend)
+        adapter.feed(block, path)
     return paths
 
 

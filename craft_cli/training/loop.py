@@ -92,11 +92,11 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     start = _from_main(accelerator, lambda: find_start(config, processes, held))
     config, state = start.config, start.state
     with accelerator.main_process_first():  # the others then find the caches filled
-        prepared = prepare(config, listener.preparing, start.factors)
+        prepared = prepare(config, listener.preparing, start.frozen)
 
     set_seed(config.seed)
     model, adapter = build(config, prepared, device)
-    adapter.load_trained_state(start.transforms)
+    adapter.load_trained_state(start.trained)
     update_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     if state:  # whatever the number of processes is now
         update_size = state.record["update_size"]

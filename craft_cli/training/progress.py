@@ -17,8 +17,9 @@ class Plan:
     train_examples: int
     eval_examples: int
     tokens: str
+    method: str
     targets: tuple[str, ...]
-    ranks: str
+    sizes: str
     adapter_parameters: int
     head_parameters: int
     devices: str

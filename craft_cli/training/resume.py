@@ -1,4 +1,4 @@
-"""What a training starts from: nothing, a run that was cut, or the transforms of another run."""
+"""What a training starts from: nothing, a run that was cut, or what another run trained."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from craft_cli.config import GROUPS, RunConfig, flag, free_settings, parse_settings
+from craft_cli.config import GROUPS, RunConfig, flag, free_settings, option_names, parse_settings
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.methods.adapter_folder import read_adapter, read_record
-from craft_cli.methods.craft.factors import Factors
-from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.methods.frozen import Frozen
 from craft_cli.tasks.glue import task_named
 from craft_cli.training.checkpoint import TrainingState, newest_state
 from craft_cli.training.run import RUNS, Run, check_output, find_adapter, resumed_run
@@ -33,16 +32,16 @@ class Start:
         config: the settings; of a resumed run completed by what it was started with.
         run: the run to go on with.
         state: its newest whole checkpoint.
-        factors: the basis to train in; decomposed or taken from the cache without.
-        transforms: K of another run, by their names in an adapter's file.
+        frozen: what the method kept of the base's weights then; prepared, or taken from a cache, without.
+        trained: the trained numbers of another run, by their names in an adapter's file.
         notes: what the user should know.
     """
 
     config: RunConfig
     run: Run | None = None
     state: TrainingState | None = None
-    factors: Factors | None = None
-    transforms: Mapping[str, Tensor] = field(default_factory=dict)
+    frozen: Frozen | None = None
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -55,15 +54,15 @@ def find_start(config: RunConfig, processes: int, held: ExitStack) -> Start:
         held: keeps a run that goes on from being trained twice.
 
     Raises:
-        ConfigError: the run to resume was trained with other settings, or the other run's transforms do not fit.
+        ConfigError: the run to resume was trained with other settings, or what the other run trained does not fit.
         FileError: the output folder is taken, or something in it cannot be read.
     """
     start = _resumed(config, processes, held) if config.resume else Start(config)
     if start.run is None and config.output_dir and not config.dry_run:
         check_output(config.output_dir, overwrite=config.overwrite)
     if start.state is None and start.config.init_from:
-        factors, transforms = _other_run(start.config, start.config.init_from)
-        start = replace(start, factors=factors, transforms=transforms)
+        frozen, trained = _other_run(start.config, start.config.init_from)
+        start = replace(start, frozen=frozen, trained=trained)
     return start
 
 
@@ -84,7 +83,7 @@ def _resumed(config: RunConfig, processes: int, held: ExitStack) -> Start:
     if state is None:
         notes.append(f"{run.path} has no checkpoint yet: starting from the beginning")
         return Start(config, run, notes=tuple(notes))
-    return Start(config, run, state, state.factors, notes=tuple(notes))
+    return Start(config, run, state, state.frozen, notes=tuple(notes))
 
 
 def continued(config: RunConfig, run: Run, state: TrainingState | None, processes: int) -> RunConfig:
@@ -167,25 +166,22 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _other_run(config: RunConfig, path: str) -> tuple[Factors, dict[str, Tensor]]:
-    """Factors and transforms of a run or adapter, in the projections and at the ranks of these settings."""
-    saved = read_adapter(adapter_to_start_from(path), config.cache_dir)
-    factors = saved.factors
-    if factors.targets != config.targets:
-        raise ConfigError(
-            f"--init-from: {path} adapts {','.join(factors.targets)}; give --targets {','.join(factors.targets)}"
-        )
-    for target, decomposition in factors.decompositions.items():
-        if config.ranks.lowered(decomposition.shape) != factors.ranks(target):
-            ranks = Ranks(*map(max, *(factors.ranks(name) for name in factors.targets), (0, 0, 0)))
-            raise ConfigError(f"--init-from: {path} has the ranks {factors.ranks(target)}; give --ranks {ranks}")
-    return factors, {
-        f"transform.{target}.{mode}": k for target, modes in saved.transforms.items() for mode, k in modes.items()
-    }
+def _other_run(config: RunConfig, path: str) -> tuple[Frozen, Mapping[str, Tensor]]:
+    """What a run or adapter kept and trained, where method, projections and options are those of these settings."""
+    saved = read_adapter(adapter_to_start_from(path), config.cache_dir, make=True)
+    if saved.method.name != config.method:
+        raise ConfigError(f"--init-from: {path} was trained by {saved.method.name}; give --method {saved.method.name}")
+    if saved.frozen.targets != config.targets:
+        theirs = ",".join(saved.frozen.targets)
+        raise ConfigError(f"--init-from: {path} adapts {theirs}; give --targets {theirs}")
+    problem = saved.method.unlike(saved.frozen, saved.options, config.method_options)
+    if problem:
+        raise ConfigError(f"--init-from: {path} {problem}")
+    return saved.frozen, saved.trained
 
 
 def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What settings that name a former run take from it, below all that is given: its recipe, or what fits its transforms.
+    """What settings that name a former run take from it, below all that is given: its recipe, or what fits what it trained.
 
     Args:
         settings: given ones; `resume` and `output_dir`, or `init_from`, say which run.
@@ -200,7 +196,8 @@ def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             return run.recipe()
     if settings.get("init_from"):
         recipe = read_record(adapter_to_start_from(settings["init_from"])).get("training", {}).get("recipe", {})
-        return {name: recipe[name] for name in ("model", "revision", "targets", "ranks") if name in recipe}
+        kept = ("model", "revision", "method", "targets", *option_names(str(recipe.get("method", RunConfig.method))))
+        return {name: recipe[name] for name in kept if name in recipe and name != "init_noise"}
     return {}
 
 

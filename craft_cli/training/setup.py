@@ -19,12 +19,15 @@ from craft_cli.data.batches import plan_epoch
 from craft_cli.data.sources import TRAIN, VALIDATION, DataSource, Split
 from craft_cli.data.tokens import Encoded, encode, padding
 from craft_cli.errors import ConfigError, CraftError, ModelError
-from craft_cli.methods.attach import ModelAdapter, attach
-from craft_cli.methods.craft.decomposition import Decomposition, decompose_checkpoint, read_stacks
-from craft_cli.methods.craft.factors import FactorCache, Factors
-from craft_cli.models.checkpoint import Checkpoint, fingerprint
+from craft_cli.files import cache_folder
+from craft_cli.methods import method_named
+from craft_cli.methods.attach import ModelAdapter, attach_prepared
+from craft_cli.methods.base import Method
+from craft_cli.methods.frozen import Frozen
+from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import resolve
-from craft_cli.models.loading import head_of, load_classifier, load_quantised, load_tokenizer, recompute_activations
+from craft_cli.models.loading import head_of, load_model, load_quantised, load_tokenizer, recompute_activations
+from craft_cli.models.stacks import read_weights
 from craft_cli.tasks.base import REGRESSION, Task
 from craft_cli.tasks.metrics import renamed
 from craft_cli.tasks.sequence_classification import (
@@ -47,7 +50,8 @@ class Prepared:
 
     Attributes:
         checkpoint: of the base.
-        decomposition: its factors.
+        method: that writes the change.
+        frozen: what it keeps of the base's weights.
         task: with its labels.
         labels: names of the model's outputs, in the order of its head: the task's, or those a checkpoint had already.
         tokenizer: the base's.
@@ -57,7 +61,8 @@ class Prepared:
     """
 
     checkpoint: Checkpoint
-    decomposition: Decomposition
+    method: Method
+    frozen: Frozen
     task: Task
     labels: tuple[str, ...]
     tokenizer: Any
@@ -85,31 +90,29 @@ class Prepared:
         return sum(map(len, self.validation.values()))
 
 
-def prepare(config: RunConfig, progress: Callable[[str, int, int], None], factors: Factors | None = None) -> Prepared:
-    """Data, checkpoint and factors of a run; the same on every process.
+def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen: Frozen | None = None) -> Prepared:
+    """Data, checkpoint and what the method keeps of it; the same on every process.
 
     Args:
         config: of the run.
         progress: called with (what, done, total).
-        factors: the basis to train in; decomposed or taken from the cache without.
+        frozen: what the method kept of the base before; prepared, or taken from its cache, without.
     """
     progress("loading data", 0, 1)
     loaded = load_splits(DataSource.of(config), [TRAIN, VALIDATION])
     progress("loading data", 1, 1)
     checkpoint = resolve(config.model, config.revision)
-    if factors is None:
-        decomposition = decompose_checkpoint(
-            checkpoint,
-            config.targets,
-            config.ranks,
-            cache_dir=config.cache_dir,
-            progress=lambda target, done, total: progress(f"decomposing {target}", done, total),
-        )
+    method = method_named(config.method)
+    notes = list(loaded.notes)
+    weights = read_weights(checkpoint, config.targets if frozen is None else frozen.targets)
+    if frozen is None:
+        prepared = method.prepare(weights, config.method_options, config.cache_dir, progress)
+        frozen = prepared.frozen
+        notes = [*prepared.notes, *notes]
+    elif dict(weights.fingerprints) != dict(frozen.fingerprints):
+        raise ModelError(f"{checkpoint.name} has other weights than those the transforms were trained on")
     else:
-        stacks = read_stacks(checkpoint, checkpoint.config(), factors.targets)
-        if any(fingerprint(stack) != factors.fingerprints[target] for target, stack in stacks.items()):
-            raise ModelError(f"{checkpoint.name} has other weights than those the transforms were trained on")
-        decomposition = Decomposition(replace(factors, model=checkpoint.name, revision=checkpoint.revision))
+        frozen = replace(frozen, model=checkpoint.name, revision=checkpoint.revision)
     tokenizer = load_tokenizer(checkpoint)
     rows = {
         name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
@@ -121,11 +124,10 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], factor
             tokenizer,
             config.max_seq_length,
             lambda done, total: progress("tokenising", done, total),
-            FactorCache(config.cache_dir).folder,
+            cache_folder(config.cache_dir),
         )
         for name, split in rows.items()
     }
-    notes = [*decomposition.notes, *loaded.notes]
     for name, part in encoded.items():
         if part.cut:
             share = f"{part.cut:,} of {len(part):,} rows of {rows[name].origin}"
@@ -135,7 +137,7 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], factor
     if config.dry_run:
         notes += _report(rows)
     train = encoded.pop(TRAIN)
-    return Prepared(checkpoint, decomposition, loaded.task, loaded.task.labels, tokenizer, train, encoded, notes)
+    return Prepared(checkpoint, method, frozen, loaded.task, loaded.task.labels, tokenizer, train, encoded, notes)
 
 
 def _report(splits: Mapping[str, Split]) -> list[str]:
@@ -190,16 +192,20 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
     if task.problem_type != REGRESSION and named.num_labels == len(task.labels):
         with contextlib.suppress(CraftError):  # other names: the head is trained for ours
             prepared.labels = align_labels(task.labels, named.id2label)
+    kind = "AutoModelForSequenceClassification"
+    labels = dict(enumerate(prepared.labels))
+    options = {"num_labels": len(labels), "id2label": labels, "label2id": {name: n for n, name in labels.items()}}
     if bits := 4 if config.load_in_4bit else 8 if config.load_in_8bit else None:
         compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-        model, fresh = load_quantised(prepared.checkpoint, prepared.labels, bits, compute, device)
+        model, fresh = load_quantised(prepared.checkpoint, kind, options, bits, compute, device)
     else:
-        model, fresh = load_classifier(prepared.checkpoint, prepared.labels)
+        model, fresh = load_model(prepared.checkpoint, kind, options)
     freeze_cache(model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = prepared.tokenizer.pad_token_id
     model.config.problem_type = task.problem_type
-    adapter = attach(model, prepared.decomposition.factors, init_noise=config.init_noise, head=head_of(model, fresh))
+    head = head_of(model, fresh)
+    adapter = attach_prepared(model, prepared.method, prepared.frozen, config.method_options, head)
     if config.gradient_checkpointing:
         recompute_activations(model)
     if config.torch_compile:
@@ -232,7 +238,7 @@ def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         recipe["revision"] = prepared.checkpoint.revision
     if config.init_from:
         recipe["init_from"] = str(Path(config.init_from).expanduser().resolve())
-    return recipe | {"ranks": str(config.ranks)}
+    return recipe
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
@@ -303,7 +309,8 @@ def _plan(
     devices: str,
     run: Run | None,
 ) -> Plan:
-    config, factors = start.config, prepared.decomposition.factors
+    config = start.config
+    described = prepared.method.describe(prepared.method.settings(prepared.frozen, config.method_options))
     each, processes = config.per_device_train_batch_size, accelerator.num_processes
     effective = f"{update_size} = {each} a device"
     if processes > 1:
@@ -319,8 +326,9 @@ def _plan(
         train_examples=len(prepared.train),
         eval_examples=prepared.eval_examples,
         tokens=describe_tokens(config, prepared, update_size),
-        targets=factors.targets,
-        ranks=" | ".join(dict.fromkeys(str(factors.ranks(target)) for target in factors.targets)),
+        method=described.title,
+        targets=prepared.frozen.targets,
+        sizes=described.settings,
         adapter_parameters=parameters["adapter"],
         head_parameters=parameters["head"],
         devices=devices,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import craft_cli as craft
 from craft_cli.api.predictor import load_adapted
+from craft_cli.methods.base import delta
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.tucker import energy_table, hosvd
 
@@ -134,8 +135,8 @@ def three(base: Path) -> list[torch.Tensor]:
         adapter.save(name)
         adapted = load_adapted(Path(name))[1]
         dense = {
-            target: torch.stack([delta.detach().double() for delta in projection.deltas()])
-            for target, projection in adapted.items()
+            target: torch.stack([delta(chain).detach().double() for chain in adapted.change.chains(target)])
+            for target in adapted.change.shapes
         }
         found.append(torch.cat([dense.get(target, torch.zeros(3, 24, 24)).flatten() for target in ("query", "value")]))
     return found

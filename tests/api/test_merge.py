@@ -20,6 +20,7 @@ import craft_cli as craft
 from craft_cli.api.predictor import load_adapted
 from craft_cli.data.sources import DataSource
 from craft_cli.errors import ConfigError, FileError, ModelError
+from craft_cli.methods.base import delta
 from craft_cli.models.shards import Entry, write_streamed
 from craft_cli.tasks.splits import load_splits
 from craft_cli.tucker import hosvd
@@ -65,8 +66,8 @@ def test_merging_keeps_the_dtype_of_the_base(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     _, adapter, _ = load_adapted(Path("adapter"))
     name = "encoder.layer.1.attention.self.value.weight"
-    delta = list(adapter.projections["value"].deltas())[1].detach()  # type: ignore[operator]
-    assert torch.equal(merged[f"bert.{name}"], (original[name].float() + delta).bfloat16())  # rounded once
+    change = delta(adapter.change.chains("value")[1]).detach()
+    assert torch.equal(merged[f"bert.{name}"], (original[name].float() + change).bfloat16())  # rounded once
 
 
 def test_merge_never_touches_what_is_there(pico: Make) -> None:
@@ -122,11 +123,12 @@ def test_inspect_tells_norms_energy_and_counts(pico: Make) -> None:
     assert found.kind == "adapter"
     assert found.facts["parameters"] == {"adapter": 130, "head": 50}
     _, adapter, _ = load_adapted(Path("adapter"))
-    for row, (name, projection) in zip(found.projections, adapter.items(), strict=True):
+    for row, name in zip(found.projections, adapter.change.shapes, strict=True):
         assert (row["name"], row["shape"], row["ranks"]) == (name, [3, 24, 24], [6, 5, 2])
-        norms = [float(delta.detach().norm()) for delta in projection.deltas()]
+        norms = [float(delta(chain).detach().norm()) for chain in adapter.change.chains(name)]
         assert np.allclose(row["change_by_layer"], norms, rtol=1e-4)
-        for mode, k in projection.transforms.items():
+        for mode in ("layer", "out", "in"):
+            k = adapter.change.trained()[f"transform.{name}.{mode}"]
             assert row["k_norms"][mode] == pytest.approx(float(k.detach().norm()), rel=1e-5)
     model = craft.inspect(pico("llama"), ranks="8,8,2")
     assert [row["shape"] for row in model.projections] == [[3, 40, 24], [3, 20, 24], [3, 20, 24], [3, 24, 40]]

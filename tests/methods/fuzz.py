@@ -219,9 +219,8 @@ def read(what: str, path: Path, model: Any) -> None:
     else:
         adapter = craft.load(model, path)
         stored = load_file(path / TENSORS)
-        for name, projection in adapter.items():
-            for mode, k in projection.transforms.items():
-                assert torch.equal(k, stored[f"transform.{name}.{mode}"]), "loaded something else than the file holds"
+        for name, parameter in adapter.change.trained().items():
+            assert torch.equal(parameter, stored[name]), "loaded something else than the file holds"
         with torch.no_grad():
             model(input_ids=torch.tensor([[1, 5, 2]]))
         adapter.detach()

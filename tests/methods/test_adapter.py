@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from craft_cli.methods.adapter import Adapter
-from craft_cli.methods.craft.change import PAPER_NOISE, ProjectionAdapter
+from craft_cli.methods.base import delta
+from craft_cli.methods.craft.change import PAPER_NOISE, CraftChange, Transforms
 from craft_cli.models.views import Rows, View
 from craft_cli.tucker import TuckerTensor, hosvd, multi_mode_product
 
@@ -32,12 +33,19 @@ def shake(module: nn.Module, scale: float = 0.5) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
 
 
-def dense_change(adapter: ProjectionAdapter) -> torch.Tensor:
+def craft_adapter(decompositions: dict[str, TuckerTensor]) -> Adapter:
+    return Adapter(CraftChange(decompositions))
+
+
+def transforms(adapter: Adapter) -> list[tuple[str, Transforms]]:
+    assert isinstance(adapter.change, CraftChange)
+    return [(name, adapter.change.of(name)) for name in adapter.change.shapes]
+
+
+def dense_change(adapter: Transforms) -> torch.Tensor:
     """The formula of the paper, literally: two dense reconstructions and their difference, (L, d_out, d_in)."""
     d = adapter.decomposition
-    with_j = [
-        u @ (torch.eye(len(k), dtype=k.dtype) + k) for u, k in zip(d.factors, adapter.transforms.values(), strict=True)
-    ]
+    with_j = [u @ (torch.eye(len(k), dtype=k.dtype) + k) for u, k in zip(d.factors, adapter.k.values(), strict=True)]
     return multi_mode_product(d.core, with_j) - multi_mode_product(d.core, d.factors)
 
 
@@ -45,25 +53,26 @@ def dense_change(adapter: ProjectionAdapter) -> torch.Tensor:
 def test_slices_equal_the_dense_formula_at_every_rank(shape: tuple[int, int, int]) -> None:
     full = decomposed(shape)
     for ranks in itertools.product(range(1, shape[0] + 1), range(1, shape[1] + 1), range(1, shape[2] + 1)):
-        adapter = ProjectionAdapter(full.truncated(ranks))
+        change = CraftChange({"p": full.truncated(ranks)})
+        adapter = change.of("p")
         shake(adapter)
         expected = dense_change(adapter).detach()
-        actual = torch.stack(list(adapter.deltas())).detach()
+        actual = torch.stack([delta(c) for c in change.chains("p")]).detach()
         assert (actual - expected).norm() <= 1e-12 * max(1.0, float(expected.norm()))
         assert adapter.slices().shape == (shape[0], ranks[1], ranks[2])
 
 
 def test_at_the_start_the_change_is_exactly_zero_but_its_gradients_are_not() -> None:
-    adapter = ProjectionAdapter(decomposed((3, 5, 4), (2, 3, 2)))
+    adapter = Transforms(decomposed((3, 5, 4), (2, 3, 2)))
     slices = adapter.slices()
     assert torch.equal(slices, torch.zeros_like(slices))
     (slices * torch.randn(slices.shape, dtype=slices.dtype)).sum().backward()
-    assert all(k.grad is not None and k.grad.norm() > 0 for k in adapter.transforms.values())
+    assert all(k.grad is not None and k.grad.norm() > 0 for k in adapter.k.values())
 
 
 def test_the_papers_start_is_near_the_base_but_not_at_it() -> None:
-    adapter = ProjectionAdapter(decomposed((6, 40, 40), (6, 40, 40)), PAPER_NOISE)
-    spread = torch.cat([k.detach().flatten() for k in adapter.transforms.values()]).std()
+    adapter = Transforms(decomposed((6, 40, 40), (6, 40, 40)), PAPER_NOISE)
+    spread = torch.cat([k.detach().flatten() for k in adapter.k.values()]).std()
     assert float(spread) == pytest.approx(0.01 * 0.02, rel=0.1)
 
 
@@ -105,7 +114,7 @@ def adapted_block() -> tuple[Block, Adapter]:
         name: [v.read(v.module_of(block).get_parameter("weight").detach()) for v in views]
         for name, views in VIEWS.items()
     }
-    adapter = Adapter({name: hosvd(stack, (2, 2, 3), dtype=torch.float64) for name, stack in stacks.items()})
+    adapter = craft_adapter({name: hosvd(stack, (2, 2, 3), dtype=torch.float64) for name, stack in stacks.items()})
     adapter.attach(block, VIEWS)
     return block, adapter
 
@@ -124,12 +133,12 @@ def test_hooks_compute_what_changed_weights_compute() -> None:
     base.get_submodule("craft").detach(base)  # type: ignore[operator]
     assert torch.equal(block(x), base(x))
     shake(adapter)
-    for name, projection in adapter.items():
-        for view, delta in zip(VIEWS[name], dense_change(projection), strict=True):
+    for name, projection in transforms(adapter):
+        for view, dense in zip(VIEWS[name], dense_change(projection), strict=True):
             weight = view.module_of(base).get_parameter("weight").data
             target = weight.T if view.transposed else weight
             rows = range(5, 10) if view.rows == Rows(5, 5) else [2, 3, 6, 7, 10, 11]
-            for row, change in zip(rows, delta, strict=True):
+            for row, change in zip(rows, dense, strict=True):
                 target[row] += change
     assert torch.allclose(block(x), base(x), rtol=1e-12, atol=1e-12)
     merged = copy.deepcopy(block)
@@ -171,7 +180,7 @@ def test_gradients_equal_those_through_dense_weights_and_checkpointing_changes_n
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(plain, again, strict=True))
 
     def dense(inputs: torch.Tensor) -> torch.Tensor:
-        deltas = {name: dense_change(p) for name, p in adapter.items()}
+        deltas = {name: dense_change(p) for name, p in transforms(adapter)}
         for layer in range(2):
             fused = block.fused[layer].get_parameter("weight").detach()
             fused = torch.cat([fused[:, :5], fused[:, 5:10] + deltas["middle"][layer].T, fused[:, 10:]], dim=1)
@@ -218,7 +227,7 @@ def test_backward_needs_of_an_adapted_layer_no_more_than_tokens_by_rank(view: Vi
         return Counter(shape for shape in shapes if 11 in shape or 22 in shape)
 
     frozen = saved()
-    Adapter({"p": hosvd(stack, (2, 3, 4))}).attach(model, {"p": views})
+    craft_adapter({"p": hosvd(stack, (2, 3, 4))}).attach(model, {"p": views})
     assert saved() - frozen == Counter({(22, 4): 2})  # (tokens, r_in), once a layer
     assert frozen - saved() == Counter()
 
@@ -234,7 +243,7 @@ def test_one_row_alone_and_a_wider_output_are_adapted_too() -> None:
     model = Chain()
     views = [View("layers.0"), View("layers.4")]
     stack = torch.stack([view.read(view.module_of(model).get_parameter("weight")) for view in views])
-    adapter = Adapter({"p": hosvd(stack)})
+    adapter = craft_adapter({"p": hosvd(stack)})
     adapter.attach(model, {"p": views})
     shake(adapter)
     x = torch.randn(7)
@@ -252,12 +261,12 @@ def test_misuse_is_told() -> None:
     with pytest.raises(ValueError, match="attached to no model"):
         adapter.merge(block)
     with pytest.raises(ValueError, match=r"the model has 2 layers \(6, 5\), the factors are for \(3, 6, 5\)"):
-        Adapter({"heads": decomposed((3, 6, 5))}).attach(block, VIEWS)
+        craft_adapter({"heads": decomposed((3, 6, 5))}).attach(block, VIEWS)
 
 
 def test_a_merge_that_rounds_away_fails() -> None:
     linear = nn.ModuleList([nn.Linear(4, 6, bias=False, dtype=torch.bfloat16)])
-    adapter = Adapter({"p": hosvd(linear[0].weight.detach()[None].float(), (1, 2, 2))})  # type: ignore[operator]
+    adapter = craft_adapter({"p": hosvd(linear[0].weight.detach()[None].float(), (1, 2, 2))})  # type: ignore[operator]
     adapter.attach(linear, {"p": [View("0")]})
     with torch.no_grad():
         for k in adapter.parameters():
@@ -269,5 +278,5 @@ def test_a_merge_that_rounds_away_fails() -> None:
 
 
 def test_the_core_needs_no_transformers() -> None:
-    code = "import sys, craft_cli.methods.adapter, craft_cli.tucker; sys.exit('transformers' in sys.modules)"
+    code = "import sys, craft_cli.methods.adapter, craft_cli.methods.craft.change, craft_cli.tucker; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

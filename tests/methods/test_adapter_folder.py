@@ -1,77 +1,263 @@
-"""Tensors read out of safetensors files one at a time, against safetensors' own reader."""
+"""Adapters and files of factors come from strangers: whatever they hold, they load right or are refused in one line."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import failure
-from safetensors.torch import load_file, save_file
+from conftest import build_pico, classifier, failure, invoke, shake
+from fuzz import memory
+from safetensors.torch import load_file
 
-from craft_cli.methods.craft.decomposition import find_checkpoint, read_stacks
-from craft_cli.models.checkpoint import fingerprint
-from craft_cli.models.shards import stored_tensors
+import craft_cli as craft
+from craft_cli.errors import ModelError
+from craft_cli.files import read_header, write_tensors
+from craft_cli.methods.adapter_folder import read_adapter
+from craft_cli.methods.craft.change import Transforms, slices_in_turn
+from craft_cli.methods.craft.factors import Factors, factor_tensors
+from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.models.hub import resolve
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool)
-
-
-def test_values_equal_those_that_safetensors_reads() -> None:
-    tensors = {str(dtype): (torch.randn(5, 7) * 3).to(dtype) for dtype in DTYPES}
-    tensors |= {"none": torch.empty(0, 3), "one": torch.tensor(2.5), "large": torch.randn(300, 70)}
-    save_file(tensors, "file.safetensors")
-    stored = stored_tensors(Path("file.safetensors"))
-    for name, expected in load_file("file.safetensors").items():
-        assert stored[name].shape == tuple(expected.shape)
-        assert stored[name].read().dtype == expected.dtype
-        assert torch.equal(stored[name].read(), expected)
-        stored[name].announce()
+BOUND = 160 << 20  # 31 MB for 10,000 files, 119 MB with 300 merges among them
+"""Bytes of memory above the files that are read."""
 
 
-def test_a_header_that_leaves_tensors_unaligned_is_read_as_well() -> None:
-    values = torch.arange(6, dtype=torch.float32).reshape(2, 3)
-    header = json.dumps({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
-    header += b" " * (1 + -len(header) % 4)
-    Path("file.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + values.numpy().tobytes())
-    assert torch.equal(load_file("file.safetensors")["w"], values)
-    assert torch.equal(stored_tensors(Path("file.safetensors"))["w"].read(), values)
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    """What the fuzzer mutates."""
+    folder = tmp_path / "good"
+    base = build_pico("bert", folder / "base")
+    factors = craft.decompose(str(base), ranks=(6, 5, 2))
+    adapter = craft.attach(classifier(base), factors)
+    shake(adapter)
+    adapter.training_record = {
+        "task": "sst2", "data": {"task": "sst2", "data_dir": "data"}, "problem_type": "single_label_classification",
+        "labels": ["a", "b"], "threshold": 0.5, "max_seq_length": 32, "epoch": 1.0, "metrics": {"accuracy": 0.5},
+        "recipe": {"task": "sst2", "ranks": "6,5,2"},
+    }  # fmt: skip
+    adapter.save(folder / "whole")
+    adapter.save(folder / "small", factors="reference")
+    craft.decompose(str(build_pico("roberta", folder / "other")), ranks=(4, 4, 1))  # the cache holds another base too
+    assert factors.path is not None
+    shutil.copy(factors.path, folder / "factors.safetensors")
+    return folder
 
 
-def test_a_checkpoint_replaced_meanwhile_stays_the_one_it_was(pico: Callable[..., Path]) -> None:
-    shutil.copytree(pico(), "base")
-    checkpoint = find_checkpoint("base", ["query"])
-    stack = read_stacks(checkpoint, checkpoint.config(), ["query"])["query"]
-    before = fingerprint(stack)
-    save_file({name: tensor + 1 for name, tensor in load_file("base/model.safetensors").items()}, "other")
-    os.replace("other", "base/model.safetensors")
-    assert fingerprint(stack) == before
-    again = read_stacks(checkpoint, checkpoint.config(), ["query"])["query"]
-    assert fingerprint(again) != before
+def fuzz(good: Path, seed: int, count: int, merges: int) -> dict[str, object]:
+    work = good.parent / "work"
+    work.mkdir()
+    before = sorted(path for path in good.parent.rglob("*") if work not in path.parents)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(work / "cache")}
+    shutil.copytree(good.parent / "cache", work / "cache")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "fuzz.py"), *map(str, (good, seed, count, merges))],
+        cwd=work, env=environment, capture_output=True, text=True, check=False, timeout=60 + count / 10,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(path for path in good.parent.rglob("*") if work not in path.parents) == before
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["problems"] == []
+    assert found["loaded"] + found["refused"] == count
+    assert found["loaded"] > 0.02 * count
+    assert found["refused"] > 0.5 * count
+    assert found["merged"] == merges
+    assert found["memory"] < BOUND + 3 * found["largest"], found
+    print(found)
+    return found
 
 
-def test_eight_bit_floats_are_refused_by_name(pico: Callable[..., Path]) -> None:
-    shutil.copytree(pico(), "base")
-    tensors = load_file("base/model.safetensors")
-    name = next(name for name in tensors if name.endswith("layer.1.attention.self.query.weight"))
-    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, "base/model.safetensors")
-    told = failure("decompose", "base")
-    assert f"{name} is stored as F8_E4M3, which cannot be decomposed" in told
+def test_a_few_hundred_mutated_files(good: Path) -> None:
+    fuzz(good, 1, 300, 10)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not tell")
-def test_what_was_read_and_let_go_is_no_memory_of_this_process() -> None:
-    save_file({str(number): torch.ones(1024, 1024) for number in range(24)}, "file.safetensors")  # 4 MB each
-    stored = stored_tensors(Path("file.safetensors"))
+@pytest.mark.slow
+def test_ten_thousand_mutated_files(good: Path) -> None:
+    fuzz(good, 2, 10_000, 300)
 
-    def mapped() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("RssFile")).split()[1]) // 1024
 
-    before = mapped()
-    for tensor in stored.values():
-        assert tensor.read().sum() == 1024 * 1024
-    assert mapped() - before < 12
+def test_an_index_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
+    base = build_pico("bert", tmp_path / "base", max_shard_size="8KB")
+    index = base / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = next(iter(content["weight_map"]))
+    for elsewhere in ("../secret.safetensors", "/etc/passwd", 7):
+        content["weight_map"][name] = elsewhere
+        index.write_text(json.dumps(content))
+        with pytest.raises(ModelError, match="does not tell which file beside it holds each tensor"):
+            craft.decompose(str(base), ranks=(4, 4, 2))
+
+
+def test_names_in_a_strangers_file_do_not_steer_the_terminal(good: Path) -> None:
+    config = good / "whole/adapter_config.json"
+    content = json.loads(config.read_text())
+    content["model"]["id2label"]["0"] = "\x1b[2Jgone\nerror: no"
+    config.write_text(json.dumps(content))
+    done = invoke("inspect", str(good / "whole"))
+    assert done.exit_code == 0
+    assert "\x1b" not in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("labels")]
+    assert "[2Jgone" in line
+    assert "error: no" in line
+    refused = invoke("inspect", "\x1b[2Jx.safetensors")
+    assert "[2Jx.safetensors: no such file" in refused.stderr
+    assert "\x1b" not in refused.stderr
+
+
+def test_no_pickle_runs_code(tmp_path: Path) -> None:
+    """An old base checkpoint is a pickle: only tensors are taken out of it."""
+    base = build_pico("bert", tmp_path / "base")
+    (base / "model.safetensors").unlink()
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    torch.save({"x": Bomb()}, base / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="is damaged or truncated"):
+        resolve(str(base)).open()
+    assert not (tmp_path / "exploded").exists()
+
+
+# -- adapters that are whole, and not what they say ---------------------------------------------------------------------
+
+
+def rewrite(adapter: Path, change: Callable[[Any, Any, Any], None]) -> None:
+    """Change tensors, header and configuration of an adapter, as its author could."""
+    file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    tensors, header, record = load_file(file), read_header(file, "an adapter"), json.loads(config.read_text())
+    change(tensors, header, record)
+    write_tensors(file, "an adapter", tensors, {key: value for key, value in header.items() if key != "checksum"})
+    config.write_text(json.dumps(record))
+
+
+def reshaped(tensors: Any, target: str, mode: str, rows: int, rank: int) -> None:
+    tensors[f"{target}.factor.{mode}"], tensors[f"{target}.spectrum.{mode}"] = torch.ones(rows, rank), torch.ones(rows)
+    tensors[f"transform.{target}.{mode}"] = torch.ones(rank, rank)
+
+
+def of_another_shape(tensors: Any, header: Any, record: Any) -> None:
+    reshaped(tensors, "query", "out", 25, 6)
+
+
+def of_many_layers(tensors: Any, header: Any, record: Any) -> None:
+    for target in header["targets"]:  # C0 would take 1000 times the core
+        tensors[f"{target}.core"] = torch.ones(1, 400, 400)
+        reshaped(tensors, target, "layer", 1000, 1)
+        reshaped(tensors, target, "out", 400, 400)
+        reshaped(tensors, target, "in", 400, 400)
+
+
+def of_fewer_layers(tensors: Any, header: Any, record: Any) -> None:
+    reshaped(tensors, "query", "layer", 2, 2)
+
+
+def with_head(name: str, *shape: int) -> Callable[[Any, Any, Any], None]:
+    def change(tensors: Any, header: Any, record: Any) -> None:
+        tensors[f"head.{name}"] = torch.ones(shape)
+        record["head"].append(name)
+
+    return change
+
+
+def with_odd_head(tensors: Any, header: Any, record: Any) -> None:
+    tensors["head.classifier.bias"] = tensors["head.classifier.bias"].to(torch.float8_e4m3fn)
+
+
+def of_no_weights(tensors: Any, header: Any, record: Any) -> None:
+    header["sha256"] = record["base_model"]["sha256"] = {}
+
+
+def padded(tensors: Any, header: Any, record: Any) -> None:
+    record["model"]["pad_token_id"] = 10**9
+
+
+def of_base(name: str) -> Callable[[Any, Any, Any], None]:
+    def change(tensors: Any, header: Any, record: Any) -> None:
+        record["base_model"]["model"] = name
+
+    return change
+
+
+ADAPTED = "bert.encoder.layer.0.attention.self.query.weight"
+COMMANDS = {
+    "merge": ("merge", "good/whole", "--output-dir", "out"),
+    "inspect": ("inspect", "good/whole"),
+    "predict": ("predict", "good/whole", "--use-cpu", "--input", "in.txt"),
+}
+STRANGE = {
+    "shape": (of_another_shape, "merge", "the factors of query are for (3, 25, 24), "),
+    "many layers": (of_many_layers, "merge", "the factors of query are for (1000, 400, 400), "),
+    "fewer layers": (of_fewer_layers, "inspect", "its projections are of different numbers of layers"),
+    "head": (with_head("nonsense.weight", 2), "merge", "its head holds 'nonsense.weight', which "),
+    "adapted head": (with_head(ADAPTED, 24, 24), "merge", f"its head holds '{ADAPTED}', which its transforms change"),
+    "odd head": (with_odd_head, "inspect", "holds values that are not finite numbers"),
+    "pad": (padded, "merge", "the adapter pads with token 1000000000, but "),
+    "nobody's home": (of_base("~nouser/x"), "merge", "'~nouser/x' names no folder (Could not determine home directory"),
+    "long name": (of_base("x" * 300), "merge", f"'{'x' * 80}...' names no folder (File name too long)"),
+    "long name, predict": (of_base("x" * 300), "predict", f"'{'x' * 80}...' names no folder (File name too long)"),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_a_strange_adapter_is_refused_in_one_line(good: Path, what: str) -> None:
+    Path("in.txt").write_text("good film\n")
+    change, command, told = STRANGE[what]
+    rewrite(good / "whole", change)
+    began = memory()
+    assert told in failure(*COMMANDS[command])
+    assert memory() - began < BOUND
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_reference_to_the_factors_of_no_weights_is_served_by_no_entry(good: Path, command: str) -> None:
+    Path("in.txt").write_text("good film\n")
+    rewrite(good / "small", of_no_weights)
+    arguments = [argument.replace("whole", "small") for argument in COMMANDS[command]]
+    assert "its labels or its projections contradict each other" in failure(*arguments)
+
+
+def test_an_entry_that_holds_less_than_its_header_promises_is_passed_over(good: Path, tmp_path: Path) -> None:
+    (entry,) = (tmp_path / "cache/craft").glob("base-*.safetensors")
+    header = read_header(entry, "factors")
+    factors = Factors.load(entry).select(("query", "value"), Ranks(2, 2, 1))
+    del header["checksum"]
+    write_tensors(entry.with_name("a.safetensors"), "factors", factor_tensors(factors.decompositions), header)
+    assert craft.inspect(good / "small").kind == "adapter"
+
+
+def test_many_layers_of_large_matrices_are_inspected(good: Path) -> None:
+    rewrite(good / "whole", of_many_layers)
+    assert len(craft.inspect(good / "whole").projections[0]["change_by_layer"]) == 1000
+
+
+def test_slices_of_the_change_are_those_of_the_adapter(good: Path) -> None:
+    saved = read_adapter(good / "whole")
+    assert isinstance(saved.frozen, Factors)
+    for target, decomposition in saved.frozen.decompositions.items():
+        projection = Transforms(decomposition.to(torch.float64))
+        stored = {mode: saved.trained[f"transform.{target}.{mode}"] for mode in projection.k}
+        with torch.no_grad():
+            for mode, k in projection.k.items():
+                k.copy_(stored[mode])
+        expected = projection.double().slices().detach()
+        actual = torch.stack(list(slices_in_turn(decomposition, stored)))
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-13 * float(expected.abs().max()))
+
+
+def test_inspect_only_looks_into_the_cache(good: Path, tmp_path: Path) -> None:
+    for entry in (tmp_path / "cache/craft").glob("*.safetensors"):
+        entry.unlink()
+    told = failure("inspect", "good/small")
+    assert "they are not in the cache; load or merge it once, which makes them out of its base, or copy" in told
+    assert list((tmp_path / "cache/craft").glob("*.safetensors")) == []
+    craft.merge("good/small", "out")
+    assert craft.inspect("good/small").kind == "adapter"

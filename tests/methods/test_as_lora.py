@@ -35,6 +35,7 @@ from transformers import (
 
 import craft_cli as craft
 from craft_cli.api.predictor import load_adapted
+from craft_cli.methods.base import delta
 from craft_cli.models.loading import head_of
 from craft_cli.models.shards import Entry, write_shards
 
@@ -69,8 +70,7 @@ def test_weights_are_added_in_float32_and_rounded_once(stored: torch.dtype, aske
     _, adapter, _ = load_adapted(Path("adapter"))
     dense = original["h.1.attn.c_attn.weight"].float()  # (24, 72), transposed; query and value are its thirds
     for name, start in (("query", 0), ("value", 48)):
-        delta = list(adapter.projections[name].deltas())[1].detach()  # type: ignore[operator]
-        dense[:, start : start + 24] += delta.T
+        dense[:, start : start + 24] += delta(adapter.change.chains(name)[1]).detach().T
     assert torch.equal(merged["transformer.h.1.attn.c_attn.weight"], dense.to(dtype))
     assert torch.equal(merged["transformer.wte.weight"], original["wte.weight"].to(dtype))
     plain = AutoModelForSequenceClassification.from_pretrained("merged")
@@ -222,8 +222,8 @@ def test_a_lora_is_trimmed_to_its_numerical_rank(pico: Make) -> None:
     model = classifier(base)
     adapter = craft.attach(model, craft.decompose(str(base), ranks=(6, 5, 2)))
     with torch.no_grad():
-        for projection in adapter.projections.values():
-            k = projection.get_parameter("k_in")
+        for name in adapter.change.shapes:
+            k = adapter.change.trained()[f"transform.{name}.in"]
             k.copy_(torch.outer(torch.randn(5), torch.randn(5)))  # of rank one, and so is the change
     adapter.save("adapter")
     assert craft.merge("adapter", "whole", format="peft").rank == 5

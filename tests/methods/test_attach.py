@@ -52,7 +52,7 @@ def test_several_are_held_and_switched_in_place(pico: Make) -> None:
         assert torch.equal(logits(model), base)  # with the head it had
     assert torch.equal(logits(model), one)
     with torch.no_grad():  # what is trained meanwhile is not lost by a switch
-        adapter.projections["query"].get_parameter("k_in").add_(0.1)
+        adapter.change.trained()["transform.query.in"].add_(0.1)
     moved = logits(model)
     adapter.use("two")
     adapter.use("one")

@@ -221,14 +221,14 @@ def test_training_over_a_quantised_base(
     base = pico(hidden_size=64, intermediate_size=128)
     kinds: set[str] = set()
 
-    former = preparation.attach
+    former = preparation.attach_prepared
 
     def attach(model: Any, *arguments: Any, **options: Any) -> Any:
         kinds.add(type(model.bert.encoder.layer[0].attention.self.query.weight).__name__)
         kinds.add(type(model.classifier.weight).__name__)
         return former(model, *arguments, **options)
 
-    monkeypatch.setattr(preparation, "attach", attach)
+    monkeypatch.setattr(preparation, "attach_prepared", attach)
     heard = Remember()
     settings = {"ranks": "24,24,3", "num_train_epochs": 8, bits: True}
     craft.train(config(base, data_dir, **settings), heard)
@@ -241,13 +241,14 @@ def test_training_over_a_quantised_base(
     assert craft.merge("out").tensors_changed == 6
     factors = craft.decompose(str(base), ranks=(24, 24, 3))
     number = 4 if bits == "load_in_4bit" else 8
+    labelled = ("AutoModelForSequenceClassification", {"num_labels": 2})
     other, _ = load_quantised(
         resolve(str(pico(hidden_size=64, intermediate_size=128, initializer_range=0.03))),
-        ["a", "b"], number, torch.float32, torch.device("cpu"),
+        *labelled, number, torch.float32, torch.device("cpu"),
     )  # fmt: skip
     with pytest.raises(ModelError, match="this model has other weights"):
         craft.attach(other, factors)
-    model, _ = load_quantised(resolve(str(base)), ["a", "b"], number, torch.float32, torch.device("cpu"))
+    model, _ = load_quantised(resolve(str(base)), *labelled, number, torch.float32, torch.device("cpu"))
     adapter = craft.attach(model, factors)
     shake(adapter)
     with pytest.raises(ModelError, match="a quantised model cannot be merged into"):

@@ -1,27 +1,24 @@
-"""Use-case: decompose a model's attention projections once, and keep the factors."""
+"""HOSVD of a model's stacked weights, once: from the cache of factors where it has them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from craft_cli.errors import ModelError
+from craft_cli.errors import CraftError, FileError, ModelError
 from craft_cli.methods.craft.factors import FactorCache, Factors
 from craft_cli.methods.craft.ranks import Ranks
-from craft_cli.models.checkpoint import Checkpoint, LazyMatrix, fingerprint
-from craft_cli.models.families import check_targets, layer_views
 from craft_cli.models.hub import resolve
-from craft_cli.tucker import hosvd, stack_shape
-
-DEFAULT_RANKS = Ranks(64, 64, 8)
-DEFAULT_TARGETS = ("query", "value")
+from craft_cli.models.stacks import Weights, read_weights
+from craft_cli.tucker import hosvd
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """What `decompose_checkpoint` did.
+    """What `decompose_weights` did.
 
     Attributes:
         factors: at the ranks asked for, lowered to the dimensions.
@@ -39,24 +36,8 @@ class Decomposition:
         return not self.seconds
 
 
-def find_checkpoint(model: str, targets: Sequence[str], revision: str | None = None) -> Checkpoint:
-    """The checkpoint with the files that decomposing these projections needs.
-
-    Raises:
-        ConfigError: an unknown target.
-        ModelError: it is missing, damaged or of an unsupported family.
-    """
-    check_targets(targets)
-    return resolve(
-        model,
-        revision,
-        only=lambda config: [view for layers in layer_views(config, targets).values() for view in layers],
-    )
-
-
-def decompose_checkpoint(
-    checkpoint: Checkpoint,
-    targets: Sequence[str],
+def decompose_weights(
+    weights: Weights,
     ranks: Ranks,
     *,
     cache_dir: str | None = None,
@@ -64,43 +45,44 @@ def decompose_checkpoint(
     force: bool = False,
     progress: Callable[[str, int, int], None] = lambda target, done, total: None,
 ) -> Decomposition:
-    """Factors of a checkpoint on this machine, from the cache where it has them.
+    """Factors of a model's weights, from the cache where it has them.
 
     Args:
+        weights: of the projections to decompose.
+        ranks: to keep; one above its dimension is lowered to it.
+        cache_dir: folder of the factor files; `~/.cache/craft` without.
+        device: where to compute; the CPU without.
+        force: decompose again even if the cache has it.
         progress: called with (projection, layers read, layers to read).
 
     Raises:
-        ConfigError: unknown targets.
-        ModelError: a tensor is missing, damaged or not finite, or the family is unsupported.
+        ModelError: a weight is not finite.
         FileError: the cache cannot be written.
     """
-    config = checkpoint.config()
-    stacks = read_stacks(checkpoint, config, targets)
-    lowered = {target: ranks.lowered(stack_shape(stack)) for target, stack in stacks.items()}
+    prints, targets = weights.fingerprints, weights.targets
+    lowered = {target: ranks.lowered(shape) for target, shape in weights.shapes.items()}
     notes = [
         f"{target}: ranks {ranks} lowered to {lowered[target]}, the dimensions of its stack"
         for target in targets
         if lowered[target] != ranks
     ]
-    prints = {target: fingerprint(stack) for target, stack in stacks.items()}
     cache = FactorCache(cache_dir)
-    chosen = tuple(targets)
     if not force:
         found, damaged = cache.find(prints, ranks)
         if found:
-            return Decomposition(_named(found, checkpoint).select(chosen, ranks), notes=notes)
+            return Decomposition(_named(found, weights).select(targets, ranks), notes=notes)
         notes += [f"{line}; decomposing again" for line in damaged]
 
-    path = cache.path_for(checkpoint.name, prints)
+    path = cache.path_for(weights.model, prints)
     with cache.lock(path):
         if not force:  # another process may have made it while we waited
             found, _ = cache.find(prints, ranks)
             if found:
-                return Decomposition(_named(found, checkpoint).select(chosen, ranks), notes=notes)
+                return Decomposition(_named(found, weights).select(targets, ranks), notes=notes)
             kept = cache.ranks_at(path, prints)
             lowered = {target: Ranks(*map(max, lowered[target], kept.get(target, (0, 0, 0)))) for target in targets}
         seconds, decompositions = {}, {}
-        for target, stack in stacks.items():
+        for target, stack in weights.stacks.items():
             began = time.perf_counter()
             done, total = 0, 4 * len(stack)
 
@@ -112,39 +94,55 @@ def decompose_checkpoint(
             try:
                 decompositions[target] = hosvd(stack, lowered[target].by_mode, device=device, advance=advance)
             except (ValueError, RuntimeError) as error:
-                raise ModelError(f"{checkpoint.name}: cannot decompose {target}: {error}") from error
+                raise ModelError(f"{weights.model}: cannot decompose {target}: {error}") from error
             seconds[target] = time.perf_counter() - began
-        factors = Factors(
-            model=checkpoint.name,
-            revision=checkpoint.revision,
-            model_type=config.model_type,
-            dtype=str(stacks[chosen[0]][0][0:1].dtype).removeprefix("torch."),
-            fingerprints=prints,
-            decompositions=decompositions,
-            path=path,
-        )
+        factors = Factors(**weights.origin(), decompositions=decompositions, path=path)
         factors.save(path)
-    return Decomposition(factors.select(chosen, ranks), seconds, notes)
+    return Decomposition(factors.select(targets, ranks), seconds, notes)
 
 
-def read_stacks(checkpoint: Checkpoint, config: Any, targets: Sequence[str]) -> dict[str, list[LazyMatrix]]:
-    """The stacked weight of every target as L lazily read matrices (d_out, d_in).
+def recall(record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool) -> Factors:
+    """The factors whose sha256 stands in an adapter's record: out of the cache, else (with `make`) decomposed again.
+
+    Args:
+        record: adapter_config.json of an adapter that only refers to its factors.
+        path: its folder, for messages.
+        cache_dir: folder of the factor files; `~/.cache/craft` without.
+        make: decompose the base that the adapter names; else nothing is fetched or written.
 
     Raises:
-        ModelError: a tensor is missing or layers differ in shape, or the family is unsupported.
+        FileError: they are not in the cache, and cannot or may not be made.
     """
-    all_views = layer_views(config, targets)
-    reader = checkpoint.open()
-    stacks = {}
-    for target, views in all_views.items():
-        stacks[target] = reader.matrices(views)
+    wanted: str = record["factors"]["sha256"]
+    base, targets = record["base_model"], tuple(record["targets"])
+    ranks = Ranks(*(max(sizes) for sizes in zip(*record["ranks"].values(), strict=True)))
+    for found in FactorCache(cache_dir).all_that_serve(base["sha256"], ranks):
         try:
-            stack_shape(stacks[target])
-        except ValueError as error:
-            raise ModelError(f"{checkpoint.name}: {target}: {error}") from error
-    return stacks
+            factors = found.select(targets, ranks)
+        except (KeyError, ValueError):  # it holds less than its header promises
+            continue
+        if factors.sha256() == wanted:
+            return factors
+    told = f"{path} only refers to its factors (sha256 {wanted[:12]}...): they are not in the cache"
+    copy = f"copy the file of factors from where it was trained into {FactorCache(cache_dir).folder}"
+    if not make:
+        raise FileError(f"{told}; load or merge it once, which makes them out of its base, or {copy}")
+    try:
+        weights = read_weights(resolve(base["model"], base["revision"]), targets)
+        factors = decompose_weights(weights, ranks, cache_dir=cache_dir).factors
+    except CraftError as error:
+        reason = f"its base is not at hand ({error})"
+    else:
+        if factors.sha256() == wanted:
+            return factors
+        reason = (
+            "decomposing its base gives others here"
+            if dict(factors.fingerprints) == base["sha256"]
+            else "its base has other weights now"
+        )
+    raise FileError(f"{told}, and {reason}; {copy}, or save it there with factors='include'")
 
 
-def _named(found: Factors, checkpoint: Checkpoint) -> Factors:
+def _named(found: Factors, weights: Weights) -> Factors:
     """The same weights may have been decomposed under another name; speak of them by the user's."""
-    return replace(found, model=checkpoint.name, revision=checkpoint.revision)
+    return replace(found, model=weights.model, revision=weights.revision)

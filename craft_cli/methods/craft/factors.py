@@ -7,7 +7,6 @@ entry serves every request for some of its projections at the same or smaller ra
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,40 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from craft_cli.errors import FileError, ModelError
-from craft_cli.files import checksum, read_header, read_tensors, write_tensors
+from craft_cli.errors import FileError
+from craft_cli.files import cache_folder, checksum, read_header, read_tensors, write_tensors
 from craft_cli.methods.craft.ranks import Ranks
-from craft_cli.models.checkpoint import fingerprint
-from craft_cli.models.quantization import TOLERANCE, dense_weight, kind_of
-from craft_cli.models.views import View
+from craft_cli.methods.frozen import Frozen
+from craft_cli.models.stacks import Shape, check_identity
 from craft_cli.tucker import MODES, TuckerTensor, mode_product
 
 KIND = "factors"
-METHOD = "hosvd"
-DTYPES = ("float64", "float32", "float16", "bfloat16")
 MOST_LAYERS = 1024
 """No model has as many; what is computed from a stranger's file grows with them."""
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
+class Factors(Frozen):
     """Decompositions of some projections of one model.
 
     Attributes:
-        model: hub id, folder or `demo`, as decomposed.
-        revision: commit of a hub model.
-        model_type: its family.
-        dtype: of the decomposed weights, such as `float32`.
-        fingerprints: sha256 of every projection's stack.
         decompositions: by projection, in canonical order of the request.
         path: the file they came from.
     """
 
-    model: str
-    revision: str | None
-    model_type: str
-    dtype: str
-    fingerprints: Mapping[str, str]
     decompositions: Mapping[str, TuckerTensor]
     path: Path | None = field(default=None)
 
@@ -79,16 +65,27 @@ class Factors:
             self, decompositions=chosen, fingerprints={target: self.fingerprints[target] for target in targets}
         )
 
-    def identity(self) -> dict[str, Any]:
-        """Which weights these are factors of, for the headers of files."""
-        return {
-            "model": self.model,
-            "revision": self.revision,
-            "model_type": self.model_type,
-            "dtype": self.dtype,
-            "sha256": dict(self.fingerprints),
-            "method": METHOD,
-        }
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """(L, d_out, d_in) of every projection's stack."""
+        return {target: decomposition.shape for target, decomposition in self.decompositions.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Core, factors and spectra by their names in a file."""
+        return factor_tensors(self.decompositions)
+
+    def sha256(self) -> str:
+        """Of all tensors, by which an adapter refers to them."""
+        return checksum(self.tensors())
+
+    def resembles(self, target: str, layers: Sequence[Tensor], tolerance: float) -> bool:
+        """Whether the core that these layers give is the stored one, to a relative precision; see `Frozen`."""
+        decomposition = self.decompositions[target]
+        u_layer, u_out, u_in = (factor.to(layers[0].device) for factor in decomposition.factors)
+        stack = torch.stack([u_out.T @ layer.float() @ u_in for layer in layers])  # (L, r_out, r_in)
+        core = mode_product(stack, u_layer.T, 0)
+        expected = decomposition.core.to(core.device)
+        return bool((core - expected).norm() <= tolerance * expected.norm())
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: `TARGET.core`, `TARGET.factor.MODE`, `TARGET.spectrum.MODE`, float32.
@@ -133,7 +130,7 @@ def from_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path:
         FileError: a tensor or a header entry is missing or of the wrong shape.
     """
     try:
-        _check_header(header)
+        check_identity(header)
         decompositions = {
             target: TuckerTensor(
                 tensors[f"{target}.core"],
@@ -163,29 +160,6 @@ def from_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path:
         raise FileError(f"{path} is damaged: {error}") from error
 
 
-def _check_header(header: Mapping[str, Any]) -> None:
-    """Refuse a header of other types than ours, or with names that could mean something elsewhere.
-
-    Raises:
-        KeyError: an entry is missing.
-        ValueError: an entry cannot be.
-    """
-    targets, prints = header["targets"], header["sha256"]
-    if not (isinstance(targets, list) and targets and all(isinstance(target, str) for target in targets)):
-        raise ValueError("its header names no projections")
-    if len(set(targets)) != len(targets) or not all(re.fullmatch(r"[a-z_]{1,32}", target) for target in targets):
-        raise ValueError("its header names projections that cannot be")
-    if not (isinstance(prints, dict) and all(re.fullmatch(r"[0-9a-f]{64}", str(prints[target])) for target in targets)):
-        raise ValueError("its header holds no sha256 of the weights")
-    for name in ("model", "model_type", "dtype"):
-        if not (isinstance(header[name], str) and header[name].isprintable()):
-            raise ValueError(f"its header's {name} is no line of text")
-    if not (header["revision"] is None or (isinstance(header["revision"], str) and header["revision"].isprintable())):
-        raise ValueError("its header's revision is no line of text")
-    if header["dtype"] not in DTYPES:
-        raise ValueError("its header names no dtype of weights")
-
-
 def _by_mode(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor, Tensor]:
     layer, out, in_ = (tensors[f"{prefix}.{mode}"] for mode in MODES)
     return layer, out, in_
@@ -199,8 +173,7 @@ class FactorCache:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.folder = Path(folder).expanduser() if folder else home / "craft"
+        self.folder = cache_folder(folder)
 
     def all_that_serve(self, fingerprints: Mapping[str, str], ranks: Ranks) -> Iterator[Factors]:
         """Every whole entry that holds these projections of these very weights at these ranks or larger."""
@@ -278,48 +251,3 @@ def _serves(header: Mapping[str, Any], fingerprints: Mapping[str, str], ranks: R
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
     return True
-
-
-def factor_sha256(decompositions: Mapping[str, TuckerTensor]) -> str:
-    """What the factors are: sha256 over names, shapes and values of all their tensors."""
-    return checksum(factor_tensors(decompositions))
-
-
-def check_base(model: Any, factors: Factors, views: Mapping[str, Sequence[View]]) -> None:
-    """Refuse a model with other weights than those decomposed.
-
-    The sha256 is compared in the dtype of the checkpoint, which a model loaded in a wider one converts to exactly. A
-    model loaded in a narrower dtype or quantised is rounded, so there the core it gives must be the stored one to that
-    precision.
-
-    Raises:
-        ModelError: other weights.
-    """
-    checkpoint_dtype = getattr(torch, factors.dtype)
-    for target, decomposition in factors.decompositions.items():
-        try:
-            modules = [view.module_of(model.base_model) for view in views[target]]
-            weights = [dense_weight(module) for module in modules]
-        except AttributeError as error:
-            raise ModelError(f"this model has no projection '{target}' where its family keeps it: {error}") from error
-        layers = [view.read(weight) for view, weight in zip(views[target], weights, strict=True)]
-        same_shape = (len(layers), *layers[0].shape) == decomposition.shape
-        kind = kind_of(modules[0])
-        if kind:
-            same = same_shape and _same_core(layers, decomposition, TOLERANCE[kind])
-        elif same_shape and torch.promote_types(layers[0].dtype, checkpoint_dtype) == layers[0].dtype:
-            same = fingerprint(layers, checkpoint_dtype) == factors.fingerprints[target]
-        else:
-            same = same_shape and _same_core(layers, decomposition, torch.finfo(layers[0].dtype).eps)
-        if not same:
-            raise ModelError(
-                f"the factors are of {factors.model}; this model has other weights ({target}), on which they mean nothing"
-            )
-
-
-def _same_core(layers: Sequence[Tensor], decomposition: TuckerTensor, tolerance: float) -> bool:
-    u_layer, u_out, u_in = (factor.to(layers[0].device) for factor in decomposition.factors)
-    stack = torch.stack([u_out.T @ layer.float() @ u_in for layer in layers])  # (L, r_out, r_in)
-    core = mode_product(stack, u_layer.T, 0)
-    expected = decomposition.core.to(core.device)
-    return bool((core - expected).norm() <= tolerance * expected.norm())

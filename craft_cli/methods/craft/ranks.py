@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from craft_cli.errors import ConfigError
+from craft_cli.config import parse_ranks
 
 
 class Ranks(NamedTuple):
@@ -22,18 +22,7 @@ class Ranks(NamedTuple):
         Raises:
             ConfigError: not three positive whole numbers.
         """
-        try:
-            parts = ranks.split(",") if isinstance(ranks, str) else list(ranks)
-            if any(isinstance(part, (bool, float)) for part in parts):
-                raise ValueError
-            numbers = [int(part) for part in parts]
-            if len(numbers) != 3 or min(numbers) < 1:
-                raise ValueError
-        except (ValueError, TypeError):
-            raise ConfigError(
-                f"--ranks: expected three positive whole numbers OUT,IN,LAYERS such as 64,64,8, not '{ranks}'"
-            ) from None
-        return cls(*numbers)
+        return cls(*parse_ranks(ranks))
 
     @classmethod
     def of_modes(cls, modes: tuple[int, int, int]) -> Ranks:

@@ -1,0 +1,226 @@
+"""What an adapter method is: a way to write the change dW_l of each adapted weight.
+
+A change is a *chain* of matrices for each layer, (d_in, r) ... (r, d_out), whose product is dW_l^T. A forward adds
+x @ chain to the layer's output, merging adds the product to the weight, a chain of low rank is written as a LoRA, norms
+and cosines are computed from it. Hooks, merging, export, files and training know chains, and nothing of the method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, ClassVar, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from craft_cli.config import flag
+from craft_cli.errors import FileError
+from craft_cli.methods.frozen import Frozen, Sketch
+from craft_cli.models.stacks import Shape, Weights
+
+Chain = tuple[Tensor, ...]
+"""(d_in, r), ..., (r, d_out): the product is dW_l^T."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+
+def delta(chain: Chain) -> Tensor:
+    """dW_l (d_out, d_in), dense."""
+    product: Tensor = reduce(torch.matmul, chain)
+    return product.T
+
+
+def low_rank(chain: Chain) -> tuple[Tensor, Tensor]:
+    """A (r, d_in) and B (d_out, r) with B A = dW_l, split where the chain is narrowest."""
+    if len(chain) == 1:
+        return torch.eye(len(chain[0]), dtype=chain[0].dtype), chain[0].T
+    narrowest = min(range(1, len(chain)), key=lambda place: chain[place].shape[0])
+    return delta(chain[:narrowest]), delta(chain[narrowest:])
+
+
+def inner(one: Chain, other: Chain) -> float:
+    """<dW, dW'> of two changes of one shape, without making either dense."""
+    (a, b), (a_other, b_other) = low_rank(one), low_rank(other)
+    return float(((a @ a_other.T) * (b.T @ b_other)).sum())
+
+
+class Change(nn.Module, ABC):
+    """The change of all adapted projections: one module, each trained parameter under one name.
+
+    Attributes:
+        shapes: (L, d_out, d_in) of the stack of every projection it changes.
+        dropout: probability of an input's number to be dropped before the chain, in training only.
+    """
+
+    shapes: Mapping[str, Shape]
+    dropout: float = 0.0
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the names in an adapter's file."""
+        return dict(self.named_parameters())
+
+    @torch.no_grad()
+    def load(self, trained: Mapping[str, Tensor]) -> None:
+        """Put back what `trained` gave."""
+        for name, parameter in self.trained().items():
+            parameter.copy_(trained[name])
+
+    @abstractmethod
+    def chains(self, projection: str, dtype: torch.dtype | None = None) -> Sequence[Chain]:
+        """The chain of every layer, made of what is trained now; what layers share is computed once.
+
+        Args:
+            projection: one of `shapes`.
+            dtype: to cast to when all is computed; that of the parameters without.
+        """
+
+
+@dataclass(frozen=True)
+class Description:
+    """A method in words, for headers, cards and listings.
+
+    Attributes:
+        title: its name as people write it.
+        size: what decides how many numbers it trains, as typed: `64,64,8`.
+        settings: the same in words.
+        trained: where the trained numbers are, for a sentence.
+        source: one sentence for the model card, with the paper.
+    """
+
+    title: str
+    size: str
+    settings: str
+    trained: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `Method.prepare` gives.
+
+    Attributes:
+        frozen: what the method keeps of the weights.
+        notes: what the user should know.
+    """
+
+    frozen: Frozen
+    notes: Sequence[str] = ()
+
+
+class Method(ABC):
+    """One adapter method. What is not abstract here is for methods that keep no tensor of the base.
+
+    `settings` are always the method's own keys, as they stand in adapter_config.json.
+    """
+
+    name: ClassVar[str]
+    """After `--method`, and in adapter_config.json."""
+
+    Options: ClassVar[Any]
+    """Its frozen dataclass of options, from `config`."""
+
+    training_only: ClassVar[tuple[str, ...]] = ()
+    """Options that change only how it is trained."""
+
+    @abstractmethod
+    def build(self, frozen: Any, options: Any) -> Change:
+        """The change at its start, where it is exactly zero."""
+
+    @abstractmethod
+    def describe(self, settings: Mapping[str, Any]) -> Description:
+        """The method in words; `settings` may also be those of a recipe."""
+
+    def prepare(self, weights: Weights, options: Any, cache_dir: str | None, progress: Progress) -> Prepared:
+        """Once, from the weights: factors, singular vectors, or nothing but whose weights they are."""
+        return Prepared(Sketch.of(weights))
+
+    def fit(self, frozen: Any, targets: Sequence[str] | None, options: Mapping[str, Any]) -> tuple[Any, Any]:
+        """What was prepared before, cut down to what is asked for, and complete options that fit it.
+
+        Args:
+            frozen: of `prepare`.
+            targets: some of its projections; all without.
+            options: those given, by name.
+
+        Raises:
+            ConfigError: it was prepared for less than is asked for.
+        """
+        return frozen, self.Options(**options)
+
+    def settings(self, frozen: Any, options: Any) -> dict[str, Any]:
+        """The method's own keys of adapter_config.json."""
+        return asdict(options)
+
+    def options(self, settings: Mapping[str, Any]) -> Any:
+        """The options that `settings` came from; they may be a stranger's.
+
+        Raises:
+            ValueError: one is missing or cannot be.
+        """
+        from pydantic import TypeAdapter
+
+        hints = get_type_hints(self.Options, include_extras=True)
+        missing = [name for name in hints if name not in settings]
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
+        return self.Options(
+            **{name: TypeAdapter(hint).validate_python(settings[name], strict=True) for name, hint in hints.items()}
+        )
+
+    def read(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Frozen:
+        """What is frozen, out of an adapter's file; distrusts all of it.
+
+        Raises:
+            FileError: a tensor or a header entry is missing or of the wrong kind.
+        """
+        return Sketch.read(tensors, header, path)
+
+    def unlike(self, frozen: Any, options: Any, wanted: Any) -> str | None:
+        """How an adapter's options differ from those wanted, and the flags that would fit; None where it can go on.
+
+        Args:
+            frozen: of the adapter.
+            options: of the adapter.
+            wanted: of the run that would start from it.
+        """
+        theirs, ours = asdict(options), asdict(wanted)
+        differing = [name for name in theirs if theirs[name] != ours[name] and name not in self.training_only]
+        if not differing:
+            return None
+        has = ", ".join(f"{name} {theirs[name]}" for name in differing)
+        flags = " ".join(f"{flag(name)} {theirs[name]}" for name in differing)
+        return f"has {has}; give {flags}"
+
+    def recall(self, record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool) -> Frozen:
+        """What an adapter only refers to: out of the cache; else, with `make`, prepared again from its base.
+
+        Raises:
+            FileError: it cannot be had.
+        """
+        raise FileError(f"{path} is damaged: {self.name} has nothing that an adapter could refer to")
+
+    def trained_shapes(self, frozen: Any, options: Any) -> dict[str, tuple[int, ...]]:
+        """The shape of every trained parameter by its name; nothing is allocated."""
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in self.build(frozen, options).trained().items()}
+
+    def chains_in_turn(
+        self, frozen: Any, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str
+    ) -> Iterator[Chain]:
+        """The chain of every layer of a saved adapter in float64, one at a time: it may be a stranger's."""
+        change = self.build(frozen, self.options(settings))
+        change.load(trained)
+        for chain in change.chains(projection):
+            yield tuple(tensor.detach().double() for tensor in chain)
+
+    def facts(
+        self, frozen: Any, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str
+    ) -> dict[str, Any]:
+        """What is shown of a projection of a saved adapter: the method's own, and `parameters`, its numbers trained."""
+        own = [tensor.numel() for name, tensor in trained.items() if f".{projection}." in f".{name}."]
+        return {"parameters": sum(own)}

@@ -1,0 +1,141 @@
+"""CRAFT as a method: what is prepared, kept, built, and said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from craft_cli.config import CraftOptions
+from craft_cli.errors import ConfigError
+from craft_cli.methods.base import Chain, Description, Method, Prepared, Progress
+from craft_cli.methods.craft.change import PAPER_NOISE, CraftChange, slices_in_turn
+from craft_cli.methods.craft.decomposition import decompose_weights, recall
+from craft_cli.methods.craft.factors import Factors, from_tensors
+from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.models.stacks import Weights
+from craft_cli.tucker import MODES
+
+
+class Craft(Method):
+    """CRAFT keeps the factors of the stacked weights; its settings are the ranks of every projection."""
+
+    name = "craft"
+    Options = CraftOptions
+
+    def prepare(self, weights: Weights, options: CraftOptions, cache_dir: str | None, progress: Progress) -> Prepared:
+        """The factors, from the cache where it has them."""
+        done = decompose_weights(
+            weights,
+            Ranks.parse(options.ranks),
+            cache_dir=cache_dir,
+            progress=lambda target, done, total: progress(f"decomposing {target}", done, total),
+        )
+        return Prepared(done.factors, done.notes)
+
+    def fit(
+        self, frozen: Factors, targets: Sequence[str] | None, options: Mapping[str, Any]
+    ) -> tuple[Factors, CraftOptions]:
+        """Some projections of the factors, at smaller ranks."""
+        chosen = frozen.targets if targets is None else tuple(targets)
+        missing = [target for target in chosen if target not in frozen.targets]
+        if missing:
+            raise ConfigError(
+                f"the factors hold {', '.join(frozen.targets)}, not {', '.join(missing)}: decompose them too"
+            )
+        given = {name: value for name, value in options.items() if value is not None}
+        ranks = Ranks.parse(given["ranks"]) if "ranks" in given else _largest(frozen)
+        try:
+            return frozen.select(chosen, ranks), CraftOptions(**given | {"ranks": tuple(ranks)})
+        except ValueError as error:
+            raise ConfigError(f"--ranks: {error}; decompose at these ranks first") from error
+
+    def build(self, frozen: Factors, options: CraftOptions) -> CraftChange:
+        """K = 0, or as the paper starts."""
+        return CraftChange(frozen.decompositions, PAPER_NOISE * options.init_noise)
+
+    def settings(self, frozen: Factors, options: CraftOptions) -> dict[str, Any]:
+        """The ranks of every projection, OUT,IN,LAYERS."""
+        return {"ranks": {target: list(frozen.ranks(target)) for target in frozen.targets}}
+
+    def options(self, settings: Mapping[str, Any]) -> CraftOptions:
+        """Ranks large enough for every projection; what was trained need not start anywhere."""
+        ranks = settings["ranks"]
+        if not (isinstance(ranks, dict) and ranks and all(_are_ranks(each) for each in ranks.values())):
+            raise ValueError("its ranks are no three whole numbers for every projection")
+        if set(ranks) != set(settings["targets"]):
+            raise ValueError("its ranks are of other projections than its targets")
+        out, in_, layers = (max(sizes) for sizes in zip(*ranks.values(), strict=True))
+        return CraftOptions(ranks=(out, in_, layers))
+
+    def unlike(self, frozen: Factors, options: CraftOptions, wanted: CraftOptions) -> str | None:
+        """Whether the ranks of a projection are others than those wanted, lowered to its dimensions."""
+        for target, shape in frozen.shapes.items():
+            if Ranks.parse(wanted.ranks).lowered(shape) != frozen.ranks(target):
+                return f"has the ranks {frozen.ranks(target)}; give --ranks {_largest(frozen)}"
+        return None
+
+    def read(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Factors:
+        """The factors, out of an adapter's file."""
+        return from_tensors(tensors, header, path)
+
+    def recall(self, record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool) -> Factors:
+        """The factors that an adapter refers to."""
+        return recall(record, path, cache_dir, make=make)
+
+    def trained_shapes(self, frozen: Factors, options: CraftOptions) -> dict[str, tuple[int, ...]]:
+        """K (r, r) of every projection and mode."""
+        return {
+            f"transform.{target}.{mode}": (rank, rank)
+            for target, decomposition in frozen.decompositions.items()
+            for mode, rank in zip(MODES, decomposition.ranks, strict=True)
+        }
+
+    def chains_in_turn(
+        self, frozen: Factors, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str
+    ) -> Iterator[Chain]:
+        """U_in, S_l^T, U_out^T in float64, without ever holding the slices of all layers."""
+        decomposition = frozen.decompositions[projection]
+        _, u_out, u_in = (factor.double() for factor in decomposition.factors)
+        for s in slices_in_turn(decomposition, _transforms(trained, projection)):
+            yield u_in, s.T, u_out.T
+
+    def facts(
+        self, frozen: Factors, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str
+    ) -> dict[str, Any]:
+        """Ranks OUT,IN,LAYERS, numbers trained, the norm of every K."""
+        ranks = frozen.ranks(projection)
+        norms = {mode: float(k.double().norm()) for mode, k in _transforms(trained, projection).items()}
+        return {"ranks": list(ranks), "parameters": ranks.count_parameters(), "k_norms": norms}
+
+    def describe(self, settings: Mapping[str, Any]) -> Description:
+        """Ranks, each once where projections differ."""
+        ranks = settings["ranks"]
+        each = ranks.values() if isinstance(ranks, Mapping) else [Ranks.parse(ranks)]
+        size = " | ".join(dict.fromkeys(",".join(map(str, one)) for one in each))
+        return Description(
+            title="CRAFT",
+            size=size,
+            settings=f"ranks {size} (OUT,IN,LAYERS)",
+            trained="in the transforms of",
+            source="frozen Tucker factors of the stacked attention weights, one small trained matrix for each mode "
+            "(arXiv 2602.17510)",
+        )
+
+
+def _transforms(trained: Mapping[str, Tensor], projection: str) -> dict[str, Tensor]:
+    return {mode: trained[f"transform.{projection}.{mode}"] for mode in MODES}
+
+
+def _are_ranks(ranks: object) -> bool:
+    """Whether these are OUT,IN,LAYERS."""
+    return isinstance(ranks, list) and len(ranks) == 3 and all(type(n) is int and 0 < n <= 1 << 20 for n in ranks)
+
+
+def _largest(frozen: Factors) -> Ranks:
+    return Ranks(*(max(sizes) for sizes in zip(*(frozen.ranks(target) for target in frozen.targets), strict=True)))
+
+
+METHOD = Craft()

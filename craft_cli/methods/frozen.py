@@ -1,0 +1,173 @@
+"""What a method keeps of the base's weights, and by what it knows them again.
+
+`Sketch` is for methods that keep no tensor of the base: its weights, recognised by a few random projections of each layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craft_cli.errors import FileError, ModelError
+from craft_cli.models.checkpoint import fingerprint
+from craft_cli.models.quantization import TOLERANCE, dense_weight, kind_of
+from craft_cli.models.stacks import Origin, Shape, Weights, check_identity
+from craft_cli.models.views import View
+from craft_cli.tucker import Matrix
+
+
+class Frozen(Origin, ABC):
+    """What a method keeps of the base's weights, and which weights they are."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Mapping[str, Shape]:
+        """(L, d_out, d_in) of every projection's stack."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What is frozen, by the names in an adapter's file."""
+
+    @abstractmethod
+    def resembles(self, target: str, layers: Sequence[Tensor], tolerance: float) -> bool:
+        """Whether L matrices (d_out, d_in) are the weights of this origin, rounded by loading them.
+
+        Args:
+            target: the projection.
+            layers: in any floating-point dtype, of the shapes expected.
+            tolerance: relative error allowed.
+        """
+
+    def sha256(self) -> str | None:
+        """Of what an adapter may refer to instead of including it; None where there is nothing of that kind."""
+        return None
+
+
+NUMBERS = 16
+"""Of each layer; 24 layers of these tell weights from others at any tolerance that loading needs."""
+MOST = 1 << 24
+"""A dimension that no stack has: what is computed from a stranger's file grows with it."""
+
+
+def sketch(layers: Sequence[Matrix] | Sequence[Tensor]) -> Tensor:
+    """a_k^T W_l b_k of every layer W_l (d_out, d_in) for fixed random unit vectors, (L, NUMBERS), float32.
+
+    Rounding moves it, relative to its own size, about as much as it moves the weights.
+    """
+    d_out, d_in = layers[0].shape
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(NUMBERS, size, generator=generator, dtype=torch.float64) for size in (d_out, d_in))
+    a, b = a / d_out**0.5, b / d_in**0.5  # (NUMBERS, d_out), (NUMBERS, d_in)
+    rows = []
+    for layer in layers:
+        weight = layer[:].to("cpu", torch.float64)
+        rows.append((a @ weight * b).sum(1))
+    return torch.stack(rows).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch(Frozen):
+    """The identity of the weights and their sketches.
+
+    Attributes:
+        sizes: (L, d_out, d_in) of every projection's stack.
+        sketches: (L, NUMBERS) of every projection.
+    """
+
+    sizes: Mapping[str, Shape]
+    sketches: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, weights: Weights) -> Sketch:
+        """Of weights at hand."""
+        return cls(
+            **weights.origin(),
+            sizes=weights.shapes,
+            sketches={name: sketch(stack) for name, stack in weights.stacks.items()},
+        )
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Sketch:
+        """Out of an adapter's file; nothing in it is believed.
+
+        Raises:
+            FileError: an entry is missing or of the wrong kind.
+        """
+        try:
+            check_identity(header)
+            sizes, sketches = {}, {}
+            for target in header["targets"]:
+                size, found = header["shapes"][target], tensors[f"{target}.sketch"]
+                if len(size) != 3 or not all(type(n) is int and 0 < n < MOST for n in size):
+                    raise ValueError(f"{target} is of no size")
+                if tuple(found.shape) != (size[0], NUMBERS) or found.dtype != torch.float32:
+                    raise ValueError(f"{target}.sketch is {found.dtype} {tuple(found.shape)}")
+                sizes[target], sketches[target] = (size[0], size[1], size[2]), found
+        except (KeyError, TypeError) as error:
+            raise FileError(f"{path} is damaged: {error} is missing") from error
+        except ValueError as error:
+            raise FileError(f"{path} is damaged: {error}") from error
+        return cls(
+            model=header["model"],
+            revision=header["revision"],
+            model_type=header["model_type"],
+            dtype=header["dtype"],
+            fingerprints={target: header["sha256"][target] for target in header["targets"]},
+            sizes=sizes,
+            sketches=sketches,
+        )
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """(L, d_out, d_in) of every projection's stack."""
+        return self.sizes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sketches, by their names in an adapter's file."""
+        return {f"{target}.sketch": tensor for target, tensor in self.sketches.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """For the header of an adapter's file."""
+        return super().identity() | {"shapes": {target: list(size) for target, size in self.sizes.items()}}
+
+    def resembles(self, target: str, layers: Sequence[Tensor], tolerance: float) -> bool:
+        """See `Frozen`."""
+        expected = self.sketches[target]
+        return bool((sketch(layers) - expected).norm() <= tolerance * expected.norm())
+
+
+def check_base(model: Any, frozen: Frozen, views: Mapping[str, Sequence[View]]) -> None:
+    """Refuse a model with other weights than those that a method prepared: what was trained belongs to these.
+
+    The sha256 is compared in the dtype of the checkpoint, which a model loaded in a wider one converts to exactly. A
+    model loaded in a narrower dtype or quantised is rounded, so there its weights must resemble them to that precision.
+
+    Raises:
+        ModelError: other weights.
+    """
+    checkpoint_dtype = getattr(torch, frozen.dtype)
+    for target, shape in frozen.shapes.items():
+        try:
+            modules = [view.module_of(model.base_model) for view in views[target]]
+            weights = [dense_weight(module) for module in modules]
+        except AttributeError as error:
+            raise ModelError(f"this model has no projection '{target}' where its family keeps it: {error}") from error
+        layers = [view.read(weight) for view, weight in zip(views[target], weights, strict=True)]
+        same_shape = (len(layers), *layers[0].shape) == shape
+        kind = kind_of(modules[0])
+        if kind:
+            same = same_shape and frozen.resembles(target, layers, TOLERANCE[kind])
+        elif same_shape and torch.promote_types(layers[0].dtype, checkpoint_dtype) == layers[0].dtype:
+            same = fingerprint(layers, checkpoint_dtype) == frozen.fingerprints[target]
+        else:
+            same = same_shape and frozen.resembles(target, layers, torch.finfo(layers[0].dtype).eps)
+        if not same:
+            raise ModelError(
+                f"the factors are of {frozen.model}; this model has other weights ({target}): they belong to another model"
+            )

@@ -1,0 +1,178 @@
+"""The weights that an adapter changes: of every projection, the matrices of all layers, and which weights they are.
+
+`Weights` come from a checkpoint, read lazily, or from a model in memory. What a method makes of them keeps their
+`Origin`, by which the base is known again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from craft_cli.errors import ModelError
+from craft_cli.models.checkpoint import Checkpoint, LazyMatrix, fingerprint
+from craft_cli.models.families import check_targets, layer_views
+from craft_cli.models.hub import resolve
+from craft_cli.models.quantization import dense_weight, kind_of
+from craft_cli.tucker import Matrix, stack_shape
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+Shape = tuple[int, int, int]
+"""(L, d_out, d_in) of a stack."""
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Which weights of which model.
+
+    Attributes:
+        model: hub id, folder or `demo`, as given.
+        revision: commit of a hub model.
+        model_type: its family.
+        dtype: of the weights, such as `float32`.
+        fingerprints: sha256 of every projection's stack.
+    """
+
+    model: str
+    revision: str | None
+    model_type: str
+    dtype: str
+    fingerprints: Mapping[str, str]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The projections."""
+        return tuple(self.fingerprints)
+
+    def origin(self) -> dict[str, Any]:
+        """The fields of this class by their names, to make another origin of the same weights."""
+        return {field.name: getattr(self, field.name) for field in fields(Origin)}
+
+    def identity(self) -> dict[str, Any]:
+        """For the headers of files."""
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "model_type": self.model_type,
+            "dtype": self.dtype,
+            "sha256": dict(self.fingerprints),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Weights(Origin):
+    """The stacked weights of some projections.
+
+    Attributes:
+        stacks: for every projection L matrices (d_out, d_in), read when asked for.
+    """
+
+    stacks: Mapping[str, Sequence[Matrix]]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """(L, d_out, d_in) of every stack."""
+        return {target: stack_shape(stack) for target, stack in self.stacks.items()}
+
+
+def check_identity(header: Mapping[str, Any]) -> None:
+    """Refuse the `Origin.identity` of a file that has other types than ours, or names that could mean something elsewhere.
+
+    Raises:
+        KeyError: an entry is missing.
+        ValueError: an entry cannot be.
+    """
+    targets, prints = header["targets"], header["sha256"]
+    if not (isinstance(targets, list) and targets and all(isinstance(target, str) for target in targets)):
+        raise ValueError("its header names no projections")
+    if len(set(targets)) != len(targets) or not all(re.fullmatch(r"[a-z_]{1,32}", target) for target in targets):
+        raise ValueError("its header names projections that cannot be")
+    if not (isinstance(prints, dict) and all(re.fullmatch(r"[0-9a-f]{64}", str(prints[target])) for target in targets)):
+        raise ValueError("its header holds no sha256 of the weights")
+    for name in ("model", "model_type", "dtype"):
+        if not (isinstance(header[name], str) and header[name].isprintable()):
+            raise ValueError(f"its header's {name} is no line of text")
+    if not (header["revision"] is None or (isinstance(header["revision"], str) and header["revision"].isprintable())):
+        raise ValueError("its header's revision is no line of text")
+    if header["dtype"] not in DTYPES:
+        raise ValueError("its header names no dtype of weights")
+
+
+def find_checkpoint(model: str, targets: Sequence[str], revision: str | None = None) -> Checkpoint:
+    """The checkpoint with the files that hold these projections.
+
+    Raises:
+        ConfigError: an unknown target.
+        ModelError: it is missing, damaged or of an unsupported family.
+    """
+    check_targets(targets)
+    return resolve(
+        model,
+        revision,
+        only=lambda config: [view for layers in layer_views(config, targets).values() for view in layers],
+    )
+
+
+def read_stacks(checkpoint: Checkpoint, config: Any, targets: Sequence[str]) -> dict[str, list[LazyMatrix]]:
+    """The stacked weight of every target as L lazily read matrices (d_out, d_in).
+
+    Raises:
+        ModelError: a tensor is missing or layers differ in shape, or the family is unsupported.
+    """
+    all_views = layer_views(config, targets)
+    reader = checkpoint.open()
+    stacks = {}
+    for target, views in all_views.items():
+        stacks[target] = reader.matrices(views)
+        try:
+            stack_shape(stacks[target])
+        except ValueError as error:
+            raise ModelError(f"{checkpoint.name}: {target}: {error}") from error
+    return stacks
+
+
+def read_weights(checkpoint: Checkpoint, targets: Sequence[str]) -> Weights:
+    """The weights of these projections in a checkpoint.
+
+    Raises:
+        ConfigError: an unknown target.
+        ModelError: a tensor is missing or layers differ in shape, or the family is unsupported.
+    """
+    config = checkpoint.config()
+    stacks = read_stacks(checkpoint, config, targets)
+    return _weights(checkpoint.name, checkpoint.revision, config.model_type, stacks)
+
+
+def weights_in(model: Any, targets: Sequence[str]) -> Weights:
+    """The weights of these projections in a transformers model in memory.
+
+    They get the name that the model was loaded by, so that its checkpoint is found again.
+
+    Raises:
+        ConfigError: an unknown target.
+        ModelError: the family is unsupported, or the model is quantised.
+    """
+    stacks: dict[str, list[torch.Tensor]] = {}
+    for target, views in layer_views(model.config, targets).items():
+        modules = [view.module_of(model.base_model) for view in views]
+        if any(kind_of(module) for module in modules):
+            raise ModelError("the weights of a quantised model are rounded: prepare the method from its checkpoint")
+        stacks[target] = [view.read(dense_weight(module)).cpu() for view, module in zip(views, modules, strict=True)]
+    revision = getattr(model.config, "_commit_hash", None)
+    return _weights(model.name_or_path, revision, model.config.model_type, stacks)
+
+
+def _weights(name: str, revision: str | None, model_type: str, stacks: Mapping[str, Sequence[Matrix]]) -> Weights:
+    first = next(iter(stacks.values()))[0]
+    return Weights(
+        model=name,
+        revision=revision,
+        model_type=model_type,
+        dtype=str(first[0:1].dtype).removeprefix("torch."),
+        fingerprints={target: fingerprint(stack) for target, stack in stacks.items()},
+        stacks=stacks,
+    )

@@ -85,7 +85,7 @@ class Adapter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: what was computed for a running forward stays behind."""
-        return super().__getstate__() | {"_running": {}, "_ready": {}}  # type: ignore[operator]
+        return {**super().__getstate__(), "_running": {}, "_ready": {}}
 
     def count_parameters(self) -> int:
         """How many numbers are trained, the head's not among them."""
@@ -213,7 +213,7 @@ class Adapter(nn.Module):
 
         for layer in layers:
             layer.in_compiled_block = True
-        block._compiled_call_impl = call  # type: ignore[assignment]
+        block._compiled_call_impl = call
 
     def _compute(self, projection: str, dtype: torch.dtype, device: str) -> Sequence[Chain]:
         with torch.autocast(device, enabled=False):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from craft_cli.config import flag
 from craft_cli.errors import FileError
 from craft_cli.methods.frozen import Frozen, Sketch
+from craft_cli.models.cards import Description
 from craft_cli.models.stacks import Shape, Weights
 
 Chain = tuple[Tensor, ...]
@@ -78,25 +79,6 @@ class Change(nn.Module, ABC):
             projection: one of `shapes`.
             dtype: to cast to when all is computed; that of the parameters without.
         """
-
-
-@dataclass(frozen=True)
-class Description:
-    """A method in words, for headers, cards and listings.
-
-    Attributes:
-        title: its name as people write it.
-        size: what decides how many numbers it trains, as typed: `64,64,8`.
-        settings: the same in words.
-        trained: where the trained numbers are, for a sentence.
-        source: one sentence for the model card, with the paper.
-    """
-
-    title: str
-    size: str
-    settings: str
-    trained: str
-    source: str
 
 
 @dataclass(frozen=True)

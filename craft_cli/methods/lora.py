@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from craft_cli.config import LoraOptions
-from craft_cli.methods.base import Chain, Change, Description, Method
+from craft_cli.methods.base import Chain, Change, Method
 from craft_cli.methods.frozen import Frozen
+from craft_cli.models.cards import Description
 from craft_cli.models.stacks import Shape
 
 
@@ -42,7 +43,10 @@ class LoraChange(Change):
 
     def chains(self, projection: str, dtype: torch.dtype | None = None) -> list[Chain]:
         """A_l^T (d_in, r), s B_l^T (r, d_out) of every layer."""
-        pairs = zip(self.lora_A[projection], self.lora_B[projection], strict=True)  # type: ignore[arg-type]
+        a_layers, b_layers = self.lora_A[projection], self.lora_B[projection]
+        assert isinstance(a_layers, nn.ParameterList)
+        assert isinstance(b_layers, nn.ParameterList)
+        pairs = zip(a_layers, b_layers, strict=True)
         return [(a.T.to(dtype), (self.scale * b.T).to(dtype)) for a, b in pairs]
 
 

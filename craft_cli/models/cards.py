@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from craft_cli.models.checkpoint import CARD, Checkpoint
 from craft_cli.models.hub import DEMO
@@ -57,10 +58,20 @@ With craft: load the adapter that this was made from. PEFT's layout has no place
 }
 
 
-class Described(Protocol):
-    """A method in words."""
+@dataclass(frozen=True)
+class Description:
+    """A method in words, for headers, cards and listings.
+
+    Attributes:
+        title: its name as people write it.
+        size: what decides how many numbers it trains, as typed: `64,64,8`.
+        settings: the same in words.
+        trained: where the trained numbers are, for a sentence.
+        source: one sentence for the model card, with the paper.
+    """
 
     title: str
+    size: str
     settings: str
     trained: str
     source: str
@@ -82,7 +93,7 @@ def peft_type(architecture: str) -> str | None:
     return _PIPELINES[pipeline][1] if pipeline else None
 
 
-def model_card(record: Mapping[str, Any], method: Described, base: Checkpoint, *, form: str = "adapter") -> str:
+def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint, *, form: str = "adapter") -> str:
     """What was trained on what, with which result, and how to use it.
 
     Args:

@@ -16,7 +16,7 @@ from craft_cli.methods.adapter_folder import read_adapter, read_record
 from craft_cli.methods.frozen import Frozen
 from craft_cli.tasks.glue import task_named
 from craft_cli.training.checkpoint import TrainingState, newest_state
-from craft_cli.training.run import RUNS, Run, check_output, find_adapter, resumed_run
+from craft_cli.training.run import RUNS, Run, find_adapter, resumed_run, usable_output
 from craft_cli.training.schedule import Timetable
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -59,7 +59,7 @@ def find_start(config: RunConfig, processes: int, held: ExitStack) -> Start:
     """
     start = _resumed(config, processes, held) if config.resume else Start(config)
     if start.run is None and config.output_dir and not config.dry_run:
-        check_output(config.output_dir, overwrite=config.overwrite)
+        usable_output(config.output_dir, overwrite=config.overwrite)
     if start.state is None and start.config.init_from:
         frozen, trained = _other_run(start.config, start.config.init_from)
         start = replace(start, frozen=frozen, trained=trained)

@@ -206,7 +206,7 @@ def new_run(output_dir: str | None, label: str, *, overwrite: bool) -> Run:
         FileError: the folder is taken.
     """
     if output_dir:
-        return check_output(output_dir, overwrite=overwrite)
+        return usable_output(output_dir, overwrite=overwrite)
     name, number = f"{label}-{datetime.now():%Y%m%d-%H%M%S}", 1
     while True:
         path = RUNS / (name if number == 1 else f"{name}-{number}")
@@ -220,7 +220,7 @@ def new_run(output_dir: str | None, label: str, *, overwrite: bool) -> Run:
             return Run(path)
 
 
-def check_output(output_dir: str, *, overwrite: bool) -> Run:
+def usable_output(output_dir: str, *, overwrite: bool) -> Run:
     """The run that may be made in this folder: it is empty, or may be overwritten and holds a run.
 
     Raises:

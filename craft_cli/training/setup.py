@@ -39,7 +39,7 @@ from craft_cli.training.compile import compile_blocks, freeze_cache
 from craft_cli.training.distributed import fsdp_asked
 from craft_cli.training.progress import Plan
 from craft_cli.training.resume import Start
-from craft_cli.training.run import Run, check_output, new_run
+from craft_cli.training.run import Run, new_run, usable_output
 from craft_cli.training.schedule import Timetable
 from craft_cli.training.trackers import trackers
 
@@ -273,7 +273,7 @@ def _open_run(start: Start, prepared: Prepared, recipe: dict[str, Any], held: co
         run = new_run(config.output_dir, label, overwrite=config.overwrite)
         held.enter_context(run.being_trained())
         if config.output_dir:  # another process may have trained there while this one prepared
-            check_output(config.output_dir, overwrite=config.overwrite)
+            usable_output(config.output_dir, overwrite=config.overwrite)
     run.start(recipe, again=start.run is not None)
     return run.path
 

@@ -178,7 +178,7 @@ def test_threads_do_not_read_each_others_chains(method: str, pico: Make) -> None
     model, _ = adapted(pico(num_hidden_layers=6), method)
     with torch.no_grad():
         expected = model(**token_batch()).logits
-    wrong = []
+    wrong: list[int] = []
 
     def work() -> None:
         with torch.no_grad():
@@ -236,7 +236,7 @@ def test_the_trainers_checkpointing(reentrant: bool, method: str, pico: Make, tm
         str(tmp_path / "hf"), max_steps=2, use_cpu=True, report_to="none", save_strategy="no", gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": reentrant}, disable_tqdm=True,
     )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
     if reentrant:
         with pytest.raises(ModelError, match="use_reentrant"):
             trainer.train()
@@ -261,7 +261,9 @@ def test_a_model_that_somebody_compiles_whole_computes_the_change(method: str, p
             assert torch.allclose(compiled(**token_batch()).logits, merged(model)(**token_batch()).logits, atol=1e-5)
             update_by_data(adapter)
         with adapter.disabled():
-            assert torch.allclose(compiled(**token_batch()).logits, classifier(pico())(**token_batch()).logits, atol=1e-5)
+            assert torch.allclose(
+                compiled(**token_batch()).logits, classifier(pico())(**token_batch()).logits, atol=1e-5
+            )
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -271,7 +273,9 @@ def test_compiled_blocks_compute_the_change_of_the_moment(method: str, pico: Mak
     model, adapter = adapted(pico(), method)
     plain = gradients(model, adapter)
     compile_blocks(adapter, backend="aot_eager")
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, gradients(model, adapter), strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, gradients(model, adapter), strict=True)
+    )
     with torch.no_grad():
         for _ in range(2):
             whole = classifier(pico())
@@ -280,7 +284,9 @@ def test_compiled_blocks_compute_the_change_of_the_moment(method: str, pico: Mak
             assert torch.allclose(model(**token_batch()).logits, whole(**token_batch()).logits, atol=1e-5)
             x = hidden(model)
             one = model.bert.encoder.layer[1]
-            assert torch.allclose(one.attention.self.query(x), whole.bert.encoder.layer[1].attention.self.query(x), atol=1e-5)
+            assert torch.allclose(
+                one.attention.self.query(x), whole.bert.encoder.layer[1].attention.self.query(x), atol=1e-5
+            )
             update_by_data(adapter)
         with adapter.disabled():
             assert torch.allclose(model(**token_batch()).logits, classifier(pico())(**token_batch()).logits, atol=1e-5)

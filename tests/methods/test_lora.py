@@ -30,13 +30,15 @@ MODULES = {"bert": ["query", "value"], "distilbert": ["q_lin", "v_lin"], "llama"
 
 def with_peft(base: Path, family: str, adapter: Any, **options: Any) -> Any:
     """The same LoRA by peft, with the numbers of ours."""
-    model = peft.get_peft_model(
+    model: Any = peft.get_peft_model(
         classifier(base), peft.LoraConfig(target_modules=MODULES[family], task_type="SEQ_CLS", **options)
     )
     with torch.no_grad():
         for name, views in adapter._views.items():
             for layer, view in enumerate(views):
-                module = model.base_model.model.base_model.get_submodule(view.module)
+                module: Any = model.get_submodule(
+                    f"base_model.model.{model.base_model.model.base_model_prefix}.{view.module}"
+                )
                 module.lora_A["default"].weight.copy_(adapter.change.trained()[f"lora_A.{name}.{layer}"])
                 module.lora_B["default"].weight.copy_(adapter.change.trained()[f"lora_B.{name}.{layer}"])
     return model
@@ -59,10 +61,11 @@ def test_forward_gradients_and_merged_weights_equal_pefts(family: str, rslora: b
     theirs(**token_batch()).logits.square().sum().backward()
     for name, views in adapter._views.items():
         for layer, view in enumerate(views):
-            module = theirs.base_model.model.base_model.get_submodule(view.module)
+            module = theirs.get_submodule(f"base_model.model.{model.base_model_prefix}.{view.module}")
             for part in ("lora_A", "lora_B"):
                 ours = adapter.change.trained()[f"{part}.{name}.{layer}"].grad
                 expected = getattr(module, part)["default"].weight.grad
+                assert ours is not None
                 assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
     adapter.merge()
@@ -185,7 +188,9 @@ def test_a_base_in_another_precision_is_known_again_and_another_is_not(pico: Mak
 
 
 def test_options_of_another_method_are_refused(pico: Make) -> None:
-    assert "--ranks is for --method craft, not lora" in failure("train", "--task", "sst2", "--method", "lora", "--ranks", "4,4,2")
+    assert "--ranks is for --method craft, not lora" in failure(
+        "train", "--task", "sst2", "--method", "lora", "--ranks", "4,4,2"
+    )
     assert "--rank is for --method lora, not craft" in failure("train", "--task", "sst2", "--rank", "4")
     told = failure("train", "--task", "sst2", "--method", "lora", "--adapter-factors", "reference")
     assert "--method lora has no factors to refer to" in told

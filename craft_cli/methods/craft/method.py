@@ -10,11 +10,12 @@ from torch import Tensor
 
 from craft_cli.config import CraftOptions
 from craft_cli.errors import ConfigError
-from craft_cli.methods.base import Chain, Description, Method, Prepared, Progress
+from craft_cli.methods.base import Chain, Method, Prepared, Progress
 from craft_cli.methods.craft.change import PAPER_NOISE, CraftChange, slices_in_turn
 from craft_cli.methods.craft.decomposition import decompose_weights, recall
 from craft_cli.methods.craft.factors import Factors, from_tensors
 from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.models.cards import Description
 from craft_cli.models.stacks import Weights
 from craft_cli.tucker import MODES
 

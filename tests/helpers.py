@@ -28,7 +28,7 @@ import craft_cli as craft
 from craft_cli.config import RunConfig
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.errors import DataError
-from craft_cli.tasks.base import Task
+from craft_cli.tasks.sequence_classification import SequenceClassification as Task
 from craft_cli.tasks.splits import load_splits
 from craft_cli.training.checkpoint import read_checkpoint
 from craft_cli.training.progress import Listener, Plan

@@ -1,8 +1,8 @@
-"""Sequence classifiers by transformers: a base with a fresh head, or a checkpoint as it is, always in float32."""
+"""Models of transformers: a base with a fresh head, or a checkpoint as it is, always in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,17 +13,20 @@ from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.quantization import after_loading, quantization_config
 
 
-def load_classifier(
+def load_model(
     checkpoint: Checkpoint,
-    labels: Sequence[str] | None = None,
+    class_name: str,
+    options: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = torch.float32,
     **more: Any,
 ) -> tuple[Any, list[str]]:
-    """A model for sequence classification.
+    """A model with a head.
 
     Args:
-        checkpoint: of a base model or a classifier.
-        labels: names of the labels; those of the checkpoint without. A head of another size starts anew.
+        checkpoint: of a base model, or of one with a head.
+        class_name: of transformers: an `AutoModelFor...`, or the class that was trained.
+        options: of the head, such as `num_labels` and `id2label`: one of another size starts anew. Those of the
+            checkpoint without.
         dtype: of the weights; `auto` keeps the checkpoint's.
         more: for `from_pretrained`.
 
@@ -33,58 +36,68 @@ def load_classifier(
     Raises:
         ModelError: transformers cannot load it.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    options: dict[str, Any] = dict(more)
-    if labels is not None:
-        options |= {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: number for number, label in enumerate(labels)},
-        }
     try:
         with quiet_transformers():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
+            model, report = model_class(class_name).from_pretrained(
                 checkpoint.folder,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=labels is not None,
-                **options,
+                ignore_mismatched_sizes=options is not None,
+                **(options or {}),
+                **more,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"transformers cannot load {checkpoint.name}: {str(error).strip().splitlines()[0]}") from error
     return model, sorted(set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]})
 
 
+def model_class(name: str) -> Any:
+    """A class of models of transformers by its name.
+
+    Raises:
+        ModelError: there is none of this name.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None) if "For" in name and name.isidentifier() else None
+    if found is None or not hasattr(found, "from_pretrained"):
+        raise ModelError(f"transformers has no class of models called '{name}': a later version may have it")
+    return found
+
+
 def load_quantised(
-    checkpoint: Checkpoint, labels: Sequence[str], bits: int, compute: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    class_name: str,
+    options: Mapping[str, Any],
+    bits: int,
+    compute: torch.dtype,
+    device: torch.device,
 ) -> tuple[Any, list[str]]:
-    """A model for sequence classification whose frozen linear layers have 4 or 8 bits; what is trained stays float32.
+    """A model whose frozen linear layers have 4 or 8 bits; what is trained stays float32.
 
     Args:
         checkpoint: in full precision.
-        labels: names of the labels.
+        class_name: as of `load_model`.
+        options: as of `load_model`.
         bits: 4 or 8.
         compute: dtype in which a 4-bit layer multiplies.
         device: where it computes.
 
     Returns:
-        As `load_classifier`.
+        As `load_model`.
 
     Raises:
         ModelError: transformers cannot load it, or its family is not supported in so few bits.
     """
-    from transformers import AutoModelForSequenceClassification
-
     config = checkpoint.config()
     with torch.device("meta"):
-        empty = AutoModelForSequenceClassification.from_config(config)
+        empty = model_class(class_name).from_config(config)
     trained = head_names(empty)
     place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     while True:
         whole = sorted({name.rpartition(".")[0] for name in trained})
         settings = quantization_config(bits, compute, whole)
-        model, fresh = load_classifier(checkpoint, labels, quantization_config=settings, **place)
+        model, fresh = load_model(checkpoint, class_name, options, quantization_config=settings, **place)
         inside = [name for name in fresh if name.rpartition(".")[0] not in whole]
         if not inside:  # else the checkpoint lacks a part of the base, such as a pooler, which is trained too
             after_loading(model)

@@ -198,6 +198,7 @@ def own(train: str, validation: str | None = None, **settings: Any) -> tuple[Tas
     """The splits of files, as `craft train --train-file` reads them."""
     parts = ["train", "validation"] if validation else ["train"]
     loaded = load_splits(DataSource(train_file=train, validation_file=validation, **settings), parts)
+    assert isinstance(loaded.task, Task)
     return loaded.task, list(loaded.splits.values())
 
 

@@ -33,6 +33,7 @@ _WORDS, _TAGS = ("tokens", "words"), ("tags", "ner_tags", "labels", "label")
 _LINES = ("text", "sentence")
 _TAG = re.compile("([BIESLUM])[-_](.+)")
 _AS_IOBES = {"L": "E", "U": "S", "M": "I"}
+_READ = ("B-", "I-", "E-", "S-")
 _NOT_BLANK = re.compile(r"\S+")
 
 Entity = tuple[str, int, int]
@@ -85,8 +86,10 @@ class TokenClassification(Labelled):
             ModelError: they are no tags of entities.
         """
         labels = tuple(record.get("labels") or (config.id2label[number] for number in range(config.num_labels)))
-        if OUTSIDE not in labels or not all(label == OUTSIDE or _TAG.fullmatch(label) for label in labels):
-            raise ModelError(f"the model tells {', '.join(labels)}, not O, B-... and I-... of entities: train it first")
+        if OUTSIDE not in labels or not all(label == OUTSIDE or label.startswith(_READ) for label in labels):
+            raise ModelError(
+                f"the model's labels are {', '.join(labels)}, not O, B-... and I-... of entities: train it first"
+            )
         data = record.get("data", {})
         return cls(OWN, tuple(data.get("text_columns") or ()), labels, label_column=data.get("label_column") or "")
 
@@ -94,9 +97,7 @@ class TokenClassification(Labelled):
         """With the columns that the user names."""
         for name in ("problem_type", "label_separator"):
             if getattr(source, name):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} is for texts; {self.kind} has one tag a word: leave it out"
-                )
+                raise ConfigError(f"--{name.replace('_', '-')} is for texts; words have one tag each: leave it out")
         if source.text_columns and len(source.text_columns) > 1:
             raise ConfigError(f"--text-columns: {self.kind} reads one column, of words")
         return replace(
@@ -110,13 +111,15 @@ class TokenClassification(Labelled):
         task = self._with_columns(table, labelled=labelled)
         (column,) = task.text_columns
         cells = table.column(column)
-        words = [_words(cell, column, partial(table.place, row)) for row, cell in enumerate(cells)]
+        words = [_parts(cell, "words", column, partial(table.place, row)) for row, cell in enumerate(cells)]
         if task.label_column not in table.columns:
             return task, Split(words, None, table.origin)
-        tags = [
-            _tags(cell, len(words[row]), task.label_column, partial(table.place, row))
-            for row, cell in enumerate(table.column(task.label_column))
-        ]
+        tags = []
+        for row, cell in enumerate(table.column(task.label_column)):
+            tags.append(_parts(cell, "tags", task.label_column, partial(table.place, row)))
+            if len(tags[row]) != len(words[row]):
+                found = f"{len(tags[row])} tags for {len(words[row])} words"
+                raise DataError(f"{table.place(row)}: {found}; every word needs one")
         rows = _one_form(tags, table.place)
         entities = [entities_of(row) for row in rows]
         if not task.labels:
@@ -144,14 +147,12 @@ class TokenClassification(Labelled):
         def read(rows: Sequence[Row]) -> Split:
             cells = [row.cells.get(name) for row in rows]
             for row, cell in zip(rows, cells, strict=True):
-                if not isinstance(cell, str if in_lines else list):
-                    raise DataError(
-                        f"{origin}, {row.place}: column '{name}' holds no {'text' if in_lines else 'list of words'}"
-                    )
+                if in_lines and not isinstance(cell, str):
+                    raise DataError(f"{origin}, {row.place}: column '{name}' holds no text")
             if in_lines:
                 return Split([tuple(_NOT_BLANK.findall(str(line))) for line in cells], None, origin, [*map(str, cells)])
             places = [lambda row=row: f"{origin}, {row.place}" for row in rows]
-            texts = [_words(cell, name, place) for cell, place in zip(cells, places, strict=True)]
+            texts = [_parts(cell, "words", name, place) for cell, place in zip(cells, places, strict=True)]
             return Split(texts, None, origin)
 
         return read
@@ -248,15 +249,16 @@ class TokenClassification(Labelled):
         return [self.labels[number] for number in numbers]
 
     def _numbers(self, entities: Sequence[Entity], words: int, place: Callable[[], str]) -> list[int]:
-        """The tags of a sentence in the scheme of the labels; `I-` begins an entity where they have no `B-`."""
+        """The tags of a sentence in IOB2, as far as the labels of a stranger's checkpoint have them."""
         numbers = {label: number for number, label in enumerate(self.labels)}
-        tags = [numbers[OUTSIDE]] * words
+        tags: list[Any] = [numbers[OUTSIDE]] * words
         for kind, first, last in entities:
-            if f"I-{kind}" not in numbers:
+            if kind not in self.answers:
                 known = ", ".join(self.answers)
                 raise DataError(f"{place()}: '{kind}' is not among the kinds of entities trained on ({known})")
-            tags[first : last + 1] = [numbers[f"I-{kind}"]] * (last + 1 - first)
-            tags[first] = numbers.get(f"B-{kind}", tags[first])
+            begin, inside = (numbers.get(f"{part}-{kind}") for part in "BI")
+            tags[first : last + 1] = [begin if inside is None else inside] * (last + 1 - first)
+            tags[first] = inside if begin is None else begin
         return tags
 
     # -- on disk --------------------------------------------------------------------------------------------------------
@@ -385,18 +387,10 @@ def _first(guesses: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
     return next(((guess,) for guess in guesses if guess in columns), ())
 
 
-def _words(cell: Any, column: str, place: Callable[[], str]) -> tuple[str, ...]:
+def _parts(cell: Any, what: str, column: str, place: Callable[[], str]) -> tuple[str, ...]:
     if not isinstance(cell, (list, tuple)) or any(part is None or isinstance(part, (list, dict)) for part in cell):
-        raise DataError(f"{place()}: column '{column}' holds no list of words")
+        raise DataError(f"{place()}: column '{column}' holds no list of {what}")
     return tuple(str(part) for part in cell)
-
-
-def _tags(cell: Any, words: int, column: str, place: Callable[[], str]) -> list[str]:
-    if not isinstance(cell, (list, tuple)) or any(part is None or isinstance(part, (list, dict)) for part in cell):
-        raise DataError(f"{place()}: column '{column}' holds no list of tags")
-    if len(cell) != words:
-        raise DataError(f"{place()}: {len(cell)} tags for {words} words; every word needs one")
-    return [str(part) for part in cell]
 
 
 def _seen(logits: Tensor) -> Tensor:

@@ -44,10 +44,6 @@ class Task(Protocol):
         """The class of transformers that loads a model for it."""
 
     @property
-    def pipeline_tag(self) -> str:
-        """What transformers' pipelines and the hub call it."""
-
-    @property
     def metrics(self) -> tuple[str, ...]:
         """What `measure` gives beside `loss`; the first one chooses the best adapter."""
 

@@ -57,7 +57,6 @@ class SequenceClassification(Labelled):
 
     kind: ClassVar[str] = "sequence-classification"
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
-    pipeline_tag: ClassVar[str] = "text-classification"
 
     metrics: tuple[str, ...] = ("accuracy",)
     problem_type: str = SINGLE

@@ -51,7 +51,6 @@ class TokenClassification(Labelled):
 
     kind: ClassVar[str] = "token-classification"
     auto_model: ClassVar[str] = "AutoModelForTokenClassification"
-    pipeline_tag: ClassVar[str] = "token-classification"
     stratified: ClassVar[bool] = False
 
     metrics: tuple[str, ...] = ("f1", "precision", "recall", "accuracy")

@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -224,19 +226,17 @@ class TokenClassification(Labelled):
             if split.lines:
                 places = [found.span() for found in _NOT_BLANK.finditer(text)]
             else:
-                ends = [len(" ".join(words[: number + 1])) for number in range(len(words))]
-                places = [(end - len(word), end) for word, end in zip(words, ends, strict=True)]
+                ends = accumulate(len(word) + 1 for word in words)
+                places = [(end - 1 - len(word), end - 1) for word, end in zip(words, ends, strict=True)]
             best = torch.softmax(logits, dim=-1).amax(dim=-1).tolist()  # (words,)
             spans = [
-                _span(text, places, entity)
-                | {"score": round(sum(best[entity[1] : entity[2] + 1]) / (entity[2] + 1 - entity[1]), 6)}
+                _span(text, places, entity) | {"score": round(fmean(best[entity[1] : entity[2] + 1]), 6)}
                 for entity in entities_of(self._decided(logits))
             ]
             record: dict[str, Any] = {"prediction": spans, "text": text}
             if split.labels is not None:
-                record["label"] = [
-                    _span(text, places, entity) for entity in entities_of(self._named(split.labels[row]))
-                ]
+                gold = entities_of(self._named(split.labels[row]))
+                record["label"] = [_span(text, places, entity) for entity in gold]
             yield record
 
     def _decided(self, logits: Tensor) -> list[str]:
@@ -302,18 +302,10 @@ def entity_metrics(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]]
     """Micro averages over entities, and accuracy of words; 0 where there is nothing to count."""
     from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        list(gold), list(found), average="micro", zero_division=0
-    )
-    right = [
-        tag == other for row, others in zip(gold, found, strict=True) for tag, other in zip(row, others, strict=True)
-    ]
-    return {
-        "f1": float(f1),
-        "precision": float(precision),
-        "recall": float(recall),
-        "accuracy": sum(right) / max(len(right), 1),
-    }
+    columns = precision_recall_fscore_support(list(gold), list(found), average="micro", zero_division=0)
+    precision, recall, f1 = map(float, columns[:3])
+    right = [tag == other for rows in zip(gold, found, strict=True) for tag, other in zip(*rows, strict=True)]
+    return {"f1": f1, "precision": precision, "recall": recall, "accuracy": sum(right) / max(len(right), 1)}
 
 
 def by_kind(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,8 +105,6 @@ def encode(
     Raises:
         ModelError: the tokenizer cannot tell which tokens a word became.
     """
-    if of_words:
-        tokenizer = _for_words(tokenizer)
     limit = min(max_seq_length, tokenizer.model_max_length)
     kept = None
     if cache is not None and len(split) >= _ROWS_WORTH_KEEPING:
@@ -132,8 +129,11 @@ def _tokenise(
     texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, *, of_words: bool
 ) -> tuple[list[dict[str, list[int]]], int]:
     """Features of some rows, and how many were cut; of rows of words with the number of each token's word."""
-    columns = [[list(row) for row in texts]] if of_words else [list(column) for column in zip(*texts, strict=True)]
-    options = {"is_split_into_words": True} if of_words else {}
+    columns: list[list[Any]] = [list(column) for column in zip(*texts, strict=True)] if not of_words else []
+    options = {}
+    if of_words:
+        blank = _blank_before_words(tokenizer)
+        columns, options = [[[blank + word for word in row] for row in texts]], {"is_split_into_words": True}
     batch = tokenizer(*columns, truncation="longest_first", max_length=limit, **options)
     cut = 0
     full = [row for row, ids in enumerate(batch["input_ids"]) if len(ids) >= limit]
@@ -170,22 +170,19 @@ def _encoded(features: list[dict[str, list[int]]], split: Split, cut: int, limit
     return Encoded(features, split.labels, cut, limit, words, targets)
 
 
-def _for_words(tokenizer: Any) -> Any:
-    """A copy that tokenises every word as it stands in running text: with the blank before it, where that counts."""
+def _blank_before_words(tokenizer: Any) -> str:
+    """What a byte-level tokenizer must be given before each word, so that it sees it as in running text.
+
+    Raises:
+        ModelError: the tokenizer cannot tell which tokens a word became.
+    """
     if not tokenizer.is_fast:
         raise ModelError(
             f"{tokenizer.name_or_path}: its tokenizer cannot tell which tokens a word became; it needs a tokenizer.json"
         )
-    tokenizer = deepcopy(tokenizer)
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    steps = rules.get("pre_tokenizer") or {}
-    found = [step for step in (steps, *steps.get("pretokenizers", ())) if step.get("type") == "ByteLevel"]
-    if any(not step["add_prefix_space"] and step.get("use_regex", True) for step in found):
-        for step in found:
-            step["add_prefix_space"] = True
-        tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(rules))
-        tokenizer.add_prefix_space = True
-    return tokenizer
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()).get("pre_tokenizer") or {}
+    steps = [step for step in (rules, *rules.get("pretokenizers", ())) if step.get("type") == "ByteLevel"]
+    return " " if steps and not any(step["add_prefix_space"] for step in steps) else ""
 
 
 def collate(encoded: Encoded, rows: Sequence[int], tokenizer: Any) -> Batch:

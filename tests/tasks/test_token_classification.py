@@ -205,18 +205,22 @@ def test_words_come_back_from_the_cache(tokenizer: Any, tmp_path: Path) -> None:
     assert len(list((tmp_path / "tokens").iterdir())) == len(files) + 1
 
 
-def test_a_byte_level_tokenizer_sees_every_word_after_a_blank() -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+@pytest.mark.parametrize("form", ["as gpt2", "as llama 3", "with a blank of its own"])
+def test_a_byte_level_tokenizer_sees_every_word_after_a_blank(form: str) -> None:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     rules = Tokenizer(models.BPE(letters | {"<pad>": 300}, []))
-    rules.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rules.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=form.startswith("with"))
+    if form == "as llama 3":
+        split = pre_tokenizers.Split(Regex(r" ?[^\s']+|'\w"), "isolated")
+        rules.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, pad_token="<pad>", model_max_length=40)
-    found = task().encode(Split([("ab", "c")], None, "here"), tokenizer, 40)
-    assert tokenizer.convert_ids_to_tokens(found.features[0]["input_ids"]) == ["\u0120", "a", "b", "\u0120", "c"]
+    found = task().encode(Split([("ab", "c's")], None, "here"), tokenizer, 40)
+    expected = ["\u0120", "a", "b", "\u0120", "c", "'", "s"]
+    assert tokenizer.convert_ids_to_tokens(found.features[0]["input_ids"]) == expected == tokenizer(" ab c's").tokens()
     assert (found.words, found.targets, found.weights) == ([[0, 3]], None, [1.0])
-    assert tokenizer("ab c").tokens() == ["a", "b", "\u0120", "c"]  # the one given is as it was
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

@@ -54,7 +54,7 @@ class RunConfig:
         None, "A task of GLUE's (cola, sst2, mrpc, qqp, stsb, mnli, ...), or the sample opinions."
     )
     task_type: TaskType | None = _setting(
-        None, "Of own data: sequence-classification or token-classification; found in the data without."
+        None, "Kind of task for your own data: sequence-classification or token-classification; detected by default."
     )
     data_dir: str | None = _setting(None, "Folder with train.* and validation.*, or one saved by datasets.")
     train_file: str | None = _setting(None, "Training file (jsonl, json, csv, tsv, parquet, conll).")
@@ -66,7 +66,7 @@ class RunConfig:
     validation_share: Annotated[float, Gt(0.0), Lt(1.0)] | None = _setting(
         None, "Share of the training rows held out without validation data; 0.1 without."
     )
-    text_columns: tuple[str, ...] | None = _setting(None, "One or two text columns, as in: sentence1,sentence2; or the column of words.")
+    text_columns: tuple[str, ...] | None = _setting(None, "One or two text columns (sentence1,sentence2), or the column of words.")
     label_column: str | None = _setting(None, "Label column.")
     label_separator: str | None = _setting(None, "What stands between labels where several apply, as in: a;b.")
     problem_type: ProblemType | None = _setting(

@@ -108,7 +108,7 @@ def loader(config: RunConfig, folder: Path, rounds: int, steps: int, *, small: b
 def load(prepared: Prepared, config: RunConfig) -> list[Batch]:
     """The batches of the first epoch, by what the training calls."""
     updates = batches.plan_epoch(prepared.train.lengths, config.per_device_train_batch_size, seed=config.seed, epoch=0)
-    return [collate(prepared.train, rows, prepared.tokenizer) for rows in updates]
+    return [collate(prepared.train, rows, prepared.tokenizer)[:2] for rows in updates]
 
 
 def count(some: Sequence[Batch]) -> int:

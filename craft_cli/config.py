@@ -19,6 +19,7 @@ from craft_cli.errors import ConfigError, nearest
 
 Positive = Annotated[int, Gt(0)]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+TaskType = Literal["sequence-classification", "token-classification"]
 Rate = Annotated[float, Ge(0.0), Lt(math.inf)]
 
 
@@ -73,8 +74,11 @@ class RunConfig(LoraOptions, CraftOptions):
     task: str | None = _setting(
         None, "A task of GLUE's (cola, sst2, mrpc, qqp, stsb, mnli, ...), or the sample opinions."
     )
+    task_type: TaskType | None = _setting(
+        None, "Kind of task for your own data: sequence-classification or token-classification; detected by default."
+    )
     data_dir: str | None = _setting(None, "Folder with train.* and validation.*, or one saved by datasets.")
-    train_file: str | None = _setting(None, "Training file (jsonl, json, csv, tsv, parquet).")
+    train_file: str | None = _setting(None, "Training file (jsonl, json, csv, tsv, parquet, conll).")
     validation_file: str | None = _setting(None, "Validation file; without, a share of the training rows is held out.")
     dataset_name: str | None = _setting(None, "Data set on the hub.")
     dataset_config_name: str | None = _setting(None, "Its configuration.")
@@ -83,7 +87,9 @@ class RunConfig(LoraOptions, CraftOptions):
     validation_share: Annotated[float, Gt(0.0), Lt(1.0)] | None = _setting(
         None, "Share of the training rows held out without validation data; 0.1 without."
     )
-    text_columns: tuple[str, ...] | None = _setting(None, "One or two text columns, as in: sentence1,sentence2.")
+    text_columns: tuple[str, ...] | None = _setting(
+        None, "One or two text columns (sentence1,sentence2), or the column of words."
+    )
     label_column: str | None = _setting(None, "Label column.")
     label_separator: str | None = _setting(None, "What stands between labels where several apply, as in: a;b.")
     problem_type: ProblemType | None = _setting(

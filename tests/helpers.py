@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import (
+    WORDS,
     classifier,
     shake,
     token_batch,
@@ -28,7 +30,7 @@ import craft_cli as craft
 from craft_cli.config import RunConfig
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.errors import DataError
-from craft_cli.tasks.base import Task
+from craft_cli.tasks.sequence_classification import SequenceClassification as Task
 from craft_cli.tasks.splits import load_splits
 from craft_cli.training.checkpoint import read_checkpoint
 from craft_cli.training.progress import Listener, Plan
@@ -200,6 +202,7 @@ def own(train: str, validation: str | None = None, **settings: Any) -> tuple[Tas
     """The splits of files, as `craft train --train-file` reads them."""
     parts = ["train", "validation"] if validation else ["train"]
     loaded = load_splits(DataSource(train_file=train, validation_file=validation, **settings), parts)
+    assert isinstance(loaded.task, Task)
     return loaded.task, list(loaded.splits.values())
 
 
@@ -230,3 +233,28 @@ def full_disk(size: int = 2000) -> Iterator[None]:
 
 def leftovers() -> list[Path]:
     return [path for path in Path().rglob("*") if path.name.endswith((".part", ".old"))]
+
+
+def conll(sentences: Sequence[tuple[Sequence[str], Sequence[str]]], separator: str = "\t", end: str = "\n") -> str:
+    return end.join(
+        "".join(f"{word}{separator}{tag}{end}" for word, tag in zip(words, tags, strict=True))
+        for words, tags in sentences
+    )
+
+
+def sentences(count: int, seed: int) -> list[tuple[list[str], list[str]]]:
+    """Sentences of very different numbers of words, whose entities can be learned from their words."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(count):
+        words: list[str] = []
+        tags: list[str] = []
+        for _ in range(draw.choice((1, 2, 3, 12))):
+            kind, word, more = draw.choice(
+                (("O", WORDS[draw.randrange(9)], ""), ("plus", "great", "good"), ("minus", "awful", "bad"))
+            )
+            words, tags = [*words, word], [*tags, "O" if kind == "O" else f"B-{kind}"]
+            if more and draw.random() < 0.5:
+                words, tags = [*words, more], [*tags, f"I-{kind}"]
+        made.append((words, tags))
+    return made

@@ -17,6 +17,7 @@ from typer.main import get_command
 from craft_cli.cli import app
 from craft_cli.config import RunConfig
 from craft_cli.data import batches
+from craft_cli.training.schedule import Timetable
 from craft_cli.training.setup import prepare
 from craft_cli.tucker import gram_matrix, hosvd
 
@@ -121,7 +122,7 @@ def test_data_loads_the_batches_of_the_training_and_its_other_arm_is_random(monk
     benchmark = runpy.run_path(str(BENCHMARKS / "data.py"))
     config = RunConfig.build({"model": "demo", "task": "opinions", "max_train_samples": 90, "num_train_epochs": 1})
     prepared = prepare(config, lambda what, done, total: None)
-    timetable = batches.Timetable(config, prepared.train.lengths, config.per_device_train_batch_size)
+    timetable = Timetable(config, prepared.train.lengths, config.per_device_train_batch_size)
     loaded = benchmark["load"](prepared, config)
     for (inputs, gold), rows in zip(loaded, timetable.updates(0), strict=True):
         ids = [prepared.train.features[row]["input_ids"] for row in rows]

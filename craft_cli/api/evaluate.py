@@ -1,19 +1,21 @@
-"""Use-case: evaluate a run, an adapter, or any checkpoint for sequence classification."""
+"""Use-case: evaluate a run, an adapter, or any checkpoint with a trained head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from craft_cli.api.predictor import load_subject
+from craft_cli.api.predictor import load_predictor
 from craft_cli.data.sources import VALIDATION, DataSource
 from craft_cli.data.writers import write_records
 from craft_cli.errors import DataError
 from craft_cli.tasks.metrics import renamed
-from craft_cli.tasks.sequence_classification import _tables, decide, measure, records
 from craft_cli.tasks.splits import load_splits
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Evaluation:
         examples: how many rows were counted, each once.
         labels: names, in the order of the confusion matrix.
         confusion: rows by gold label (down) and predicted label (across); of one label a row only.
-        by_label: precision, recall, f1 and support of each label; not of a regression.
+        by_label: precision, recall, f1 and support of each label or kind of entity; not of a regression.
         predictions: the file written.
     """
 
@@ -70,12 +72,12 @@ def evaluate(
         ConfigError: a checkpoint needs a task or files.
         CraftError: the model or the data cannot be used.
     """
-    subject = load_subject(path, use_cpu=use_cpu)
-    loaded = load_splits(subject.source(source or DataSource()), [split], subject.task())
+    predictor = load_predictor(path, use_cpu=use_cpu)
+    loaded = load_splits(predictor.source(source or DataSource()), [split], predictor.task)
     task = loaded.task
     metrics: dict[str, float] = {}
     gold: list[Any] = []
-    found: list[Any] = []
+    every: list[Tensor] = []
     rows: list[dict[str, Any]] = []
     for name, whole in loaded.splits.items():
         part = whole.first(max_eval_samples)
@@ -83,20 +85,21 @@ def evaluate(
             raise DataError(
                 f"{part.origin} keeps its labels hidden: craft eval --split test --submission FILE, or craft predict"
             )
-        logits = subject.logits(subject.encode(part, max_seq_length), task.labels, per_device_eval_batch_size, progress)
-        metrics |= renamed(measure(logits, part.labels, task, subject.threshold), name, loaded.splits)
+        encoded = predictor.encode(part, task, max_seq_length)
+        scores = predictor.scores(encoded, task, per_device_eval_batch_size, progress)
+        metrics |= renamed(task.measure(scores, part.labels), name, loaded.splits)
         gold += part.labels
-        found += decide(logits, task.problem_type, subject.threshold)
+        every += scores
         if predictions:
-            rows += records(logits, task, subject.threshold, part.labels)
+            rows += task.records(scores, part)
     if predictions:
         write_records(Path(predictions), rows)
     return Evaluation(
-        subject=subject.name,
+        subject=predictor.name,
         data=" and ".join(part.origin for part in loaded.splits.values()),
         metrics=metrics,
         examples=len(gold),
         labels=task.labels,
         predictions=str(predictions) if predictions else None,
-        **_tables(task, gold, found),
+        **task.tables(every, gold),
     )

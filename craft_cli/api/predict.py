@@ -8,13 +8,10 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
-from craft_cli.api.predictor import load_subject
-from craft_cli.data.readers import SUFFIXES, TEXT, Row, read_rows, read_stdin
-from craft_cli.data.sources import Split
+from craft_cli.api.predictor import load_predictor
+from craft_cli.data.readers import SUFFIXES, TEXT, read_rows, read_stdin
 from craft_cli.data.writers import RecordWriter, format_of, open_records
 from craft_cli.errors import DataError
-from craft_cli.tasks.sequence_classification import records
-from craft_cli.tasks.splits import guess_texts, text_of
 
 STDIN = "-"
 _BATCHES_AT_ONCE = 16
@@ -37,8 +34,8 @@ def predict(
 
     Args:
         path: a run, an adapter, a checkpoint's folder or a hub id; the latest run without.
-        input: a file (jsonl, csv, tsv, parquet, or txt with a text a line), or `-` for texts a line on standard input. A
-            pair in one line is divided by a tab.
+        input: a file (jsonl, csv, tsv, parquet, conll, or txt with a text a line), or `-` for texts a line on standard
+            input. A pair in one line is divided by a tab.
         output: the file to write (.jsonl or .csv); standard output without.
         output_format: `jsonl` or `csv`, where the file's name does not say it.
         text_columns: as in training without, or as columns are usually called.
@@ -63,43 +60,20 @@ def predict(
     first = next(rows, None)  # a missing file is told before a model is loaded
     if first is None:
         raise DataError(f"{origin} holds no rows")
-    subject = load_subject(path, use_cpu=use_cpu)
-    task = subject.task()
-    is_text = origin == "standard input" or Path(origin).suffix == TEXT
-    columns = _columns(first, origin, text_columns or task.text_columns, is_text=is_text)
-    pairs = len(task.text_columns) == 2
+    predictor = load_predictor(path, use_cpu=use_cpu)
+    task = predictor.task
+    plain = origin == "standard input" or Path(origin).suffix == TEXT
+    read = task.reader(first, origin, plain=plain, columns=text_columns or ())
     size = per_device_eval_batch_size * (1 if str(input) == STDIN else _BATCHES_AT_ONCE)
     rows, done = chain([first], rows), 0
     with _writer(output, kind) as writer:
         while block := list(islice(rows, size)):
-            texts = [_texts(row, columns, origin, divide=is_text and pairs) for row in block]
-            encoded = subject.encode(Split(texts, None, origin), max_seq_length)
-            logits = subject.logits(encoded, task.labels, per_device_eval_batch_size)
-            writer.write(records(logits, task, subject.threshold))
+            split = read(block)
+            scores = predictor.scores(predictor.encode(split, task, max_seq_length), task, per_device_eval_batch_size)
+            writer.write(task.records(scores, split))
             done += len(block)
             progress(done)
     return done
-
-
-def _columns(first: Row, origin: str, wanted: Sequence[str], *, is_text: bool) -> tuple[str, ...]:
-    if is_text:
-        return ("text",)
-    if wanted and all(column in first.cells for column in wanted):
-        return tuple(wanted)
-    found = guess_texts(list(first.cells))
-    if not found or (wanted and len(wanted) != len(found)):
-        needed = f"no columns {' and '.join(wanted)}" if wanted else "no column that is usually a text"
-        raise DataError(f"{origin} has {needed}; it has {', '.join(first.cells)} (choose with --text-columns)")
-    return found
-
-
-def _texts(row: Row, columns: Sequence[str], origin: str, *, divide: bool) -> tuple[str, ...]:
-    if divide:
-        first, tab, second = row.cells["text"].partition("\t")
-        if not tab:
-            raise DataError(f"{origin}, {row.place}: this model takes two texts; put a tab between them")
-        return first, second
-    return tuple(text_of(row.cells.get(column), column, lambda: f"{origin}, {row.place}") for column in columns)
 
 
 @contextmanager

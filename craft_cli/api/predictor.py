@@ -1,8 +1,8 @@
-"""Logits of rows: of any model in memory, and of whatever can be named on the command line."""
+"""A trained model that answers: whatever can be named on the command line, and whatever it was trained for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,21 @@ from torch import Tensor
 
 from craft_cli.data.batches import length_sorted_batches
 from craft_cli.data.sources import DataSource, Split
-from craft_cli.data.tokens import Encoded, encode
+from craft_cli.data.tokens import Encoded
 from craft_cli.errors import ConfigError
 from craft_cli.methods.adapter_folder import read_record
 from craft_cli.methods.attach import ModelAdapter, load
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import resolve
 from craft_cli.models.loading import load_model, load_tokenizer
-from craft_cli.tasks.base import MULTI, NUMBER, OWN, OWN_METRICS, REGRESSION, SINGLE, Task
-from craft_cli.tasks.glue import task_named
+from craft_cli.tasks import kind_of_model
+from craft_cli.tasks.base import Task
 from craft_cli.tasks.inference import in_order, predict_batches
-from craft_cli.tasks.sequence_classification import align_labels
 from craft_cli.training.run import find_adapter, find_run
 
 
 @dataclass
-class Subject:
+class Predictor:
     """A trained model, ready to be asked.
 
     Attributes:
@@ -35,7 +34,7 @@ class Subject:
         model: on its device.
         tokenizer: the base's.
         device: where it computes.
-        labels: names of its outputs, in the order of its head.
+        task: what it was trained for; of a checkpoint, what its head looks like.
         record: what it was trained on, where that is known (runs and adapters).
     """
 
@@ -43,34 +42,8 @@ class Subject:
     model: Any
     tokenizer: Any
     device: torch.device
-    labels: tuple[str, ...]
+    task: Task
     record: Mapping[str, Any]
-
-    @property
-    def problem_type(self) -> str:
-        """Of the record, of the configuration, or what one output and several usually mean."""
-        told = self.record.get("problem_type") or self.model.config.problem_type
-        return told or (REGRESSION if len(self.labels) == 1 else SINGLE)
-
-    @property
-    def threshold(self) -> float:
-        """Above it a label applies, where several can."""
-        return float(self.record.get("threshold", 0.5))
-
-    def task(self) -> Task:
-        """What it was trained for; of a checkpoint, what its head looks like."""
-        if self.record.get("task", OWN.name) != OWN.name:
-            return task_named(self.record["task"])
-        problem, data = self.problem_type, self.record.get("data", {})
-        return Task(
-            OWN.name,
-            tuple(data.get("text_columns") or ()),
-            NUMBER if problem == REGRESSION else tuple(self.record.get("labels") or self.labels),
-            OWN_METRICS[problem],
-            problem,
-            data.get("label_column") or "label",
-            (data.get("label_separator") or ",") if problem == MULTI else None,
-        )
 
     def source(self, given: DataSource) -> DataSource:
         """The data of its training, overridden by what is given."""
@@ -87,26 +60,26 @@ class Subject:
             raise ConfigError(f"{self.name}: on which data? Give --task, --data-dir or --validation-file")
         return source
 
-    def encode(self, split: Split, max_seq_length: int | None = None) -> Encoded:
+    def encode(self, split: Split, task: Task, max_seq_length: int | None = None) -> Encoded:
         """Token ids, at the length of its training where none is given."""
         limit = max_seq_length or int(self.record.get("max_seq_length", 128))
-        return encode(split, self.tokenizer, limit)
+        return task.encode(split, self.tokenizer, limit)
 
-    def logits(
+    def scores(
         self,
         encoded: Encoded,
-        labels: Sequence[str],
+        task: Task,
         batch_size: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Tensor:
-        """Logits (rows, labels) in the order of the rows and of these label names; each row is computed once."""
-        aligned = align_labels(labels, None if self.problem_type == REGRESSION else self.model.config.id2label)
+    ) -> list[Tensor]:
+        """The scores of a task of the same labels, in the order of the rows; each row is computed once."""
+        fitted = task.on_head(self.model.config)
         batches = length_sorted_batches(encoded, batch_size)
-        outputs = predict_batches(self.model, encoded, batches, self.tokenizer, self.device, progress)
-        return in_order(outputs, batches, len(encoded))[:, [aligned.index(name) for name in labels]]
+        outputs = predict_batches(self.model, fitted, encoded, batches, self.tokenizer, self.device, progress)
+        return in_order(outputs, batches, len(encoded))
 
 
-def load_subject(path: str | Path | None = None, *, use_cpu: bool = False) -> Subject:
+def load_predictor(path: str | Path | None = None, *, use_cpu: bool = False) -> Predictor:
     """A run, an adapter, a checkpoint's folder or a hub id; the latest run without.
 
     Raises:
@@ -118,21 +91,23 @@ def load_subject(path: str | Path | None = None, *, use_cpu: bool = False) -> Su
     if adapter_path:
         model, adapter, checkpoint = load_adapted(adapter_path)
         record = adapter.training_record
+        kind = kind_of_model(record, [adapter.architecture])
     else:
         checkpoint = resolve(str(path or found))
-        model, fresh = load_model(checkpoint, "AutoModelForSequenceClassification")
+        kind = kind_of_model({}, checkpoint.config().architectures)
+        model, fresh = load_model(checkpoint, str(kind.auto_model))
         if fresh:
             raise ConfigError(f"{found} has no trained head ({', '.join(fresh)} would be random): train it first")
     tokenizer = load_tokenizer(checkpoint)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
-    labels = tuple(model.config.id2label[number] for number in range(model.config.num_labels))
-    return Subject(str(path or found), model.to(device), tokenizer, device, labels, record)
+    task = kind.of_record(record, model.config)
+    return Predictor(str(path or found), model.to(device), tokenizer, device, task, record)
 
 
 def load_adapted(path: Path, dtype: torch.dtype | str = torch.float32) -> tuple[Any, ModelAdapter, Checkpoint]:
-    """An adapter's base model with the adapter and its head on it.
+    """An adapter's base model, of the class that was trained, with the adapter and its head on it.
 
     Raises:
         FileError: the adapter is missing or damaged.
@@ -140,8 +115,13 @@ def load_adapted(path: Path, dtype: torch.dtype | str = torch.float32) -> tuple[
     """
     record = read_record(path)
     checkpoint = resolve(record["base_model"]["model"], record["base_model"]["revision"])
-    labels = {int(number): label for number, label in record["model"]["id2label"].items()}
-    options = {"num_labels": len(labels), "id2label": labels, "label2id": {name: n for n, name in labels.items()}}
-    model, _ = load_model(checkpoint, record["model"]["architecture"], options, dtype)
-    model.config.pad_token_id = record["model"]["pad_token_id"]
+    trained = record["model"]
+    names = {int(number): name for number, name in trained["id2label"].items()}
+    options = {
+        "num_labels": trained["num_labels"],
+        "id2label": names,
+        "label2id": {name: number for number, name in names.items()},
+    }
+    model, _ = load_model(checkpoint, trained["architecture"], options, dtype)
+    model.config.pad_token_id = trained["pad_token_id"]
     return model, load(model, path), checkpoint

@@ -11,13 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from craft_cli.api.predictor import load_subject
+from craft_cli.api.predictor import load_predictor
 from craft_cli.data.sources import TEST, DataSource, Split
 from craft_cli.errors import ConfigError, DataError
 from craft_cli.files import write_bytes
-from craft_cli.tasks.base import Task
-from craft_cli.tasks.glue import TASKS, _answers, _zipped
-from craft_cli.tasks.sequence_classification import decide
+from craft_cli.tasks.glue import TASKS, Task, server_answers, zipped
 from craft_cli.tasks.splits import load_splits
 
 
@@ -67,22 +65,18 @@ def submit(
         raise ConfigError(f"--submission: {output}: the server takes a .zip")
     answers: dict[str, list[str]] = {}
     for path in paths:
-        subject = load_subject(path, use_cpu=use_cpu)
-        trained = subject.task()
-        if trained.server is None:
-            raise ConfigError(f"{subject.name} was trained on '{trained.name}', which is no task of GLUE's")
-        where = subject.source(source or DataSource())
+        predictor = load_predictor(path, use_cpu=use_cpu)
+        trained = TASKS.get(predictor.task.name)
+        if trained is None or trained.server is None:
+            raise ConfigError(f"{predictor.name} was trained on '{predictor.task.name}', which is no task of GLUE's")
+        where = predictor.source(source or DataSource())
         for task in (trained, TASKS["ax"]) if trained.name == "mnli" else (trained,):
             for name, split in _test_sets(task, trained, where).items():
                 if name in answers:
-                    raise ConfigError(f"{subject.name}: {name} is answered by a run before it; give one run a task")
-                logits = subject.logits(
-                    subject.encode(split.first(max_eval_samples), max_seq_length),
-                    task.labels,
-                    per_device_eval_batch_size,
-                    progress,
-                )
-                answers[name] = _answers(decide(logits, task.problem_type), task)
+                    raise ConfigError(f"{predictor.name}: {name} is answered by a run before it; give one run a task")
+                encoded = predictor.encode(split.first(max_eval_samples), task, max_seq_length)
+                scores = predictor.scores(encoded, task, per_device_eval_batch_size, progress)
+                answers[name] = server_answers(task.decide(scores), task)
     predicted = {name: len(rows) for name, rows in answers.items()}
     filled = {}
     for task in TASKS.values():
@@ -90,8 +84,8 @@ def submit(
             done = answers.setdefault(name, [])
             if len(done) < rows:
                 filled[name] = rows - len(done)
-                done += _answers([0] * (rows - len(done)), task)
-    write_bytes(Path(output).expanduser(), _zipped(answers))
+                done += server_answers([0] * (rows - len(done)), task)
+    write_bytes(Path(output).expanduser(), zipped(answers))
     return Submission(str(output), predicted, filled)
 
 

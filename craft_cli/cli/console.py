@@ -208,9 +208,14 @@ class TrainingConsole:
         self._bar("evaluating", done, total)
 
     def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float], *, best: bool) -> None:
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        parts = [f"{name} {value:.4f}" for name, value in metrics.items()]
         self._metric = "  " + "  ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[:1])
-        err.print(f"epoch {epoch:<5.3g} {shown}{'  [green]best so far[/]' if best else ''}")
+        lines = [f"epoch {epoch:<5.3g}"]
+        for part in [*parts, *(["best so far"] if best else [])]:
+            if err.is_terminal and len(f"{lines[-1]}  {part}") > err.width:  # no value apart from its name
+                lines.append(" " * 10)
+            lines[-1] += f"{' ' if len(lines[-1]) == 11 else '  '}{part}"
+        err.print("\n".join(lines).replace("best so far", "[green]best so far[/]"), soft_wrap=True)
 
     def noticed(self, what: str) -> None:
         note(what)

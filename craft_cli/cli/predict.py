@@ -17,7 +17,10 @@ def command(
         str | None, typer.Argument(help="Run, adapter, checkpoint or hub id.", show_default="the latest run")
     ] = None,
     input: Annotated[
-        str, typer.Option("--input", "-i", metavar="FILE", help="Texts: jsonl, csv, tsv, parquet, txt; - reads lines.")
+        str,
+        typer.Option(
+            "--input", "-i", metavar="FILE", help="Texts: jsonl, csv, tsv, parquet, conll, txt; - reads lines."
+        ),
     ] = "-",
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FILE", help="File to write.", show_default="stdout")
@@ -27,7 +30,7 @@ def command(
     ] = None,
     **settings: Any,
 ) -> None:
-    """Predict for texts without labels: a row for each, with the score of every label."""
+    """Predict for texts without labels: a row for each, with its answer and scores."""
     from craft_cli.cli import console
     from craft_cli.config import parse_settings
 

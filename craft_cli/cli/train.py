@@ -23,7 +23,7 @@ def command(
     json: JsonFlag = False,
     **settings: Any,
 ) -> None:
-    """Fine-tune a sequence classifier: transforms over frozen factors, and the task head."""
+    """Fine-tune a transformer for texts or words with labels: a small adapter, and the task head."""
     from craft_cli.cli import console
     from craft_cli.config import RunConfig, load_recipe
 

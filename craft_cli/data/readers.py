@@ -1,4 +1,4 @@
-"""Rows out of files, one after another: jsonl, json, csv, tsv, parquet and plain text, from a path or standard input.
+"""Rows out of files, one after another: jsonl, json, csv, tsv, parquet, CoNLL and plain text, from a path or stdin.
 
 One reader serves training and prediction. It never holds a file whole (but json, which is one value), names the line of
 whatever it cannot read, and keeps every cell of a csv as the text it is: "007" stays "007" and "NA" stays "NA".
@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from craft_cli.errors import DataError
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+CONLL = ".conll"
+"""A word a line with its tag in the last column, an empty line between sentences: rows of `tokens` and `tags`."""
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", CONLL)
 TEXT = ".txt"
-"""A text a line; only for prediction, as it holds no labels."""
+"""A text a line for prediction, which needs no labels; CoNLL where labels are needed."""
 
 _DIALECTS: dict[str, Any] = {
     ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL, "strict": True},
@@ -32,8 +36,8 @@ class Row(NamedTuple):
     cells: dict[str, Any]
 
 
-def read_rows(path: Path, kinds: Sequence[str] = SUFFIXES) -> Iterator[Row]:
-    """The rows of a file whose name ends in one of `kinds`.
+def read_rows(path: Path, kinds: Sequence[str] = SUFFIXES, kind: str | None = None) -> Iterator[Row]:
+    """The rows of a file whose name ends in one of `kinds`, in the format of that ending or of `kind`.
 
     Raises:
         DataError: it is missing, empty, of an unknown kind, or a row cannot be read (file and line named).
@@ -45,7 +49,7 @@ def read_rows(path: Path, kinds: Sequence[str] = SUFFIXES) -> Iterator[Row]:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
     with open(path, "rb") as file:
-        yield from rows_of(file, path.suffix, str(path))
+        yield from rows_of(file, kind or path.suffix, str(path))
 
 
 def read_stdin(kind: str) -> Iterator[Row]:
@@ -73,6 +77,8 @@ def rows_of(file: BinaryIO, kind: str, origin: str) -> Iterator[Row]:
         return _jsonl(lines, origin)
     if kind in _DIALECTS:
         return _separated(lines, kind, origin)
+    if kind == CONLL:
+        return _conll(lines, origin)
     return (Row(f"line {number}", {"text": text.rstrip("\r\n")}) for number, text in lines)
 
 
@@ -131,6 +137,37 @@ def _separated(lines: Iterable[tuple[int, str]], kind: str, origin: str) -> Iter
     except csv.Error as error:
         reason = "a quote is opened and never closed" if "end of data" in str(error) else str(error)
         raise DataError(f"{origin}, line {start}: {reason}") from error
+
+
+def holds_tags(path: Path) -> bool:
+    """Whether a text file begins with words and their tags, as CoNLL's do, and not with texts."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        lines = [line.split() for line in islice(file, 200)]
+    return any(len(line) > 1 and re.fullmatch(rb"O|[BIESLU][-_].+", line[-1]) for line in lines)
+
+
+def _conll(lines: Iterable[tuple[int, str]], origin: str) -> Iterator[Row]:
+    """The sentences of a file; without a second column they have no tags. Lines of `-DOCSTART-` divide documents."""
+    words: list[str] = []
+    tags: list[str] = []
+    start, tagged = 0, None
+    for number, text in chain(lines, [(0, "")]):
+        line = text.strip(" \t\r\n")
+        if line and not line.startswith("-DOCSTART-"):
+            fields = line.split("\t") if "\t" in line else re.split(" +", line)
+            if tagged is None:
+                tagged = len(fields) > 1
+            if tagged != (len(fields) > 1):
+                found = "has none" if tagged else f"has one, '{fields[-1]}'"
+                raise DataError(f"{origin}, line {number}: every word needs a tag in the last column, or none; '{fields[0]}' {found}")  # fmt: skip
+            start = start or number
+            words.append(fields[0].strip(" "))
+            tags += [fields[-1].strip(" ")] if tagged else []
+        elif words:
+            yield Row(f"line {start}", {"tokens": words, "tags": tags} if tagged else {"tokens": words})
+            words, tags, start = [], [], 0
 
 
 def _parquet(file: BinaryIO, origin: str) -> Iterator[Row]:

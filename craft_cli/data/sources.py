@@ -1,9 +1,9 @@
-"""From files, saved data sets or the hub to texts and gold labels."""
+"""Where rows lie: files, saved data sets, the hub; and the rows of a split, whatever they mean."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from craft_cli.data.tables import (
     split_files,
 )
 from craft_cli.errors import DataError
-from craft_cli.tasks.base import Task
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -29,6 +28,7 @@ class DataSource:
     """Where rows come from; the fields are the settings of the same names."""
 
     task: str | None = None
+    task_type: str | None = None
     data_dir: str | None = None
     train_file: str | None = None
     validation_file: str | None = None
@@ -69,19 +69,42 @@ class DataSource:
 
 
 @dataclass(frozen=True)
-class Split:
-    """Rows of one split.
+class Home:
+    """Where a known task has its rows, and what its splits are called.
 
     Attributes:
-        texts: for each row one text or two.
-        labels: gold of each row: the number of its label in the task's `labels`, a real number for a regression, a 0.0 or
-            1.0 for every label where several apply. None if they are not known.
+        hub: data set on the hub, with its configuration.
+        sample: folder below `craft_cli/samples`, for data that ships with craft.
+        train: split to train on; None for a task that is only evaluated.
+        validation: splits to evaluate on; the first one chooses the best adapter.
+        test: splits to predict for.
+    """
+
+    hub: tuple[str, str] | None = None
+    sample: str | None = None
+    train: str | None = TRAIN
+    validation: tuple[str, ...] = (VALIDATION,)
+    test: tuple[str, ...] = (TEST,)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one split, as a task has read them.
+
+    Attributes:
+        texts: for each row its parts: one text or two, or the words of a sentence.
+        labels: gold of each row, as the task wants it: a number, a number for each label, or a number for each word. None
+            if it is not known.
         origin: file or hub name, for messages.
+        lines: for each row the line that its words come from, where there was one.
+        note: what the user should know of how it was read.
     """
 
     texts: list[tuple[str, ...]]
     labels: list[Any] | None
     origin: str
+    lines: list[str] | None = None
+    note: str = field(default="", compare=False)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -92,8 +115,13 @@ class Split:
 
     def select(self, rows: Sequence[int], part: str = "") -> Split:
         """Only these rows; `part` says which, for messages."""
-        labels = None if self.labels is None else [self.labels[row] for row in rows]
-        return Split([self.texts[row] for row in rows], labels, self.origin + part)
+        return replace(
+            self,
+            texts=[self.texts[row] for row in rows],
+            labels=None if self.labels is None else [self.labels[row] for row in rows],
+            origin=self.origin + part,
+            lines=None if self.lines is None else [self.lines[row] for row in rows],
+        )
 
 
 def hold_out(split: Split, share: float, seed: int, *, stratify: bool) -> tuple[list[int], list[int]]:
@@ -118,20 +146,20 @@ def hold_out(split: Split, share: float, seed: int, *, stratify: bool) -> tuple[
 # -- where the splits are ------------------------------------------------------------------------------------------------
 
 
-def _split_names(source: DataSource, task: Task, part: str) -> list[str]:
+def split_names(source: DataSource, home: Home, part: str) -> list[str]:
     """What the splits of a part are called: MNLI has two to evaluate on, where they are not given as one file."""
     if part == TRAIN:
         return [TRAIN]
     if part == TEST:
-        return list(dict.fromkeys(split for split, _ in task.server.values())) if task.server else [TEST]
+        return list(home.test)
     if source.validation_file:
         return [VALIDATION]
     folder = Path(source.data_dir).expanduser() if source.data_dir else None
-    there = [name for name in task.validation if folder is None or is_saved(folder) or split_files(folder, name)]
+    there = [name for name in home.validation if folder is None or is_saved(folder) or split_files(folder, name)]
     return there or [VALIDATION]
 
 
-def _has_validation(source: DataSource) -> bool:
+def has_validation(source: DataSource) -> bool:
     """Whether the user's own data has rows to evaluate on; else some of the training rows are held out."""
     if source.data_dir:
         folder = Path(source.data_dir).expanduser()
@@ -145,7 +173,12 @@ def _has_validation(source: DataSource) -> bool:
     return source.validation_file is not None
 
 
-def _table(source: DataSource, task: Task, split: str) -> Table:
+def read_split(source: DataSource, home: Home, split: str) -> Table:
+    """The table of a split.
+
+    Raises:
+        DataError: it is missing or cannot be read.
+    """
     given = source.train_file if split == TRAIN else source.validation_file if split.startswith(VALIDATION) else None
     renamed = source.train_split if split == TRAIN else source.validation_split if split == VALIDATION else None
     if given:
@@ -153,15 +186,12 @@ def _table(source: DataSource, task: Task, split: str) -> Table:
     if source.data_dir:
         folder = Path(source.data_dir).expanduser()
         return saved_table(folder, renamed or split) if is_saved(folder) else read_file(split_file(folder, split))
-    if task.sample:
-        shipped = Path(__file__).parent.parent / "samples" / task.sample / f"{split}.jsonl"
-        return replace(read_file(shipped), origin=f"the shipped sample {task.sample}, {split}")
-    if source.dataset_name or task.hub:
+    if home.sample:
+        shipped = Path(__file__).parent.parent / "samples" / home.sample / f"{split}.jsonl"
+        return replace(read_file(shipped), origin=f"the shipped sample {home.sample}, {split}")
+    if source.dataset_name or home.hub:
         name, config = (
-            (source.dataset_name, source.dataset_config_name) if source.dataset_name else task.hub or ("", "")
+            (source.dataset_name, source.dataset_config_name) if source.dataset_name else home.hub or ("", "")
         )
         return hub_table(str(name), config, renamed or split)
     raise DataError(f"no {split} data: give --data-dir or --{split}-file")
-
-
-# -- columns ------------------------------------------------------------------------------------------------------------

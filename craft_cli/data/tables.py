@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from craft_cli.data.readers import SUFFIXES, read_rows
+from craft_cli.data.readers import CONLL, SUFFIXES, TEXT, holds_tags, read_rows
 from craft_cli.errors import DataError
 
 WHOLE = "train"
@@ -39,7 +39,8 @@ def read_file(path: Path) -> Table:
     Raises:
         DataError: it is missing, empty, of an unknown kind, or a row cannot be read (file and line named).
     """
-    rows = list(read_rows(path))
+    tagged = path.suffix == TEXT and holds_tags(path)
+    rows = list(read_rows(path, (*SUFFIXES, TEXT), CONLL) if tagged else read_rows(path))
     if not rows:
         raise DataError(f"{path} holds no rows")
     columns = list(dict.fromkeys(name for row in rows for name in row.cells))
@@ -60,15 +61,17 @@ def _of_dataset(dataset: Any, origin: str) -> Table:
             return [feature.int2str(value) if value is not None and value >= 0 else None for value in values]
         inner: Any = getattr(feature, "feature", None)
         if hasattr(inner, "int2str"):
-            return [[inner.int2str(number) for number in value] for value in values]
+            return [[inner.int2str(number) for number in value] if value is not None else None for value in values]
         return values
 
     return Table(origin, dataset.column_names, column, lambda row: f"{origin}, row {row + 1}")
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a folder that hold this split."""
-    return [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+    """The files of a folder that hold this split; a text file where there is no other, and it holds tags."""
+    found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+    text = folder / f"{split}{TEXT}"
+    return found or ([text] if holds_tags(text) else [])
 
 
 def split_file(folder: Path, split: str) -> Path:
@@ -81,7 +84,7 @@ def split_file(folder: Path, split: str) -> Path:
         raise DataError(f"--data-dir: {folder}: no such folder")
     found = split_files(folder, split)
     if len(found) != 1:
-        names = ", ".join(f"{split}{suffix}" for suffix in SUFFIXES)
+        names = ", ".join(f"{split}{suffix}" for suffix in (*SUFFIXES, TEXT))
         problem = f"holds {' and '.join(path.name for path in found)}" if found else "holds none"
         raise DataError(f"--data-dir: expected one of {names} in {folder}, which {problem}")
     return found[0]

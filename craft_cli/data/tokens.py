@@ -1,4 +1,4 @@
-"""Texts to token ids, kept between runs, and token ids to padded batches."""
+"""Texts, or sentences in words, to token ids, kept between runs; token ids to padded batches."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from craft_cli.data.sources import Split
-from craft_cli.errors import FileError
+from craft_cli.errors import FileError, ModelError
 from craft_cli.files import read_tensors, write_tensors
 
 KIND = "token ids"
+_WORDS = "words"
 _ROWS_WORTH_KEEPING = 2000
 """Fewer are tokenised again sooner than a file is found."""
+
+
+IGNORED = -100
+"""The target of a token that has none, as torch's losses take it."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,17 @@ class Encoded:
         labels: gold of each row; None where it is not known.
         cut: how many rows were longer than allowed.
         limit: tokens allowed.
+        words: for each row of words the place of every word's first token, -1 where it has none (or it was cut).
+        targets: for each row a target for each of its tokens, `IGNORED` where there is none; without, the target of a row
+            is its gold.
     """
 
     features: list[dict[str, list[int]]]
     labels: list[Any] | None
     cut: int = 0
     limit: int = 0
+    words: list[list[int]] | None = None
+    targets: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -45,6 +56,32 @@ class Encoded:
         """Tokens of each row."""
         return [len(feature["input_ids"]) for feature in self.features]
 
+    @cached_property
+    def weights(self) -> list[float]:
+        """How many targets each row has in a loss, 1 where the row itself is one: a loss is divided by their sum."""
+        if self.targets is None:
+            return [1.0] * len(self)
+        return [float(sum(target != IGNORED for target in row)) for row in self.targets]
+
+
+class Batch(NamedTuple):
+    """Padded rows.
+
+    Attributes:
+        inputs: of the model, (rows, tokens) each.
+        targets: (rows,), (rows, labels) or (rows, tokens); None where the gold is not known.
+        words: as in `Encoded`, in the padded rows.
+    """
+
+    inputs: dict[str, Tensor]
+    targets: Tensor | None
+    words: list[list[int]] | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        targets = None if self.targets is None else self.targets.to(device)
+        return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, targets, self.words)
+
 
 def encode(
     split: Split,
@@ -52,6 +89,8 @@ def encode(
     max_seq_length: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     cache: Path | None = None,
+    *,
+    of_words: bool = False,
 ) -> Encoded:
     """Tokenise a split in blocks of rows; of a pair the longer text is cut first.
 
@@ -61,37 +100,112 @@ def encode(
         max_seq_length: tokens kept of each row; never more than the tokenizer's own limit.
         progress: called with (rows done, rows in all).
         cache: folder to keep the ids in, found again by texts, tokenizer and length.
+        of_words: a row is the words of a sentence, not one text or two.
+
+    Raises:
+        ModelError: the tokenizer cannot tell which tokens a word became.
     """
     limit = min(max_seq_length, tokenizer.model_max_length)
     kept = None
     if cache is not None and len(split) >= _ROWS_WORTH_KEEPING:
-        kept = cache / "tokens" / f"{_key(split.texts, tokenizer, limit)}.safetensors"
+        kept = cache / "tokens" / f"{_key(split.texts, tokenizer, limit, of_words)}.safetensors"
         try:
             features, cut = _unpack(read_tensors(kept, KIND)[0])
-            return Encoded(features, split.labels, cut, limit)
+            return _encoded(features, split, cut, limit, of_words=of_words)
         except (FileError, KeyError, RuntimeError):
             pass  # not there, or damaged: made again
     features, cut = [], 0
     for start in range(0, len(split), 1000):
-        columns = [list(column) for column in zip(*split.texts[start : start + 1000], strict=True)]
-        batch = tokenizer(*columns, truncation="longest_first", max_length=limit)
-        full = [row for row, ids in enumerate(batch["input_ids"]) if len(ids) >= limit]
-        if full:  # whether they were longer is seen without a limit
-            whole = tokenizer(*[[column[row] for row in full] for column in columns], verbose=False)
-            cut += sum(len(ids) > limit for ids in whole["input_ids"])
-        for row in range(len(batch["input_ids"])):
-            features.append({name: batch[name][row] for name in batch if name != "attention_mask"})
+        found, longer = _tokenise(split.texts[start : start + 1000], tokenizer, limit, of_words=of_words)
+        features += found
+        cut += longer
         progress(len(features), len(split))
     if kept is not None:
         write_tensors(kept, KIND, _pack(features, cut), {"rows": len(features)})
-    return Encoded(features, split.labels, cut, limit)
+    return _encoded(features, split, cut, limit, of_words=of_words)
 
 
-def collate(encoded: Encoded, rows: Sequence[int], tokenizer: Any) -> tuple[dict[str, Tensor], Tensor | None]:
-    """A batch, padded to its longest row: model inputs (rows, tokens), and gold (rows,) or (rows, labels)."""
-    inputs = tokenizer.pad([encoded.features[row] for row in rows], padding="longest", return_tensors="pt")
-    labels = None if encoded.labels is None else torch.tensor([encoded.labels[row] for row in rows])
-    return dict(inputs), labels
+def _tokenise(
+    texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, *, of_words: bool
+) -> tuple[list[dict[str, list[int]]], int]:
+    """Features of some rows, and how many were cut; of rows of words with the number of each token's word."""
+    columns: list[list[Any]] = [list(column) for column in zip(*texts, strict=True)] if not of_words else []
+    options = {}
+    if of_words:
+        blank = _blank_before_words(tokenizer)
+        columns, options = [[[blank + word for word in row] for row in texts]], {"is_split_into_words": True}
+    batch = tokenizer(*columns, truncation="longest_first", max_length=limit, **options)
+    cut = 0
+    full = [row for row, ids in enumerate(batch["input_ids"]) if len(ids) >= limit]
+    if full:  # whether they were longer is seen without a limit
+        whole = tokenizer(*[[column[row] for row in full] for column in columns], verbose=False, **options)
+        cut = sum(len(ids) > limit for ids in whole["input_ids"])
+    features = []
+    for row in range(len(batch["input_ids"])):
+        feature = {name: batch[name][row] for name in batch if name != "attention_mask"}
+        if of_words:
+            feature[_WORDS] = [-1 if word is None else word for word in batch.word_ids(row)]
+        features.append(feature)
+    return features, cut
+
+
+def _encoded(features: list[dict[str, list[int]]], split: Split, cut: int, limit: int, *, of_words: bool) -> Encoded:
+    """Of rows of words each word's gold is the target of its first token."""
+    if not of_words:
+        return Encoded(features, split.labels, cut, limit)
+    words = []
+    for feature, text in zip(features, split.texts, strict=True):
+        places = [-1] * len(text)
+        for place, word in enumerate(feature.pop(_WORDS)):
+            if word >= 0 and places[word] < 0:
+                places[word] = place
+        words.append(places)
+    targets = None
+    if split.labels is not None:
+        targets = [[IGNORED] * len(feature["input_ids"]) for feature in features]
+        for row, places, labels in zip(targets, words, split.labels, strict=True):
+            for place, label in zip(places, labels, strict=True):
+                if place >= 0:
+                    row[place] = label
+    return Encoded(features, split.labels, cut, limit, words, targets)
+
+
+def _blank_before_words(tokenizer: Any) -> str:
+    """What a byte-level tokenizer must be given before each word, so that it sees it as in running text.
+
+    Raises:
+        ModelError: the tokenizer cannot tell which tokens a word became.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its tokenizer cannot tell which tokens a word became; it needs a tokenizer.json"
+        )
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()).get("pre_tokenizer") or {}
+    steps = [step for step in (rules, *rules.get("pretokenizers", ())) if step.get("type") == "ByteLevel"]
+    return " " if steps and not any(step["add_prefix_space"] for step in steps) else ""
+
+
+def collate(encoded: Encoded, rows: Sequence[int], tokenizer: Any) -> Batch:
+    """A batch, padded to its longest row; what is padding has no target, whatever its token is."""
+    inputs = dict(tokenizer.pad([encoded.features[row] for row in rows], padding="longest", return_tensors="pt"))
+    width = inputs["input_ids"].shape[1]
+    before = [0] * len(rows)
+    if tokenizer.padding_side == "left":
+        before = [width - len(encoded.features[row]["input_ids"]) for row in rows]
+    words, targets = None, None
+    if encoded.words is not None:
+        words = [
+            [place + start if place >= 0 else -1 for place in encoded.words[row]]
+            for row, start in zip(rows, before, strict=True)
+        ]
+    if encoded.targets is not None:
+        targets = torch.full((len(rows), width), IGNORED)  # (rows, tokens)
+        for number, (row, start) in enumerate(zip(rows, before, strict=True)):
+            own = torch.tensor(encoded.targets[row])
+            targets[number, start : start + len(own)] = own
+    elif encoded.labels is not None:
+        targets = torch.tensor([encoded.labels[row] for row in rows])
+    return Batch(inputs, targets, words)
 
 
 def padding(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
@@ -100,8 +214,9 @@ def padding(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
     return 1 - sum(lengths[row] for rows in batches for row in rows) / max(padded, 1)
 
 
-def _key(texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int) -> str:
-    digest = hashlib.sha256(f"{type(tokenizer).__name__} {limit} ".encode())
+def _key(texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, of_words: bool) -> str:
+    form = f"{_WORDS} " if of_words else ""
+    digest = hashlib.sha256(f"{type(tokenizer).__name__} {limit} {form}".encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
     digest.update(

@@ -33,12 +33,24 @@ class RecordWriter:
         self._file.flush()
 
     def _write_csv(self, row: dict[str, Any]) -> None:
-        cells = {"prediction": row["prediction"]} | {f"score_{name}": value for name, value in row["scores"].items()}
-        cells |= {"label": row["label"]} if "label" in row else {}
+        cells: dict[str, Any] = {}
+        for name, value in row.items():
+            if isinstance(value, dict):  # the scores, a column each
+                cells |= {f"{name.removesuffix('s')}_{key}": part for key, part in value.items()}
+            else:
+                cells[name] = value
         if self._csv is None:
             self._csv = csv.DictWriter(self._file, list(cells), lineterminator="\n")
             self._csv.writeheader()
-        self._csv.writerow({name: ",".join(v) if isinstance(v, list) else v for name, v in cells.items()})
+        self._csv.writerow({name: _cell(value) for name, value in cells.items()})
+
+
+def _cell(value: Any) -> Any:
+    """Names with commas between them; anything deeper as JSON."""
+    if not isinstance(value, list):
+        return value
+    named = all(isinstance(part, str) for part in value)
+    return ",".join(value) if named else json.dumps(value, ensure_ascii=False)
 
 
 def format_of(path: Path, given: str | None = None) -> str:

@@ -1,1 +1,51 @@
-"""Kinds of work: what a row means, its loss, its metrics, its answers."""
+"""Kinds of work: what a row means, its loss, its metrics, its answers. A kind is one module with one class, named here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from craft_cli.data.sources import DataSource
+    from craft_cli.data.tables import Table
+    from craft_cli.tasks.base import Task
+
+KINDS = {
+    "token-classification": "token_classification.TokenClassification",
+    "sequence-classification": "sequence_classification.SequenceClassification",
+}
+"""By the words after `--task-type`; the last one where nothing speaks for another."""
+
+
+def kind_named(name: str) -> type[Task]:
+    """The class of a kind of work."""
+    module, _, class_name = KINDS[name].partition(".")
+    found: type[Task] = getattr(import_module(f"craft_cli.tasks.{module}"), class_name)
+    return found
+
+
+def kind_of_table(table: Table, source: DataSource) -> type[Task]:
+    """The kind of work that the user names, or that a table of theirs looks like."""
+    if source.task_type:
+        return kind_named(source.task_type)
+    kinds = [kind_named(name) for name in KINDS]
+    return next((kind for kind in kinds if kind.recognises(table, source)), kinds[-1])
+
+
+def kind_of_model(record: Mapping[str, Any], architectures: list[str] | None) -> type[Task]:
+    """The kind of work that an adapter was trained for, or that a checkpoint has the head of.
+
+    Args:
+        record: of an adapter's training; may be empty.
+        architectures: of the model's configuration.
+    """
+    if record.get("task_type") in KINDS:
+        return kind_named(record["task_type"])
+    kinds = [kind_named(name) for name in KINDS]
+    names = architectures or []
+    return next((k for k in kinds if any(n.endswith(_head(k)) for n in names)), kinds[-1])
+
+
+def _head(kind: Any) -> str:
+    return str(kind.auto_model).removeprefix("AutoModel")

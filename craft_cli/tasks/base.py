@@ -1,57 +1,243 @@
-"""Tasks: which columns, which labels, which metrics. A GLUE task is a row of the table."""
+"""A kind of work: what a row means, the loss of a batch, the metrics, the answers. Everything else knows this protocol only.
+
+A task begins as a kind alone (or as a row of `glue`), learns columns and labels as it reads tables, and is put on the head
+of a model. Tasks are frozen: what they learn is in the copy that is returned.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-SINGLE, MULTI, REGRESSION = PROBLEM_TYPES = (
-    "single_label_classification",
-    "multi_label_classification",
-    "regression",
-)
-"""As `transformers` names them in a model's configuration."""
+from craft_cli.data.sources import DataSource, Home, Split
+from craft_cli.errors import CraftError, DataError
 
-NUMBER = ("score",)
-"""The one output of a regression, where classifiers have the names of their labels."""
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from craft_cli.config import RunConfig
+    from craft_cli.data.readers import Row
+    from craft_cli.data.tables import Table
+    from craft_cli.data.tokens import Batch, Encoded
+
+OWN = "own"
+"""The name of a task on the user's own data: columns and labels are found in it."""
+
+
+class Task(Protocol):
+    """One kind of work on one set of data."""
+
+    @property
+    def kind(self) -> str:
+        """As typed after `--task-type`."""
+
+    @property
+    def name(self) -> str:
+        """As typed after `--task`; `OWN` for the user's own data."""
+
+    @property
+    def auto_model(self) -> str:
+        """The class of transformers that loads a model for it."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What `measure` gives beside `loss`; the first one chooses the best adapter."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of what the model tells apart, in the order of the gold numbers."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What it can answer, for people: labels in the order of the head, or kinds of entities."""
+
+    @property
+    def home(self) -> Home:
+        """Where its rows lie."""
+
+    @property
+    def stratified(self) -> bool:
+        """Whether rows that are held out are to be of all labels alike."""
+
+    # -- rows -----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def recognises(cls, table: Table, source: DataSource) -> bool:
+        """Whether a table of the user's own looks like rows of this kind."""
+
+    @classmethod
+    def own(cls) -> Self:
+        """The task on data of the user's own, of which nothing is known yet."""
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any], config: Any) -> Self:
+        """The task an adapter was trained for (`record` and the data it names), or what a checkpoint looks like.
+
+        Args:
+            record: what `record` gave; empty for a checkpoint.
+            config: of the model.
+        """
+
+    def chosen(self, source: DataSource) -> Self:
+        """With the columns and other properties of the data that the user names.
+
+        Raises:
+            ConfigError: one that this kind of work does not have.
+        """
+
+    def read(self, table: Table, *, labelled: bool) -> tuple[Self, Split]:
+        """A table's rows, and the task with what it has learned from them: columns, labels.
+
+        Raises:
+            DataError: a column, cell or label that cannot be used.
+        """
+
+    def reader(
+        self, first: Row, origin: str, *, plain: bool, columns: Sequence[str]
+    ) -> Callable[[Sequence[Row]], Split]:
+        """How rows to predict for are read, judged by the first of them.
+
+        Args:
+            first: the first row.
+            origin: what messages call the file.
+            plain: whether rows are lines of text.
+            columns: wanted by the user; as in training without.
+
+        Raises:
+            DataError: the columns are not there.
+        """
+
+    def for_training(self, config: RunConfig, gold: Sequence[Any]) -> Self:
+        """With what a run's settings and the gold of its training rows decide: weights of labels, a threshold."""
+
+    # -- model ----------------------------------------------------------------------------------------------------------
+
+    def on_head(self, config: Any, *, strict: bool = True) -> Self:
+        """For a model with this configuration: where its head names the same labels, in their order.
+
+        Raises:
+            DataError: it names others (without `strict` the head is to be trained for ours).
+        """
+
+    def model_options(self) -> dict[str, Any]:
+        """What `from_pretrained` needs to know for a head of this task, in the order of the head."""
+
+    def encode(
+        self,
+        split: Split,
+        tokenizer: Any,
+        limit: int,
+        progress: Callable[[int, int], None] = ...,
+        cache: Path | None = None,
+    ) -> Encoded:
+        """Token ids, gold and targets."""
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """The loss of a batch, summed over its targets; calls the model once."""
+
+    def scores(self, model: Any, batch: Batch) -> list[Tensor]:
+        """For each row what `measure` and `records` need, float32 on the CPU, in the order of `labels`."""
+
+    # -- results --------------------------------------------------------------------------------------------------------
+
+    def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
+        """The metrics and the mean `loss`; always finite numbers but for the loss."""
+
+    def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> float:
+        """The first metric for always giving the same answer, the best one on the training rows."""
+
+    def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
+        """`by_label` and `confusion`, as far as they make sense."""
+
+    def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
+        """For each row its `prediction` and more, and its `label` where the gold is known."""
+
+    # -- on disk --------------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """What an adapter keeps of the task, as JSON."""
+
+    def columns(self) -> dict[str, Any]:
+        """Which columns were read, by the names of the settings."""
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that repeat what was found in the user's own data."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is to be told of one text or of a pair.
+class Labelled:
+    """What all tasks share whose model has an output for each of some labels.
 
     Attributes:
-        name: as typed after `--task`; `own` for the user's own data.
-        text_columns: one or two.
-        labels: the names, in the order of the label numbers; `NUMBER` for a regression.
-        metrics: what is reported; the first one chooses the best adapter.
-        problem_type: one of `PROBLEM_TYPES`.
-        label_column: the gold label, as number or as name (or several, or a real number).
-        label_separator: what stands between the labels of one cell, where several apply.
-        hub: data set on the hub, with its configuration.
-        sample: folder below `craft_cli/samples`, for data that ships with craft.
-        train: split to train on; None for a task that is only evaluated.
-        validation: splits to evaluate on; the first one chooses the best adapter.
-        server: for each of the GLUE server's files its split and its rows.
-        server_numbers: whether the server takes label numbers, not names.
+        name: as typed after `--task`; `OWN` for the user's own data.
+        text_columns: what is read; found in the data without.
+        labels: the names, in the order of the label numbers.
+        metrics: what is reported.
+        label_column: the gold.
+        head: the labels in the order of the model's outputs; empty where that is the order of `labels`.
+        class_weights: a factor in the loss for each label; none without.
     """
 
-    name: str
+    name: str = OWN
     text_columns: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("accuracy",)
-    problem_type: str = SINGLE
-    label_column: str = "label"
-    label_separator: str | None = None
-    hub: tuple[str, str] | None = None
-    sample: str | None = None
-    train: str | None = "train"
-    validation: tuple[str, ...] = ("validation",)
-    server: Mapping[str, tuple[str, int]] | None = None
-    server_numbers: bool = True
+    metrics: tuple[str, ...] = ()
+    label_column: str = field(default="", kw_only=True)
+    head: tuple[str, ...] = field(default=(), kw_only=True)
+    class_weights: tuple[float, ...] = field(default=(), kw_only=True)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """See `Task`."""
+        return self.head or self.labels
+
+    @property
+    def home(self) -> Home:
+        """See `Task`."""
+        return Home()
+
+    def on_head(self, config: Any, *, strict: bool = True) -> Self:
+        """See `Task`."""
+        if strict:
+            return replace(self, head=align_labels(self.labels, config.id2label))
+        if config.num_labels == len(self.labels):
+            with suppress(CraftError):  # other names: the head is trained for ours
+                return replace(self, head=align_labels(self.labels, config.id2label))
+        return self
+
+    def model_options(self) -> dict[str, Any]:
+        """See `Task`."""
+        names = self.head or self.labels
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {label: number for number, label in enumerate(names)},
+        }
+
+    def outputs(self, model: Any, batch: Batch) -> Tensor:
+        """The model's logits (rows, ..., labels), in the order of `labels`."""
+        logits: Tensor = model(**batch.inputs).logits
+        if self.head in ((), self.labels):
+            return logits
+        return logits[..., [self.head.index(name) for name in self.labels]]
 
 
-OWN = Task("own", problem_type="")
-"""The user's own data: columns, labels and the kind of problem are found in it."""
+def align_labels(labels: Sequence[str], id2label: Mapping[int, str] | None) -> tuple[str, ...]:
+    """The label names in the order of a checkpoint's head, if it has names; by name, never by position.
 
-OWN_METRICS = {SINGLE: ("accuracy", "f1"), MULTI: ("f1_micro", "f1_macro"), REGRESSION: ("pearson", "spearman")}
+    Raises:
+        DataError: the checkpoint names other labels.
+    """
+    if not id2label:
+        return tuple(labels)
+    theirs = [id2label[number] for number in sorted(id2label)]
+    if all(name.startswith("LABEL_") for name in theirs) and len(theirs) == len(labels):
+        return tuple(labels)
+    by_lower = {label.lower(): label for label in labels}
+    if sorted(name.lower() for name in theirs) != sorted(by_lower):
+        raise DataError(f"the checkpoint has the labels {', '.join(theirs)}, the data {', '.join(labels)}")
+    return tuple(by_lower[name.lower()] for name in theirs)

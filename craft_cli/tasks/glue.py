@@ -7,7 +7,8 @@ import zipfile
 from collections.abc import Mapping, Sequence
 
 from craft_cli.errors import ConfigError, nearest
-from craft_cli.tasks.base import NUMBER, REGRESSION, Task
+from craft_cli.tasks.labels import NUMBER, REGRESSION
+from craft_cli.tasks.sequence_classification import SequenceClassification as Task
 
 GLUE = "nyu-mll/glue"
 
@@ -88,14 +89,15 @@ HIGHEST = 5.0
 """STS-B's scores go from 0 to 5."""
 
 
-def _answers(predictions: Sequence[float], task: Task) -> list[str]:
+def server_answers(predictions: Sequence[float], task: Task) -> list[str]:
     """As the server writes them."""
     if task.problem_type == REGRESSION:
         return [f"{min(max(value, 0.0), HIGHEST):.3f}" for value in predictions]
     return [str(int(number)) if task.server_numbers else task.labels[int(number)] for number in predictions]
 
 
-def _zipped(answers: Mapping[str, Sequence[str]]) -> bytes:
+def zipped(answers: Mapping[str, Sequence[str]]) -> bytes:
+    """The zip that the server takes: a file for each task."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(answers):

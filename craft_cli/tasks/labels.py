@@ -5,10 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from craft_cli.errors import DataError
-from craft_cli.tasks.base import MULTI, NUMBER, OWN, OWN_METRICS, REGRESSION, SINGLE, Task
+from craft_cli.tasks.base import OWN
+
+if TYPE_CHECKING:
+    from craft_cli.tasks.sequence_classification import SequenceClassification as Task
+
+SINGLE, MULTI, REGRESSION = PROBLEM_TYPES = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
+"""As `transformers` names them in a model's configuration."""
+
+NUMBER = ("score",)
+"""The one output of a regression, where others have the names of their labels."""
+
+OWN_METRICS = {SINGLE: ("accuracy", "f1"), MULTI: ("f1_micro", "f1_macro"), REGRESSION: ("pearson", "spearman")}
 
 Place = Callable[[int], str]
 """Where a row stands, for messages: `train.csv, line 3`."""
@@ -25,7 +40,7 @@ def settle_task(task: Task, values: Sequence[Any], place: Place, origin: str) ->
     Raises:
         DataError: a row without a label, labels of different kinds, or a single label in all.
     """
-    if task.name != OWN.name or task.labels:
+    if task.name != OWN or task.labels:
         return task
     problem = task.problem_type or _problem_of(values, task)
     task = replace(task, problem_type=problem, metrics=OWN_METRICS[problem])
@@ -48,12 +63,12 @@ def label_numbers(values: Sequence[Any], task: Task, place: Place) -> list[Any] 
     Raises:
         DataError: a label that is not among the task's, or no number where one is needed.
     """
-    if task.name != OWN.name and all(value in HIDDEN for value in values):
+    if task.name != OWN and all(value in HIDDEN for value in values):
         return None
     if task.problem_type == REGRESSION:
         return [_real(value, task, place, row) for row, value in enumerate(values)]
     numbers = {name: number for number, name in enumerate(task.labels)}
-    if task.name != OWN.name:  # a known task's data may hold the numbers themselves
+    if task.name != OWN:  # a known task's data may hold the numbers themselves
         numbers |= {str(number): number for number in range(len(task.labels))}
     found: list[Any] = []
     for row, value in enumerate(values):

@@ -189,11 +189,8 @@ def training_record(
 ) -> dict[str, Any]:
     """What an adapter's folder says of its training, as JSON."""
     record = {
-        "task": prepared.task.name,
+        **prepared.task.record(),
         "data": data_record(config, prepared),
-        "problem_type": prepared.task.problem_type,
-        "labels": prepared.task.labels,
-        "threshold": config.threshold,
         "max_seq_length": config.max_seq_length,
         "epoch": epoch,
         "metrics": metrics,

@@ -1,7 +1,7 @@
 """Use-case: train an adapter and a head. One explicit loop on Accelerate, to be read from top to bottom.
 
 N processes with batch B and A accumulated batches compute what one process with batch N A B computes: the rows of an
-update are fixed by seed and epoch (`batches`), every loss is a sum over rows divided by the rows of the whole update.
+update are fixed by seed and epoch (`batches`), every loss is a sum divided by the weights of the whole update's rows.
 A training that was cut goes on from its newest checkpoint (`training_state`) and computes what it would have computed.
 """
 
@@ -27,7 +27,6 @@ from craft_cli.data.tokens import collate
 from craft_cli.errors import ConfigError
 from craft_cli.models.quantization import check_available
 from craft_cli.tasks.inference import in_order, predict_batches
-from craft_cli.tasks.sequence_classification import balanced_weights, constant_metric, summed_loss
 from craft_cli.training.checkpoint import data_checksum, rng_state, save_checkpoint, untouched_rng
 from craft_cli.training.compile import refusal
 from craft_cli.training.distributed import _from_main, average_gradients, fsdp_asked, held_here, shard
@@ -52,7 +51,7 @@ from craft_cli.training.trackers import finish_trackers, start_trackers
 
 
 def train(config: RunConfig, listener: Listener | None = None) -> TrainResult:
-    """Fine-tune a sequence classifier.
+    """Fine-tune a transformer for a task.
 
     Under `accelerate launch` or `torchrun` each process calls this and they join; only the main one writes and reports.
 
@@ -122,9 +121,6 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     listener.started(_plan(start, prepared, accelerator, parameters, update_size, timetable, devices, run))
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.manual_seed(config.seed + 1 + accelerator.process_index)  # dropout differs between processes
-    weights = None
-    if config.class_weights:
-        weights = torch.tensor(balanced_weights(prepared.train.labels or [], prepared.task), device=device)
     journal = Journal(config, prepared, adapter, metric, run if main else None, listener, accelerator.log)
     step, spent, tracker_id = 0, 0.0, secrets.token_hex(8)
     if state:
@@ -175,12 +171,15 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
                 model.train()
                 loss = torch.zeros((), device=device)
                 size = config.per_device_train_batch_size
+                weight = sum(
+                    prepared.train.weights[row] for row in rows
+                )  # of the whole update, wherever it is computed
                 batches = share_out(rows, size, process=accelerator.process_index, processes=processes)
                 for number, batch in enumerate(batches, start=1):
                     with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(model):
                         with accelerator.autocast():
-                            part = _batch_loss(model, prepared, batch, device, weights)
-                        part = part * (processes / len(rows))  # DDP takes the mean over processes
+                            part = _batch_loss(model, prepared, batch, device)
+                        part = part * (processes / weight if weight else 0.0)  # DDP takes the mean over processes
                         accelerator.backward(part)
                         loss += part.detach()
                 if sharded:  # it leaves whole parameters alone
@@ -218,7 +217,7 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     if config.dry_run:
         encoded = next(iter(prepared.validation.values()))
         batch = list(range(min(len(encoded), config.per_device_eval_batch_size)))
-        predict_batches(accelerator.unwrap_model(model), encoded, [batch], prepared.tokenizer, device)
+        predict_batches(accelerator.unwrap_model(model), prepared.task, encoded, [batch], prepared.tokenizer, device)
     elif stopped:
         listener.interrupted(step, run.path if run else None, resumable=True)
     elif run and main:
@@ -241,14 +240,10 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
 # -- in the loop --------------------------------------------------------------------------------------------------------
 
 
-def _batch_loss(
-    model: Any, prepared: Prepared, rows: Sequence[int], device: torch.device, weights: torch.Tensor | None
-) -> torch.Tensor:
+def _batch_loss(model: Any, prepared: Prepared, rows: Sequence[int], device: torch.device) -> torch.Tensor:
     """Sum of the rows' losses; a process without rows takes part with a row of weight zero."""
-    inputs, gold = collate(prepared.train, rows or [0], prepared.tokenizer)
-    assert gold is not None
-    logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
-    loss = summed_loss(prepared.in_task_order(logits), gold.to(device), prepared.task.problem_type, weights)
+    batch = collate(prepared.train, rows or [0], prepared.tokenizer).to(device)
+    loss = prepared.task.loss(model, batch)
     return loss if rows else loss * 0.0
 
 
@@ -262,7 +257,7 @@ def _evaluate(
     sharded: bool,
 ) -> tuple[dict[str, float] | None, int]:
     """Metrics, on every process, each row computed once; None where a signal cut it. And the signal."""
-    logits, stopped = {}, 0
+    scores, stopped = {}, 0
     for name, encoded in prepared.validation.items():
         batches = length_sorted_batches(encoded, config.per_device_eval_batch_size)
         mine = batches[accelerator.process_index :: accelerator.num_processes]
@@ -272,6 +267,7 @@ def _evaluate(
         with accelerator.autocast():
             outputs = predict_batches(
                 accelerator.unwrap_model(model),
+                prepared.task,
                 encoded,
                 mine + spare,
                 prepared.tokenizer,
@@ -279,18 +275,20 @@ def _evaluate(
                 listener.evaluating,
                 cancelled=lambda: stop.received and not sharded,
             )
-        everyone = gather_object([(mine, outputs[: len(mine)], stop.received)])
+        arrays = [[row.numpy() for row in batch] for batch in outputs[: len(mine)]]  # a view of a tensor travels whole
+        everyone = gather_object([(mine, arrays, stop.received)])
         stopped = max(stopped, *(received for _, _, received in everyone))
         if any(len(parts) < len(rows) for rows, parts, _ in everyone):
             return None, stopped
-        logits[name] = in_order(
+        found = in_order(
             [part for _, parts, _ in everyone for part in parts],
             [rows for batches, _, _ in everyone for rows in batches],
             len(encoded),
         )
-    return prepared.measure(logits, config.threshold), stopped
+        scores[name] = [torch.from_numpy(row) for row in found]
+    return prepared.measure(scores), stopped
 
 
 def _baseline(prepared: Prepared) -> float:
     gold = next(iter(prepared.validation.values())).labels
-    return constant_metric(prepared.train.labels or [], gold or [], prepared.task)
+    return prepared.task.baseline(prepared.train.labels or [], gold or [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -17,8 +17,8 @@ from torch import Tensor
 from craft_cli.config import RunConfig
 from craft_cli.data.batches import plan_epoch
 from craft_cli.data.sources import TRAIN, VALIDATION, DataSource, Split
-from craft_cli.data.tokens import Encoded, encode, padding
-from craft_cli.errors import ConfigError, CraftError, ModelError
+from craft_cli.data.tokens import Encoded, padding
+from craft_cli.errors import ConfigError, ModelError
 from craft_cli.files import cache_folder
 from craft_cli.methods import method_named
 from craft_cli.methods.attach import ModelAdapter, attach_prepared
@@ -28,12 +28,8 @@ from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import resolve
 from craft_cli.models.loading import head_of, load_model, load_quantised, load_tokenizer, recompute_activations
 from craft_cli.models.stacks import read_weights
-from craft_cli.tasks.base import REGRESSION, Task
+from craft_cli.tasks.base import Task
 from craft_cli.tasks.metrics import renamed
-from craft_cli.tasks.sequence_classification import (
-    align_labels,
-    measure,
-)
 from craft_cli.tasks.splits import load_splits
 from craft_cli.training.compile import compile_blocks, freeze_cache
 from craft_cli.training.distributed import fsdp_asked
@@ -52,10 +48,9 @@ class Prepared:
         checkpoint: of the base.
         method: that writes the change.
         frozen: what it keeps of the base's weights.
-        task: with its labels.
-        labels: names of the model's outputs, in the order of its head: the task's, or those a checkpoint had already.
+        task: with its labels, for the head that is trained.
         tokenizer: the base's.
-        train: rows to train on; labels are numbers of the task's, not of the head's order.
+        train: rows to train on.
         validation: rows to evaluate on, by split.
         notes: what the user should know; in a dry run also what is noticed in the data.
     """
@@ -64,24 +59,16 @@ class Prepared:
     method: Method
     frozen: Frozen
     task: Task
-    labels: tuple[str, ...]
     tokenizer: Any
     train: Encoded
     validation: dict[str, Encoded]
     notes: list[str]
 
-    def in_task_order(self, logits: Tensor) -> Tensor:
-        """Logits (rows, outputs of the head) with a column for each of the task's labels, in their order."""
-        return (
-            logits if self.labels == self.task.labels else logits[:, [self.labels.index(n) for n in self.task.labels]]
-        )
-
-    def measure(self, logits: Mapping[str, Tensor], threshold: float) -> dict[str, float]:
+    def measure(self, scores: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
         """The metrics of all validation splits, by name."""
         metrics: dict[str, float] = {}
         for name, encoded in self.validation.items():
-            found = measure(self.in_task_order(logits[name]), encoded.labels or [], self.task, threshold)
-            metrics |= renamed(found, name, self.validation)
+            metrics |= renamed(self.task.measure(scores[name], encoded.labels or []), name, self.validation)
         return metrics
 
     @property
@@ -119,7 +106,7 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
         for name, split in loaded.splits.items()
     }
     encoded = {
-        name: encode(
+        name: loaded.task.encode(
             split,
             tokenizer,
             config.max_seq_length,
@@ -137,7 +124,8 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
     if config.dry_run:
         notes += _report(rows)
     train = encoded.pop(TRAIN)
-    return Prepared(checkpoint, method, frozen, loaded.task, loaded.task.labels, tokenizer, train, encoded, notes)
+    task = loaded.task.for_training(config, train.labels or []).on_head(checkpoint.config(), strict=False)
+    return Prepared(checkpoint, method, frozen, task, tokenizer, train, encoded, notes)
 
 
 def _report(splits: Mapping[str, Split]) -> list[str]:
@@ -177,7 +165,7 @@ def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> 
 
 
 def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[Any, ModelAdapter]:
-    """The adapted model; where the checkpoint's head names the same labels, it keeps their order.
+    """The adapted model with the head of its task.
 
     Args:
         config: of the run.
@@ -187,23 +175,15 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
     Raises:
         ModelError: it cannot be loaded, quantised, compiled, or its activations not be computed again.
     """
-    task = prepared.task
-    named = prepared.checkpoint.config()
-    if task.problem_type != REGRESSION and named.num_labels == len(task.labels):
-        with contextlib.suppress(CraftError):  # other names: the head is trained for ours
-            prepared.labels = align_labels(task.labels, named.id2label)
-    kind = "AutoModelForSequenceClassification"
-    labels = dict(enumerate(prepared.labels))
-    options = {"num_labels": len(labels), "id2label": labels, "label2id": {name: n for n, name in labels.items()}}
+    name, options = prepared.task.auto_model, prepared.task.model_options()
     if bits := 4 if config.load_in_4bit else 8 if config.load_in_8bit else None:
         compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-        model, fresh = load_quantised(prepared.checkpoint, kind, options, bits, compute, device)
+        model, fresh = load_quantised(prepared.checkpoint, name, options, bits, compute, device)
     else:
-        model, fresh = load_model(prepared.checkpoint, kind, options)
+        model, fresh = load_model(prepared.checkpoint, name, options)
     freeze_cache(model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = prepared.tokenizer.pad_token_id
-    model.config.problem_type = task.problem_type
     head = head_of(model, fresh)
     adapter = attach_prepared(model, prepared.method, prepared.frozen, config.method_options, head)
     if config.gradient_checkpointing:
@@ -215,12 +195,7 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
 
 def data_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     """Where the rows came from, so that they are found again from anywhere."""
-    task = prepared.task
-    return asdict(DataSource.of(config).resolved()) | {
-        "text_columns": task.text_columns,
-        "label_column": task.label_column,
-        "label_separator": task.label_separator,
-    }
+    return asdict(DataSource.of(config).resolved()) | prepared.task.columns()
 
 
 def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
@@ -229,9 +204,7 @@ def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     source = DataSource.of(config).resolved()
     recipe |= {name: path for name, path in asdict(source).items() if name.endswith(("_dir", "_file")) and path}
     if source.task is None:
-        recipe["text_columns"] = ",".join(prepared.task.text_columns)
-        recipe["label_column"] = prepared.task.label_column
-        recipe["problem_type"] = prepared.task.problem_type
+        recipe |= prepared.task.settings()
     if Path(config.model).expanduser().is_dir():
         recipe["model"] = str(Path(config.model).expanduser().resolve())
     elif prepared.checkpoint.revision:
@@ -322,7 +295,7 @@ def _plan(
     return Plan(
         model=prepared.checkpoint.name,
         task=prepared.task.name,
-        labels=prepared.labels,
+        labels=prepared.task.answers,
         train_examples=len(prepared.train),
         eval_examples=prepared.eval_examples,
         tokens=describe_tokens(config, prepared, update_size),

@@ -327,7 +327,7 @@ def small_server(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         name: replace(task, server={file: (split, rows.get(file, 4)) for file, (split, _) in (task.server or {}).items()} or None)
         for name, task in TASKS.items()
     }  # fmt: skip
-    monkeypatch.setattr("craft_cli.tasks.base.TASKS", small)
+    monkeypatch.setattr("craft_cli.tasks.glue.TASKS", small)
     monkeypatch.setattr(submission, "TASKS", small)
     return dict.fromkeys(SERVER, 4) | rows
 

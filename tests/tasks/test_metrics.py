@@ -10,16 +10,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from craft_cli.tasks.base import MULTI, NUMBER, REGRESSION, SINGLE, Task
+from craft_cli.tasks.labels import MULTI, NUMBER, REGRESSION, SINGLE
 from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
-from craft_cli.tasks.sequence_classification import (
-    balanced_weights,
-    constant_metric,
-    decide,
-    measure,
-    scores,
-    summed_loss,
-)
+from craft_cli.tasks.sequence_classification import SequenceClassification as Task
+from craft_cli.tasks.sequence_classification import decide, probabilities, summed_loss
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -124,12 +118,12 @@ def test_losses_are_those_of_torch_summed_over_rows() -> None:
 
 def test_scores_and_decisions() -> None:
     logits = torch.tensor([[0.0, 2.0, -1.0], [1.0, -3.0, 0.5]])
-    assert scores(logits, SINGLE).sum(dim=-1).tolist() == pytest.approx([1, 1])
+    assert probabilities(logits, SINGLE).sum(dim=-1).tolist() == pytest.approx([1, 1])
     assert decide(logits, SINGLE) == [1, 0]
     assert decide(logits, MULTI) == [[0, 1, 0], [1, 0, 1]]
     assert decide(logits, MULTI, threshold=0.8) == [[0, 1, 0], [0, 0, 0]]
     assert decide(logits[:, :1], REGRESSION) == [0.0, 1.0]
-    assert scores(logits[:, :1], REGRESSION).tolist() == [[0.0], [1.0]]
+    assert probabilities(logits[:, :1], REGRESSION).tolist() == [[0.0], [1.0]]
 
 
 def test_balanced_weights_are_scikit_learns() -> None:
@@ -138,22 +132,22 @@ def test_balanced_weights_are_scikit_learns() -> None:
     gold = [0] * 7 + [1] * 2 + [2]
     task = Task("own", labels=("a", "b", "c"))
     expected = compute_class_weight("balanced", classes=np.array([0, 1, 2]), y=gold)
-    assert balanced_weights(gold, task) == pytest.approx(list(expected))
+    assert task.balanced(gold) == pytest.approx(list(expected))
     several = Task("own", labels=("a", "b"), problem_type=MULTI)
-    assert balanced_weights([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], several) == pytest.approx([1 / 3, 3.0])
+    assert several.balanced([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]) == pytest.approx([1 / 3, 3.0])
 
 
 def test_the_constant_answer_is_taken_from_the_training_rows() -> None:
     single = Task("own", labels=("a", "b"), metrics=("accuracy",))
-    assert constant_metric([1, 1, 0], [0, 0, 0, 1], single) == 0.25
+    assert single.baseline([1, 1, 0], [0, 0, 0, 1]) == 0.25
     real = Task("own", labels=NUMBER, metrics=("pearson",), problem_type=REGRESSION)
-    assert constant_metric([1.0, 5.0], [1.0, 2.0, 3.0], real) == 0.0
+    assert real.baseline([1.0, 5.0], [1.0, 2.0, 3.0]) == 0.0
     several = Task("own", labels=("a", "b"), metrics=("f1_micro",), problem_type=MULTI)
-    assert constant_metric([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]], several) == 1.0
+    assert several.baseline([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]) == 1.0
 
 
 def test_measure_has_the_tasks_metrics_and_the_loss() -> None:
     task = Task("own", labels=NUMBER, metrics=("pearson", "spearman"), problem_type=REGRESSION)
-    found = measure(torch.tensor([[1.0], [2.0], [4.0]]), [1.0, 2.0, 3.0], task)
+    found = task.measure(list(torch.tensor([[1.0], [2.0], [4.0]])), [1.0, 2.0, 3.0])
     assert list(found) == ["pearson", "spearman", "loss"]
     assert found["loss"] == pytest.approx(1 / 3)

@@ -12,7 +12,7 @@ from helpers import own, problem, write, write_as
 
 from craft_cli.data.sources import DataSource
 from craft_cli.data.tables import read_file
-from craft_cli.tasks.base import OWN
+from craft_cli.tasks.sequence_classification import SequenceClassification
 from craft_cli.tasks.splits import load_splits
 
 ROWS = [
@@ -218,7 +218,7 @@ def test_labels_are_numbers_names_or_yes_and_no(suffix: str, labels: list[Any], 
 
 def test_known_labels_keep_their_order() -> None:
     path = write("t.csv", "text,label\na,x\nb,y\n")
-    known = replace(OWN, labels=("y", "z", "x"), problem_type="single_label_classification")
+    known = replace(SequenceClassification.own(), labels=("y", "z", "x"), problem_type="single_label_classification")
     loaded = load_splits(DataSource(train_file=path), ["train"], known)
     assert (loaded.task.labels, loaded.splits["train"].labels) == (("y", "z", "x"), [2, 0])
 

@@ -95,7 +95,7 @@ def test_the_first_updates_are_those_of_a_plain_torch_loop(pico: Make, data_dir:
     for number, rows in enumerate(updates):
         for group in optimizer.param_groups:
             group["lr"] = 3e-2 * (len(updates) - number) / len(updates)
-        inputs, labels = collate(encoded, rows, tokenizer)
+        inputs, labels, _ = collate(encoded, rows, tokenizer)
         assert labels is not None
         loss = functional.cross_entropy(model(**inputs).logits, labels)
         assert lines()[number]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)

@@ -241,14 +241,14 @@ def test_training_over_a_quantised_base(
     assert craft.merge("out").tensors_changed == 6
     factors = craft.decompose(str(base), ranks=(24, 24, 3))
     number = 4 if bits == "load_in_4bit" else 8
-    labelled = ("AutoModelForSequenceClassification", {"num_labels": 2})
+    head = "AutoModelForSequenceClassification"
     other, _ = load_quantised(
         resolve(str(pico(hidden_size=64, intermediate_size=128, initializer_range=0.03))),
-        *labelled, number, torch.float32, torch.device("cpu"),
+        head, {"num_labels": 2}, number, torch.float32, torch.device("cpu"),
     )  # fmt: skip
     with pytest.raises(ModelError, match="this model has other weights"):
         craft.attach(other, factors)
-    model, _ = load_quantised(resolve(str(base)), *labelled, number, torch.float32, torch.device("cpu"))
+    model, _ = load_quantised(resolve(str(base)), head, {"num_labels": 2}, number, torch.float32, torch.device("cpu"))
     adapter = craft.attach(model, factors)
     shake(adapter)
     with pytest.raises(ModelError, match="a quantised model cannot be merged into"):

@@ -1,0 +1,395 @@
+"""Entities in sentences: a label for every word, `--task-type token-classification`.
+
+Tags are read in IOB1, IOB2, IOBES (and its kin BILOU and BMES) or without a prefix, as conlleval reads them; IOB2 is what
+a model learns and answers. The label of a word is on its first token. A word without a token of its own, or beyond the
+length, counts as predicted O.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from craft_cli.data.sources import DataSource, Split
+from craft_cli.data.tokens import IGNORED, Batch, Encoded, encode
+from craft_cli.errors import ConfigError, DataError, ModelError
+from craft_cli.tasks.base import OWN, Labelled
+
+if TYPE_CHECKING:
+    from craft_cli.config import RunConfig
+    from craft_cli.data.readers import Row
+    from craft_cli.data.tables import Table
+
+OUTSIDE = "O"
+_WORDS, _TAGS = ("tokens", "words"), ("tags", "ner_tags", "labels", "label")
+_LINES = ("text", "sentence")
+_TAG = re.compile("([BIESLUM])[-_](.+)")
+_AS_IOBES = {"L": "E", "U": "S", "M": "I"}
+_READ = ("B-", "I-", "E-", "S-")
+_NOT_BLANK = re.compile(r"\S+")
+
+Entity = tuple[str, int, int]
+"""Its kind, its first word and its last."""
+
+
+@dataclass(frozen=True)
+class TokenClassification(Labelled):
+    """Which words of a sentence are an entity, and of which kind. The methods are those of `tasks.base.Task`.
+
+    Attributes:
+        labels: `O`, and `B-` and `I-` of every kind.
+        metrics: of whole entities, micro averages; accuracy of words.
+    """
+
+    kind: ClassVar[str] = "token-classification"
+    auto_model: ClassVar[str] = "AutoModelForTokenClassification"
+    stratified: ClassVar[bool] = False
+
+    metrics: tuple[str, ...] = ("f1", "precision", "recall", "accuracy")
+    label_column: str = field(default="", kw_only=True)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The kinds of entities."""
+        return tuple(dict.fromkeys(label[2:] for label in self.labels if label != OUTSIDE))
+
+    # -- rows -----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def recognises(cls, table: Table, source: DataSource) -> bool:
+        """Whether there are lists of words, and lists of tags beside them."""
+        words = source.text_columns or _first(_WORDS, table.columns)
+        tags = (source.label_column,) if source.label_column else _first(_TAGS, table.columns)
+        if len(words) != 1 or not tags:
+            return False
+        return all(name in table.columns and isinstance(table.column(name)[0], list) for name in (*words, *tags))
+
+    @classmethod
+    def own(cls) -> TokenClassification:
+        """Columns and kinds of entities are to be found in the data."""
+        return cls()
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any], config: Any) -> TokenClassification:
+        """Of a checkpoint: the labels of its configuration.
+
+        Raises:
+            ModelError: they are no tags of entities.
+        """
+        labels = tuple(record.get("labels") or (config.id2label[number] for number in range(config.num_labels)))
+        if OUTSIDE not in labels or not all(label == OUTSIDE or label.startswith(_READ) for label in labels):
+            raise ModelError(
+                f"the model's labels are {', '.join(labels)}, not O, B-... and I-... of entities: train it first"
+            )
+        data = record.get("data", {})
+        return cls(OWN, tuple(data.get("text_columns") or ()), labels, label_column=data.get("label_column") or "")
+
+    def chosen(self, source: DataSource) -> TokenClassification:
+        """With the columns that the user names."""
+        for name in ("problem_type", "label_separator"):
+            if getattr(source, name):
+                raise ConfigError(f"--{name.replace('_', '-')} is for texts; words have one tag each: leave it out")
+        if source.text_columns and len(source.text_columns) > 1:
+            raise ConfigError(f"--text-columns: {self.kind} reads one column, of words")
+        return replace(
+            self,
+            text_columns=source.text_columns or self.text_columns,
+            label_column=source.label_column or self.label_column,
+        )
+
+    def read(self, table: Table, *, labelled: bool) -> tuple[TokenClassification, Split]:
+        """Sentences in words, and the number of each word's IOB2 tag where there is a column of tags."""
+        task = self._with_columns(table, labelled=labelled)
+        (column,) = task.text_columns
+        cells = table.column(column)
+        words = [_parts(cell, "words", column, partial(table.place, row)) for row, cell in enumerate(cells)]
+        if task.label_column not in table.columns:
+            return task, Split(words, None, table.origin)
+        tags = []
+        for row, cell in enumerate(table.column(task.label_column)):
+            tags.append(_parts(cell, "tags", task.label_column, partial(table.place, row)))
+            if len(tags[row]) != len(words[row]):
+                found = f"{len(tags[row])} tags for {len(words[row])} words"
+                raise DataError(f"{table.place(row)}: {found}; every word needs one")
+        rows = _one_form(tags, table.place)
+        entities = [entities_of(row) for row in rows]
+        if not task.labels:
+            kinds = sorted({kind for row in entities for kind, _, _ in row})
+            if not kinds:
+                raise DataError(
+                    f"{table.origin}: column '{task.label_column}' holds no entity; nothing can be learned from it"
+                )
+            task = replace(task, labels=(OUTSIDE, *(f"{part}-{kind}" for kind in kinds for part in "BI")))
+        gold = [task._numbers(found, len(tags[row]), partial(table.place, row)) for row, found in enumerate(entities)]
+        return task, Split(words, gold, table.origin, note=_scheme(rows, tags, table.origin))
+
+    def reader(
+        self, first: Row, origin: str, *, plain: bool, columns: Sequence[str]
+    ) -> Callable[[Sequence[Row]], Split]:
+        """Lists of words, or texts that are divided at white space."""
+        guesses = (*columns,) or (*self.text_columns, *_WORDS, *_LINES)
+        name = "text" if plain else next((guess for guess in guesses if guess in first.cells), "")
+        if not name:
+            raise DataError(
+                f"{origin} has no column '{guesses[0]}'; it has {', '.join(first.cells)} (choose with --text-columns)"
+            )
+        in_lines = isinstance(first.cells[name], str)
+
+        def read(rows: Sequence[Row]) -> Split:
+            cells = [row.cells.get(name) for row in rows]
+            for row, cell in zip(rows, cells, strict=True):
+                if in_lines and not isinstance(cell, str):
+                    raise DataError(f"{origin}, {row.place}: column '{name}' holds no text")
+            if in_lines:
+                return Split([tuple(_NOT_BLANK.findall(str(line))) for line in cells], None, origin, [*map(str, cells)])
+            places = [lambda row=row: f"{origin}, {row.place}" for row in rows]
+            texts = [_parts(cell, "words", name, place) for cell, place in zip(cells, places, strict=True)]
+            return Split(texts, None, origin)
+
+        return read
+
+    def for_training(self, config: RunConfig, gold: Sequence[Any]) -> TokenClassification:
+        """With scikit-learn's `balanced` weights of the tags, where they are asked for: words / (tags x words of it)."""
+        if not config.class_weights:
+            return self
+        words = [number for row in gold for number in row]
+        counts = [max(words.count(number), 1) for number in range(len(self.labels))]
+        return replace(self, class_weights=tuple(len(words) / (len(counts) * count) for count in counts))
+
+    # -- model ----------------------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        split: Split,
+        tokenizer: Any,
+        limit: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        cache: Path | None = None,
+    ) -> Encoded:
+        """The words of a sentence in a row of tokens, the first of each word with its target."""
+        return encode(split, tokenizer, limit, progress, cache, of_words=True)
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """Cross-entropy, summed over the words."""
+        logits = self.outputs(model, batch).float()  # (rows, tokens, labels)
+        assert batch.targets is not None
+        weights = torch.tensor(self.class_weights, device=logits.device) if self.class_weights else None
+        return functional.cross_entropy(
+            logits.flatten(0, 1), batch.targets.flatten(), weight=weights, ignore_index=IGNORED, reduction="sum"
+        )
+
+    def scores(self, model: Any, batch: Batch) -> list[Tensor]:
+        """For each row the logits (words, labels); -inf for a word without a token."""
+        logits = self.outputs(model, batch).float().cpu()  # (rows, tokens, labels)
+        found = []
+        for row, places in zip(logits, batch.words or [], strict=True):
+            index = torch.tensor(places, dtype=torch.long)
+            scores = torch.full((len(places), row.shape[-1]), -torch.inf)
+            scores[index >= 0] = row[index[index >= 0]]
+            found.append(scores)
+        return found
+
+    # -- results --------------------------------------------------------------------------------------------------------
+
+    def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
+        """Precision, recall and F1 of entities as conlleval counts them, accuracy of words, mean loss of words."""
+        metrics = entity_metrics([self._named(row) for row in gold], [self._decided(row) for row in scores])
+        logits, targets = torch.cat(list(scores)), torch.tensor([number for row in gold for number in row])
+        seen = _seen(logits)
+        loss = functional.cross_entropy(logits[seen], targets[seen], reduction="sum") / max(int(seen.sum()), 1)
+        return {name: metrics[name] for name in self.metrics} | {"loss": float(loss)}
+
+    def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> float:
+        """Always O."""
+        named = [self._named(row) for row in gold]
+        return entity_metrics(named, [[OUTSIDE] * len(row) for row in named])[self.metrics[0]]
+
+    def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
+        """Precision, recall, F1 and support of each kind of entity."""
+        named, found = [self._named(row) for row in gold], [self._decided(row) for row in scores]
+        return {"by_label": by_kind(named, found, self.answers)}
+
+    def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
+        """For each row its entities, with their place in its `text`: a line as it was, or words with blanks between."""
+        for row, (words, logits) in enumerate(zip(split.texts, scores, strict=True)):
+            text = split.lines[row] if split.lines else " ".join(words)
+            if split.lines:
+                places = [found.span() for found in _NOT_BLANK.finditer(text)]
+            else:
+                ends = accumulate(len(word) + 1 for word in words)
+                places = [(end - 1 - len(word), end - 1) for word, end in zip(words, ends, strict=True)]
+            best = torch.softmax(logits, dim=-1).amax(dim=-1).tolist()  # (words,)
+            spans = [
+                _span(text, places, entity) | {"score": round(fmean(best[entity[1] : entity[2] + 1]), 6)}
+                for entity in entities_of(self._decided(logits))
+            ]
+            record: dict[str, Any] = {"prediction": spans, "text": text}
+            if split.labels is not None:
+                gold = entities_of(self._named(split.labels[row]))
+                record["label"] = [_span(text, places, entity) for entity in gold]
+            yield record
+
+    def _decided(self, logits: Tensor) -> list[str]:
+        """The tag of every word, from its logits (words, labels)."""
+        found = logits.argmax(dim=-1).tolist()
+        return [self.labels[number] if seen else OUTSIDE for number, seen in zip(found, _seen(logits), strict=True)]
+
+    def _named(self, numbers: Sequence[int]) -> list[str]:
+        return [self.labels[number] for number in numbers]
+
+    def _numbers(self, entities: Sequence[Entity], words: int, place: Callable[[], str]) -> list[int]:
+        """The tags of a sentence in IOB2, as far as the labels of a stranger's checkpoint have them."""
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        tags: list[Any] = [numbers[OUTSIDE]] * words
+        for kind, first, last in entities:
+            if kind not in self.answers:
+                known = ", ".join(self.answers)
+                raise DataError(f"{place()}: '{kind}' is not among the kinds of entities trained on ({known})")
+            begin, inside = (numbers.get(f"{part}-{kind}") for part in "BI")
+            tags[first : last + 1] = [begin if inside is None else inside] * (last + 1 - first)
+            tags[first] = inside if begin is None else begin
+        return tags
+
+    # -- on disk --------------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """What an adapter keeps of the task."""
+        return {"task": self.name, "task_type": self.kind, "labels": list(self.labels)}
+
+    def columns(self) -> dict[str, Any]:
+        """Which columns were read."""
+        return {"text_columns": self.text_columns, "label_column": self.label_column}
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that repeat what was found in the user's own data."""
+        return {"task_type": self.kind, "text_columns": self.text_columns[0], "label_column": self.label_column}
+
+    def _with_columns(self, table: Table, *, labelled: bool) -> TokenClassification:
+        """The task with its columns: as given, or as they are usually called."""
+        words = self.text_columns or _first(_WORDS, table.columns) or _WORDS[:1]
+        tags = self.label_column or (*_first(_TAGS, table.columns), _TAGS[0])[0]
+        wanted = {words[0]: "--text-columns"} | ({tags: "--label-column"} if labelled else {})
+        for column, flag in wanted.items():
+            if column not in table.columns:
+                raise DataError(
+                    f"{table.origin} has no column '{column}'; it has {', '.join(table.columns)} (choose with {flag})"
+                )
+        return replace(self, text_columns=words, label_column=tags)
+
+
+# -- tags -----------------------------------------------------------------------------------------------------------------
+
+
+def entities_of(tags: Sequence[str]) -> list[Entity]:
+    """The entities of a sentence with tags in IOB1, IOB2 or IOBES; illegal sequences are read as conlleval does."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    found: list[Entity] = get_entities(list(tags))
+    return found
+
+
+def entity_metrics(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Micro averages over entities, and accuracy of words; 0 where there is nothing to count."""
+    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
+
+    columns = precision_recall_fscore_support(list(gold), list(found), average="micro", zero_division=0)
+    precision, recall, f1 = map(float, columns[:3])
+    right = [tag == other for rows in zip(gold, found, strict=True) for tag, other in zip(*rows, strict=True)]
+    return {"f1": f1, "precision": precision, "recall": recall, "accuracy": sum(right) / max(len(right), 1)}
+
+
+def by_kind(
+    gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]], kinds: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Precision, recall, f1 and support (entities in the gold) of each kind."""
+    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
+
+    there = sorted({kind for row in (*gold, *found) for kind, _, _ in entities_of(row)})
+    columns = precision_recall_fscore_support(list(gold), list(found), average=None, zero_division=0)
+    rows = {
+        kind: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}
+        for kind, p, r, f, s in zip(there, *columns, strict=True)
+    }
+    return {kind: rows.get(kind, {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}) for kind in kinds}
+
+
+def _one_form(rows: Sequence[Sequence[str]], place: Callable[[int], str]) -> list[list[str]]:
+    """All tags as `B-`, `I-`, `E-` or `S-` and a kind; without a prefix neighbours of one kind are one entity.
+
+    Raises:
+        DataError: some tags have a prefix and others none, or they are numbers.
+    """
+    with_prefix: bool | None = None
+    found = []
+    for row, tags in enumerate(rows):
+        form = []
+        for tag in tags:
+            parts = _TAG.fullmatch(tag)
+            if tag == OUTSIDE:
+                form.append(tag)
+                continue
+            if tag.isdecimal():
+                raise DataError(
+                    f"{place(row)}: tag {tag} is a number without a name: write names such as B-person, or use a data set "
+                    "whose features name them (ClassLabel)"
+                )
+            if with_prefix is None:
+                with_prefix = parts is not None
+            if with_prefix != (parts is not None):
+                raise DataError(f"{place(row)}: tag '{tag}' has {'a' if parts else 'no'} prefix such as B- or I-; tags before it have {'none' if parts else 'one'}")  # fmt: skip
+            form.append(f"{_AS_IOBES.get(parts[1], parts[1])}-{parts[2]}" if parts else f"I-{tag}")
+        found.append(form)
+    return found
+
+
+def _scheme(rows: Sequence[Sequence[str]], tags: Sequence[Sequence[str]], origin: str) -> str:
+    """A note on the scheme of all these tags, in one form and as they were, where it is not plain IOB2."""
+    used = {tag for row in tags for tag in row if tag != OUTSIDE}
+    if used and not any(_TAG.fullmatch(tag) for tag in used):
+        return f"the tags of {origin} have no B- or I-: neighbouring words of one kind are read as one entity"
+    letters = {tag[0] for tag in used}
+    if letters - set("BI"):
+        name = "BILOU" if letters & set("LU") else "BMES" if "M" in letters else "IOBES"
+        return f"the tags of {origin} are {name}; they are learned as IOB2"
+    begun = needless = 0  # I- that begin an entity; B- that follow no word of their kind
+    for row in rows:
+        for before, tag in zip([OUTSIDE, *row], row, strict=False):
+            alone = tag != OUTSIDE and before[2:] != tag[2:]
+            begun += alone and tag[0] == "I"
+            needless += alone and tag[0] == "B"
+    if begun and not needless:
+        return f"the tags of {origin} are IOB1; they are learned as IOB2"
+    if begun:
+        return f"{begun:,} tags I-... of {origin} follow no tag of their kind; each is read as the beginning of an entity, as conlleval does"
+    return ""
+
+
+def _first(guesses: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
+    return next(((guess,) for guess in guesses if guess in columns), ())
+
+
+def _parts(cell: Any, what: str, column: str, place: Callable[[], str]) -> tuple[str, ...]:
+    if not isinstance(cell, (list, tuple)) or any(part is None or isinstance(part, (list, dict)) for part in cell):
+        raise DataError(f"{place()}: column '{column}' holds no list of {what}")
+    return tuple(str(part) for part in cell)
+
+
+def _seen(logits: Tensor) -> Tensor:
+    """Which words (words,) have a token, from their logits (words, labels)."""
+    return ~torch.isneginf(logits).all(dim=-1)
+
+
+def _span(text: str, places: Sequence[tuple[int, int]], entity: Entity) -> dict[str, Any]:
+    kind, first, last = entity
+    start, end = places[first][0], places[last][1]
+    return {"label": kind, "text": text[start:end], "start": start, "end": end}

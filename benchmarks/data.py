@@ -28,8 +28,8 @@ from craft_cli.data.sources import TRAIN, DataSource
 from craft_cli.data.tokens import collate, encode, padding
 from craft_cli.models.loading import quiet_transformers
 from craft_cli.tasks.splits import load_splits
+from craft_cli.training.preparation import Prepared, build, prepare
 from craft_cli.training.progress import Listener, Plan
-from craft_cli.training.setup import Prepared, build, prepare
 
 Batch = tuple[dict[str, Tensor], Tensor | None]
 ARMS = {"similar lengths": batches.BUCKET, "random": 1}

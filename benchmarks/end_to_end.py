@@ -169,7 +169,8 @@ def train(arm: str, settings: dict[str, Any], rank: int, rate: float) -> dict[st
 
 def with_craft(watch: Watch, config: Any) -> dict[str, Any]:
     """Train by `craft.train`."""
-    from craft_cli.training import loop as training
+    from craft_cli.api.train import train
+    from craft_cli.training import setup
     from craft_cli.training.progress import Listener
 
     class Ears(Listener):
@@ -186,9 +187,9 @@ def with_craft(watch: Watch, config: Any) -> dict[str, Any]:
         watch.model(model, prepared.tokenizer, config)
         return model, adapter
 
-    built, ears = training.build, Ears()
-    with mock.patch.object(training, "build", build):
-        result = training.train(config, ears)
+    built, ears = setup.build, Ears()
+    with mock.patch.object(setup, "build", build):
+        result = train(config, ears)
     return watch.result(sum(result.parameters.values()), result.updates, result.seconds, ears.accuracy)
 
 

@@ -28,7 +28,7 @@ _HOME = {
     "merge": "api.merge",
     "predict": "api.predict",
     "submit": "api.submit",
-    "train": "training.loop",
+    "train": "api.train",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from craft_cli.api.merge import merge as merge
     from craft_cli.api.predict import predict as predict
     from craft_cli.api.submit import submit as submit
+    from craft_cli.api.train import train as train
     from craft_cli.config import RunConfig as RunConfig
     from craft_cli.errors import CraftError as CraftError
     from craft_cli.methods.attach import ModelAdapter as ModelAdapter
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from craft_cli.methods.attach import load as load
     from craft_cli.methods.craft.factors import Factors as Factors
     from craft_cli.methods.craft.ranks import Ranks as Ranks
-    from craft_cli.training.loop import train as train
     from craft_cli.tucker import TuckerTensor as TuckerTensor
     from craft_cli.tucker import hosvd as hosvd
 

@@ -17,8 +17,8 @@ from typer.main import get_command
 from craft_cli.cli import app
 from craft_cli.config import RunConfig
 from craft_cli.data import batches
+from craft_cli.training.preparation import prepare
 from craft_cli.training.schedule import Timetable
-from craft_cli.training.setup import prepare
 from craft_cli.tucker import gram_matrix, hosvd
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -331,8 +331,8 @@ def _training(folder: Path) -> tuple[State, str]:
     """One update and evaluation of a pico model, by what `craft train` calls, with all its files in `folder`."""
     import torch
 
+    from craft_cli.api.train import train
     from craft_cli.models.loading import quiet_transformers
-    from craft_cli.training.loop import train
 
     with quiet_transformers():
         _save_pico(folder / "model")
@@ -344,8 +344,7 @@ def _training(folder: Path) -> tuple[State, str]:
         "per_device_train_batch_size": 8,
     })  # fmt: skip
     began = time.perf_counter()
-    with _inside(folder):  # `train` points runs/latest, in the working folder, to its run
-        result = train(config)
+    result = train(config, runs=folder / "runs")
     assert result.updates == 1
     seconds = time.perf_counter() - began
     device = "GPU" if torch.cuda.is_available() else "CPU"
@@ -390,17 +389,6 @@ def _save_rows(path: Path, count: int) -> None:
         for number, words in zip(range(count), itertools.cycle((_GOOD, _BAD)))
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    """With this working folder."""
-    former = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(former)
 
 
 def _size(count: float) -> str:

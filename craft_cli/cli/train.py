@@ -45,7 +45,7 @@ def command(
 
         processes = processes_to_start(config)
         if not processes:
-            from craft_cli.training.loop import train
+            from craft_cli.api.train import train
     if processes:
         raise SystemExit(launch(processes, sys.argv[1:]))
 

@@ -89,7 +89,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 T = TypeVar("T")
 
 
-def _from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
     """What the main process makes, on every process; the error it meets, too."""
     made: list[Any] = [None]
     unexpected: Exception | None = None

@@ -16,9 +16,9 @@ from craft_cli.methods.attach import ModelAdapter
 from craft_cli.models.cards import model_card
 from craft_cli.plots import training_curve
 from craft_cli.tasks.metrics import renamed
+from craft_cli.training.preparation import Prepared, data_record, resolved_recipe
 from craft_cli.training.progress import Listener
 from craft_cli.training.run import Run
-from craft_cli.training.setup import Prepared, data_record, resolved_recipe
 
 
 def chosen_metric(config: RunConfig, prepared: Prepared) -> str:

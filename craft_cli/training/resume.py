@@ -45,31 +45,32 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def find_start(config: RunConfig, processes: int, held: ExitStack) -> Start:
+def find_start(config: RunConfig, processes: int, held: ExitStack, runs: Path = RUNS) -> Start:
     """Look at what there is.
 
     Args:
         config: as given.
         processes: that will train.
         held: keeps a run that goes on from being trained twice.
+        runs: folder of runs.
 
     Raises:
         ConfigError: the run to resume was trained with other settings, or what the other run trained does not fit.
         FileError: the output folder is taken, or something in it cannot be read.
     """
-    start = _resumed(config, processes, held) if config.resume else Start(config)
+    start = _resumed(config, processes, held, runs) if config.resume else Start(config)
     if start.run is None and config.output_dir and not config.dry_run:
-        usable_output(config.output_dir, overwrite=config.overwrite)
+        usable_output(config.output_dir, runs, overwrite=config.overwrite)
     if start.state is None and start.config.init_from:
         frozen, trained = _other_run(start.config, start.config.init_from)
         start = replace(start, frozen=frozen, trained=trained)
     return start
 
 
-def _resumed(config: RunConfig, processes: int, held: ExitStack) -> Start:
-    run = resumed_run(config.output_dir)
+def _resumed(config: RunConfig, processes: int, held: ExitStack, runs: Path) -> Start:
+    run = resumed_run(config.output_dir, runs)
     if not run.is_run():
-        where = run.path if config.output_dir else RUNS
+        where = run.path if config.output_dir else runs
         return Start(config, notes=(f"nothing to resume in {where}: starting from the beginning",))
     held.enter_context(run.being_trained())
     state, notes = newest_state(run)

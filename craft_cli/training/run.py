@@ -37,15 +37,22 @@ from craft_cli.files import (
 from craft_cli.methods.adapter_folder import CONFIG_FILE
 
 RUNS = Path("runs")
+"""Where runs without an output folder of their own lie, and the link to the latest one, from the working folder."""
 _SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
 _WRITTEN = ("adapter", "recipe.yaml", "metrics.jsonl", "training_curve.png", "all_results.json")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder."""
+    """One run folder.
+
+    Attributes:
+        path: of it.
+        runs: folder with the link to the latest run.
+    """
 
     path: Path
+    runs: Path = RUNS
 
     @property
     def adapter(self) -> Path:
@@ -70,7 +77,7 @@ class Run:
         try:
             _empty(self.path, [*_WRITTEN, "checkpoints", "tensorboard"] if again else None)
             self.write_recipe(recipe)
-            point_latest(self.path)
+            self._point_latest()
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
@@ -87,9 +94,18 @@ class Run:
             former = self.recipe()
             kept = {name: former[name] for name in _SIZES if name in former}
             self.write_recipe({n: value for n, value in recipe.items() if n not in _SIZES or n in kept} | kept)
-            point_latest(self.path)
+            self._point_latest()
         except OSError as error:
             raise cannot_write(self.path, error) from error
+
+    def _point_latest(self) -> None:
+        """Make `runs/latest` a link to this run."""
+        self.runs.mkdir(exist_ok=True)
+        link = self.runs / f".latest.{os.getpid()}"
+        with contextlib.suppress(OSError):  # a file system without symbolic links has no latest run
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(self.path.resolve(), self.runs.resolve()), target_is_directory=True)
+            os.replace(link, self.runs / "latest")
 
     def write_recipe(self, recipe: dict[str, Any]) -> None:
         """Write recipe.yaml."""
@@ -194,22 +210,23 @@ def checkpoints(run: Run) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
-def new_run(output_dir: str | None, label: str, *, overwrite: bool) -> Run:
+def new_run(output_dir: str | None, label: str, runs: Path = RUNS, *, overwrite: bool) -> Run:
     """The folder of a new run.
 
     Args:
         output_dir: the folder; `runs/LABEL-TIME` without.
         label: task and model, for the name.
+        runs: folder of runs.
         overwrite: it may hold a run, which `start` then clears away.
 
     Raises:
         FileError: the folder is taken.
     """
     if output_dir:
-        return usable_output(output_dir, overwrite=overwrite)
+        return usable_output(output_dir, runs, overwrite=overwrite)
     name, number = f"{label}-{datetime.now():%Y%m%d-%H%M%S}", 1
     while True:
-        path = RUNS / (name if number == 1 else f"{name}-{number}")
+        path = runs / (name if number == 1 else f"{name}-{number}")
         try:
             path.mkdir(parents=True)
         except FileExistsError:
@@ -217,16 +234,16 @@ def new_run(output_dir: str | None, label: str, *, overwrite: bool) -> Run:
         except OSError as error:
             raise cannot_write(path, error) from error
         else:
-            return Run(path)
+            return Run(path, runs)
 
 
-def usable_output(output_dir: str, *, overwrite: bool) -> Run:
+def usable_output(output_dir: str, runs: Path = RUNS, *, overwrite: bool) -> Run:
     """The run that may be made in this folder: it is empty, or may be overwritten and holds a run.
 
     Raises:
         FileError: the folder is taken.
     """
-    run = Run(Path(output_dir).expanduser())
+    run = Run(Path(output_dir).expanduser(), runs)
     check_free(run.path, overwrite=overwrite)
     if run.path.is_dir() and holds_something(run.path) and not run.is_run():
         raise FileError(
@@ -249,15 +266,15 @@ def find_run(path: str | None) -> Path:
     return latest
 
 
-def _latest() -> Path | None:
+def _latest(runs: Path = RUNS) -> Path | None:
     """The folder that `runs/latest` points to, from here."""
-    link = RUNS / "latest"
+    link = runs / "latest"
     return Path(os.path.relpath(link.resolve())) if link.is_dir() else None
 
 
-def resumed_run(output_dir: str | None) -> Run:
+def resumed_run(output_dir: str | None, runs: Path = RUNS) -> Run:
     """The run that `--resume` goes on with, if it is one: the one given, or the latest."""
-    return Run(Path(output_dir).expanduser() if output_dir else _latest() or RUNS / "latest")
+    return Run(Path(output_dir).expanduser() if output_dir else _latest(runs) or runs / "latest", runs)
 
 
 def find_adapter(path: Path) -> Path | None:
@@ -289,13 +306,3 @@ def _empty(folder: Path, names: Sequence[str] | None = None) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def point_latest(path: Path) -> None:
-    """Make `runs/latest` a link to this run."""
-    RUNS.mkdir(exist_ok=True)
-    link = RUNS / f".latest.{os.getpid()}"
-    with contextlib.suppress(OSError):  # a file system without symbolic links has no latest run
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(path.resolve(), RUNS.resolve()), target_is_directory=True)
-        os.replace(link, RUNS / "latest")

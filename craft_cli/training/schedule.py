@@ -58,7 +58,7 @@ class Timetable:
         return step == self.total or step % (steps or self._in_epoch) == 0
 
 
-def _move(schedule: Any, step: int) -> None:
+def move(schedule: Any, step: int) -> None:
     """Set a schedule to where it is after this many updates; the rate is a function of nothing else."""
     schedule.last_epoch = step
     for group, base, factor in zip(

@@ -1,220 +1,135 @@
-"""What a run needs before its loop: rows, factors, the adapted model, the recipe that repeats it."""
+"""What a training works with: made once, from the settings, before its loop."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import secrets
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
 from torch import Tensor
+from transformers import get_linear_schedule_with_warmup
 
 from craft_cli.config import RunConfig
-from craft_cli.data.batches import plan_epoch
-from craft_cli.data.sources import TRAIN, VALIDATION, DataSource, Split
-from craft_cli.data.tokens import Encoded, padding
-from craft_cli.errors import ConfigError, ModelError
-from craft_cli.files import cache_folder
-from craft_cli.methods import method_named
-from craft_cli.methods.attach import ModelAdapter, attach_prepared
-from craft_cli.methods.base import Method
-from craft_cli.methods.frozen import Frozen
-from craft_cli.models.checkpoint import Checkpoint
-from craft_cli.models.hub import resolve
-from craft_cli.models.loading import head_of, load_model, load_quantised, load_tokenizer, recompute_activations
-from craft_cli.models.stacks import read_weights
-from craft_cli.tasks.base import Task
-from craft_cli.tasks.metrics import renamed
-from craft_cli.tasks.splits import load_splits
-from craft_cli.training.compile import compile_blocks, freeze_cache
-from craft_cli.training.distributed import fsdp_asked
-from craft_cli.training.progress import Plan
-from craft_cli.training.resume import Start
+from craft_cli.errors import ConfigError
+from craft_cli.methods.attach import ModelAdapter
+from craft_cli.models.quantization import check_available
+from craft_cli.training.checkpoint import data_checksum
+from craft_cli.training.distributed import from_main, fsdp_asked, held_here, shard
+from craft_cli.training.journal import Journal, chosen_metric
+from craft_cli.training.preparation import Prepared, build, describe_tokens, prepare, resolved_recipe
+from craft_cli.training.progress import Listener, Plan
+from craft_cli.training.resume import Start, check_state, find_start
 from craft_cli.training.run import Run, new_run, usable_output
-from craft_cli.training.schedule import Timetable
-from craft_cli.training.trackers import trackers
+from craft_cli.training.schedule import Timetable, move
+from craft_cli.training.signals import StopSignals
+from craft_cli.training.trackers import start_trackers, trackers
 
 
 @dataclass
-class Prepared:
-    """All that is needed before a model is built.
+class Training:
+    """A training and where it is.
 
     Attributes:
-        checkpoint: of the base.
-        method: that writes the change.
-        frozen: what it keeps of the base's weights.
-        task: with its labels, for the head that is trained.
-        tokenizer: the base's.
-        train: rows to train on.
-        validation: rows to evaluate on, by split.
-        notes: what the user should know; in a dry run also what is noticed in the data.
+        config: all settings, completed by those of a resumed run.
+        accelerator: of Accelerate.
+        listener: receives events; on other processes than the main one it does nothing.
+        prepared: rows, checkpoint, method and task.
+        model: wrapped for its processes.
+        adapter: on the model.
+        optimizer: wrapped too.
+        schedule: of the learning rate.
+        trainable: every parameter that is trained.
+        timetable: what happens at which update.
+        journal: log and best adapter.
+        run: the run folder; None in a dry run.
+        recipe: the settings that repeat this run.
+        update_size: rows of an update.
+        data: checksum of the rows.
+        parameters: `adapter` and `head`, numbers trained.
+        sharded: whether FSDP shards the base.
+        tracker_id: the same for all parts of a resumed run.
+        resumed_at: updates made before this process; None where nothing is resumed.
+        began: when the training began, by `time.perf_counter`; of a resumed one as if it had never stopped.
+        step: updates made.
+        saved: update of the newest checkpoint.
+        stopped: number of the signal that stops it, or 0.
+        stop: remembers signals.
+        updates: the rows of the updates to come.
     """
 
-    checkpoint: Checkpoint
-    method: Method
-    frozen: Frozen
-    task: Task
-    tokenizer: Any
-    train: Encoded
-    validation: dict[str, Encoded]
-    notes: list[str]
-
-    def measure(self, scores: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-        """The metrics of all validation splits, by name."""
-        metrics: dict[str, float] = {}
-        for name, encoded in self.validation.items():
-            metrics |= renamed(self.task.measure(scores[name], encoded.labels or []), name, self.validation)
-        return metrics
+    config: RunConfig
+    accelerator: Accelerator
+    listener: Listener
+    prepared: Prepared
+    model: Any
+    adapter: ModelAdapter
+    optimizer: Any
+    schedule: Any
+    trainable: list[Tensor]
+    timetable: Timetable
+    journal: Journal
+    run: Run | None
+    recipe: dict[str, Any]
+    update_size: int
+    data: str
+    parameters: dict[str, int]
+    sharded: bool
+    tracker_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    resumed_at: int | None = None
+    began: float = field(default_factory=time.perf_counter)
+    step: int = 0
+    saved: int = 0
+    stopped: int = 0
+    stop: StopSignals = field(default_factory=StopSignals)
+    updates: Iterator[list[int]] = field(default_factory=lambda: iter([]))
 
     @property
-    def eval_examples(self) -> int:
-        """Rows of each evaluation."""
-        return sum(map(len, self.validation.values()))
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def run_folder(self) -> Path | None:
+        """Path of the run, if there is one."""
+        return self.run.path if self.run else None
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.timetable.epoch(self.step)
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether this update is evaluated and has not been yet."""
+        return not self.stopped and self.timetable.evaluates(self.step) and self.journal.evaluated < self.step
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether this update is saved and has not been yet; one that a signal stops at is always written."""
+        due = self.timetable.saves(self.step) or (self.journal.out_of_patience and self.config.save_strategy != "no")
+        return bool(self.stopped) or (due and self.saved < self.step)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no update follows."""
+        return bool(self.stopped) or self.step == self.timetable.total or self.journal.out_of_patience
 
 
-def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen: Frozen | None = None) -> Prepared:
-    """Data, checkpoint and what the method keeps of it; the same on every process.
-
-    Args:
-        config: of the run.
-        progress: called with (what, done, total).
-        frozen: what the method kept of the base before; prepared, or taken from its cache, without.
-    """
-    progress("loading data", 0, 1)
-    loaded = load_splits(DataSource.of(config), [TRAIN, VALIDATION])
-    progress("loading data", 1, 1)
-    checkpoint = resolve(config.model, config.revision)
-    method = method_named(config.method)
-    notes = list(loaded.notes)
-    weights = read_weights(checkpoint, config.targets if frozen is None else frozen.targets)
-    if frozen is None:
-        prepared = method.prepare(weights, config.method_options, config.cache_dir, progress)
-        frozen = prepared.frozen
-        notes = [*prepared.notes, *notes]
-    elif dict(weights.fingerprints) != dict(frozen.fingerprints):
-        raise ModelError(f"{checkpoint.name} has other weights than those the transforms were trained on")
-    else:
-        frozen = replace(frozen, model=checkpoint.name, revision=checkpoint.revision)
-    tokenizer = load_tokenizer(checkpoint)
-    rows = {
-        name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
-        for name, split in loaded.splits.items()
-    }
-    encoded = {
-        name: loaded.task.encode(
-            split,
-            tokenizer,
-            config.max_seq_length,
-            lambda done, total: progress("tokenising", done, total),
-            cache_folder(config.cache_dir),
-        )
-        for name, split in rows.items()
-    }
-    for name, part in encoded.items():
-        if part.cut:
-            share = f"{part.cut:,} of {len(part):,} rows of {rows[name].origin}"
-            notes.append(f"{share} are longer than {part.limit} tokens and were cut (--max-seq-length)")
-    if config.load_in_4bit or config.load_in_8bit:
-        notes.append("the base is quantised in training only: craft eval, predict and merge take it in full precision")
-    if config.dry_run:
-        notes += _report(rows)
-    train = encoded.pop(TRAIN)
-    task = loaded.task.for_training(config, train.labels or []).on_head(checkpoint.config(), strict=False)
-    return Prepared(checkpoint, method, frozen, task, tokenizer, train, encoded, notes)
-
-
-def _report(splits: Mapping[str, Split]) -> list[str]:
-    """Rows that stand several times in the training data, or in what is evaluated too."""
-    train = splits[TRAIN]
-    labels: dict[tuple[str, ...], Any] = {}
-    repeated = contradicting = 0
-    for text, label in zip(train.texts, train.labels or [], strict=True):
-        if text in labels:
-            repeated += 1
-            contradicting += label != labels[text]
-        else:
-            labels[text] = label
-    lines = []
-    if repeated:
-        lines.append(
-            f"{repeated:,} rows of {train.origin} repeat an earlier text, {contradicting:,} with another label"
-        )
-    for name, split in splits.items():
-        shared = sum(text in labels for text in split.texts)
-        if name != TRAIN and shared:
-            lines.append(f"{shared:,} of {len(split):,} rows of {split.origin} are in the training data too")
-    empty = sum(not any(part.strip() for part in text) for split in splits.values() for text in split.texts)
-    return [*lines, f"{empty:,} rows hold no text"] if empty else lines
-
-
-def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> str:
-    """Lengths, and the padding of the first epoch with rows of similar length together and without."""
-    lengths, size = prepared.train.lengths, config.per_device_train_batch_size
-    updates = plan_epoch(lengths, update_size, seed=config.seed, epoch=0)
-    batches = [update[start : start + size] for update in updates for start in range(0, len(update), size)]
-    plain = [range(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size)]
-    return (
-        f"median {median(lengths):g}, longest {max(lengths)}; padding {100 * padding(lengths, batches):.1f}% "
-        f"(unsorted {100 * padding(lengths, plain):.1f}%)"
-    )
-
-
-def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[Any, ModelAdapter]:
-    """The adapted model with the head of its task.
-
-    Args:
-        config: of the run.
-        prepared: what is trained on.
-        device: where a quantised base is put; any other stays on the CPU here.
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Accelerate, as the settings and whoever launched the processes say.
 
     Raises:
-        ModelError: it cannot be loaded, quantised, compiled, or its activations not be computed again.
+        ConfigError: what was asked for cannot be.
     """
-    name, options = prepared.task.auto_model, prepared.task.model_options()
-    if bits := 4 if config.load_in_4bit else 8 if config.load_in_8bit else None:
-        compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-        model, fresh = load_quantised(prepared.checkpoint, name, options, bits, compute, device)
-    else:
-        model, fresh = load_model(prepared.checkpoint, name, options)
-    freeze_cache(model)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = prepared.tokenizer.pad_token_id
-    head = head_of(model, fresh)
-    adapter = attach_prepared(model, prepared.method, prepared.frozen, config.method_options, head)
-    if config.gradient_checkpointing:
-        recompute_activations(model)
-    if config.torch_compile:
-        compile_blocks(adapter)
-    return model, adapter
-
-
-def data_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
-    """Where the rows came from, so that they are found again from anywhere."""
-    return asdict(DataSource.of(config).resolved()) | prepared.task.columns()
-
-
-def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
-    """The configuration that repeats this run from any folder."""
-    recipe = config.recipe()
-    source = DataSource.of(config).resolved()
-    recipe |= {name: path for name, path in asdict(source).items() if name.endswith(("_dir", "_file")) and path}
-    if source.task is None:
-        recipe |= prepared.task.settings()
-    if Path(config.model).expanduser().is_dir():
-        recipe["model"] = str(Path(config.model).expanduser().resolve())
-    elif prepared.checkpoint.revision:
-        recipe["revision"] = prepared.checkpoint.revision
-    if config.init_from:
-        recipe["init_from"] = str(Path(config.init_from).expanduser().resolve())
-    return recipe
-
-
-def _accelerator(config: RunConfig) -> Accelerator:
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None  # None: as `accelerate launch` says
     if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
         raise ConfigError("--fp16 needs a GPU; on the CPU use --bf16 or neither")
@@ -234,7 +149,121 @@ def _accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def _open_run(start: Start, prepared: Prepared, recipe: dict[str, Any], held: contextlib.ExitStack) -> Path:
+def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held: ExitStack, runs: Path) -> Training:
+    """Everything up to the first update, or up to where a former training stopped.
+
+    Args:
+        config: as given.
+        accelerator: of Accelerate.
+        listener: receives events.
+        held: keeps the run folder for this process.
+        runs: folder of runs.
+
+    Raises:
+        CraftError: the configuration, the model, the data or the output cannot be used.
+    """
+    processes = accelerator.num_processes
+    listener = listener if accelerator.is_main_process else Listener()
+    config = _as_launched(config, accelerator)
+    sharded = fsdp_asked()
+    _check_devices(config, sharded)
+    start = from_main(accelerator, lambda: find_start(config, processes, held, runs))
+    config, state = start.config, start.state
+    with accelerator.main_process_first():  # the others then find the caches filled
+        prepared = prepare(config, listener.preparing, start.frozen)
+
+    set_seed(config.seed)
+    model, adapter = build(config, prepared, accelerator.device)
+    adapter.load_trained_state(start.trained)
+    update_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    if state:  # whatever the number of processes is now
+        update_size = state.record["update_size"]
+    timetable = Timetable(config, prepared.train.lengths, update_size)
+    metric = chosen_metric(config, prepared)  # a wrong one is refused before a former run makes room
+    data = data_checksum([prepared.train, *prepared.validation.values()])
+    check_state(start, timetable, data)
+    recipe = resolved_recipe(config, prepared)
+    run = None
+    if not config.dry_run:
+        run = Run(from_main(accelerator, lambda: _open_run(start, prepared, recipe, held, runs)), runs)
+
+    model, optimizer, schedule, trainable = _optimized(config, model, adapter, accelerator, timetable, sharded)
+    torch.manual_seed(config.seed + 1 + accelerator.process_index)  # dropout differs between processes
+    writer = run if accelerator.is_main_process else None
+    training = Training(
+        config=config,
+        accelerator=accelerator,
+        listener=listener,
+        prepared=prepared,
+        model=model,
+        adapter=adapter,
+        optimizer=optimizer,
+        schedule=schedule,
+        trainable=trainable,
+        timetable=timetable,
+        journal=Journal(config, prepared, adapter, metric, writer, listener, accelerator.log),
+        run=run,
+        recipe=recipe,
+        update_size=update_size,
+        data=data,
+        parameters={"adapter": adapter.count_parameters(), "head": adapter.count_head_parameters()},
+        sharded=sharded,
+    )
+    listener.started(_plan(training, start, _devices(accelerator) + (held_here(model) if sharded else "")))
+    _resume(training, start)
+    training.updates = timetable.updates(after=training.step)
+    return training
+
+
+def _as_launched(config: RunConfig, accelerator: Accelerator) -> RunConfig:
+    """The settings as they are, whoever launched the processes."""
+    return replace(
+        config,
+        num_processes=accelerator.num_processes if accelerator.num_processes > 1 else None,
+        bf16=accelerator.mixed_precision == "bf16",
+        fp16=accelerator.mixed_precision == "fp16",
+    )
+
+
+def _check_devices(config: RunConfig, sharded: bool) -> None:
+    if config.load_in_4bit or config.load_in_8bit:
+        check_available()
+    if sharded and (config.torch_compile or config.load_in_4bit or config.load_in_8bit):
+        raise ConfigError("FSDP goes with neither --torch-compile nor --load-in-4bit nor --load-in-8bit; leave one out")
+
+
+def _optimized(
+    config: RunConfig, model: Any, adapter: ModelAdapter, accelerator: Accelerator, timetable: Timetable, sharded: bool
+) -> tuple[Any, Any, Any, list[Tensor]]:
+    """The model wrapped for its processes, its optimizer, the schedule, and what is trained."""
+    optimizer = torch.optim.AdamW(_parameter_groups(config, adapter))
+    schedule = get_linear_schedule_with_warmup(optimizer, int(config.warmup_ratio * timetable.total), timetable.total)
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    with warnings.catch_warnings():  # torch 2.13 renames the option, 2.6 does not know the new name
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        if sharded:
+            return shard(model, accelerator), accelerator.prepare_optimizer(optimizer), schedule, trainable
+        model, prepared = accelerator.prepare(model, optimizer)  # not the schedule: it counts updates
+        return model, prepared, schedule, trainable
+
+
+def _resume(training: Training, start: Start) -> None:
+    """Put everything back as it was at the newest checkpoint, if there is one, and start the trackers."""
+    state, accelerator = start.state, training.accelerator
+    if state:
+        training.step = training.saved = training.resumed_at = state.step
+        training.began -= state.record["seconds"]
+        training.tracker_id = state.record["tracker_id"]
+        training.journal.restore(state.record["journal"], state.best, state.metrics)
+        move(training.schedule, state.step)
+    if training.run:
+        start_trackers(accelerator, training.run, training.recipe, training.tracker_id, training.step)
+    if state:  # last, so that nothing draws random numbers in between
+        process, device = accelerator.process_index, accelerator.device
+        state.restore(training.adapter, training.optimizer, accelerator.scaler, process, device)
+
+
+def _open_run(start: Start, prepared: Prepared, recipe: dict[str, Any], held: ExitStack, runs: Path) -> Path:
     """The run folder, held by this process from now on."""
     config = start.config
     if start.run and start.state:
@@ -243,10 +272,10 @@ def _open_run(start: Start, prepared: Prepared, recipe: dict[str, Any], held: co
     run = start.run
     if run is None:
         label = f"{prepared.task.name}-{Path(prepared.checkpoint.name).name}"
-        run = new_run(config.output_dir, label, overwrite=config.overwrite)
+        run = new_run(config.output_dir, label, runs, overwrite=config.overwrite)
         held.enter_context(run.being_trained())
         if config.output_dir:  # another process may have trained there while this one prepared
-            usable_output(config.output_dir, overwrite=config.overwrite)
+            usable_output(config.output_dir, runs, overwrite=config.overwrite)
     run.start(recipe, again=start.run is not None)
     return run.path
 
@@ -272,17 +301,9 @@ def _devices(accelerator: Accelerator) -> str:
     return f"{accelerator.num_processes} x {kind}{precision}"
 
 
-def _plan(
-    start: Start,
-    prepared: Prepared,
-    accelerator: Accelerator,
-    parameters: dict[str, int],
-    update_size: int,
-    timetable: Timetable,
-    devices: str,
-    run: Run | None,
-) -> Plan:
-    config = start.config
+def _plan(training: Training, start: Start, devices: str) -> Plan:
+    config, prepared, accelerator = training.config, training.prepared, training.accelerator
+    update_size = training.update_size
     described = prepared.method.describe(prepared.method.settings(prepared.frozen, config.method_options))
     each, processes = config.per_device_train_batch_size, accelerator.num_processes
     effective = f"{update_size} = {each} a device"
@@ -302,12 +323,12 @@ def _plan(
         method=described.title,
         targets=prepared.frozen.targets,
         sizes=described.settings,
-        adapter_parameters=parameters["adapter"],
-        head_parameters=parameters["head"],
+        adapter_parameters=training.parameters["adapter"],
+        head_parameters=training.parameters["head"],
         devices=devices,
         effective_batch=effective,
-        updates=timetable.total,
+        updates=training.timetable.total,
         done=start.state.step if start.state else 0,
-        output=str(run.path) if run else None,
+        output=str(training.run.path) if training.run else None,
         notes=(*start.notes, *prepared.notes),
     )

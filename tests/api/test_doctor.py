@@ -84,7 +84,7 @@ def test_all_is_well_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_step_and_the_merge_are_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from craft_cli.api import merge as merging
-    from craft_cli.training import loop as training
+    from craft_cli.api import train as training
 
     calls: list[Any] = []
 
@@ -132,7 +132,7 @@ def test_a_training_that_fails_leaves_the_folder_and_no_merge(monkeypatch: pytes
         Path("runs").mkdir()
         raise RuntimeError("CUDA error:\n  no kernel image")
 
-    monkeypatch.setattr("craft_cli.training.loop.train", fail)
+    monkeypatch.setattr("craft_cli.api.train.train", fail)
     result = invoke("doctor")
     assert result.exit_code == 1
     *_, training, merge, last = result.stdout.splitlines()

@@ -16,7 +16,7 @@ from helpers import Remember, config, lines, tensors
 import craft_cli as craft
 from craft_cli.api.predict import predict
 from craft_cli.errors import ConfigError, CraftError, FileError
-from craft_cli.training import loop as training
+from craft_cli.training import loop, setup
 
 Make = Callable[..., Path]
 
@@ -26,11 +26,11 @@ class Script:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *results: tuple[float, float]) -> None:
         self.results = iter(results)
-        monkeypatch.setattr(training, "_evaluate", self.evaluate)
+        monkeypatch.setattr(loop, "measure", self.evaluate)
 
-    def evaluate(self, *_: Any) -> tuple[dict[str, float], int]:
+    def evaluate(self, *_: Any) -> dict[str, float]:
         accuracy, loss = next(self.results)
-        return {"accuracy": accuracy, "loss": loss}, 0
+        return {"accuracy": accuracy, "loss": loss}
 
 
 def evaluations(run: str = "out") -> list[int]:
@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_the_best_is_kept(pico: 
             heads[0].data.fill_(float("inf"))
 
     heads: list[torch.Tensor] = []
-    former = training.build
+    former = setup.build
 
     def build(*arguments: Any) -> Any:
         model, adapter = former(*arguments)
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_the_best_is_kept(pico: 
         return model, adapter
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build", build)
+        patch.setattr(setup, "build", build)
         with pytest.raises(CraftError) as stopped:
             craft.train(config(pico(), data_dir), Break())
     assert str(stopped.value) == (

@@ -13,12 +13,12 @@ from conftest import classifier, shake, token_batch
 from helpers import Remember, config, lines, tensors
 
 import craft_cli as craft
+from craft_cli.api import train as training
 from craft_cli.errors import ConfigError, CraftError, ModelError
 from craft_cli.models.hub import resolve
 from craft_cli.models.loading import load_quantised, recompute_activations
 from craft_cli.training import compile as compilation
-from craft_cli.training import loop as training
-from craft_cli.training import setup as preparation
+from craft_cli.training import preparation, setup
 from craft_cli.training.checkpoint import read_checkpoint
 
 Make = Callable[..., Path]
@@ -112,7 +112,7 @@ def test_bf16_computes_in_it_and_keeps_transforms_and_moments_in_float32(pico: M
 def test_the_scale_of_fp16_goes_with_a_checkpoint(pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 needs a GPU; the gradient scaler itself runs here, and its state is kept."""
     made: list[torch.amp.GradScaler] = []
-    former = training._accelerator
+    former = training.make_accelerator
 
     def scaled(settings: Any) -> Any:
         accelerator = former(settings)
@@ -120,7 +120,7 @@ def test_the_scale_of_fp16_goes_with_a_checkpoint(pico: Make, data_dir: Path, mo
         made.append(accelerator.scaler)
         return accelerator
 
-    monkeypatch.setattr(training, "_accelerator", scaled)
+    monkeypatch.setattr(training, "make_accelerator", scaled)
     craft.train(config(pico(), data_dir, num_train_epochs=1))
     assert made[0].get_scale() == 2.0**10
     assert read_checkpoint(Path("out/checkpoints/step-6")).record["scaler"] == made[0].state_dict()
@@ -217,7 +217,7 @@ def test_training_over_a_quantised_base(
 ) -> None:
     """bitsandbytes has kernels for the CPU; they are slow, but show the whole way."""
     pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(training, "check_available", lambda: None)
+    monkeypatch.setattr(setup, "check_available", lambda: None)
     base = pico(hidden_size=64, intermediate_size=128)
     kinds: set[str] = set()
 

@@ -37,10 +37,10 @@ from accelerate import Accelerator  # noqa: E402
 from conftest import build_pico, opinions, write_rows  # noqa: E402
 
 from craft_cli import files  # noqa: E402
+from craft_cli.api import train as training  # noqa: E402
 from craft_cli.config import RunConfig  # noqa: E402
 from craft_cli.tasks import inference  # noqa: E402
 from craft_cli.training import checkpoint as training_state  # noqa: E402
-from craft_cli.training import loop as training  # noqa: E402
 from craft_cli.training import run as runs  # noqa: E402
 
 SETTINGS = {

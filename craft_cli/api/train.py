@@ -1,0 +1,110 @@
+"""Use-case: train an adapter and a head. Opens the run, calls the loop, closes the run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, is_initialized
+
+from craft_cli.config import RunConfig
+from craft_cli.tasks.inference import predict_batches
+from craft_cli.training import loop
+from craft_cli.training.compile import refusal
+from craft_cli.training.progress import Listener, TrainResult
+from craft_cli.training.run import RUNS
+from craft_cli.training.setup import Training, make_accelerator, set_up
+from craft_cli.training.signals import end_by
+from craft_cli.training.trackers import finish_trackers
+
+
+def train(config: RunConfig, listener: Listener | None = None, *, runs: Path = RUNS) -> TrainResult:
+    """Fine-tune a transformer for a task.
+
+    Under `accelerate launch` or `torchrun` each process calls this and they join; only the main one writes and reports.
+
+    Args:
+        config: all settings.
+        listener: receives progress events.
+        runs: folder of runs without an output folder of their own, and of the link to the latest one.
+
+    Raises:
+        CraftError: the configuration, the model or the data cannot be used, or the loss is no longer finite.
+        KeyboardInterrupt: Ctrl-C, after the running update and a checkpoint.
+        SystemExit: SIGTERM, likewise; the code is 143.
+    """
+    shared = is_initialized()
+    try:
+        with contextlib.ExitStack() as held:
+            training = set_up(config, make_accelerator(config), listener or Listener(), held, runs)
+            try:
+                loop.run(training)
+            except KeyboardInterrupt:  # the second one: at once
+                training.listener.interrupted(training.step, training.run_folder, resumable=training.saved > 0)
+                raise
+            return _close(training)
+    except Exception as error:
+        refused = refusal(error) if config.torch_compile else None
+        if refused is None:
+            raise
+        raise refused from error
+    finally:
+        if not shared:  # a second run in this interpreter may want another precision
+            AcceleratorState._reset_state()
+
+
+def _close(training: Training) -> TrainResult:
+    """Write the summary, end the trackers and the processes, and leave as a signal asked."""
+    run, journal, listener, main = training.run, training.journal, training.listener, training.is_main
+    if journal.out_of_patience and training.step == training.resumed_at:
+        listener.noticed("early stopping had already ended this run; --early-stopping-patience can be raised")
+    if run and main and (training.stopped or training.config.eval_strategy == "no"):
+        journal.keep_last(training.epoch)
+    result = _result(training)
+    if training.config.dry_run:
+        _evaluate_a_batch(training)
+    elif training.stopped:
+        listener.interrupted(training.step, training.run_folder, resumable=True)
+    elif run and main:
+        run.write_results(asdict(result))
+    problem = finish_trackers(training.accelerator)
+    if problem:
+        listener.noticed(problem)
+    _end_processes(training)
+    if training.stopped:
+        raise end_by(training.stopped)
+    return result
+
+
+def _result(training: Training) -> TrainResult:
+    prepared, journal = training.prepared, training.journal
+    gold = next(iter(prepared.validation.values())).labels
+    return TrainResult(
+        output=str(training.run.path) if training.run else None,
+        metrics=journal.best,
+        baseline=prepared.task.baseline(prepared.train.labels or [], gold or []),
+        epoch=journal.best_epoch,
+        updates=training.step,
+        seconds=time.perf_counter() - training.began,
+        parameters=training.parameters,
+        examples=prepared.eval_examples,
+        stopped_early=training.step < training.timetable.total and journal.out_of_patience,
+    )
+
+
+def _evaluate_a_batch(training: Training) -> None:
+    prepared, accelerator = training.prepared, training.accelerator
+    encoded = next(iter(prepared.validation.values()))
+    batch = list(range(min(len(encoded), training.config.per_device_eval_batch_size)))
+    model = accelerator.unwrap_model(training.model)
+    predict_batches(model, prepared.task, encoded, [batch], prepared.tokenizer, accelerator.device)
+
+
+def _end_processes(training: Training) -> None:
+    accelerator = training.accelerator
+    accelerator.wait_for_everyone()
+    accelerator.free_memory(accelerator.unwrap_model(training.model), training.optimizer)
+    del training.model  # DDP before its group
+    accelerator.end_training()

@@ -1,0 +1,205 @@
+"""What a run needs before its loop: rows, factors, the adapted model, the recipe that repeats it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craft_cli.config import RunConfig
+from craft_cli.data.batches import plan_epoch
+from craft_cli.data.sources import TRAIN, VALIDATION, DataSource, Split
+from craft_cli.data.tokens import Encoded, padding
+from craft_cli.errors import ModelError
+from craft_cli.files import cache_folder
+from craft_cli.methods import method_named
+from craft_cli.methods.attach import ModelAdapter, attach_prepared
+from craft_cli.methods.base import Method
+from craft_cli.methods.frozen import Frozen
+from craft_cli.models.checkpoint import Checkpoint
+from craft_cli.models.hub import resolve
+from craft_cli.models.loading import head_of, load_model, load_quantised, load_tokenizer, recompute_activations
+from craft_cli.models.stacks import read_weights
+from craft_cli.tasks.base import Task
+from craft_cli.tasks.metrics import renamed
+from craft_cli.tasks.splits import load_splits
+from craft_cli.training.compile import compile_blocks, freeze_cache
+
+
+@dataclass
+class Prepared:
+    """All that is needed before a model is built.
+
+    Attributes:
+        checkpoint: of the base.
+        method: that writes the change.
+        frozen: what it keeps of the base's weights.
+        task: with its labels, for the head that is trained.
+        tokenizer: the base's.
+        train: rows to train on.
+        validation: rows to evaluate on, by split.
+        notes: what the user should know; in a dry run also what is noticed in the data.
+    """
+
+    checkpoint: Checkpoint
+    method: Method
+    frozen: Frozen
+    task: Task
+    tokenizer: Any
+    train: Encoded
+    validation: dict[str, Encoded]
+    notes: list[str]
+
+    def measure(self, scores: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+        """The metrics of all validation splits, by name."""
+        metrics: dict[str, float] = {}
+        for name, encoded in self.validation.items():
+            metrics |= renamed(self.task.measure(scores[name], encoded.labels or []), name, self.validation)
+        return metrics
+
+    @property
+    def eval_examples(self) -> int:
+        """Rows of each evaluation."""
+        return sum(map(len, self.validation.values()))
+
+
+def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen: Frozen | None = None) -> Prepared:
+    """Data, checkpoint and what the method keeps of it; the same on every process.
+
+    Args:
+        config: of the run.
+        progress: called with (what, done, total).
+        frozen: what the method kept of the base before; prepared, or taken from its cache, without.
+    """
+    progress("loading data", 0, 1)
+    loaded = load_splits(DataSource.of(config), [TRAIN, VALIDATION])
+    progress("loading data", 1, 1)
+    checkpoint = resolve(config.model, config.revision)
+    method = method_named(config.method)
+    notes = list(loaded.notes)
+    weights = read_weights(checkpoint, config.targets if frozen is None else frozen.targets)
+    if frozen is None:
+        prepared = method.prepare(weights, config.method_options, config.cache_dir, progress)
+        frozen = prepared.frozen
+        notes = [*prepared.notes, *notes]
+    elif dict(weights.fingerprints) != dict(frozen.fingerprints):
+        raise ModelError(f"{checkpoint.name} has other weights than those the transforms were trained on")
+    else:
+        frozen = replace(frozen, model=checkpoint.name, revision=checkpoint.revision)
+    tokenizer = load_tokenizer(checkpoint)
+    rows = {
+        name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
+        for name, split in loaded.splits.items()
+    }
+    encoded = {
+        name: loaded.task.encode(
+            split,
+            tokenizer,
+            config.max_seq_length,
+            lambda done, total: progress("tokenising", done, total),
+            cache_folder(config.cache_dir),
+        )
+        for name, split in rows.items()
+    }
+    for name, part in encoded.items():
+        if part.cut:
+            share = f"{part.cut:,} of {len(part):,} rows of {rows[name].origin}"
+            notes.append(f"{share} are longer than {part.limit} tokens and were cut (--max-seq-length)")
+    if config.load_in_4bit or config.load_in_8bit:
+        notes.append("the base is quantised in training only: craft eval, predict and merge take it in full precision")
+    if config.dry_run:
+        notes += _report(rows)
+    train = encoded.pop(TRAIN)
+    task = loaded.task.for_training(config, train.labels or []).on_head(checkpoint.config(), strict=False)
+    return Prepared(checkpoint, method, frozen, task, tokenizer, train, encoded, notes)
+
+
+def _report(splits: Mapping[str, Split]) -> list[str]:
+    """Rows that stand several times in the training data, or in what is evaluated too."""
+    train = splits[TRAIN]
+    labels: dict[tuple[str, ...], Any] = {}
+    repeated = contradicting = 0
+    for text, label in zip(train.texts, train.labels or [], strict=True):
+        if text in labels:
+            repeated += 1
+            contradicting += label != labels[text]
+        else:
+            labels[text] = label
+    lines = []
+    if repeated:
+        lines.append(
+            f"{repeated:,} rows of {train.origin} repeat an earlier text, {contradicting:,} with another label"
+        )
+    for name, split in splits.items():
+        shared = sum(text in labels for text in split.texts)
+        if name != TRAIN and shared:
+            lines.append(f"{shared:,} of {len(split):,} rows of {split.origin} are in the training data too")
+    empty = sum(not any(part.strip() for part in text) for split in splits.values() for text in split.texts)
+    return [*lines, f"{empty:,} rows hold no text"] if empty else lines
+
+
+def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> str:
+    """Lengths, and the padding of the first epoch with rows of similar length together and without."""
+    lengths, size = prepared.train.lengths, config.per_device_train_batch_size
+    updates = plan_epoch(lengths, update_size, seed=config.seed, epoch=0)
+    batches = [update[start : start + size] for update in updates for start in range(0, len(update), size)]
+    plain = [range(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size)]
+    return (
+        f"median {median(lengths):g}, longest {max(lengths)}; padding {100 * padding(lengths, batches):.1f}% "
+        f"(unsorted {100 * padding(lengths, plain):.1f}%)"
+    )
+
+
+def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[Any, ModelAdapter]:
+    """The adapted model with the head of its task.
+
+    Args:
+        config: of the run.
+        prepared: what is trained on.
+        device: where a quantised base is put; any other stays on the CPU here.
+
+    Raises:
+        ModelError: it cannot be loaded, quantised, compiled, or its activations not be computed again.
+    """
+    name, options = prepared.task.auto_model, prepared.task.model_options()
+    if bits := 4 if config.load_in_4bit else 8 if config.load_in_8bit else None:
+        compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+        model, fresh = load_quantised(prepared.checkpoint, name, options, bits, compute, device)
+    else:
+        model, fresh = load_model(prepared.checkpoint, name, options)
+    freeze_cache(model)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = prepared.tokenizer.pad_token_id
+    head = head_of(model, fresh)
+    adapter = attach_prepared(model, prepared.method, prepared.frozen, config.method_options, head)
+    if config.gradient_checkpointing:
+        recompute_activations(model)
+    if config.torch_compile:
+        compile_blocks(adapter)
+    return model, adapter
+
+
+def data_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """Where the rows came from, so that they are found again from anywhere."""
+    return asdict(DataSource.of(config).resolved()) | prepared.task.columns()
+
+
+def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """The configuration that repeats this run from any folder."""
+    recipe = config.recipe()
+    source = DataSource.of(config).resolved()
+    recipe |= {name: path for name, path in asdict(source).items() if name.endswith(("_dir", "_file")) and path}
+    if source.task is None:
+        recipe |= prepared.task.settings()
+    if Path(config.model).expanduser().is_dir():
+        recipe["model"] = str(Path(config.model).expanduser().resolve())
+    elif prepared.checkpoint.revision:
+        recipe["revision"] = prepared.checkpoint.revision
+    if config.init_from:
+        recipe["init_from"] = str(Path(config.init_from).expanduser().resolve())
+    return recipe

@@ -88,9 +88,9 @@ def test_the_step_and_the_merge_are_real(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     calls: list[Any] = []
 
-    def noting(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def call(given: Any) -> Any:
-            calls.append((given, real(given)))
+    def noting(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(given: Any, **options: Any) -> Any:
+            calls.append((given, real(given, **options)))
             return calls[-1][1]
 
         return call

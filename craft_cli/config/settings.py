@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from craft_cli.config.options import (
+    METHOD_OPTIONS,
+    CraftOptions,
+    LoraOptions,
+    Positive,
+    Rate,
+    option_names,
+    owners,
+    parse_ranks,
+    setting,
+)
 from craft_cli.errors import ConfigError, nearest
 
-Positive = Annotated[int, Gt(0)]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 TaskType = Literal["sequence-classification", "token-classification"]
-Rate = Annotated[float, Ge(0.0), Lt(math.inf)]
 
 
 Strategy = Literal["no", "steps", "epoch"]
@@ -32,146 +40,113 @@ GROUPS = (
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
-def _setting(default: Any, text: str, *, free: bool = False) -> Any:
-    """A field with its help; the group is that of the block it stands in.
-
-    Args:
-        default: its value where it is not given.
-        text: the help.
-        free: a resumed run may change it: it decides when something is done or told, not what an update computes.
-    """
-    return dataclasses.field(default=default, metadata={"help": text, "free": free})
-
-
-@dataclass(frozen=True)
-class CraftOptions:
-    """What `--method craft` can be told."""
-
-    ranks: tuple[int, int, int] = _setting((64, 64, 8), "OUT,IN,LAYERS; a rank above its dimension is lowered.")
-    init_noise: bool = _setting(False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.")
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """What `--method lora` can be told; the names are peft's."""
-
-    rank: Positive = _setting(8, "Rank of the change of every weight.")
-    alpha: Annotated[float, Gt(0.0), Lt(math.inf)] = _setting(16.0, "The change is scaled by alpha / rank.")
-    lora_dropout: Annotated[float, Ge(0.0), Lt(1.0)] = _setting(0.0, "Dropout of what goes into A.")
-    use_rslora: bool = _setting(False, "Scale by alpha / sqrt(rank) instead.")
-
-
-METHOD_OPTIONS: dict[str, Any] = {"craft": CraftOptions, "lora": LoraOptions}
-"""The options of every method, by its name."""
-
-
 @dataclass(frozen=True)
 class RunConfig(LoraOptions, CraftOptions):
     """One training run, fully specified. The fields are the flags of `craft train` and the keys of a recipe."""
 
-    model: str = _setting("roberta-base", "Hub id, local folder, or 'demo'.")
-    revision: str | None = _setting(None, "Branch, tag or commit of a hub model.")
-    task: str | None = _setting(
+    model: str = setting("roberta-base", "Hub id, local folder, or 'demo'.")
+    revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
+    task: str | None = setting(
         None, "A task of GLUE's (cola, sst2, mrpc, qqp, stsb, mnli, ...), or the sample opinions."
     )
-    task_type: TaskType | None = _setting(
+    task_type: TaskType | None = setting(
         None, "Kind of task for your own data: sequence-classification or token-classification; detected by default."
     )
-    data_dir: str | None = _setting(None, "Folder with train.* and validation.*, or one saved by datasets.")
-    train_file: str | None = _setting(None, "Training file (jsonl, json, csv, tsv, parquet, conll).")
-    validation_file: str | None = _setting(None, "Validation file; without, a share of the training rows is held out.")
-    dataset_name: str | None = _setting(None, "Data set on the hub.")
-    dataset_config_name: str | None = _setting(None, "Its configuration.")
-    train_split: str | None = _setting(None, "Split to train on, where it is not called train.")
-    validation_split: str | None = _setting(None, "Split to evaluate on, where it is not called validation.")
-    validation_share: Annotated[float, Gt(0.0), Lt(1.0)] | None = _setting(
+    data_dir: str | None = setting(None, "Folder with train.* and validation.*, or one saved by datasets.")
+    train_file: str | None = setting(None, "Training file (jsonl, json, csv, tsv, parquet, conll).")
+    validation_file: str | None = setting(None, "Validation file; without, a share of the training rows is held out.")
+    dataset_name: str | None = setting(None, "Data set on the hub.")
+    dataset_config_name: str | None = setting(None, "Its configuration.")
+    train_split: str | None = setting(None, "Split to train on, where it is not called train.")
+    validation_split: str | None = setting(None, "Split to evaluate on, where it is not called validation.")
+    validation_share: Annotated[float, Gt(0.0), Lt(1.0)] | None = setting(
         None, "Share of the training rows held out without validation data; 0.1 without."
     )
-    text_columns: tuple[str, ...] | None = _setting(
+    text_columns: tuple[str, ...] | None = setting(
         None, "One or two text columns (sentence1,sentence2), or the column of words."
     )
-    label_column: str | None = _setting(None, "Label column.")
-    label_separator: str | None = _setting(None, "What stands between labels where several apply, as in: a;b.")
-    problem_type: ProblemType | None = _setting(
+    label_column: str | None = setting(None, "Label column.")
+    label_separator: str | None = setting(None, "What stands between labels where several apply, as in: a;b.")
+    problem_type: ProblemType | None = setting(
         None, "Of own data: single_label_classification, multi_label_classification or regression; found without."
     )
-    max_train_samples: Positive | None = _setting(None, "Use only the first rows for training.")
-    max_eval_samples: Positive | None = _setting(None, "Use only the first rows for evaluation.")
-    max_seq_length: Positive = _setting(128, "Tokens kept of each example.")
+    max_train_samples: Positive | None = setting(None, "Use only the first rows for training.")
+    max_eval_samples: Positive | None = setting(None, "Use only the first rows for evaluation.")
+    max_seq_length: Positive = setting(128, "Tokens kept of each example.")
 
-    method: Literal["craft", "lora"] = _setting("craft", "How the change of the weights is written: craft or lora.")
-    targets: tuple[str, ...] = _setting(("query", "value"), "Projections to adapt: query,key,value,output.")
-    adapter_factors: Literal["include", "reference"] = _setting(
+    method: Literal["craft", "lora"] = setting("craft", "How the change of the weights is written: craft or lora.")
+    targets: tuple[str, ...] = setting(("query", "value"), "Projections to adapt: query,key,value,output.")
+    adapter_factors: Literal["include", "reference"] = setting(
         "include",
         "reference: the adapter's folder only names its factors, and they are looked for in the cache.",
         free=True,
     )
-    init_from: str | None = _setting(
+    init_from: str | None = setting(
         None,
         "Run or adapter to take the trained numbers from (same base, same method and ranks); the head starts anew.",
     )
 
-    learning_rate: Rate = _setting(3e-3, "Of the adapter; 0 trains the head alone.")
-    head_learning_rate: Rate = _setting(2e-3, "Of the task head.")
-    weight_decay: Rate = _setting(0.0, "Pulls K (and the head's matrices) to zero: towards the base model.")
-    warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = _setting(0.06, "Share of the steps with a rising rate.")
-    num_train_epochs: Annotated[float, Gt(0.0), Lt(math.inf)] = _setting(
+    learning_rate: Rate = setting(3e-3, "Of the adapter; 0 trains the head alone.")
+    head_learning_rate: Rate = setting(2e-3, "Of the task head.")
+    weight_decay: Rate = setting(0.0, "Pulls K (and the head's matrices) to zero: towards the base model.")
+    warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = setting(0.06, "Share of the steps with a rising rate.")
+    num_train_epochs: Annotated[float, Gt(0.0), Lt(math.inf)] = setting(
         3.0, "Passes over the training data.", free=True
     )
-    max_steps: Positive | None = _setting(None, "Stop after this many updates, whatever the epochs.", free=True)
-    per_device_train_batch_size: Positive = _setting(32, "Examples a process takes at once.")
-    per_device_eval_batch_size: Positive = _setting(64, "Examples a process evaluates at once.", free=True)
-    gradient_accumulation_steps: Positive = _setting(1, "Batches a process adds up for one update.")
-    class_weights: Literal["balanced"] | None = _setting(None, "balanced: rows of rare labels weigh more.")
-    threshold: Annotated[float, Gt(0.0), Lt(1.0)] = _setting(0.5, "Where several labels can apply: above it one does.")
-    max_grad_norm: Rate = _setting(1.0, "Clip the gradient's norm; 0 does not.")
-    seed: Annotated[int, Ge(0)] = _setting(42, "Of the head's start, the order of the data and dropout.")
+    max_steps: Positive | None = setting(None, "Stop after this many updates, whatever the epochs.", free=True)
+    per_device_train_batch_size: Positive = setting(32, "Examples a process takes at once.")
+    per_device_eval_batch_size: Positive = setting(64, "Examples a process evaluates at once.", free=True)
+    gradient_accumulation_steps: Positive = setting(1, "Batches a process adds up for one update.")
+    class_weights: Literal["balanced"] | None = setting(None, "balanced: rows of rare labels weigh more.")
+    threshold: Annotated[float, Gt(0.0), Lt(1.0)] = setting(0.5, "Where several labels can apply: above it one does.")
+    max_grad_norm: Rate = setting(1.0, "Clip the gradient's norm; 0 does not.")
+    seed: Annotated[int, Ge(0)] = setting(42, "Of the head's start, the order of the data and dropout.")
 
-    eval_strategy: Strategy = _setting(
+    eval_strategy: Strategy = setting(
         "epoch",
         "When to evaluate: after every epoch, every --eval-steps, or no. The last update is evaluated too.",
         free=True,
     )
-    eval_steps: Positive | None = _setting(None, "Updates between two evaluations.", free=True)
-    metric_for_best_model: str | None = _setting(
+    eval_steps: Positive | None = setting(None, "Updates between two evaluations.", free=True)
+    metric_for_best_model: str | None = setting(
         None, "What chooses the best adapter: loss, or a metric of the task; its first one without."
     )
-    early_stopping_patience: Positive | None = _setting(
+    early_stopping_patience: Positive | None = setting(
         None, "Stop after this many evaluations in a row that are not better.", free=True
     )
-    early_stopping_threshold: Rate | None = _setting(
+    early_stopping_threshold: Rate | None = setting(
         None, "By how much an evaluation must be better to count as better.", free=True
     )
-    save_strategy: Strategy = _setting(
+    save_strategy: Strategy = setting(
         "epoch",
         "When to write a checkpoint: after every epoch, every --save-steps, or no (only when interrupted).",
         free=True,
     )
-    save_steps: Positive | None = _setting(None, "Updates between two checkpoints.", free=True)
-    save_total_limit: Positive = _setting(2, "Checkpoints kept; older ones are deleted.", free=True)
-    logging_steps: Positive = _setting(
+    save_steps: Positive | None = setting(None, "Updates between two checkpoints.", free=True)
+    save_total_limit: Positive = setting(2, "Checkpoints kept; older ones are deleted.", free=True)
+    logging_steps: Positive = setting(
         10, "Updates between two lines of metrics.jsonl; and of the log, without a terminal.", free=True
     )
-    report_to: tuple[str, ...] = _setting(
+    report_to: tuple[str, ...] = setting(
         ("none",), f"Where to report metrics beside metrics.jsonl: {','.join(TRACKERS)} or none.", free=True
     )
 
-    num_processes: Positive | None = _setting(None, "Processes to start; all visible GPUs, or one, without.", free=True)
-    bf16: bool = _setting(False, "bfloat16 autocast; transforms stay float32.")
-    fp16: bool = _setting(False, "float16 autocast with loss scaling; transforms stay float32.")
-    gradient_checkpointing: bool = _setting(
+    num_processes: Positive | None = setting(None, "Processes to start; all visible GPUs, or one, without.", free=True)
+    bf16: bool = setting(False, "bfloat16 autocast; transforms stay float32.")
+    fp16: bool = setting(False, "float16 autocast with loss scaling; transforms stay float32.")
+    gradient_checkpointing: bool = setting(
         False, "Compute activations again in the backward pass: less memory, more time, same result.", free=True
     )
-    torch_compile: bool = _setting(False, "Compile the model's layers; refused where they do not compile whole.")
-    load_in_8bit: bool = _setting(False, "Train over the base in 8 bits (bitsandbytes, CUDA); factors stay exact.")
-    load_in_4bit: bool = _setting(False, "Train over the base in 4 bits (bitsandbytes, CUDA); factors stay exact.")
-    use_cpu: bool = _setting(False, "Stay on the CPU even where there is a GPU.", free=True)
+    torch_compile: bool = setting(False, "Compile the model's layers; refused where they do not compile whole.")
+    load_in_8bit: bool = setting(False, "Train over the base in 8 bits (bitsandbytes, CUDA); factors stay exact.")
+    load_in_4bit: bool = setting(False, "Train over the base in 4 bits (bitsandbytes, CUDA); factors stay exact.")
+    use_cpu: bool = setting(False, "Stay on the CPU even where there is a GPU.", free=True)
 
-    cache_dir: str | None = _setting(None, "Folder of the factor files; ~/.cache/craft without.")
-    output_dir: str | None = _setting(None, "Run folder; runs/TASK-MODEL-TIME without.")
-    overwrite: bool = _setting(False, "Empty an output folder that is not empty.")
-    resume: bool = _setting(False, "Go on with the run in --output-dir, or with the latest: exactly as if never cut.")
-    dry_run: bool = _setting(False, "Check everything, down to one real step, and stop.")
+    cache_dir: str | None = setting(None, "Folder of the factor files; ~/.cache/craft without.")
+    output_dir: str | None = setting(None, "Run folder; runs/TASK-MODEL-TIME without.")
+    overwrite: bool = setting(False, "Empty an output folder that is not empty.")
+    resume: bool = setting(False, "Go on with the run in --output-dir, or with the latest: exactly as if never cut.")
+    dry_run: bool = setting(False, "Check everything, down to one real step, and stop.")
 
     @classmethod
     def settings(cls) -> list[dataclasses.Field[Any]]:
@@ -222,7 +197,7 @@ class RunConfig(LoraOptions, CraftOptions):
             {name: value for name, value in (flags or {}).items() if value is not None},
         ):
             if layer.get("method", given.get("method")) != given.get("method"):  # another than below: its options go
-                given = {name: value for name, value in given.items() if not _owners(name)}
+                given = {name: value for name, value in given.items() if not owners(name)}
             given |= layer | _strategies(layer, given)
         names = [field.name for field in dataclasses.fields(cls)]
         for key in given:
@@ -231,8 +206,8 @@ class RunConfig(LoraOptions, CraftOptions):
         config = cls(**parse_settings(given))
         problems = _contradictions(config)
         for name in given:
-            if _owners(name) and config.method not in _owners(name):
-                problems.append(f"{flag(name)} is for --method {' or '.join(_owners(name))}, not {config.method}")
+            if owners(name) and config.method not in owners(name):
+                problems.append(f"{flag(name)} is for --method {' or '.join(owners(name))}, not {config.method}")
         if problems:
             raise ConfigError("\n".join(problems))
         return config
@@ -242,42 +217,11 @@ class RunConfig(LoraOptions, CraftOptions):
         kept = {}
         for name, group in self.groups().items():
             value = getattr(self, name)
-            if _owners(name) and self.method not in _owners(name):
+            if owners(name) and self.method not in owners(name):
                 continue
             if group != GROUPS[-1] and value is not None:
                 kept[name] = ",".join(map(str, value)) if isinstance(value, tuple) else value
         return kept
-
-
-def option_names(method: str) -> list[str]:
-    """The options of a method; none where there is no such method."""
-    options = METHOD_OPTIONS.get(method)
-    return [field.name for field in dataclasses.fields(options)] if options else []
-
-
-def _owners(name: str) -> list[str]:
-    """The methods that have this option; none for a setting of every run."""
-    return [method for method in METHOD_OPTIONS if name in option_names(method)]
-
-
-def parse_ranks(ranks: str | Sequence[int]) -> tuple[int, int, int]:
-    """OUT,IN,LAYERS from `64,64,8` or (64, 64, 8).
-
-    Raises:
-        ConfigError: not three positive whole numbers.
-    """
-    try:
-        parts = ranks.split(",") if isinstance(ranks, str) else list(ranks)
-        if any(isinstance(part, (bool, float)) for part in parts):
-            raise ValueError
-        out, in_, layers = (int(part) for part in parts)
-        if min(out, in_, layers) < 1:
-            raise ValueError
-    except (ValueError, TypeError):
-        raise ConfigError(
-            f"--ranks: expected three positive whole numbers OUT,IN,LAYERS such as 64,64,8, not '{ranks}'"
-        ) from None
-    return out, in_, layers
 
 
 LISTS = ("targets", "text_columns", "report_to")
@@ -388,59 +332,3 @@ def _contradictions(config: RunConfig) -> list[str]:
     if config.text_columns is not None and not 1 <= len(config.text_columns) <= 2:
         problems.append("--text-columns: one or two columns")
     return problems
-
-
-def load_recipe(name: str) -> dict[str, Any]:
-    """The settings in a recipe: a shipped one by its name, or a YAML file.
-
-    Raises:
-        ConfigError: there is none, or it is no YAML mapping.
-    """
-    import yaml
-
-    path = Path(name).expanduser()
-    if not (path.suffix in (".yaml", ".yml") or path.is_file()):
-        path = recipe_path(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise ConfigError(f"--recipe: {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--recipe: {path}: not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"--recipe: {path}: expected lines of the form 'key: value'")
-    names = [field.name for field in dataclasses.fields(RunConfig)]
-    root: Any = yaml.compose(text, yaml.SafeLoader)
-    keys = [key.value for key, _ in root.value]
-    for key in content:
-        if keys.count(key) > 1:  # YAML would take the last one in silence
-            raise ConfigError(f"{path}: '{key}' is there {keys.count(key)} times; keep one")
-        if key not in names:
-            raise ConfigError(f"{path}: unknown key '{key}'{nearest(str(key), names)}")
-    return content
-
-
-def recipe_path(name: str) -> Path:
-    """The file of a shipped recipe.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
-    shipped = shipped_recipes()
-    if name not in shipped:
-        raise ConfigError(f"--recipe: no recipe '{name}'{nearest(name, shipped)} (or give a path ending in .yaml)")
-    return shipped[name]
-
-
-def describe_recipe(path: Path) -> str:
-    """The first comment of a recipe."""
-    with open(path, encoding="utf-8") as file:
-        return file.readline().lstrip("# ").strip()
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with craft, by name: inside an installed package, or at the top of a checkout."""
-    inside = Path(__file__).parent / "recipes"
-    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -128,7 +128,7 @@ def test_a_merge_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_a_training_that_fails_leaves_the_folder_and_no_merge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(config: Any) -> None:
+    def fail(config: Any, **options: Any) -> None:
         Path("runs").mkdir()
         raise RuntimeError("CUDA error:\n  no kernel image")
 

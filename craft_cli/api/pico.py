@@ -38,6 +38,7 @@ def save_pico(folder: Path) -> None:
 
 
 def save_rows(path: Path, count: int) -> None:
+    """Write short opinions with their labels, a JSON object a line."""
     rows = [
         {"text": f"{words[number % 4]} {words[-number % 3]}", "label": number % 2}
         for number, words in zip(range(count), itertools.cycle((_GOOD, _BAD)))

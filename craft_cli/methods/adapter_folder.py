@@ -16,7 +16,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from craft_cli.errors import FileError
+from craft_cli.errors import FileError, ModelError
 from craft_cli.files import check_version, quoted, read_json, read_tensors, write_bytes, write_json, write_tensors
 from craft_cli.methods import METHODS, method_named
 from craft_cli.methods.base import Chain, Method

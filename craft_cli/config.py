@@ -66,7 +66,9 @@ class RunConfig:
     validation_share: Annotated[float, Gt(0.0), Lt(1.0)] | None = _setting(
         None, "Share of the training rows held out without validation data; 0.1 without."
     )
-    text_columns: tuple[str, ...] | None = _setting(None, "One or two text columns (sentence1,sentence2), or the column of words.")
+    text_columns: tuple[str, ...] | None = _setting(
+        None, "One or two text columns (sentence1,sentence2), or the column of words."
+    )
     label_column: str | None = _setting(None, "Label column.")
     label_separator: str | None = _setting(None, "What stands between labels where several apply, as in: a;b.")
     problem_type: ProblemType | None = _setting(

@@ -17,7 +17,10 @@ def command(
         str | None, typer.Argument(help="Run, adapter, checkpoint or hub id.", show_default="the latest run")
     ] = None,
     input: Annotated[
-        str, typer.Option("--input", "-i", metavar="FILE", help="Texts: jsonl, csv, tsv, parquet, conll, txt; - reads lines.")
+        str,
+        typer.Option(
+            "--input", "-i", metavar="FILE", help="Texts: jsonl, csv, tsv, parquet, conll, txt; - reads lines."
+        ),
     ] = "-",
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FILE", help="File to write.", show_default="stdout")

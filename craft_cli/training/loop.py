@@ -171,7 +171,7 @@ def _train(config: RunConfig, accelerator: Accelerator, listener: Listener, held
                 model.train()
                 loss = torch.zeros((), device=device)
                 size = config.per_device_train_batch_size
-                weight = sum(prepared.train.weights[row] for row in rows)  # of the whole update, wherever it is computed
+                weight = sum(prepared.train.weights[row] for row in rows)  # of all processes and batches
                 batches = share_out(rows, size, process=accelerator.process_index, processes=processes)
                 for number, batch in enumerate(batches, start=1):
                     with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(model):

@@ -80,9 +80,59 @@ def test_the_core_knows_torch_alone(name: str) -> None:
         assert rooms_imported(file) <= {"tucker", "models", "methods", "errors"}, file
 
 
-def test_no_file_is_long() -> None:
-    for path in [*PACKAGE.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]:
+def test_files_and_functions_are_short() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 80, f"{path}: {node.name}"
+    for path in Path(__file__).parent.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 420, path
+
+
+def test_imports_make_no_circle() -> None:
+    """Between files too, imports inside functions and for types left out."""
+    files = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    arrows = {name: at_import(path) & set(files) - {name} for name, path in files.items()}
+    while leaves := [name for name, others in arrows.items() if not others & set(arrows)]:
+        for name in leaves:
+            del arrows[name]
+    assert not arrows
+
+
+def at_import(path: Path) -> set[str]:
+    """What is imported as soon as a file is."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+WORDS = {
+    # what is said in these places only
+    "classif": ("tasks/", "config/", "cli/", "api/doctor.py", "models/cards.py"),
+    "hosvd": ("methods/craft/", "tucker/", "cli/", "config/", "api/decompose.py", "api/advise.py", "api/inspect.py",
+              "api/doctor.py", "__init__.py"),
+    "u_layer": ("methods/craft/", "tucker/"),
+    "k_out": ("methods/craft/", "tucker/"),
+    "transform.{": ("methods/craft/",),
+    "base_model.model.": ("methods/as_lora.py",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_method_and_a_kind_of_work_are_spoken_of_where_they_live(word: str) -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if word in path.read_text().lower():
+            assert path.relative_to(PACKAGE).as_posix().startswith(WORDS[word]), path
+
+
+@pytest.mark.parametrize("owner", ["methods.lora", "tasks.token_classification"])
+def test_the_second_tenant_of_a_seam_is_imported_by_its_registry_only(owner: str) -> None:
+    """By its name, when it is asked for: nothing else knows that it is there."""
+    for path in PACKAGE.rglob("*.py"):
+        assert not any(name.startswith(f"craft_cli.{owner}") for name in imported(path)), path
 
 
 COMMANDS = ("decompose", "train", "eval", "predict", "merge", "inspect", "doctor", "recipes")

@@ -7,8 +7,6 @@ check runs into is told as its finding and does not keep the others from being m
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import logging
 import os
 import platform
@@ -28,6 +26,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from craft_cli import __version__
+from craft_cli.api.pico import save_pico, save_rows
 from craft_cli.config import RunConfig
 from craft_cli.errors import CraftError
 
@@ -42,9 +41,6 @@ LITTLE_SPACE = 10**9
 """Bytes free below which a cache is worth a note."""
 
 _COUNTING_SECONDS = 3.0
-_GOOD, _BAD = ("good", "great", "lovely", "fine"), ("bad", "awful", "poor", "dull")
-_OTHER = ("a", "is", "not", "opinion", "sentence", "short", "time", "very")
-_SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 
 
 @dataclass(frozen=True)
@@ -335,9 +331,9 @@ def _training(folder: Path) -> tuple[State, str]:
     from craft_cli.models.loading import quiet_transformers
 
     with quiet_transformers():
-        _save_pico(folder / "model")
-    _save_rows(folder / "train.jsonl", 8)
-    _save_rows(folder / "validation.jsonl", 4)
+        save_pico(folder / "model")
+    save_rows(folder / "train.jsonl", 8)
+    save_rows(folder / "validation.jsonl", 4)
     config = RunConfig.build({
         "model": str(folder / "model"), "data_dir": str(folder), "cache_dir": str(folder / "cache"),
         "output_dir": str(folder / "run"), "ranks": "4,4,2", "learning_rate": 0.1, "max_steps": 1,
@@ -359,36 +355,6 @@ def _merge(folder: Path) -> tuple[State, str]:
 
     merged = merge(folder / "run")
     return "ok", f"logits differ by {merged.difference:.1e} of the largest (allowed {merged.tolerance:.0e})"
-
-
-def _save_pico(folder: Path) -> None:
-    """A BERT of a few thousand random weights and a tokenizer of a few words."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    vocabulary = {word: number for number, word in enumerate((*_SPECIAL, *_GOOD, *_BAD, *_OTHER))}
-    config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=64, initializer_range=0.5,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
-        model_max_length=64,
-    ).save_pretrained(folder)  # fmt: skip
-
-
-def _save_rows(path: Path, count: int) -> None:
-    rows = [
-        {"text": f"{words[number % 4]} {words[-number % 3]}", "label": number % 2}
-        for number, words in zip(range(count), itertools.cycle((_GOOD, _BAD)))
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _size(count: float) -> str:

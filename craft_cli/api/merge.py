@@ -112,14 +112,7 @@ def merge(
     adapter_path = find_adapter(found)
     if adapter_path is None:
         raise FileError(f"{found} is neither a run nor an adapter: there is nothing to merge")
-    name = "merged" if format == CHECKPOINT else format
-    if adapter_path.parent.name == "checkpoints":  # of a run, beside which others may be merged
-        default = adapter_path.parent.parent / f"{name}-{adapter_path.name}"
-    else:
-        default = adapter_path.parent / name
-    destination = Path(output).expanduser() if output else default
-    if destination.is_symlink():
-        destination = Path(os.path.realpath(destination))
+    destination = _destination(output, adapter_path, format)
     _check_destination(destination, [found, adapter_path], overwrite=overwrite)
 
     with whole_folder(destination, overwrite=overwrite) as folder:
@@ -130,15 +123,7 @@ def merge(
         progress("computing with the adapter")
         expected = adapted.logits(probe)
         progress("writing")
-        try:
-            if format == CHECKPOINT:
-                written: Dense | Lora = Dense(adapted, folder, DTYPES.get(dtype or ""), max_shard_size)
-            else:
-                written = Lora(adapted, folder, trim=trim)
-        except OSError as error:
-            raise cannot_write(folder, error) from error
-        if not written.changed:
-            raise CraftError(f"{adapter_path}: merging changes no tensor: the trained numbers are (or round to) zero")
+        written = _write(adapted, folder, format, dtype, max_shard_size, trim=trim)
         progress("verifying")
         difference = _difference(adapted.base.logits(written.read, probe), expected)
         tolerance = TOLERANCE[written.dtype]
@@ -169,6 +154,36 @@ def merge(
         upload(destination, push_to_hub, private=private)
         result = Merged(**(vars(result) | {"repository": push_to_hub}))
     return result
+
+
+def _destination(output: str | Path | None, adapter: Path, format: str) -> Path:
+    """The folder to write: as given, inside the run, or beside the adapter."""
+    name = "merged" if format == CHECKPOINT else format
+    default = adapter.parent / name
+    if adapter.parent.name == "checkpoints":  # of a run, beside which others may be merged
+        default = adapter.parent.parent / f"{name}-{adapter.name}"
+    destination = Path(output).expanduser() if output else default
+    return Path(os.path.realpath(destination)) if destination.is_symlink() else destination
+
+
+def _write(
+    adapted: AdaptedBase, folder: Path, format: str, dtype: str | None, max_shard_size: str | int | None, *, trim: bool
+) -> Dense | Lora:
+    """The adapter in one of the two formats, as files in `folder`.
+
+    Raises:
+        CraftError: it cannot be written, or no weight changes.
+    """
+    try:
+        if format == CHECKPOINT:
+            written: Dense | Lora = Dense(adapted, folder, DTYPES.get(dtype or ""), max_shard_size)
+        else:
+            written = Lora(adapted, folder, trim=trim)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    if not written.changed:
+        raise CraftError(f"{adapted.saved.path}: merging changes no tensor: the trained numbers are (or round to) zero")
+    return written
 
 
 def _check_destination(destination: Path, sources: Sequence[Path], *, overwrite: bool) -> None:

@@ -89,9 +89,10 @@ def load_predictor(path: str | Path | None = None, *, use_cpu: bool = False) -> 
     adapter_path = find_adapter(found)
     record: Mapping[str, Any] = {}
     if adapter_path:
+        told = read_record(adapter_path)
+        kind = kind_of_model(told.get("training", {}), [told["model"]["architecture"]], strict=True)
         model, adapter, checkpoint = load_adapted(adapter_path)
         record = adapter.training_record
-        kind = kind_of_model(record, [adapter.architecture])
     else:
         checkpoint = resolve(str(path or found))
         kind = kind_of_model({}, checkpoint.config().architectures)

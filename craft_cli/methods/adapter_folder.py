@@ -16,7 +16,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from craft_cli.errors import FileError
+from craft_cli.errors import FileError, ModelError
 from craft_cli.files import check_version, quoted, read_json, read_tensors, write_bytes, write_json, write_tensors
 from craft_cli.methods import METHODS, method_named
 from craft_cli.methods.base import Chain, Method
@@ -63,6 +63,26 @@ class SavedAdapter:
     def facts(self, target: str) -> dict[str, Any]:
         """What is shown of a projection."""
         return self.method.facts(self.frozen, self.record, self.trained, target)
+
+    def check_head(self, model: Any) -> None:
+        """Refuse a model without the place for the adapter's head, or of another class.
+
+        Raises:
+            ModelError: so.
+        """
+        state, told = model.state_dict(), self.record["model"]
+        if model.config.num_labels != told["num_labels"]:
+            raise ModelError(
+                f"{self.path} has {told['num_labels']} labels, this model {model.config.num_labels}: load a "
+                f"{told['architecture']} with num_labels={told['num_labels']}"
+            )
+        for parameter, tensor in self.head.items():
+            if parameter not in state or state[parameter].shape != tensor.shape:
+                found = f"is {tuple(state[parameter].shape)}" if parameter in state else "is missing"
+                raise ModelError(
+                    f"{self.path}: its head needs {parameter!r} {tuple(tensor.shape)}, which {found} in this model; load a "
+                    f"{told['architecture']} with num_labels={told['num_labels']}"
+                )
 
 
 def read_adapter(path: Path, cache_dir: str | Path | None = None, *, make: bool = False) -> SavedAdapter:

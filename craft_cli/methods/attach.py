@@ -1,13 +1,15 @@
 """An adapter on a transformers model: attach it, save it as a folder, load it again onto the same base.
 
-factors = craft.decompose("roberta-base")
-adapter = craft.attach(model, factors)      # adapts `model` in place, freezes all but what is trained and the head
-adapter = craft.attach(model, method="lora", rank=8)    # another method
-...                                         # any training loop, or the Hugging Face Trainer
-adapter.save("my-adapter")
-adapter = craft.load(fresh_model, "my-adapter")
-craft.load(fresh_model, "another", name="other")    # held beside it, and in use now
-adapter.use("default")
+    factors = craft.decompose("roberta-base")
+    adapter = craft.attach(model, factors)      # adapts `model` in place, freezes all but what is trained and the head
+    adapter = craft.attach(model, method="lora", rank=8)    # another method
+    ...                                         # any training loop, or the Hugging Face Trainer
+    adapter.save("my-adapter")
+    adapter = craft.load(fresh_model, "my-adapter")
+    craft.load(fresh_model, "another", name="other")    # held beside it, and in use now
+    adapter.use("default")
+
+`adapter.parameters()` are the numbers that the method trains; `adapter.head` names what is trained of the model itself.
 """
 
 from __future__ import annotations
@@ -353,7 +355,7 @@ def load(model: Any, path: str | Path, *, name: str | None = None, cache_dir: st
         check_base(model, saved.frozen, views)
     elif not _held_together(held, saved):
         raise ModelError(f"{path} was trained over other factors than the adapter on this model: load it on its own")
-    _check_head(model, saved)
+    saved.check_head(model)
     adapter = ModelAdapter(model, saved.method, saved.frozen, saved.options, saved.head) if held is None else held
     if held is None:
         adapter.active = name or DEFAULT_NAME
@@ -372,27 +374,6 @@ def _held_together(held: ModelAdapter, saved: SavedAdapter) -> bool:
         (held.method.name, mine, held.frozen.sha256(), dict(held.frozen.fingerprints))
         == (saved.method.name, theirs, saved.frozen.sha256(), dict(saved.frozen.fingerprints))
     )  # fmt: skip
-
-
-def _check_head(model: Any, saved: SavedAdapter) -> None:
-    """Refuse a model without the place for the adapter's head, or of another class.
-
-    Raises:
-        ModelError: so.
-    """
-    state, told = model.state_dict(), saved.record["model"]
-    if model.config.num_labels != told["num_labels"]:
-        raise ModelError(
-            f"{saved.path} has {told['num_labels']} labels, this model {model.config.num_labels}: load a "
-            f"{told['architecture']} with num_labels={told['num_labels']}"
-        )
-    for parameter, tensor in saved.head.items():
-        if parameter not in state or state[parameter].shape != tensor.shape:
-            found = f"is {tuple(state[parameter].shape)}" if parameter in state else "is missing"
-            raise ModelError(
-                f"{saved.path}: its head needs {parameter!r} {tuple(tensor.shape)}, which {found} in this model; load a "
-                f"{told['architecture']} with num_labels={told['num_labels']}"
-            )
 
 
 def _put_on(adapter: ModelAdapter, views: Mapping[str, Sequence[View]]) -> None:

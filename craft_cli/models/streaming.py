@@ -45,6 +45,7 @@ class StreamedModel:
         reader: of the checkpoint's tensors.
         shapes: shape of every tensor of the model, by its name.
         dtypes: of every tensor as stored.
+        tied: names of tensors that are another one under a second name, which no file holds, and the other's name.
 
     Raises:
         ModelError: the checkpoint does not fit the class.
@@ -62,7 +63,8 @@ class StreamedModel:
         self.model = _skeleton(checkpoint, class_name, told)
         self.reader = checkpoint.open()
         state = self.model.state_dict()
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in self.tied}
         self._blocks = sorted({self.prefix + _layer_of(path) for path in layered})
         self._buffers = {name: tensor for name, tensor in state.items() if not tensor.is_meta}
         self._stored = self._stored_names()
@@ -90,29 +92,35 @@ class StreamedModel:
     def logits(
         self, read: Read, batch: Mapping[str, Tensor], inside: AbstractContextManager[Any] | None = None
     ) -> Tensor:
-        """Logits in float32, with tensors by `read`.
+        """Logits in float32, with tensors by `read`; of a model without a head what comes out of its last layer.
 
         Args:
             read: gives a tensor of the model by its name.
             batch: the model's inputs.
             inside: entered for the forward, such as an adapter attached to `model`.
         """
-        outside = [name for name in self.shapes if not any(name.startswith(f"{block}.") for block in self._blocks)]
+        names = [*self.shapes, *self.tied]
+        outside = [name for name in names if not any(name.startswith(f"{block}.") for block in self._blocks)]
         handles = []
-        _fill(self.model, outside, read)
+
+        def whole(name: str) -> Tensor:
+            return read(self.tied.get(name, name))
+
+        _fill(self.model, outside, whole)
         for block in self._blocks:
-            names = [name for name in self.shapes if name.startswith(f"{block}.")]
+            inner = [name for name in names if name.startswith(f"{block}.")]
             module = self.model.get_submodule(block)
-            handles.append(module.register_forward_pre_hook(lambda *_, names=names: _fill(self.model, names, read)))
-            handles.append(module.register_forward_hook(lambda *_, names=names: _empty(self.model, names)))
+            handles.append(module.register_forward_pre_hook(lambda *_, inner=inner: _fill(self.model, inner, whole)))
+            handles.append(module.register_forward_hook(lambda *_, inner=inner: _empty(self.model, inner)))
         try:
             with inside or nullcontext():
-                logits: Tensor = self.model.eval()(**batch).logits
+                output = self.model.eval()(**batch)
+            logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
             return logits.float()
         finally:
             for handle in handles:
                 handle.remove()
-            _empty(self.model, [name for name in self.shapes if name not in self._buffers])
+            _empty(self.model, [name for name in names if name not in self._buffers])
 
     def _stored_names(self) -> dict[str, str]:
         """The name in the checkpoint of every tensor of the model that is not its own.

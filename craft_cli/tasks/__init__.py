@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from craft_cli.errors import ConfigError
+
 if TYPE_CHECKING:
     from craft_cli.data.sources import DataSource
     from craft_cli.data.tables import Table
@@ -33,18 +35,27 @@ def kind_of_table(table: Table, source: DataSource) -> type[Task]:
     return next((kind for kind in kinds if kind.recognises(table, source)), kinds[-1])
 
 
-def kind_of_model(record: Mapping[str, Any], architectures: list[str] | None) -> type[Task]:
+def kind_of_model(record: Mapping[str, Any], architectures: list[str] | None, *, strict: bool = False) -> type[Task]:
     """The kind of work that an adapter was trained for, or that a checkpoint has the head of.
 
     Args:
         record: of an adapter's training; may be empty.
         architectures: of the model's configuration.
+        strict: whether a class with the head of no kind is refused; else it is to get a head.
+
+    Raises:
+        ConfigError: it is refused.
     """
     if record.get("task_type") in KINDS:
         return kind_named(record["task_type"])
     kinds = [kind_named(name) for name in KINDS]
     names = architectures or []
-    return next((k for k in kinds if any(n.endswith(_head(k)) for n in names)), kinds[-1])
+    found = next((kind for kind in kinds if any(name.endswith(_head(kind)) for name in names)), None)
+    if found is None and strict:
+        raise ConfigError(
+            f"a {', '.join(names)} has the head of none of {', '.join(KINDS)}: merge it, and use it with its own tools"
+        )
+    return found or kinds[-1]
 
 
 def _head(kind: Any) -> str:

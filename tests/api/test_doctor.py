@@ -129,7 +129,7 @@ def test_a_merge_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_a_training_that_fails_leaves_the_folder_and_no_merge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(config: Any, **options: Any) -> None:
-        Path("runs").mkdir()
+        options["runs"].mkdir()
         raise RuntimeError("CUDA error:\n  no kernel image")
 
     monkeypatch.setattr("craft_cli.api.train.train", fail)

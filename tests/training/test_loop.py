@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from conftest import classifier, opinions, write_rows
 from helpers import Remember, config, craft_command, lines, tensors
 from torch.nn import functional
@@ -316,6 +317,7 @@ def test_under_the_hugging_face_trainer(pico: Make, data_dir: Path, tmp_path: Pa
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
+    AcceleratorState._reset_state()  # the Trainer leaves its own behind
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
     assert torch.equal(model.bert.encoder.layer[0].attention.self.query.weight, frozen)

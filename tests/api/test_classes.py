@@ -1,0 +1,109 @@
+"""The class that was trained is the class that is loaded, evaluated, merged and exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import build_pico, failure, invoke, shake, token_batch
+from helpers import conll, sentences
+
+import craft_cli as craft
+from craft_cli.data.sources import DataSource
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+Make = Callable[..., Path]
+
+
+def output(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found = model.eval()(**token_batch())
+    values: torch.Tensor = found.logits if hasattr(found, "logits") else found.last_hidden_state
+    return values
+
+
+CLASSES = [
+    ("bert", "AutoModelForTokenClassification", {"num_labels": 5}, "TOKEN_CLS"),
+    ("roberta", "AutoModelForTokenClassification", {"num_labels": 3}, "TOKEN_CLS"),
+    ("llama", "AutoModelForCausalLM", {}, "CAUSAL_LM"),
+    ("gpt2", "AutoModelForCausalLM", {}, "CAUSAL_LM"),
+    ("bert", "AutoModel", {}, None),
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "options", "task_type"), CLASSES)
+def test_merged_and_exported_as_the_class_that_was_trained(
+    family: str, kind: str, options: dict[str, Any], task_type: str | None, pico: Make
+) -> None:
+    load = getattr(transformers, kind).from_pretrained
+    model = load(pico(family), **options)
+    adapter = craft.attach(model, craft.decompose(str(pico(family)), ranks=(6, 5, 2)))
+    shake(adapter)
+    with torch.no_grad():
+        for tensor in adapter.head_state().values():
+            tensor.add_(0.05)
+    expected = output(model)
+    adapter.save("adapter")
+    record = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert record["model"]["architecture"] == type(model).__name__
+    craft.merge("adapter", "merged")
+    merged, report = load("merged", output_loading_info=True)
+    assert type(merged) is type(model)
+    assert not any(report.values())
+    assert torch.allclose(output(merged), expected, atol=1e-4)
+    craft.merge("adapter", "lora", format="peft")
+    assert json.loads(Path("lora/adapter_config.json").read_text())["task_type"] == task_type
+    again = peft.PeftModel.from_pretrained(load(pico(family), **options), "lora")
+    assert torch.allclose(output(again), expected, atol=1e-4)
+
+
+def test_a_tied_output_embedding_is_written_once(tmp_path: Path) -> None:
+    base = build_pico("llama", tmp_path / "base", tie_word_embeddings=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    adapter = craft.attach(model, method="lora", rank=2)
+    assert adapter.head == ()
+    shake(adapter)
+    adapter.save("adapter")
+    expected = output(model)
+    craft.merge("adapter", "merged")
+    merged, report = transformers.AutoModelForCausalLM.from_pretrained("merged", output_loading_info=True)
+    assert not any(report.values())
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert torch.allclose(output(merged), expected, atol=1e-4)
+
+
+def test_a_language_model_is_not_evaluated_with_another_head(pico: Make) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(pico("llama"))
+    adapter = craft.attach(model, method="lora", rank=2)
+    shake(adapter)
+    adapter.save("adapter")
+    told = "a LlamaForCausalLM has the head of none of token-classification, sequence-classification"
+    assert told in failure("eval", "adapter", "--task", "opinions")
+    Path("lines.txt").write_text("good film\n")
+    assert told in failure("predict", "adapter", "--input", "lines.txt")
+
+
+def test_entities_are_merged_and_answered_by_the_merged_model(pico: Make) -> None:
+    for split, count, seed in (("train", 45, 1), ("validation", 23, 2)):
+        Path(f"words/{split}.conll").parent.mkdir(exist_ok=True)
+        Path(f"words/{split}.conll").write_text(conll(sentences(count, seed)))
+    done = invoke("train", "--model", str(pico()), "--data-dir", "words", "--method", "lora", "--rank", "4", "--use-cpu",
+                  "--num-train-epochs", "4", "--learning-rate", "3e-2", "--head-learning-rate", "3e-2",
+                  "--per-device-train-batch-size", "8", "--output-dir", "run")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    record = json.loads(Path("run/adapter/adapter_config.json").read_text())
+    assert (record["task_type"], record["method"]) == ("token-classification", "lora")
+    assert "pipeline_tag: token-classification" in Path("run/adapter/README.md").read_text()
+    craft.merge("run")
+    ours = craft.evaluate("run").metrics
+    theirs = craft.evaluate("run/merged", source=DataSource(data_dir="words")).metrics
+    assert theirs == pytest.approx(ours, abs=1e-5)
+    pipeline = transformers.pipeline("token-classification", "run/merged", aggregation_strategy="simple")
+    assert pipeline("the film was good")

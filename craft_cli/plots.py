@@ -46,11 +46,9 @@ def spectra(decompositions: Mapping[str, Any], path: Path, title: str) -> None:
 
 def spectra_figure(decompositions: Mapping[str, Any], title: str) -> Any:
     """The same as a figure."""
-    from craft_cli.tucker import MODES
-
     figure, axes = _figure(3)
     colours = [_BLUE, _ORANGE, "#3a8f4d", "#8a4fa3"]
-    for mode, (name, axis) in enumerate(zip(MODES, axes, strict=True)):
+    for mode, (name, axis) in enumerate(zip(("layer", "out", "in"), axes, strict=True)):
         for colour, (target, decomposition) in zip(colours, decompositions.items(), strict=False):
             values = decomposition.spectra[mode] / max(float(decomposition.spectra[mode][0]), 1e-30)
             rank = decomposition.ranks[mode]

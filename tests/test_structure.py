@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "tucker": set(),
     "config": {"errors"},
     "files": {"errors"},
-    "plots": BELOW,
+    "plots": {"files", "errors"},
     "data": BELOW,
     "models": BELOW,
     "methods": BELOW | {"models"},

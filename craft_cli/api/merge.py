@@ -125,13 +125,7 @@ def merge(
         progress("writing")
         written = _write(adapted, folder, format, dtype, max_shard_size, trim=trim)
         progress("verifying")
-        difference = _difference(adapted.base.logits(written.read, probe), expected)
-        tolerance = TOLERANCE[written.dtype]
-        if not difference["relative"] <= tolerance:
-            raise CraftError(
-                f"the merged model's logits differ from the adapted one's by {difference['relative']:.1e}, more than "
-                f"{tolerance:.0e}; nothing was written"
-            )
+        difference = _verified(adapted.base.logits(written.read, probe), expected, TOLERANCE[written.dtype])
         record = adapted.saved.record
         card = model_card(record, adapted.saved.method.describe(record), adapted.checkpoint, form=format)
         write_bytes(folder / "README.md", card.encode())
@@ -144,7 +138,7 @@ def merge(
         dtype=str(written.dtype).removeprefix("torch."),
         tensors_changed=len(written.changed),
         difference=difference["relative"],
-        tolerance=tolerance,
+        tolerance=TOLERANCE[written.dtype],
         rank=written.rank,
         serve=serve_command(adapted, written.rank, str(destination)),
         hint=None if written.rank is None else vllm_hint(adapted, written.rank),
@@ -235,9 +229,20 @@ def _check_options(
 # -- the certificate ----------------------------------------------------------------------------------------------------
 
 
-def _difference(actual: Tensor, expected: Tensor) -> dict[str, float]:
+def _verified(actual: Tensor, expected: Tensor, tolerance: float) -> dict[str, float]:
+    """The largest difference of logits, absolute, and relative to the largest of them.
+
+    Raises:
+        CraftError: it is above the tolerance, or not a number.
+    """
     absolute = float((actual - expected).abs().max())
-    return {"absolute": absolute, "relative": absolute / max(float(expected.abs().max()), 1e-12)}
+    relative = absolute / max(float(expected.abs().max()), 1e-12)
+    if not relative <= tolerance:
+        raise CraftError(
+            f"the merged model's logits differ from the adapted one's by {relative:.1e}, more than {tolerance:.0e}; "
+            "nothing was written"
+        )
+    return {"absolute": absolute, "relative": relative}
 
 
 def _certificate(

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
@@ -47,6 +47,12 @@ class LoraOptions:
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(rank) instead.")
 
 
+@dataclass(frozen=True)
+class MethodOptions(LoraOptions, CraftOptions):
+    """The options of all methods, for a run that chooses one."""
+
+
+MethodName = Literal["craft", "lora"]
 METHOD_OPTIONS: dict[str, Any] = {"craft": CraftOptions, "lora": LoraOptions}
 """The options of every method, by its name."""
 

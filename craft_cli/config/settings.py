@@ -16,8 +16,8 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from craft_cli.config.options import (
     METHOD_OPTIONS,
-    CraftOptions,
-    LoraOptions,
+    MethodName,
+    MethodOptions,
     Positive,
     Rate,
     option_names,
@@ -41,7 +41,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
-class RunConfig(LoraOptions, CraftOptions):
+class RunConfig(MethodOptions):
     """One training run, fully specified. The fields are the flags of `craft train` and the keys of a recipe."""
 
     model: str = setting("roberta-base", "Hub id, local folder, or 'demo'.")
@@ -74,7 +74,7 @@ class RunConfig(LoraOptions, CraftOptions):
     max_eval_samples: Positive | None = setting(None, "Use only the first rows for evaluation.")
     max_seq_length: Positive = setting(128, "Tokens kept of each example.")
 
-    method: Literal["craft", "lora"] = setting("craft", "How the change of the weights is written: craft or lora.")
+    method: MethodName = setting("craft", f"How the change of the weights is written: {' or '.join(METHOD_OPTIONS)}.")
     targets: tuple[str, ...] = setting(("query", "value"), "Projections to adapt: query,key,value,output.")
     adapter_factors: Literal["include", "reference"] = setting(
         "include",

@@ -93,8 +93,7 @@ class AdaptedBase:
             layers = (checkpoint.open().matrices([view])[0] for view in views)  # mapped one after the other
             if fingerprint(layers) != self.saved.frozen.fingerprints[target]:
                 raise ModelError(
-                    f"the factors are of {self.saved.frozen.model}; this model has other weights ({target}): they belong to "
-                    "another model"
+                    f"this model has other weights ({target}) than {self.saved.frozen.model}, which the adapter belongs to"
                 )
 
     def _check_head(self) -> None:

@@ -26,8 +26,8 @@ from craft_cli.models.cards import peft_type
 from craft_cli.models.shards import Entry, write_streamed
 from craft_cli.models.views import View
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_TENSORS = "adapter_model.safetensors"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank; an adapter's rank may be any up to it."""
 VLLM_FAMILIES = ("llama",)
@@ -207,11 +207,11 @@ class Lora:
         tensors = peft_tensors(adapted, pairs)
         self.rank: int | None = config["r"]
         entries = {name: Entry(tuple(t.shape), t.dtype, partial(_itself, t)) for name, t in tensors.items()}
-        write_streamed(folder / TENSOR_FILE, entries)
-        write_json(folder / CONFIG_FILE, config)
+        write_streamed(folder / PEFT_TENSORS, entries)
+        write_json(folder / PEFT_CONFIG, config)
         self.changed = [f"{module}.weight" for module, (a, b) in pairs.items() if a.any() and b.any()]
         self._base, self._transposed = adapted.base, config["fan_in_fan_out"]
-        self._written = load_file(folder / TENSOR_FILE)
+        self._written = load_file(folder / PEFT_TENSORS)
 
     def read(self, name: str) -> Tensor:
         """Base + B A, out of what was written."""

@@ -230,7 +230,7 @@ class ModelAdapter(Adapter):
 
     # -- on disk ----------------------------------------------------------------------------------------------------
 
-    def describe(self, factors: str = INCLUDE) -> dict[str, Any]:
+    def record(self, factors: str = INCLUDE) -> dict[str, Any]:
         """What adapter_config.json says, with what is frozen included or referred to."""
         sha256 = self.frozen.sha256()
         return {
@@ -276,7 +276,7 @@ class ModelAdapter(Adapter):
             raise ConfigError(f"factors: expected {INCLUDE} or {REFERENCE}, not '{factors}'")
         if factors == REFERENCE and self.frozen.sha256() is None:
             raise ConfigError(f"factors: {self.method.name} has none to refer to; leave '{INCLUDE}'")
-        write_adapter(folder, self.describe(factors), self._trained(), self.frozen, card)
+        write_adapter(folder, self.record(factors), self._trained(), self.frozen, card)
 
 
 def attach(
@@ -311,7 +311,7 @@ def attach(
             raise ConfigError(f"--method {method} has no option '{name}'{nearest(name, names)}")
     if factors is None:
         weights = weights_in(model, targets or RunConfig.targets)
-        factors = chosen.prepare(weights, chosen.Options(**options), None, lambda what, done, total: None).frozen
+        factors, _ = chosen.prepare(weights, chosen.Options(**options), None, lambda what, done, total: None)
         targets = None
     frozen, complete = chosen.fit(factors, targets, options)
     return attach_prepared(model, chosen, frozen, complete, head_names(model) if head is None else head)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
@@ -81,19 +81,6 @@ class Change(nn.Module, ABC):
         """
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What `Method.prepare` gives.
-
-    Attributes:
-        frozen: what the method keeps of the weights.
-        notes: what the user should know.
-    """
-
-    frozen: Frozen
-    notes: Sequence[str] = ()
-
-
 class Method(ABC):
     """One adapter method. What is not abstract here is for methods that keep no tensor of the base.
 
@@ -117,9 +104,15 @@ class Method(ABC):
     def describe(self, settings: Mapping[str, Any]) -> Description:
         """The method in words; `settings` may also be those of a recipe."""
 
-    def prepare(self, weights: Weights, options: Any, cache_dir: str | None, progress: Progress) -> Prepared:
-        """Once, from the weights: factors, singular vectors, or nothing but whose weights they are."""
-        return Prepared(Sketch.of(weights))
+    def prepare(
+        self, weights: Weights, options: Any, cache_dir: str | None, progress: Progress
+    ) -> tuple[Frozen, Sequence[str]]:
+        """Once, from the weights: factors, singular vectors, or nothing but whose weights they are.
+
+        Returns:
+            What the method keeps, and notes for the user.
+        """
+        return Sketch.of(weights), ()
 
     def fit(self, frozen: Any, targets: Sequence[str] | None, options: Mapping[str, Any]) -> tuple[Any, Any]:
         """What was prepared before, cut down to what is asked for, and complete options that fit it.

@@ -169,5 +169,5 @@ def check_base(model: Any, frozen: Frozen, views: Mapping[str, Sequence[View]]) 
             same = same_shape and frozen.resembles(target, layers, torch.finfo(layers[0].dtype).eps)
         if not same:
             raise ModelError(
-                f"the factors are of {frozen.model}; this model has other weights ({target}): they belong to another model"
+                f"this model has other weights ({target}) than {frozen.model}, which the adapter or its factors belong to"
             )

@@ -179,7 +179,7 @@ class Journal:
             return
         self.best_state = self._adapter.trained_state()
         self._adapter.training_record = training_record(self._config, self._prepared, self.best_epoch, self.best)
-        record = self._adapter.describe()
+        record = self._adapter.record()
         card = model_card(record, self._prepared.method.describe(record), self._prepared.checkpoint)
         self._adapter.save(self._run.adapter, card=card, factors=self._config.adapter_factors)
 

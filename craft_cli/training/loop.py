@@ -71,14 +71,14 @@ def accumulate_gradients(training: Training, rows: Sequence[int]) -> Tensor:
     for number, batch in enumerate(batches, start=1):
         with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(training.model):
             with accelerator.autocast():
-                part = summed_loss(training, batch)
+                part = batch_loss(training, batch)
             part = part * scale
             accelerator.backward(part)
             loss += part.detach()
     return loss
 
 
-def summed_loss(training: Training, rows: Sequence[int]) -> Tensor:
+def batch_loss(training: Training, rows: Sequence[int]) -> Tensor:
     """Sum of the rows' losses; a process without rows takes part with a row that counts nothing."""
     prepared = training.prepared
     batch = collate(prepared.train, rows or [0], prepared.tokenizer).to(training.accelerator.device)

@@ -84,9 +84,8 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
     notes = list(loaded.notes)
     weights = read_weights(checkpoint, config.targets if frozen is None else frozen.targets)
     if frozen is None:
-        prepared = method.prepare(weights, config.method_options, config.cache_dir, progress)
-        frozen = prepared.frozen
-        notes = [*prepared.notes, *notes]
+        frozen, said = method.prepare(weights, config.method_options, config.cache_dir, progress)
+        notes = [*said, *notes]
     elif dict(weights.fingerprints) != dict(frozen.fingerprints):
         raise ModelError(f"{checkpoint.name} has other weights than those the transforms were trained on")
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from craft_cli.config import CraftOptions
 from craft_cli.errors import ConfigError
-from craft_cli.methods.base import Chain, Method, Prepared, Progress
+from craft_cli.methods.base import Chain, Method, Progress
 from craft_cli.methods.craft.change import PAPER_NOISE, CraftChange, slices_in_turn
 from craft_cli.methods.craft.decomposition import decompose_weights, recall
 from craft_cli.methods.craft.factors import Factors, from_tensors
@@ -26,7 +26,9 @@ class Craft(Method):
     name = "craft"
     Options = CraftOptions
 
-    def prepare(self, weights: Weights, options: CraftOptions, cache_dir: str | None, progress: Progress) -> Prepared:
+    def prepare(
+        self, weights: Weights, options: CraftOptions, cache_dir: str | None, progress: Progress
+    ) -> tuple[Factors, Sequence[str]]:
         """The factors, from the cache where it has them."""
         done = decompose_weights(
             weights,
@@ -34,7 +36,7 @@ class Craft(Method):
             cache_dir=cache_dir,
             progress=lambda target, done, total: progress(f"decomposing {target}", done, total),
         )
-        return Prepared(done.factors, done.notes)
+        return done.factors, done.notes
 
     def fit(
         self, frozen: Factors, targets: Sequence[str] | None, options: Mapping[str, Any]

@@ -1,0 +1,326 @@
+"""The picture of the house, drawn from the imports of `craft_cli`.
+
+python docs/house.py            write docs/house.svg
+python docs/house.py --check    exit 1 where the picture is not what the imports say
+
+A room is a file or folder at the top of the package; `methods/craft` is one of its own. An arrow points from a room to
+one that it imports. An arrow that follows from others is left out: where a imports b and b imports c, a may import c too.
+A room stands on the first floor below all that import it, and says of itself what its docstring says.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent.parent / "craft_cli"
+PICTURE = Path(__file__).resolve().parent / "house.svg"
+
+APART = "methods/craft"
+"""A folder inside a room that is a room of its own."""
+DOORS = ("__init__", "__main__")
+"""`import craft_cli` and `python -m craft_cli`: they lead in, and are no rooms."""
+WINGS = {"models": "weights", "data": "rows"}
+"""What a room is about, told by which of these it reaches: weights, rows, both, or neither."""
+
+Arrows = Mapping[str, set[str]]
+"""For each room those that it imports."""
+
+Cost = tuple[float, ...]
+"""What makes an order untidy, the worst first."""
+
+
+# -- the house, from the imports -------------------------------------------------------------------------------------------
+
+
+def room_of(parts: Sequence[str]) -> str:
+    """The room that a module or name lies in, given its path below the package."""
+    apart = APART.split("/")
+    return APART if list(parts[: len(apart)]) == apart else parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms that a file imports, wherever in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {room_of(name.split(".")[1:]) for name in names if name.startswith(f"{PACKAGE.name}.")}
+
+
+def read_house() -> tuple[dict[str, list[Path]], Arrows]:
+    """The files of every room, and which rooms it imports."""
+    files: dict[str, list[Path]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] not in DOORS:
+            files.setdefault(room_of(parts), []).append(path)
+    found = {room: set().union(*map(imported, paths)) for room, paths in files.items()}
+    return files, {room: {other for other in found[room] if other in files and other != room} for room in files}
+
+
+def reached(arrows: Arrows, room: str) -> set[str]:
+    """All rooms that can be come to from a room."""
+    return arrows[room].union(*(reached(arrows, other) for other in arrows[room]))
+
+
+def without_shortcuts(arrows: Arrows) -> Arrows:
+    """Only the arrows that do not follow from others."""
+    return {
+        room: others - set().union(*(reached(arrows, other) for other in others)) for room, others in arrows.items()
+    }
+
+
+def floor_of(arrows: Arrows, room: str) -> int:
+    """Floors below the top one: the longest way down to a room."""
+    above = [other for other in arrows if room in arrows[other]]
+    return max((floor_of(arrows, other) + 1 for other in above), default=0)
+
+
+def wing_of(arrows: Arrows, room: str) -> str:
+    """`weights`, `rows`, `both` or `neither`."""
+    found = {WINGS[other] for other in {room} | reached(arrows, room) if other in WINGS}
+    return found.pop() if len(found) == 1 else "both" if found else "neither"
+
+
+def purpose(room: str) -> str:
+    """The first clause of a room's docstring."""
+    path = PACKAGE / room
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+    first = " ".join(text.split("\n\n")[0].split())
+    return first.split(". ")[0].split("; ")[0].rstrip(".")
+
+
+# -- where everything stands ------------------------------------------------------------------------------------------------
+
+WIDE, TALL, GAP, BETWEEN, MARGIN, LANE = 240, 88, 54, 32, 24, 10
+"""Of a box; between floors; between boxes; around all; of an arrow that passes a floor."""
+
+
+@dataclass(eq=False)
+class Spot:
+    """A room, or the place where an arrow passes a floor."""
+
+    floor: int
+    room: str = ""
+    wing: str = ""
+    below: list[Spot] = field(default_factory=list)
+    above: list[Spot] = field(default_factory=list)
+    x: float = 0.0
+    """Of its middle."""
+
+    @property
+    def width(self) -> int:
+        """Of the box, or of the lane."""
+        return WIDE if self.room else LANE
+
+    @property
+    def top(self) -> int:
+        """Height of its upper edge."""
+        return MARGIN + self.floor * (TALL + GAP)
+
+
+def floors_of(arrows: Arrows) -> list[list[Spot]]:
+    """The spots of every floor, in the tidiest order."""
+    spots = {room: Spot(floor_of(arrows, room), room, wing_of(arrows, room)) for room in sorted(arrows)}
+    floors: list[list[Spot]] = [[] for _ in range(1 + max(spot.floor for spot in spots.values()))]
+    for spot in spots.values():
+        floors[spot.floor].append(spot)
+    for room in sorted(arrows):
+        for other in sorted(arrows[room]):
+            last, end = spots[room], spots[other]
+            for number in range(last.floor + 1, end.floor):
+                lane = Spot(number)
+                floors[number].append(lane)
+                last.below.append(lane)
+                lane.above.append(last)
+                last = lane
+            last.below.append(end)
+            end.above.append(last)
+    return tidiest(floors)
+
+
+def tidiest(floors: Sequence[Sequence[Spot]]) -> list[list[Spot]]:
+    """The order of all floors that costs least: of each order of a floor only the best way down to it can be part of it."""
+    ways = [(untidiness([], order), [order]) for order in itertools.permutations(floors[0])]
+    for floor in floors[1:]:
+        orders = itertools.permutations(floor)
+        ways = [
+            min(((added(cost, untidiness(way[-1], order)), [*way, order]) for cost, way in ways), key=cost_of)
+            for order in orders
+        ]
+    return [list(order) for order in min(ways, key=cost_of)[1]]
+
+
+def cost_of(way: tuple[Cost, Any]) -> Cost:
+    """Its cost alone; of equals the first is taken."""
+    return way[0]
+
+
+def untidiness(upper: Sequence[Spot], lower: Sequence[Spot]) -> Cost:
+    """Of the lower floor: rooms of the rows to the left of rooms of the weights, crossings above it, ways sideways."""
+    pairs = [(one.wing, other.wing) for one, other in itertools.combinations(lower, 2)]
+    middle_of = {id(spot): number - (len(lower) - 1) / 2 for number, spot in enumerate(lower)}
+    ends = [
+        (number - (len(upper) - 1) / 2, middle_of[id(spot)]) for number, one in enumerate(upper) for spot in one.below
+    ]
+    crossings = sum((a - c) * (b - d) < 0 for (a, b), (c, d) in itertools.combinations(ends, 2))
+    return pairs.count(("rows", "weights")), crossings, sum(abs(a - b) for a, b in ends)
+
+
+def added(one: Cost, other: Cost) -> Cost:
+    """The sum of two costs."""
+    return tuple(a + b for a, b in zip(one, other, strict=True))
+
+
+def place(floors: Sequence[Sequence[Spot]]) -> int:
+    """Give every spot its x, where its arrows are as straight as can be; the width of all."""
+    for turn in range(400):
+        for floor in floors if turn % 2 else reversed(floors):
+            wanted = [mean([(other.x, 1) for other in (*spot.above, *spot.below)]) for spot in floor]
+            for spot, x in zip(floor, apart(floor, wanted), strict=True):
+                spot.x = x
+    everything = [spot for floor in floors for spot in floor]
+    left = min(spot.x - spot.width / 2 for spot in everything) - MARGIN
+    for spot in everything:
+        spot.x = round(spot.x - left + 1e-6)  # so that a half is rounded alike everywhere
+    width = round(max(spot.x + spot.width / 2 for spot in everything)) + MARGIN
+    for (spot,) in itertools.takewhile(lambda floor: len(floor) == 1, floors):
+        spot.x = width // 2  # alone at the top
+    return width
+
+
+def apart(floor: Sequence[Spot], wanted: Sequence[float]) -> list[float]:
+    """The places nearest to those wanted that keep order and distance: neighbours too near share a mean."""
+    offsets = [0.0]
+    for one, other in itertools.pairwise(floor):
+        offsets.append(offsets[-1] + (one.width + other.width) / 2 + BETWEEN)
+    blocks: list[list[tuple[float, int]]] = []
+    for spot, x, offset in zip(floor, wanted, offsets, strict=True):
+        blocks.append([(x - offset, len(spot.above) + len(spot.below))])
+        while len(blocks) > 1 and mean(blocks[-2]) > mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    bases = [mean(block) for block in blocks for _ in block]
+    return [base + offset for base, offset in zip(bases, offsets, strict=True)]
+
+
+def mean(weighted: Sequence[tuple[float, int]]) -> float:
+    """The mean of numbers with weights; 0 of none."""
+    return sum(x * weight for x, weight in weighted) / max(sum(weight for _, weight in weighted), 1)
+
+
+# -- the drawing ------------------------------------------------------------------------------------------------------------
+
+INK, SOFT, LINE = "#1a1a1a", "#555555", "#6b6b6b"
+FILLS = {"both": "#ffffff", "weights": "#b4cfee", "rows": "#fdeec6", "neither": "#e2e2e2"}
+MEANING = {"both": "weights and rows", "weights": "weights", "rows": "rows", "neither": "neither"}
+
+
+def draw() -> str:
+    """The picture as SVG, the same text for the same imports."""
+    files, every_arrow = read_house()
+    arrows = without_shortcuts(every_arrow)
+    floors = floors_of(arrows)
+    width = place(floors)
+    spots = [spot for floor in floors for spot in floor]
+    height = floors[-1][0].top + TALL + MARGIN + 54
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif">',
+        "<title>The rooms of craft_cli and what they import</title>",
+        f'<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        f'<path d="M0 0.5 L8 4 L0 7.5 z" fill="{LINE}"/></marker></defs>',
+        f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
+    ]
+    lines += [way(spot, end) for spot in spots if spot.room for end in spot.below]
+    lines += [line for spot in spots if spot.room for line in box(spot, files[spot.room])]
+    lines += legend(height - MARGIN - 22)
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def box(spot: Spot, files: Sequence[Path]) -> Iterable[str]:
+    """A room: its name, its number of modules, what it is for."""
+    left, top = round(spot.x - WIDE / 2), spot.top
+    is_folder = (PACKAGE / spot.room).is_dir()
+    count = sum(path.name != "__init__.py" for path in files)
+    yield (
+        f'<rect x="{left}" y="{top}" width="{WIDE}" height="{TALL}" rx="5" fill="{FILLS[spot.wing]}" stroke="{INK}" '
+        'stroke-width="1.2"/>'
+    )
+    name = f"{spot.room}/" if is_folder else f"{spot.room}.py"
+    yield label(left + 11, top + 22, 15, INK, name, "font-weight='bold'")
+    yield label(left + WIDE - 11, top + 22, 11, SOFT, f"{count} module{'' if count == 1 else 's'}", "text-anchor='end'")
+    for row, text in enumerate(textwrap.wrap(purpose(spot.room), 34)):
+        yield label(left + 11, top + 42 + 16 * row, 12, INK, text)
+
+
+def label(x: int, y: int, size: int, colour: str, text: str, more: str = "") -> str:
+    """Some text."""
+    extra = f" {more}".replace("'", '"') if more else ""
+    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}"{extra}>{escape(text)}</text>'
+
+
+def way(start: Spot, end: Spot) -> str:
+    """An arrow, straight down beside the rooms that it passes and bent between the floors."""
+    path, spot = "", start
+    x, y = port(start, end, start.below), start.top + TALL
+    path = f"M{x} {y}"
+    while True:
+        goal = port(end, spot, end.above) if end.room else round(end.x)
+        down = end.top - (1 if end.room else 0)
+        half = (y + down) // 2
+        path += f" C{x} {half} {goal} {half} {goal} {down}"
+        if end.room:
+            return f'<path d="{path}" fill="none" stroke="{LINE}" stroke-width="1.5" marker-end="url(#tip)"/>'
+        path += f" V{end.top + TALL}"
+        x, y, spot, end = goal, end.top + TALL, end, end.below[0]
+
+
+def port(spot: Spot, other: Spot, all_of_them: Sequence[Spot]) -> int:
+    """Where on a room's edge the arrow to or from another one begins or ends: side by side, in their order."""
+    order = sorted(all_of_them, key=lambda one: one.x)
+    step = min(44, (WIDE - 40) / len(order))
+    return round(spot.x + (order.index(other) - (len(order) - 1) / 2) * step)
+
+
+def legend(y: int) -> Iterable[str]:
+    """What arrows and colours mean."""
+    yield label(
+        MARGIN,
+        y,
+        12,
+        SOFT,
+        "An arrow points from a room to one that it imports. Arrows that follow from others are left out.",
+    )
+    yield label(MARGIN, y + 22, 12, SOFT, "A room knows of")
+    x = MARGIN + 116
+    for wing, meaning in MEANING.items():
+        yield f'<rect x="{x}" y="{y + 12}" width="18" height="12" rx="2" fill="{FILLS[wing]}" stroke="{INK}"/>'
+        yield label(x + 25, y + 22, 12, SOFT, meaning)
+        x += 44 + round(6.8 * len(meaning))
+
+
+def main() -> int:
+    """Write the picture, or check it."""
+    drawn = draw()
+    if sys.argv[1:] == ["--check"]:
+        if PICTURE.is_file() and PICTURE.read_text(encoding="utf-8") == drawn:
+            return 0
+        print(f"{PICTURE.name} is not what the imports say: run `python docs/house.py`", file=sys.stderr)
+        return 1
+    PICTURE.write_text(drawn, encoding="utf-8", newline="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,7 @@ from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.methods import method_named
 from craft_cli.methods.adapter_folder import CONFIG_FILE, SavedAdapter, read_adapter, read_record
-from craft_cli.methods.base import inner
+from craft_cli.methods.base import inners
 from craft_cli.training.run import Run, find_adapter
 
 
@@ -86,7 +86,7 @@ def _inner(one: SavedAdapter, other: SavedAdapter) -> float | None:
     for target in set(one.frozen.targets) & set(other.frozen.targets):
         if tuple(one.frozen.shapes[target]) != tuple(other.frozen.shapes[target]):
             return None
-        total += sum(inner(mine, theirs) for mine, theirs in zip(one.chains(target), other.chains(target), strict=True))
+        total += sum(inners(zip(one.chains(target), other.chains(target), strict=True)))
     return total
 
 

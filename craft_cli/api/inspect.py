@@ -11,7 +11,7 @@ from typing import Any
 from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.methods.adapter_folder import read_adapter
-from craft_cli.methods.base import inner
+from craft_cli.methods.base import inners
 from craft_cli.methods.craft.factors import Factors
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.models.families import TARGETS
@@ -126,7 +126,8 @@ def _adapter(path: Path, folder: Path) -> Inspection:
         row = {"name": name, "shape": list(shape)} | saved.facts(name)
         if isinstance(frozen, Factors):
             row |= _kept(name, frozen.decompositions[name])
-        norms = [math.sqrt(max(inner(chain, chain), 0.0)) for chain in saved.chains(name)]  # of dW_l
+        squares = inners((chain, chain) for chain in saved.chains(name))
+        norms = [math.sqrt(max(square, 0.0)) for square in squares]  # of dW_l
         projections.append(row | {"change_by_layer": norms})
     decompositions = frozen.decompositions if isinstance(frozen, Factors) else {}
     return Inspection("run" if run else "adapter", str(path), facts, projections, decompositions)

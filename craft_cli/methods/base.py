@@ -8,7 +8,7 @@ and cosines are computed from it. Hooks, merging, export, files and training kno
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
@@ -46,8 +46,28 @@ def low_rank(chain: Chain) -> tuple[Tensor, Tensor]:
 
 def inner(one: Chain, other: Chain) -> float:
     """<dW, dW'> of two changes of one shape, without making either dense."""
-    (a, b), (a_other, b_other) = low_rank(one), low_rank(other)
-    return float(((a @ a_other.T) * (b.T @ b_other)).sum())
+    return next(inners([(one, other)]))
+
+
+def inners(pairs: Iterable[tuple[Chain, Chain]]) -> Iterator[float]:
+    """<dW, dW'> of each pair of changes.
+
+    With dW^T = M_1 ... M_k and dW'^T = N_1 ... N_j it is
+
+        tr( (M_1^T N_1) (N_2 ... N_j-1) (N_j M_k^T) (M_2 ... M_k-1)^T )
+
+    What the ends of a chain give is kept as long as they are the very same tensors: layers share them in some methods.
+    """
+    ends: tuple[Chain, Tensor, Tensor] | None = None
+    for one, other in pairs:
+        if len(one) == 1 or len(other) == 1:  # dense
+            yield float((delta(one) * delta(other)).sum())
+            continue
+        these = (one[0], one[-1], other[0], other[-1])
+        if ends is None or any(mine is not theirs for mine, theirs in zip(these, ends[0], strict=True)):
+            ends = these, one[0].T @ other[0], other[-1] @ one[-1].T  # (r, r'), (r', r)
+        _, left, right = ends
+        yield float((reduce(torch.matmul, (left, *other[1:-1])) * reduce(torch.matmul, (*one[1:-1], right.T))).sum())
 
 
 class Change(nn.Module, ABC):

@@ -107,7 +107,7 @@ def test_a_data_folder_without_files(run: Path) -> None:
 
 
 def positive_settings() -> list[str]:
-    return [field.name for field in RunConfig.__dataclass_fields__.values() if "Positive" in str(field.type)]
+    return [field.name for field in RunConfig.settings() if "Positive" in str(field.type)]
 
 
 @pytest.mark.parametrize("spelled", ["-", "_"])

@@ -101,9 +101,9 @@ class Craft(Method):
     ) -> Iterator[Chain]:
         """U_in, S_l^T, U_out^T in float64, without ever holding the slices of all layers."""
         decomposition = frozen.decompositions[projection]
-        _, u_out, u_in = (factor.double() for factor in decomposition.factors)
+        u_in, u_out_t = decomposition.factors[2].double(), decomposition.factors[1].double().T
         for s in slices_in_turn(decomposition, _transforms(trained, projection)):
-            yield u_in, s.T, u_out.T
+            yield u_in, s.T, u_out_t
 
     def facts(
         self, frozen: Factors, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str

@@ -24,7 +24,7 @@ from craft_cli.methods.as_dense import AdaptedBase
 from craft_cli.methods.base import low_rank
 from craft_cli.models.cards import peft_type
 from craft_cli.models.shards import Entry, write_streamed
-from craft_cli.models.views import View
+from craft_cli.models.views import View, layer_of
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
@@ -141,9 +141,7 @@ def _shortest_names(adapted: AdaptedBase, modules: Sequence[str]) -> list[str]:
 
 
 def _after_layer(module: str) -> str:
-    parts = module.split(".")
-    number = next(index for index, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[number + 1 :])
+    return module.removeprefix(f"{layer_of(module)}.")
 
 
 def _head_modules(adapted: AdaptedBase) -> list[str]:
@@ -215,11 +213,11 @@ class Lora:
 
     def read(self, name: str) -> Tensor:
         """Base + B A, out of what was written."""
-        own = self._written.get(f"base_model.model.{name}")
+        own = self._written.get(f"{_ROOT}{name}")
         if own is not None:
             return own
         tensor = self._base.read(name)
-        module = f"base_model.model.{name.removesuffix('.weight')}"
+        module = f"{_ROOT}{name.removesuffix('.weight')}"
         if f"{module}.lora_A.weight" not in self._written:
             return tensor
         delta = self._written[f"{module}.lora_B.weight"] @ self._written[f"{module}.lora_A.weight"]

@@ -7,7 +7,6 @@ can be merged into, and what was written can still be compared with the model it
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from craft_cli.errors import ModelError
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.loading import build_empty, load_tokenizer
+from craft_cli.models.views import layer_of
 
 Read = Callable[[str], Tensor]
 
@@ -65,7 +65,7 @@ class StreamedModel:
         state = self.model.state_dict()
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in self.tied}
-        self._blocks = sorted({self.prefix + _layer_of(path) for path in layered})
+        self._blocks = sorted({self.prefix + layer_of(path) for path in layered})
         self._buffers = {name: tensor for name, tensor in state.items() if not tensor.is_meta}
         self._stored = self._stored_names()
         self.dtypes = {name: self.reader.shape_and_dtype(stored)[1] for name, stored in self._stored.items()}
@@ -168,13 +168,6 @@ def _skeleton(checkpoint: Checkpoint, class_name: str, told: Mapping[str, Any]) 
         raise ModelError(f"the adapter pads with token {pad}, but {checkpoint.name} has {tokens} tokens")
     model.config.pad_token_id = pad
     return model
-
-
-def _layer_of(module: str) -> str:
-    """The path of the layer that a module lies in: `encoder.layer.3` of `encoder.layer.3.attention.self.query`."""
-    match = re.match(r"(.*?\.)?\d+(?=\.)", module)
-    assert match, module
-    return match[0]
 
 
 def _fill(model: nn.Module, names: Iterable[str], read: Read) -> None:

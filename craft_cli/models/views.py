@@ -7,6 +7,7 @@ read, adapt or merge: a matrix (d_out, d_in) in the orientation of `nn.Linear`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -98,3 +99,10 @@ class View:
             AttributeError: `root` has no such module.
         """
         return root.get_submodule(self.module)
+
+
+def layer_of(module: str) -> str:
+    """The path of the layer that a module lies in: `encoder.layer.3` of `encoder.layer.3.attention.self.query`."""
+    match = re.match(r"(.*?\.)?\d+(?=\.)", module)
+    assert match, module
+    return match[0]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from typing import Any
 
 from craft_cli.errors import ConfigError, CraftError
 from craft_cli.methods.attach import ModelAdapter
+from craft_cli.models.views import layer_of
 
 _GRAPHS = 64
 """The first block and the others, training and evaluation, padded and unpadded batches each make a graph of the same code;
@@ -39,7 +39,7 @@ def compile_blocks(adapter: ModelAdapter, backend: str = "inductor") -> list[str
     )  # the slices; all is well
     torch._dynamo.reset()  # its graphs belong to the code of the blocks, whatever model they were made for
     torch._dynamo.config.cache_size_limit = max(_GRAPHS, torch._dynamo.config.cache_size_limit)
-    paths = list(dict.fromkeys(re.match(r".*?\.\d+(?=\.)", path)[0] for path in adapter.modules_adapted()))  # type: ignore[index]
+    paths = list(dict.fromkeys(map(layer_of, adapter.modules_adapted())))
     for path in paths:
         block = base.get_submodule(path)
         block.compile(fullgraph=True, dynamic=True, backend=backend)

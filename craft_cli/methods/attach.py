@@ -243,6 +243,7 @@ class ModelAdapter(Adapter):
             "head": list(self.head),
             **({"factors": {"stored": factors, "sha256": sha256}} if sha256 else {}),
             "parameters": {"adapter": self.count_parameters(), "head": self.count_head_parameters()},
+            "labels": [label for _, label in sorted(self.model.config.id2label.items())],  # in the head's order
             "model": self._model_record(),
             "training": self.training_record,
         }

@@ -114,7 +114,10 @@ def read_adapter(path: Path, cache_dir: str | Path | None = None, *, make: bool 
     if len(set(layers.values())) != 1:
         raise FileError(f"{path} is damaged: its projections are of different numbers of layers {layers}")
 
-    shapes = method.trained_shapes(frozen, method.options(record))
+    try:
+        shapes = method.trained_shapes(frozen, method.options(record))
+    except (RuntimeError, OverflowError, TypeError) as error:  # of a size that cannot be
+        raise FileError(f"{path / CONFIG_FILE} is damaged: {quoted(str(error).splitlines()[0])}") from error
     expected = set(shapes) | {HEAD + name for name in head} | (set(frozen.tensors()) if stored else set())
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)[0]

@@ -17,7 +17,7 @@ from torch import Tensor
 from craft_cli.errors import FileError, ModelError
 from craft_cli.models.checkpoint import fingerprint
 from craft_cli.models.quantization import TOLERANCE, dense_weight, kind_of
-from craft_cli.models.stacks import Origin, Shape, Weights, check_identity
+from craft_cli.models.stacks import MOST_LAYERS, Origin, Shape, Weights, check_identity
 from craft_cli.models.views import View
 from craft_cli.tucker import Matrix
 
@@ -106,6 +106,8 @@ class Sketch(Frozen):
                 size, found = header["shapes"][target], tensors[f"{target}.sketch"]
                 if len(size) != 3 or not all(type(n) is int and 0 < n < MOST for n in size):
                     raise ValueError(f"{target} is of no size")
+                if size[0] > MOST_LAYERS:
+                    raise ValueError(f"{target} has {size[0]} layers, more than {MOST_LAYERS}")
                 if tuple(found.shape) != (size[0], NUMBERS) or found.dtype != torch.float32:
                     raise ValueError(f"{target}.sketch is {found.dtype} {tuple(found.shape)}")
                 sizes[target], sketches[target] = (size[0], size[1], size[2]), found

@@ -212,7 +212,15 @@ def test_damaged_numbers_of_it_are_noticed(pico: Make) -> None:
     with pytest.raises(craft.CraftError, match=r"lora_A.query.1 is torch.float32 \(3, 24\), not \(2, 24\)"):
         craft.load(classifier(pico()), "saved")
     record = json.loads(Path("saved/adapter_config.json").read_text())
-    for odd in ({"rank": -1}, {"rank": "8"}, {"alpha": None}, {"use_rslora": 3}, {"rank": 10**9}):
+    for odd in (
+        {"rank": -1},
+        {"rank": "8"},
+        {"alpha": None},
+        {"use_rslora": 3},
+        {"rank": 10**9},
+        {"rank": 10**18},
+        {"rank": 10**400},
+    ):
         Path("saved/adapter_config.json").write_text(json.dumps(record | odd))
         with pytest.raises(craft.CraftError, match="is damaged"):
             craft.load(classifier(pico()), "saved")

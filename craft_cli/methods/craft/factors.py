@@ -22,12 +22,10 @@ from craft_cli.errors import FileError
 from craft_cli.files import cache_folder, checksum, read_header, read_tensors, write_tensors
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.methods.frozen import Frozen
-from craft_cli.models.stacks import Shape, check_identity
+from craft_cli.models.stacks import MOST_LAYERS, Shape, check_identity
 from craft_cli.tucker import MODES, TuckerTensor, mode_product
 
 KIND = "factors"
-MOST_LAYERS = 1024
-"""No model has as many; what is computed from a stranger's file grows with them."""
 
 
 @dataclass(frozen=True, eq=False)

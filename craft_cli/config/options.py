@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from craft_cli.errors import ConfigError
 
@@ -42,7 +42,7 @@ class LoraOptions:
     """What `--method lora` can be told; the names are peft's."""
 
     rank: Positive = setting(8, "Rank of the change of every weight.")
-    alpha: Annotated[float, Gt(0.0), Lt(math.inf)] = setting(16.0, "The change is scaled by alpha / rank.")
+    alpha: Annotated[float, Gt(0.0), Le(1e6)] = setting(16.0, "The change is scaled by alpha / rank.")
     lora_dropout: Annotated[float, Ge(0.0), Lt(1.0)] = setting(0.0, "Dropout of what goes into A.")
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(rank) instead.")
 

@@ -156,18 +156,29 @@ def _conll(lines: Iterable[tuple[int, str]], origin: str) -> Iterator[Row]:
     for number, text in chain(lines, [(0, "")]):
         line = text.strip(" \t\r\n")
         if line and not line.startswith("-DOCSTART-"):
-            fields = line.split("\t") if "\t" in line else re.split(" +", line)
+            fields = _fields(text, f"{origin}, line {number}")
             if tagged is None:
                 tagged = len(fields) > 1
             if tagged != (len(fields) > 1):
                 found = "has none" if tagged else f"has one, '{fields[-1]}'"
                 raise DataError(f"{origin}, line {number}: every word needs a tag in the last column, or none; '{fields[0]}' {found}")  # fmt: skip
             start = start or number
-            words.append(fields[0].strip(" "))
-            tags += [fields[-1].strip(" ")] if tagged else []
+            words.append(fields[0])
+            tags += [fields[-1]] if tagged else []
         elif words:
             yield Row(f"line {start}", {"tokens": words, "tags": tags} if tagged else {"tokens": words})
             words, tags, start = [], [], 0
+
+
+def _fields(text: str, place: str) -> list[str]:
+    """The columns of a line, divided by tabs, or by blanks where there is no tab."""
+    line = text.rstrip("\r\n")
+    if "\r" in line:
+        raise DataError(f"{place}: its line ends are carriage returns alone; convert the file with: tr '\\r' '\\n'")
+    fields = [field.strip(" ") for field in line.split("\t")] if "\t" in line else re.split(" +", line.strip(" "))
+    if not fields[0] or not fields[-1]:
+        raise DataError(f"{place}: {'a tag without a word' if not fields[0] else 'a tab without a tag behind it'}")
+    return fields
 
 
 def _parquet(file: BinaryIO, origin: str) -> Iterator[Row]:

@@ -5,7 +5,8 @@ as they are: a forward hook on each adapted layer adds x @ chain to its output.
 
 The chains of a projection are computed when the first of its layers asks, and serve the others as long as a module that
 holds several of them runs, or, where activations are recomputed, for one backward pass. A layer called by itself gets
-chains of its own. So the change is that of the parameters as they are, whoever calls whatever part of the model.
+chains of its own. So the change is that of the parameters as they are, whoever calls whatever part of the model; only
+inside one forward, or one backward pass, they must stay the same.
 """
 
 from __future__ import annotations
@@ -13,19 +14,23 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import CheckpointFunction, _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from craft_cli.errors import ModelError
 from craft_cli.methods.base import Chain, Change, delta
 from craft_cli.models.views import View
 
 _REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
+_SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+_Call = tuple[FrameType, nn.Module]
 
 
 class _Layer:
@@ -46,8 +51,10 @@ class _Layer:
         """For copies and pickles: compiled code and the tensors of its last call stay behind."""
         return {name: value for name, value in vars(self).items() if name not in ("fed", "in_compiled_block")}
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
+    def __call__(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> Tensor:
+        x = inputs[0] if inputs else next(iter(named.values()))
         if not torch.compiler.is_compiling():
             chain = self.adapter.chain(self.projection, self.number, x)
         elif self.in_compiled_block:
@@ -79,7 +86,7 @@ class Adapter(nn.Module):
         self._views: dict[str, Sequence[View]] = {}
         self._layers: list[_Layer] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._running: dict[int, int] = {}  # by thread: how many modules run that hold several layers
+        self._running: dict[int, list[_Call]] = {}  # by thread: calls of modules that hold several layers
         self._ready: dict[tuple[Any, ...], Sequence[Chain]] = {}
         self._enabled = True
 
@@ -115,7 +122,9 @@ class Adapter(nn.Module):
         self._views = {name: views[name] for name in self.change.shapes}
         for name, layers in self._views.items():
             self._layers += [_Layer(self, name, number, view) for number, view in enumerate(layers)]
-        self._handles = [layer.view.module_of(root).register_forward_hook(layer) for layer in self._layers]
+        for layer in self._layers:
+            module = layer.view.module_of(root)
+            self._handles.append(module.register_forward_hook(layer, with_kwargs=True))
         for path in self._containers():
             module = root.get_submodule(path)
             self._handles.append(module.register_forward_pre_hook(self._enter))
@@ -127,6 +136,7 @@ class Adapter(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles, self._layers, self._views = [], [], {}
+        self._running, self._ready = {}, {}
         if getattr(root, self.ATTRIBUTE, None) is self:
             delattr(root, self.ATTRIBUTE)
 
@@ -183,17 +193,17 @@ class Adapter(nn.Module):
         if traced:
             return self._compute(projection, dtype, device)[layer]
         thread, backward = threading.get_ident(), torch._C._current_graph_task_id()  # -1 outside of a backward pass
+        shared = backward != -1 or self._runs_in(thread)
         key = (thread, backward, projection, torch.is_grad_enabled(), dtype)
-        if key not in self._ready:
+        chains = self._ready.get(key) if shared else None
+        if chains is None:
             if backward != -1 or (self.training and not torch.is_grad_enabled()):
                 _refuse_reentrant()
-            # Under hooks of their own: no part of what a checkpoint around the layer keeps or computes again.
-            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            with _outside_of_checkpoints():
                 chains = self._compute(projection, dtype, device)
-            if backward == -1 and not self._running.get(thread):
-                return chains[layer]
-            self._ready[key] = chains
-        return self._ready[key][layer]
+            if shared:
+                self._ready[key] = chains
+        return chains[layer]
 
     def feed(self, block: nn.Module, path: str) -> None:
         """Have a compiled block called with the chains of its layers, which it cannot compute by itself.
@@ -232,21 +242,62 @@ class Adapter(nn.Module):
         if torch.compiler.is_compiling():
             return
         thread, backward = threading.get_ident(), torch._C._current_graph_task_id()
-        if not self._running.get(thread):
-            self._forget(lambda key: key[1] == backward != -1 or key[0] != thread)
-        self._running[thread] = self._running.get(thread, 0) + 1
+        if not self._runs_in(thread):  # what former passes left, and backward passes of any thread
+            self._forget(lambda key: key[1] != backward if key[1] != -1 else key[0] == thread)
+        self._running.setdefault(thread, []).append((sys._getframe(1), module))
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         thread = threading.get_ident()
-        self._running[thread] -= 1
-        if not self._running[thread]:
-            del self._running[thread]
-            self._forget(lambda key: key[1] != -1 or key[0] != thread)
+        calls = self._running.get(thread, [])
+        for place in reversed(range(len(calls))):
+            if calls[place][1] is module:
+                del calls[place:]
+                break
+        if not calls:
+            self._end_pass(thread)
 
-    def _forget(self, keep: Callable[[tuple[Any, ...]], bool]) -> None:
-        self._ready = {key: chains for key, chains in list(self._ready.items()) if keep(key)}
+    def _runs_in(self, thread: int) -> bool:
+        """Whether a module that holds several layers runs in this thread.
+
+        One that a Ctrl-C ended was never left: torch calls no hook for it.
+        """
+        calls = self._running.get(thread)
+        if calls and _has_ended(calls[0][0]):
+            self._end_pass(thread)
+            return False
+        return bool(calls)
+
+    def _end_pass(self, thread: int) -> None:
+        self._running.pop(thread, None)
+        self._forget(lambda key: key[1] == -1 and key[0] == thread)
+
+    def _forget(self, gone: Callable[[tuple[Any, ...]], bool]) -> None:
+        for key in list(self._ready):
+            if gone(key):
+                self._ready.pop(key, None)
+
+
+def _has_ended(frame: FrameType) -> bool:
+    """Whether what a frame belongs to has returned or raised; if so, its variables are let go."""
+    try:
+        frame.clear()
+    except RuntimeError:  # it is executing
+        return False
+    return True
+
+
+@contextmanager
+def _outside_of_checkpoints() -> Iterator[None]:
+    """What is computed inside is no part of what a checkpoint around it keeps, computes again, or looks up."""
+    with ExitStack() as stack:
+        modes = _get_current_dispatch_mode_stack()
+        if any(isinstance(mode, _SELECTIVE) for mode in modes):
+            stack.enter_context(_disable_current_modes())
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
+        yield
 
 
 def _above(path: str) -> list[str]:

@@ -214,6 +214,7 @@ class _Training(_Strict):
     """All optional: a user of the Python API may say nothing."""
 
     task: _Line = ""
+    task_type: _Line | None = None
     data: _Data = _Data()
     problem_type: _Line | None = None
     labels: list[str] = []
@@ -258,9 +259,10 @@ def read_record(path: Path) -> dict[str, Any]:
     alike = targets == set(checked.base_model.sha256)
     if set(checked.model.id2label) != labels or not alike or not targets:
         raise FileError(f"{path / CONFIG_FILE} is damaged: its labels or its projections contradict each other")
+    if checked.task_type not in (None, checked.training.task_type):
+        raise FileError(f"{path / CONFIG_FILE} is damaged: it names two task types")
     try:
         method_named(record["method"]).options(record)
-    except (ValueError, KeyError) as error:
-        reason = str(error).splitlines()[-1] if str(error) else "something"
-        raise FileError(f"{path / CONFIG_FILE} is damaged: {quoted(reason.strip())}") from None
+    except ValueError as error:
+        raise FileError(f"{path / CONFIG_FILE} is damaged: {error}") from None
     return record

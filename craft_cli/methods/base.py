@@ -157,15 +157,17 @@ class Method(ABC):
         Raises:
             ValueError: one is missing or cannot be.
         """
-        from pydantic import TypeAdapter
+        from pydantic import TypeAdapter, ValidationError
 
-        hints = get_type_hints(self.Options, include_extras=True)
-        missing = [name for name in hints if name not in settings]
-        if missing:
-            raise ValueError(f"it has no {missing[0]}")
-        return self.Options(
-            **{name: TypeAdapter(hint).validate_python(settings[name], strict=True) for name, hint in hints.items()}
-        )
+        values = {}
+        for name, hint in get_type_hints(self.Options, include_extras=True).items():
+            if name not in settings:
+                raise ValueError(f"it has no {name}")
+            try:
+                values[name] = TypeAdapter(hint).validate_python(settings[name], strict=True)
+            except ValidationError as error:
+                raise ValueError(f"its {name}: {error.errors()[0]['msg']}") from error
+        return self.Options(**values)
 
     def read(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Frozen:
         """What is frozen, out of an adapter's file; distrusts all of it.

@@ -111,8 +111,10 @@ class Sketch(Frozen):
                 if tuple(found.shape) != (size[0], NUMBERS) or found.dtype != torch.float32:
                     raise ValueError(f"{target}.sketch is {found.dtype} {tuple(found.shape)}")
                 sizes[target], sketches[target] = (size[0], size[1], size[2]), found
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise FileError(f"{path} is damaged: {error} is missing") from error
+        except TypeError as error:
+            raise FileError(f"{path} is damaged: its header holds something of another type than expected") from error
         except ValueError as error:
             raise FileError(f"{path} is damaged: {error}") from error
         return cls(

@@ -46,8 +46,14 @@ def kind_of_model(record: Mapping[str, Any], architectures: list[str] | None, *,
     Raises:
         ConfigError: it is refused.
     """
-    if record.get("task_type") in KINDS:
-        return kind_named(record["task_type"])
+    told = str(record.get("task_type"))
+    if told in KINDS:
+        kind = kind_named(told)
+        if strict and not any(name.endswith(_head(kind)) for name in architectures or []):
+            raise ConfigError(
+                f"it was trained for {told}, but as a {', '.join(architectures or [])}: it contradicts itself"
+            )
+        return kind
     kinds = [kind_named(name) for name in KINDS]
     names = architectures or []
     found = next((kind for kind in kinds if any(name.endswith(_head(kind)) for name in names)), None)

@@ -204,7 +204,10 @@ class TokenClassification(Labelled):
     def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
         """Precision, recall and F1 of entities as conlleval counts them, accuracy of words, mean loss of words."""
         metrics = entity_metrics([self._named(row) for row in gold], [self._decided(row) for row in scores])
-        logits, targets = torch.cat(list(scores)), torch.tensor([number for row in gold for number in row])
+        logits, targets = (
+            torch.cat(list(scores)),
+            torch.tensor([number for row in gold for number in row], dtype=torch.long),
+        )
         seen = _seen(logits)
         loss = functional.cross_entropy(logits[seen], targets[seen], reduction="sum") / max(int(seen.sum()), 1)
         return {name: metrics[name] for name in self.metrics} | {"loss": float(loss)}

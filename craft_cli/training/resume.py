@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from craft_cli.config import GROUPS, RunConfig, flag, free_settings, option_names, parse_settings
+from craft_cli.config import GROUPS, METHOD_OPTIONS, RunConfig, flag, free_settings, option_names, parse_settings
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.methods.adapter_folder import read_adapter, read_record
 from craft_cli.methods.frozen import Frozen
@@ -105,8 +105,9 @@ def continued(config: RunConfig, run: Run, state: TrainingState | None, processe
     former = defaults | parse_settings(state.record["settings"] if state else run.recipe())
     differing: list[str] = []
     own: dict[str, Any] = {}
+    others = {name for method in METHOD_OPTIONS for name in option_names(method)} - set(option_names(config.method))
     for name, group in RunConfig.groups().items():
-        if name in free_settings() or group == GROUPS[-1]:
+        if name in free_settings() or name in others or group == GROUPS[-1]:
             continue
         now, then = getattr(config, name), former.get(name)
         if now is None or name == "revision":  # it knows the very commit

@@ -103,6 +103,17 @@ def test_entities_are_merged_and_answered_by_the_merged_model(pico: Make) -> Non
     assert (record["task_type"], record["method"]) == ("token-classification", "lora")
     assert "pipeline_tag: token-classification" in Path("run/adapter/README.md").read_text()
     craft.merge("run")
+    for odd in (
+        {"task_type": "sequence-classification"},
+        {
+            "task_type": "sequence-classification",
+            "training": record["training"] | {"task_type": "sequence-classification"},
+        },
+    ):
+        Path("run/adapter/adapter_config.json").write_text(json.dumps(record | odd))
+        told = failure("predict", "run", "--input", "words/train.conll")
+        assert "it names two task types" in told or "it contradicts itself" in told
+    Path("run/adapter/adapter_config.json").write_text(json.dumps(record))
     ours = craft.evaluate("run").metrics
     theirs = craft.evaluate("run/merged", source=DataSource(data_dir="words")).metrics
     assert theirs == pytest.approx(ours, abs=1e-5)

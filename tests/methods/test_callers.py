@@ -126,6 +126,68 @@ def test_a_forward_that_fails_half_way_leaves_nothing_behind(method: str, pico: 
         assert torch.allclose(model.bert.encoder.layer[2](x), merged(model).bert.encoder.layer[2](x), atol=1e-5)
 
 
+@pytest.mark.parametrize("part", ["model", "encoder", "last layer"])
+def test_a_ctrl_c_in_a_forward_leaves_nothing_behind(part: str, method: str, pico: Make) -> None:
+    """torch runs no hook when a KeyboardInterrupt passes: the call that it ended must not seem to run for ever."""
+    model, adapter = adapted(pico(), method)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for inside in (model, model.bert.encoder):
+        handle = model.bert.encoder.layer[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            inside(**token_batch()) if inside is model else inside(hidden(model))
+        handle.remove()
+        run = CALLS[part]
+        with torch.no_grad():
+            for _ in range(2):
+                assert torch.allclose(run(model), run(merged(model)), atol=1e-5)
+                update_by_data(adapter)
+        assert not adapter._ready
+        assert not adapter._running
+    fresh, other = adapted(pico(), method)
+    other.load_trained_state(adapter.trained_state())
+    for mine, theirs in zip(gradients(model, adapter), gradients(fresh, other), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_selective_checkpoints_have_the_same_gradients(method: str, pico: Make) -> None:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+    def policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    model, adapter = adapted(pico(num_hidden_layers=4), method)
+    model.train()
+    plain = gradients(model, adapter)
+    for layer in model.bert.encoder.layer:
+        forward = layer.forward
+        layer.forward = lambda *a, forward=forward, **k: checkpoint(
+            forward, *a, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy), **k
+        )
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(plain, gradients(model, adapter), strict=True))
+
+
+def test_functional_gradients_and_inputs_by_name(method: str, pico: Make) -> None:
+    model, adapter = adapted(pico(), method)
+    plain = dict(zip((name for name, _ in adapter.named_parameters()), gradients(model, adapter), strict=True))
+    parameters = {name: p.detach() for name, p in model.named_parameters() if ".craft." in name}
+
+    def loss(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        out = torch.func.functional_call(model, values, kwargs=token_batch())
+        return out.logits.square().sum()
+
+    found = torch.func.grad(loss)(parameters)
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, plain[name.partition(".craft.")[2]], rtol=1e-4, atol=1e-6), name
+    query = model.bert.encoder.layer[0].attention.self.query
+    x = hidden(model)
+    assert torch.equal(query(input=x), query(x))
+
+
 def test_gradients_of_parts_under_no_grad_are_those_of_the_rest(method: str, pico: Make) -> None:
     """The first layer without autograd, the others with it: they get gradients all the same."""
     model, adapter = adapted(pico(), method)

@@ -212,8 +212,11 @@ def test_damaged_numbers_of_it_are_noticed(pico: Make) -> None:
     with pytest.raises(craft.CraftError, match=r"lora_A.query.1 is torch.float32 \(3, 24\), not \(2, 24\)"):
         craft.load(classifier(pico()), "saved")
     record = json.loads(Path("saved/adapter_config.json").read_text())
+    Path("saved/adapter_config.json").write_text(json.dumps(record | {"rank": -1}))
+    with pytest.raises(craft.CraftError, match="its rank: Input should be greater than 0"):
+        craft.load(classifier(pico()), "saved")
     for odd in (
-        {"rank": -1},
+        {"alpha": 1e308},
         {"rank": "8"},
         {"alpha": None},
         {"use_rslora": 3},
@@ -224,3 +227,16 @@ def test_damaged_numbers_of_it_are_noticed(pico: Make) -> None:
         Path("saved/adapter_config.json").write_text(json.dumps(record | odd))
         with pytest.raises(craft.CraftError, match="is damaged"):
             craft.load(classifier(pico()), "saved")
+
+
+def test_a_file_of_more_layers_than_any_model_has_is_refused_at_once(pico: Make) -> None:
+    from craft_cli.files import read_tensors, write_tensors
+
+    craft.attach(classifier(pico()), method="lora", rank=2).save("saved")
+    file = Path("saved/adapter_model.safetensors")
+    stored, header = read_tensors(file, "an adapter")
+    stored |= {f"{name}.sketch": torch.zeros(5000, 16) for name in ("query", "value")}
+    write_tensors(file, "an adapter", stored, header | {"shapes": {"query": [5000, 24, 24], "value": [5000, 24, 24]}})
+    assert "query has 5000 layers, more than 1024" in failure("inspect", "saved")
+    write_tensors(file, "an adapter", stored, header | {"shapes": None})
+    assert "its header holds something of another type" in failure("inspect", "saved")

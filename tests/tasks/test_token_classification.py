@@ -316,3 +316,26 @@ def test_the_loss_is_a_sum_over_words(tokenizer: Any) -> None:
     assert weighted.class_weights == pytest.approx(expected)
     total = sum(expected[label] for label in (3, 1, *[0] * 8, 3))
     assert float(weighted.loss(Fixed(), collate(rows, [0, 1], tokenizer))) == pytest.approx(each * total)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"a O\rb O\r", "line 1: its line ends are carriage returns alone; convert the file with: tr"),
+        (b"a\tO\n\tO\n", "line 2: a tag without a word"),
+        (b"a\tO\nb\t\n", "line 2: a tab without a tag behind it"),
+    ],
+)
+def test_lines_that_would_lose_something_are_refused(content: bytes, told: str) -> None:
+    Path("t.conll").write_bytes(content)
+    assert told in problem(read, "t.conll")
+
+
+def test_a_line_of_a_tab_alone_divides_sentences() -> None:
+    Path("t.conll").write_bytes(b"a\tB-x\n\t\nb\tO\n")
+    assert read("t.conll").splits["train"].texts == [("a",), ("b",)]
+
+
+def test_sentences_without_words_are_measured_too() -> None:
+    measured = task().measure([torch.zeros(0, 5)], [[]])
+    assert all(math.isfinite(value) for value in measured.values())

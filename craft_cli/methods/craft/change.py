@@ -58,7 +58,7 @@ class Transforms(nn.Module):
     @property
     def k(self) -> dict[str, nn.Parameter]:
         """K of every mode by its name, (r, r)."""
-        return {mode: self.get_parameter(f"k_{mode}") for mode in MODES}
+        return {mode: getattr(self, f"k_{mode}") for mode in MODES}
 
     @property
     def decomposition(self) -> TuckerTensor:

@@ -65,7 +65,7 @@ class Craft(Method):
 
     def options(self, settings: Mapping[str, Any]) -> CraftOptions:
         """Ranks large enough for every projection; what was trained need not start anywhere."""
-        ranks = settings["ranks"]
+        ranks = settings.get("ranks")
         if not (isinstance(ranks, dict) and ranks and all(_are_ranks(each) for each in ranks.values())):
             raise ValueError("its ranks are no three whole numbers for every projection")
         if set(ranks) != set(settings["targets"]):

@@ -37,8 +37,14 @@ def small(script: str, *arguments: str) -> Any:
     return found["results"]
 
 
+SLOW_BF16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="this CPU multiplies bfloat16 a hundred times slower than float32",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [(), ("--bf16",)])
+@pytest.mark.parametrize("precision", [(), pytest.param(("--bf16",), marks=SLOW_BF16)])
 def test_a_step_needs_the_memory_of_the_floor_and_fewer_operations_than_lora(precision: tuple[str, ...]) -> None:
     found = small("training_step.py", *precision)
     floor, craft, lora, full = found["steps"]

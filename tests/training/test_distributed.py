@@ -143,7 +143,8 @@ def test_fsdp_shards_the_base_and_computes_the_same(pico: Make, data_dir: Path) 
     assert held < 0.6 * whole
     craft.train(config(pico(), data_dir, num_train_epochs=1, per_device_eval_batch_size=8, output_dir="a", max_steps=4))
     craft.train(config(pico(), data_dir, num_train_epochs=1, per_device_eval_batch_size=8, output_dir="a", resume=True))
-    alike("two", "a")
+    # Without AVX-512 two halves of a batch round further from the whole: 1.08e-6 in one number, at a learning rate of 0.03.
+    alike("two", "a", tolerance=3e-6)
     assert json.loads(Path("two/adapter/adapter_config.json").read_text())["model"]["architecture"].startswith("Bert")
     FSDP["fsdp_config"]["fsdp_version"] = 1
     Path("fsdp.yaml").write_text(yaml.safe_dump(FSDP))

@@ -142,6 +142,8 @@ def flags(base: Path, data: Path, **settings: Any) -> list[str]:
         "model": base, "task": "sst2", "data_dir": data, "ranks": "6,5,2", "output_dir": "out", "logging_steps": 1,
         "per_device_train_batch_size": 8, "num_train_epochs": 2, "head_learning_rate": 3e-2, "learning_rate": 3e-2,
     } | settings  # fmt: skip
+    if settings.get("method", "craft") != "craft":
+        del given["ranks"]
     return ["--use-cpu", *[word for name, value in given.items() for word in (f"--{name}", str(value))]]
 
 

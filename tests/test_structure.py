@@ -135,6 +135,14 @@ def test_the_second_tenant_of_a_seam_is_imported_by_its_registry_only(owner: str
         assert not any(name.startswith(f"craft_cli.{owner}") for name in imported(path)), path
 
 
+def test_craft_is_known_by_the_commands_about_factors_only() -> None:
+    allowed = ("__init__.py", "methods/craft/", "api/decompose.py", "api/advise.py", "api/inspect.py", "api/doctor.py",
+               "cli/decompose.py")  # fmt: skip
+    for path in PACKAGE.rglob("*.py"):
+        if any(name.startswith("craft_cli.methods.craft") for name in imported(path)):
+            assert path.relative_to(PACKAGE).as_posix().startswith(allowed), path
+
+
 COMMANDS = ("decompose", "train", "eval", "predict", "merge", "inspect", "doctor", "recipes")
 
 

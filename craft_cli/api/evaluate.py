@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from craft_cli.api.predictor import load_predictor
+from craft_cli.config import RunConfig
 from craft_cli.data.sources import VALIDATION, DataSource
 from craft_cli.data.writers import write_records
 from craft_cli.errors import DataError
@@ -51,7 +52,7 @@ def evaluate(
     predictions: str | Path | None = None,
     max_eval_samples: int | None = None,
     max_seq_length: int | None = None,
-    per_device_eval_batch_size: int = 64,
+    per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
     use_cpu: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:

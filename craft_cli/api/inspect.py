@@ -110,6 +110,8 @@ def _adapter(path: Path, folder: Path) -> Inspection:
     facts = _identity(frozen) | {
         "method": f"{method.title}, {method.settings}",
         "parameters": record["parameters"],
+        "model_class": record["model"]["architecture"],
+        "task_type": record.get("task_type"),
         "labels": ", ".join(record["model"]["id2label"].values()),
     }
     if training:

@@ -22,7 +22,7 @@ from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.files import cannot_write, holds_something, whole_folder, write_bytes, write_json
 from craft_cli.methods.adapter_folder import TENSOR_FILE, read_adapter
 from craft_cli.methods.as_dense import AdaptedBase, Dense
-from craft_cli.methods.as_lora import Lora, serve_command, vllm_hint
+from craft_cli.methods.as_lora import LoraWriter, serve_command, vllm_hint
 from craft_cli.models.cards import model_card
 from craft_cli.models.hub import upload
 from craft_cli.models.shards import shard_bytes
@@ -162,7 +162,7 @@ def _destination(output: str | Path | None, adapter: Path, format: str) -> Path:
 
 def _write(
     adapted: AdaptedBase, folder: Path, format: str, dtype: str | None, max_shard_size: str | int | None, *, trim: bool
-) -> Dense | Lora:
+) -> Dense | LoraWriter:
     """The adapter in one of the two formats, as files in `folder`.
 
     Raises:
@@ -170,9 +170,9 @@ def _write(
     """
     try:
         if format == CHECKPOINT:
-            written: Dense | Lora = Dense(adapted, folder, DTYPES.get(dtype or ""), max_shard_size)
+            written: Dense | LoraWriter = Dense(adapted, folder, DTYPES.get(dtype or ""), max_shard_size)
         else:
-            written = Lora(adapted, folder, trim=trim)
+            written = LoraWriter(adapted, folder, trim=trim)
     except OSError as error:
         raise cannot_write(folder, error) from error
     if not written.changed:
@@ -223,9 +223,6 @@ def _check_options(
             raise ConfigError(f"--push-to-hub: expected OWNER/NAME, not '{push_to_hub}'") from error
 
 
-# -- the two formats ----------------------------------------------------------------------------------------------------
-
-
 # -- the certificate ----------------------------------------------------------------------------------------------------
 
 
@@ -246,11 +243,12 @@ def _verified(actual: Tensor, expected: Tensor, tolerance: float) -> dict[str, f
 
 
 def _certificate(
-    adapted: AdaptedBase, adapter: Path, written: Dense | Lora, folder: Path, difference: Mapping[str, float]
+    adapted: AdaptedBase, adapter: Path, written: Dense | LoraWriter, folder: Path, difference: Mapping[str, float]
 ) -> dict[str, Any]:
     import safetensors
     import transformers
 
+    frozen = adapted.saved.frozen.sha256()
     return {
         "base": {
             "model": Path(adapted.checkpoint.name).name
@@ -260,7 +258,7 @@ def _certificate(
             "sha256": {file.name: _sha256(file) for file in adapted.base.reader.weight_files()},
         },
         "adapter": {"sha256": _sha256(adapter / TENSOR_FILE)},
-        "factors": {"sha256": adapted.saved.frozen.sha256()},
+        **({"factors": {"sha256": frozen}} if frozen else {}),
         "dtype": str(written.dtype).removeprefix("torch."),
         "tensors_changed": sorted(written.changed),
         "head": list(adapted.saved.head),

@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from craft_cli.api.predictor import load_predictor
+from craft_cli.config import RunConfig
 from craft_cli.data.readers import SUFFIXES, TEXT, read_rows, read_stdin
 from craft_cli.data.writers import RecordWriter, format_of, open_records
 from craft_cli.errors import DataError
@@ -26,7 +27,7 @@ def predict(
     output_format: str | None = None,
     text_columns: Sequence[str] | None = None,
     max_seq_length: int | None = None,
-    per_device_eval_batch_size: int = 64,
+    per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
     use_cpu: bool = False,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> int:

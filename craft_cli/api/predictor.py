@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from craft_cli.config import RunConfig
 from craft_cli.data.batches import length_sorted_batches
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.data.tokens import Encoded
@@ -62,7 +63,7 @@ class Predictor:
 
     def encode(self, split: Split, task: Task, max_seq_length: int | None = None) -> Encoded:
         """Token ids, at the length of its training where none is given."""
-        limit = max_seq_length or int(self.record.get("max_seq_length", 128))
+        limit = max_seq_length or int(self.record.get("max_seq_length", RunConfig.max_seq_length))
         return task.encode(split, self.tokenizer, limit)
 
     def scores(

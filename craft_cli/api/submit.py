@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from craft_cli.api.predictor import load_predictor
+from craft_cli.config import RunConfig
 from craft_cli.data.sources import TEST, DataSource, Split
 from craft_cli.errors import ConfigError, DataError
 from craft_cli.files import write_bytes
@@ -41,7 +42,7 @@ def submit(
     source: DataSource | None = None,
     max_eval_samples: int | None = None,
     max_seq_length: int | None = None,
-    per_device_eval_batch_size: int = 64,
+    per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
     use_cpu: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Submission:

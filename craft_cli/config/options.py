@@ -18,15 +18,16 @@ Positive = Annotated[int, Gt(0)]
 Rate = Annotated[float, Ge(0.0), Lt(math.inf)]
 
 
-def setting(default: Any, text: str, *, free: bool = False) -> Any:
+def setting(default: Any, text: str, *, free: bool = False, start: bool = False) -> Any:
     """A field with its help; the group is that of the block it stands in.
 
     Args:
         default: its value where it is not given.
         text: the help.
         free: a resumed run may change it: it decides when something is done or told, not what an update computes.
+        start: it says where training starts: a run that starts from another adapter does not take it over.
     """
-    return dataclasses.field(default=default, metadata={"help": text, "free": free})
+    return dataclasses.field(default=default, metadata={"help": text, "free": free, "start": start})
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class CraftOptions:
     """What `--method craft` can be told."""
 
     ranks: tuple[int, int, int] = setting((64, 64, 8), "OUT,IN,LAYERS; a rank above its dimension is lowered.")
-    init_noise: bool = setting(False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.")
+    init_noise: bool = setting(
+        False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.", start=True
+    )
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,11 @@ METHOD_OPTIONS: dict[str, Any] = {"craft": CraftOptions, "lora": LoraOptions}
 """The options of every method, by its name."""
 
 
-def option_names(method: str) -> list[str]:
-    """The options of a method; none where there is no such method."""
+def option_names(method: str, *, start: bool = True) -> list[str]:
+    """The options of a method, with those of its start or without; none where there is no such method."""
     options = METHOD_OPTIONS.get(method)
-    return [field.name for field in dataclasses.fields(options)] if options else []
+    fields = dataclasses.fields(options) if options else ()
+    return [field.name for field in fields if start or not field.metadata["start"]]
 
 
 def owners(name: str) -> list[str]:

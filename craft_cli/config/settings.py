@@ -132,8 +132,8 @@ class RunConfig(MethodOptions):
     )
 
     num_processes: Positive | None = setting(None, "Processes to start; all visible GPUs, or one, without.", free=True)
-    bf16: bool = setting(False, "bfloat16 autocast; transforms stay float32.")
-    fp16: bool = setting(False, "float16 autocast with loss scaling; transforms stay float32.")
+    bf16: bool = setting(False, "bfloat16 autocast; what is trained stays float32.")
+    fp16: bool = setting(False, "float16 autocast with loss scaling; what is trained stays float32.")
     gradient_checkpointing: bool = setting(
         False, "Compute activations again in the backward pass: less memory, more time, same result.", free=True
     )

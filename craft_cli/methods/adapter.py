@@ -117,7 +117,7 @@ class Adapter(nn.Module):
         for name, shape in self.change.shapes.items():
             found = [view.shape(view.stored_shape(root)) for view in views[name]]
             if (len(found), *found[0]) != shape or len(set(found)) != 1:
-                raise ValueError(f"{name}: the model has {len(found)} layers {found[0]}, the factors are for {shape}")
+                raise ValueError(f"{name}: the model has {len(found)} layers {found[0]}, the change is for {shape}")
         self.to(next(root.parameters()).device)
         self._views = {name: views[name] for name in self.change.shapes}
         for name, layers in self._views.items():

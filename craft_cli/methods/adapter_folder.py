@@ -1,8 +1,8 @@
 """An adapter's folder: `adapter_config.json` and `adapter_model.safetensors`, written and read without any model.
 
-A folder may come from a stranger: nothing in it is believed. Reading it reads it; nothing is fetched or computed. Either
-it holds what its method keeps of the base, or only the sha256 of that (`factors: reference`): then it is looked for in the
-cache.
+A folder may come from a stranger: nothing in it is believed. Either it holds what its method keeps of the base, or only the
+sha256 of that (`factors: reference`): then it is looked for in the cache. Reading fetches and computes nothing, unless the
+caller asks for what the cache lacks to be made again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from craft_cli.config import RunConfig
 from craft_cli.errors import FileError, ModelError
 from craft_cli.files import check_version, quoted, read_json, read_tensors, write_bytes, write_json, write_tensors
 from craft_cli.methods import METHODS, method_named
@@ -65,12 +66,18 @@ class SavedAdapter:
         return self.method.facts(self.frozen, self.record, self.trained, target)
 
     def check_head(self, model: Any) -> None:
-        """Refuse a model without the place for the adapter's head, or of another class.
+        """Refuse a model without the place for the adapter's head, or, where there is a head, of another class.
 
         Raises:
             ModelError: so.
         """
         state, told = model.state_dict(), self.record["model"]
+        kind = type(model).__name__.removeprefix("FSDP")  # which FSDP puts before it
+        if self.head and kind != told["architecture"]:
+            raise ModelError(
+                f"{self.path} was trained on a {told['architecture']}, this is a {kind}: load a "
+                f"{told['architecture']} with num_labels={told['num_labels']}"
+            )
         if model.config.num_labels != told["num_labels"]:
             raise ModelError(
                 f"{self.path} has {told['num_labels']} labels, this model {model.config.num_labels}: load a "
@@ -102,7 +109,7 @@ def read_adapter(path: Path, cache_dir: str | Path | None = None, *, make: bool 
     tensors, header = read_tensors(file, KIND)
     head = {name.removeprefix(HEAD): tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
     if header.get("sha256") != record["base_model"]["sha256"] or header.get("targets") != record["targets"]:
-        raise FileError(f"{path} is damaged: {CONFIG_FILE} and {TENSOR_FILE} speak of other factors")
+        raise FileError(f"{path} is damaged: {CONFIG_FILE} and {TENSOR_FILE} speak of other weights")
     if sorted(head) != sorted(record["head"]):
         raise FileError(f"{path} is damaged: {TENSOR_FILE} holds another head than {CONFIG_FILE} names")
     stored = record.get("factors", {}).get("stored", INCLUDE) == INCLUDE
@@ -218,8 +225,8 @@ class _Training(_Strict):
     data: _Data = _Data()
     problem_type: _Line | None = None
     labels: list[str] = []
-    threshold: float = 0.5
-    max_seq_length: Annotated[int, Field(gt=0)] = 1
+    threshold: float = RunConfig.threshold
+    max_seq_length: Annotated[int, Field(gt=0)] = RunConfig.max_seq_length
     epoch: float = 0.0
     metrics: dict[_Line, float] = {}
     recipe: dict[_Line, Any] = {}

@@ -87,7 +87,7 @@ class AdaptedBase:
             found = {(len(views), *matrix.shape) for matrix in reader.matrices(views)}
             if found != {shape}:  # before anything is computed
                 raise ModelError(
-                    f"{self.saved.path}: the factors of {target} are for {shape}, {checkpoint.name} has "
+                    f"{self.saved.path}: the change of {target} is for {shape}, {checkpoint.name} has "
                     f"{' and '.join(map(str, sorted(found))) or 'no layers'} there"
                 )
             layers = (checkpoint.open().matrices([view])[0] for view in views)  # mapped one after the other
@@ -100,7 +100,7 @@ class AdaptedBase:
         changed = self.changes()
         for name in self.saved.head:
             if name not in self.base.shapes or name in changed:
-                why = "its transforms change" if name in changed else f"{self.checkpoint.name} lacks"
+                why = "it adapts too" if name in changed else f"{self.checkpoint.name} lacks"
                 raise ModelError(f"{self.saved.path}: its head holds {quoted(name)}, which {why}")
 
 

@@ -183,7 +183,9 @@ def vllm_hint(adapted: AdaptedBase, rank: int) -> str:
     line = f"vLLM accepts --max-lora-rank {', '.join(map(str, VLLM_RANKS))}"
     fitting = [size for size in VLLM_RANKS if size >= rank]
     line += (
-        f": rank {rank} needs {fitting[0]}" if fitting else f": rank {rank} is too large (--trim, or smaller --ranks)"
+        f": rank {rank} needs {fitting[0]}"
+        if fitting
+        else f": rank {rank} is too large (--trim, or train at a smaller rank)"
     )
     if adapted.base.model.config.model_type not in VLLM_FAMILIES:
         return f"{line}; it serves no {adapted.base.model.config.model_type} with LoRA"
@@ -192,7 +194,7 @@ def vllm_hint(adapted: AdaptedBase, rank: int) -> str:
     return line
 
 
-class Lora:
+class LoraWriter:
     """A LoRA in PEFT's layout, written into `folder`."""
 
     dtype = torch.float32

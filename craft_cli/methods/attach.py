@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craft_cli.config import RunConfig
+from craft_cli.config import RunConfig, parse_settings
 from craft_cli.errors import ConfigError, FileError, ModelError, nearest
 from craft_cli.files import FORMAT_VERSION, whole_folder
 from craft_cli.methods import method_named
@@ -156,7 +156,7 @@ class ModelAdapter(Adapter):
 
     @torch.no_grad()
     def hold(self, name: str, saved: SavedAdapter) -> None:
-        """Keep a saved adapter of the same method over the same factors under a name, and use it.
+        """Keep a saved adapter of the same method, base and size under a name, and use it.
 
         Raises:
             ConfigError: inside `disabled`.
@@ -302,7 +302,8 @@ def attach(
             `init_noise` of craft; `rank`, `alpha`, `lora_dropout` and `use_rslora` of lora.
 
     Raises:
-        ConfigError: an unknown method or option, targets that were not decomposed, or ranks above those of the factors.
+        ConfigError: an unknown method or option, an option's value that cannot be, targets that were not decomposed, ranks
+            above those of the factors, or factors of another method.
         ModelError: an unsupported family, or other weights than those decomposed.
     """
     chosen = method_named(method)
@@ -310,6 +311,7 @@ def attach(
     for name in options:
         if name not in names:
             raise ConfigError(f"--method {method} has no option '{name}'{nearest(name, names)}")
+    options = parse_settings({name: value for name, value in options.items() if value is not None})
     if factors is None:
         weights = weights_in(model, targets or RunConfig.targets)
         factors, _ = chosen.prepare(weights, chosen.Options(**options), None, lambda what, done, total: None)
@@ -355,7 +357,7 @@ def load(model: Any, path: str | Path, *, name: str | None = None, cache_dir: st
     if held is None:
         check_base(model, saved.frozen, views)
     elif not _held_together(held, saved):
-        raise ModelError(f"{path} was trained over other factors than the adapter on this model: load it on its own")
+        raise ModelError(f"{path} has another method, base or size than the adapter on this model: load it on its own")
     saved.check_head(model)
     adapter = ModelAdapter(model, saved.method, saved.frozen, saved.options, saved.head) if held is None else held
     if held is None:

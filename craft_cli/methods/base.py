@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from craft_cli.config import flag
-from craft_cli.errors import FileError
+from craft_cli.errors import ConfigError, FileError
 from craft_cli.methods.frozen import Frozen, Sketch
 from craft_cli.models.cards import Description
 from craft_cli.models.stacks import Shape, Weights
@@ -143,9 +143,11 @@ class Method(ABC):
             options: those given, by name.
 
         Raises:
-            ConfigError: it was prepared for less than is asked for.
+            ConfigError: it was prepared for less than is asked for, or by another method.
         """
-        return frozen, self.Options(**options)
+        if not isinstance(frozen, Sketch):
+            raise ConfigError(f"{self.name} needs no factors, and these are another method's: leave them out")
+        return frozen if targets is None else frozen.select(targets), self.Options(**options)
 
     def settings(self, frozen: Any, options: Any) -> dict[str, Any]:
         """The method's own keys of adapter_config.json."""

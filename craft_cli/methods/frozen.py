@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from craft_cli.errors import FileError, ModelError
+from craft_cli.errors import ConfigError, FileError, ModelError
 from craft_cli.models.checkpoint import fingerprint
 from craft_cli.models.quantization import TOLERANCE, dense_weight, kind_of
 from craft_cli.models.stacks import MOST_LAYERS, Origin, Shape, Weights, check_identity
@@ -127,6 +127,22 @@ class Sketch(Frozen):
             sketches=sketches,
         )
 
+    def select(self, targets: Sequence[str]) -> Sketch:
+        """Only these projections.
+
+        Raises:
+            ConfigError: one is not here.
+        """
+        missing = [target for target in targets if target not in self.targets]
+        if missing:
+            raise ConfigError(f"this was prepared for {', '.join(self.targets)}, not for {', '.join(missing)}")
+        return replace(
+            self,
+            fingerprints={target: self.fingerprints[target] for target in targets},
+            sizes={target: self.sizes[target] for target in targets},
+            sketches={target: self.sketches[target] for target in targets},
+        )
+
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """(L, d_out, d_in) of every projection's stack."""
@@ -173,5 +189,5 @@ def check_base(model: Any, frozen: Frozen, views: Mapping[str, Sequence[View]]) 
             same = same_shape and frozen.resembles(target, layers, torch.finfo(layers[0].dtype).eps)
         if not same:
             raise ModelError(
-                f"this model has other weights ({target}) than {frozen.model}, which the adapter or its factors belong to"
+                f"this model has other weights ({target}) than {frozen.model}, whose weights were prepared for the adapter"
             )

@@ -129,7 +129,7 @@ def recompute_activations(model: Any) -> None:
     """
     if not model.supports_gradient_checkpointing:
         raise ModelError(f"--gradient-checkpointing: transformers has none for {model.config.model_type}")
-    # The other way, reentrant, would go through the graph of the slices once for each layer, and fail.
+    # The other way, reentrant, would go through the graph of an adapter's chains once for each layer, and fail.
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.24
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)

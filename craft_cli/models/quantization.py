@@ -1,4 +1,4 @@
-"""`--load-in-4bit`, `--load-in-8bit`: the frozen base by bitsandbytes; transforms, factors and head stay as they are.
+"""`--load-in-4bit`, `--load-in-8bit`: the frozen base by bitsandbytes; adapter and head stay as they are.
 
 The factors are those of the full-precision checkpoint, whose weights are checked against them where it is read.
 """

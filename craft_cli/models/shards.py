@@ -24,7 +24,6 @@ from torch import Tensor
 from craft_cli.errors import ConfigError
 from craft_cli.files import raw_bytes, write_json
 
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _DTYPE_NAMES = {

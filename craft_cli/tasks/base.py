@@ -16,8 +16,9 @@ from craft_cli.data.sources import DataSource, Home, Split
 from craft_cli.errors import CraftError, DataError
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from torch import Tensor
-    from typing_extensions import Self
 
     from craft_cli.config import RunConfig
     from craft_cli.data.readers import Row

@@ -8,7 +8,7 @@ length, counts as predicted O.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -38,8 +38,7 @@ _AS_IOBES = {"L": "E", "U": "S", "M": "I"}
 _READ = ("B-", "I-", "E-", "S-")
 _NOT_BLANK = re.compile(r"\S+")
 
-Entity = tuple[str, int, int]
-"""Its kind, its first word and its last."""
+Entity = tuple[str, int, int]  # its kind, its first word and its last
 
 
 @dataclass(frozen=True)
@@ -101,11 +100,8 @@ class TokenClassification(Labelled):
                 raise ConfigError(f"--{name.replace('_', '-')} is for texts; words have one tag each: leave it out")
         if source.text_columns and len(source.text_columns) > 1:
             raise ConfigError(f"--text-columns: {self.kind} reads one column, of words")
-        return replace(
-            self,
-            text_columns=source.text_columns or self.text_columns,
-            label_column=source.label_column or self.label_column,
-        )
+        words, tags = source.text_columns or self.text_columns, source.label_column or self.label_column
+        return replace(self, text_columns=words, label_column=tags)
 
     def read(self, table: Table, *, labelled: bool) -> tuple[TokenClassification, Split]:
         """Sentences in words, and the number of each word's IOB2 tag where there is a column of tags."""
@@ -204,13 +200,11 @@ class TokenClassification(Labelled):
     def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
         """Precision, recall and F1 of entities as conlleval counts them, accuracy of words, mean loss of words."""
         metrics = entity_metrics([self._named(row) for row in gold], [self._decided(row) for row in scores])
-        logits, targets = (
-            torch.cat(list(scores)),
-            torch.tensor([number for row in gold for number in row], dtype=torch.long),
-        )
+        logits = torch.cat(list(scores))
+        targets = torch.tensor([number for row in gold for number in row], dtype=torch.long)
         seen = _seen(logits)
-        loss = functional.cross_entropy(logits[seen], targets[seen], reduction="sum") / max(int(seen.sum()), 1)
-        return {name: metrics[name] for name in self.metrics} | {"loss": float(loss)}
+        total = float(functional.cross_entropy(logits[seen], targets[seen], reduction="sum"))
+        return {name: metrics[name] for name in self.metrics} | {"loss": total / max(int(seen.sum()), 1)}
 
     def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> float:
         """Always O."""
@@ -219,8 +213,8 @@ class TokenClassification(Labelled):
 
     def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
         """Precision, recall, F1 and support of each kind of entity."""
-        named, found = [self._named(row) for row in gold], [self._decided(row) for row in scores]
-        return {"by_label": by_kind(named, found, self.answers)}
+        found = [self._decided(row) for row in scores]
+        return {"by_label": by_kind([self._named(row) for row in gold], found, self.answers)}
 
     def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
         """For each row its entities, with their place in its `text`: a line as it was, or words with blanks between."""
@@ -238,8 +232,7 @@ class TokenClassification(Labelled):
             ]
             record: dict[str, Any] = {"prediction": spans, "text": text}
             if split.labels is not None:
-                gold = entities_of(self._named(split.labels[row]))
-                record["label"] = [_span(text, places, entity) for entity in gold]
+                record["label"] = [_span(text, places, it) for it in entities_of(self._named(split.labels[row]))]
             yield record
 
     def _decided(self, logits: Tensor) -> list[str]:
@@ -295,35 +288,44 @@ class TokenClassification(Labelled):
 
 def entities_of(tags: Sequence[str]) -> list[Entity]:
     """The entities of a sentence with tags in IOB1, IOB2 or IOBES; illegal sequences are read as conlleval does."""
-    from seqeval.metrics.sequence_labeling import get_entities
-
-    found: list[Entity] = get_entities(list(tags))
+    found: list[Entity] = []
+    for place, (before, tag) in enumerate(zip([OUTSIDE, *tags], tags, strict=False)):
+        if tag[0] in "IE" and before[0] in "BI" and tag[2:] == before[2:]:
+            kind, first, _ = found.pop()
+            found.append((kind, first, place))
+        elif tag != OUTSIDE:
+            found.append((tag[2:], place, place))
     return found
 
 
 def entity_metrics(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
     """Micro averages over entities, and accuracy of words; 0 where there is nothing to count."""
-    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
-
-    columns = precision_recall_fscore_support(list(gold), list(found), average="micro", zero_division=0)
-    precision, recall, f1 = map(float, columns[:3])
+    kinds = {kind for row in (*gold, *found) for kind, _, _ in entities_of(row)}
     right = [tag == other for rows in zip(gold, found, strict=True) for tag, other in zip(*rows, strict=True)]
-    return {"f1": f1, "precision": precision, "recall": recall, "accuracy": sum(right) / max(len(right), 1)}
+    return _rates(_counted(gold, found, kinds)["overall"]) | {"accuracy": sum(right) / max(len(right), 1)}
 
 
-def by_kind(
-    gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]], kinds: Sequence[str]
-) -> dict[str, dict[str, float]]:
+def by_kind(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]], kinds: Sequence[str]) -> dict[str, Any]:
     """Precision, recall, f1 and support (entities in the gold) of each kind."""
-    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
+    counted = _counted(gold, found, kinds)["entities"]
+    return {kind: _rates(counted.get(kind, {})) for kind in kinds}
 
-    there = sorted({kind for row in (*gold, *found) for kind, _, _ in entities_of(row)})
-    columns = precision_recall_fscore_support(list(gold), list(found), average=None, zero_division=0)
-    rows = {
-        kind: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}
-        for kind, p, r, f, s in zip(there, *columns, strict=True)
-    }
-    return {kind: rows.get(kind, {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}) for kind in kinds}
+
+def _counted(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]], kinds: Iterable[str]) -> dict[str, Any]:
+    """What nervaluate counts, where an entity is right if its kind and both its ends are."""
+    from nervaluate import Evaluator
+
+    names = ("label", "start", "end")
+    spans = [[[dict(zip(names, it, strict=True)) for it in entities_of(row)] for row in rows] for rows in (gold, found)]
+    evaluator = Evaluator(*spans, list(kinds), loader="dict")
+    evaluator.strategies = {"strict": evaluator.strategies["strict"]}
+    return evaluator.evaluate()
+
+
+def _rates(counts: Mapping[str, Any]) -> dict[str, float]:
+    strict = counts.get("strict")  # None where nothing was counted
+    names = {"precision": "precision", "recall": "recall", "f1": "f1", "support": "possible"}
+    return {ours: getattr(strict, theirs, 0) for ours, theirs in names.items()}
 
 
 def _one_form(rows: Sequence[Sequence[str]], place: Callable[[int], str]) -> list[list[str]]:
@@ -357,13 +359,13 @@ def _one_form(rows: Sequence[Sequence[str]], place: Callable[[int], str]) -> lis
 
 def _scheme(rows: Sequence[Sequence[str]], tags: Sequence[Sequence[str]], origin: str) -> str:
     """A note on the scheme of all these tags, in one form and as they were, where it is not plain IOB2."""
-    used = {tag for row in tags for tag in row if tag != OUTSIDE}
+    used = {tag for row in tags for tag in row} - {OUTSIDE}
     if used and not any(_TAG.fullmatch(tag) for tag in used):
         return f"the tags of {origin} have no B- or I-: neighbouring words of one kind are read as one entity"
     letters = {tag[0] for tag in used}
     if letters - set("BI"):
-        name = "BILOU" if letters & set("LU") else "BMES" if "M" in letters else "IOBES"
-        return f"the tags of {origin} are {name}; they are learned as IOB2"
+        scheme = "BILOU" if letters & set("LU") else "BMES" if "M" in letters else "IOBES"
+        return f"the tags of {origin} are {scheme}; they are learned as IOB2"
     begun = needless = 0  # I- that begin an entity; B- that follow no word of their kind
     for row in rows:
         for before, tag in zip([OUTSIDE, *row], row, strict=False):

@@ -36,7 +36,7 @@ def compile_blocks(adapter: ModelAdapter, backend: str = "inductor") -> list[str
         _check_compiler()
     warnings.filterwarnings(
         "ignore", message="The .grad attribute of a Tensor that is not a leaf"
-    )  # the slices; all is well
+    )  # the chains; all is well
     torch._dynamo.reset()  # its graphs belong to the code of the blocks, whatever model they were made for
     torch._dynamo.config.cache_size_limit = max(_GRAPHS, torch._dynamo.config.cache_size_limit)
     paths = list(dict.fromkeys(map(layer_of, adapter.modules_adapted())))

@@ -53,7 +53,7 @@ class Journal:
     Attributes:
         best: metrics of the best evaluation so far; empty before the first.
         best_epoch: of that evaluation.
-        best_state: transforms and head of that evaluation, where there is a run.
+        best_state: adapter and head of that evaluation, where there is a run.
         evaluated: the last update that was evaluated.
     """
 

@@ -87,7 +87,7 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
         frozen, said = method.prepare(weights, config.method_options, config.cache_dir, progress)
         notes = [*said, *notes]
     elif dict(weights.fingerprints) != dict(frozen.fingerprints):
-        raise ModelError(f"{checkpoint.name} has other weights than those the transforms were trained on")
+        raise ModelError(f"{checkpoint.name} has other weights than those the adapter was trained on")
     else:
         frozen = replace(frozen, model=checkpoint.name, revision=checkpoint.revision)
     tokenizer = load_tokenizer(checkpoint)

@@ -281,7 +281,7 @@ def _open_run(start: Start, prepared: Prepared, recipe: dict[str, Any], held: Ex
 
 
 def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str, Any]]:
-    """Transforms first, then the head; weight decay on matrices only."""
+    """The adapter first, then the head; weight decay on matrices only."""
     head = dict(adapter.model.named_parameters())
     tensors = [head[name] for name in adapter.head]
     return [

@@ -16,6 +16,7 @@ from helpers import conll, sentences
 
 import craft_cli as craft
 from craft_cli.data.sources import DataSource
+from craft_cli.errors import ModelError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
 Make = Callable[..., Path]
@@ -119,3 +120,23 @@ def test_entities_are_merged_and_answered_by_the_merged_model(pico: Make) -> Non
     assert theirs == pytest.approx(ours, abs=1e-5)
     pipeline = transformers.pipeline("token-classification", "run/merged", aggregation_strategy="simple")
     assert pipeline("the film was good")
+
+
+def test_an_adapter_with_a_head_is_refused_by_a_model_of_another_class(pico: Make) -> None:
+    load = transformers.AutoModelForTokenClassification.from_pretrained
+    adapter = craft.attach(load(pico(), num_labels=2), craft.decompose(str(pico()), ranks=(6, 5, 2)))
+    adapter.save("adapter")
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(pico(), num_labels=2)
+    told = "was trained on a BertForTokenClassification, this is a BertForSequenceClassification: load a BertForToken"
+    with pytest.raises(ModelError, match=told):
+        craft.load(other, "adapter")
+    craft.load(load(pico(), num_labels=2), "adapter")
+
+
+def test_inspect_names_the_class_and_the_task_type(pico: Make) -> None:
+    model = transformers.AutoModelForTokenClassification.from_pretrained(pico(), num_labels=2)
+    adapter = craft.attach(model, craft.decompose(str(pico()), ranks=(6, 5, 2)))
+    adapter.training_record = {"task_type": "token-classification"}
+    adapter.save("adapter")
+    facts = json.loads(invoke("inspect", "adapter", "--json").stdout)
+    assert (facts["model_class"], facts["task_type"]) == ("BertForTokenClassification", "token-classification")

@@ -260,7 +260,7 @@ def test_misuse_is_told() -> None:
     adapter.detach(block)
     with pytest.raises(ValueError, match="attached to no model"):
         adapter.merge(block)
-    with pytest.raises(ValueError, match=r"the model has 2 layers \(6, 5\), the factors are for \(3, 6, 5\)"):
+    with pytest.raises(ValueError, match=r"the model has 2 layers \(6, 5\), the change is for \(3, 6, 5\)"):
         craft_adapter({"heads": decomposed((3, 6, 5))}).attach(block, VIEWS)
 
 

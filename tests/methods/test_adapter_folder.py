@@ -193,11 +193,11 @@ COMMANDS = {
     "predict": ("predict", "good/whole", "--use-cpu", "--input", "in.txt"),
 }
 STRANGE = {
-    "shape": (of_another_shape, "merge", "the factors of query are for (3, 25, 24), "),
-    "many layers": (of_many_layers, "merge", "the factors of query are for (1000, 400, 400), "),
+    "shape": (of_another_shape, "merge", "the change of query is for (3, 25, 24), "),
+    "many layers": (of_many_layers, "merge", "the change of query is for (1000, 400, 400), "),
     "fewer layers": (of_fewer_layers, "inspect", "its projections are of different numbers of layers"),
     "head": (with_head("nonsense.weight", 2), "merge", "its head holds 'nonsense.weight', which "),
-    "adapted head": (with_head(ADAPTED, 24, 24), "merge", f"its head holds '{ADAPTED}', which its transforms change"),
+    "adapted head": (with_head(ADAPTED, 24, 24), "merge", f"its head holds '{ADAPTED}', which it adapts too"),
     "odd head": (with_odd_head, "inspect", "holds values that are not finite numbers"),
     "pad": (padded, "merge", "the adapter pads with token 1000000000, but "),
     "nobody's home": (of_base("~nouser/x"), "merge", "'~nouser/x' names no folder (Could not determine home directory"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_an_attached_adapter_is_held_beside_a_loaded_one(pico: Make) -> None:
     assert torch.equal(logits(model), own)
     other = craft.attach(classifier(pico()), craft.decompose(str(pico()), ranks=(4, 4, 2)))
     other.save("other")
-    with pytest.raises(ModelError, match="other was trained over other factors"):
+    with pytest.raises(ModelError, match="other has another method, base or size"):
         craft.load(model, "other", name="other")
     assert torch.equal(logits(model), own)
 
@@ -136,3 +137,37 @@ def test_training_with_referred_factors(pico: Make, data_dir: Path) -> None:
     )
     with pytest.raises(ConfigError, match="expected include or reference, not 'none'"):
         ModelAdapter.save(craft.load(classifier(pico()), "include/adapter"), "x", factors="none")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [
+        ("lora", {"rank": 0}, "--rank: "), ("lora", {"rank": -1}, "--rank: "), ("lora", {"alpha": "much"}, "--alpha: "),
+        ("lora", {"lora_dropout": 2.0}, "--lora-dropout: "), ("craft", {"ranks": "6,5"}, "--ranks: "),
+    ],
+)  # fmt: skip
+def test_an_option_that_cannot_be_is_refused_by_its_name(
+    method: str, options: dict[str, Any], told: str, pico: Make
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        craft.attach(classifier(pico()), method=method, **options)
+
+
+def test_an_option_of_none_is_the_default(pico: Make) -> None:
+    adapter = craft.attach(classifier(pico()), method="lora", rank=None, alpha=None)
+    assert (adapter.options.rank, adapter.options.alpha) == (8, 16.0)
+
+
+def test_what_one_method_prepared_is_refused_by_another(pico: Make) -> None:
+    factors = craft.decompose(str(pico()), ranks=(6, 5, 2))
+    with pytest.raises(ConfigError, match=r"lora needs no factors, .* leave them out"):
+        craft.attach(classifier(pico()), factors, method="lora")
+    kept = craft.attach(classifier(pico()), method="lora").frozen
+    with pytest.raises(ConfigError, match=r"craft needs the factors of craft\.decompose"):
+        craft.attach(classifier(pico()), kept)
+    adapter = craft.attach(classifier(pico()), kept, method="lora", targets=["value"])
+    assert (adapter.frozen.targets, list(adapter.frozen.shapes)) == (("value",), ["value"])
+    adapter.save("value")
+    assert craft.load(classifier(pico()), "value").frozen.targets == ("value",)
+    with pytest.raises(ConfigError, match="prepared for query, value, not for key"):
+        craft.attach(classifier(pico()), kept, method="lora", targets=["key"])

@@ -262,3 +262,12 @@ def test_a_loss_that_is_not_finite_ends_two_processes(pico: Make, data_dir: Path
     assert code == 1
     assert "error: the loss is " in err
     assert "start again with a lower --learning-rate" in err
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_lora_as_one_does(pico: Make, data_dir: Path) -> None:
+    craft.train(config(pico(), data_dir, method="lora", rank=3, output_dir="one"))
+    given = {"method": "lora", "rank": 3, "num_processes": 2, "per_device_train_batch_size": 4, "output_dir": "two"}
+    done = craft_command("train", *flags(pico(), data_dir, **given))
+    assert done.returncode == 0, done.stderr
+    alike("two", "one")

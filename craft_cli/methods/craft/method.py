@@ -42,6 +42,10 @@ class Craft(Method):
         self, frozen: Factors, targets: Sequence[str] | None, options: Mapping[str, Any]
     ) -> tuple[Factors, CraftOptions]:
         """Some projections of the factors, at smaller ranks."""
+        if not isinstance(frozen, Factors):
+            raise ConfigError(
+                "craft needs the factors of craft.decompose, and these are another method's: leave them out"
+            )
         chosen = frozen.targets if targets is None else tuple(targets)
         missing = [target for target in chosen if target not in frozen.targets]
         if missing:

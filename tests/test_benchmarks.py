@@ -38,7 +38,7 @@ def small(script: str, *arguments: str) -> Any:
 
 
 SLOW_BF16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     reason="this CPU multiplies bfloat16 a hundred times slower than float32",
 )
 

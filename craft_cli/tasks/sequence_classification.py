@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from craft_cli.config import RunConfig
 from craft_cli.data.sources import TEST, DataSource, Home, Split
 from craft_cli.data.tokens import Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError
@@ -23,7 +24,6 @@ from craft_cli.tasks.labels import MULTI, NUMBER, OWN_METRICS, REGRESSION, SINGL
 from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
 
 if TYPE_CHECKING:
-    from craft_cli.config import RunConfig
     from craft_cli.data.readers import Row
     from craft_cli.data.tables import Table
 
@@ -62,7 +62,7 @@ class SequenceClassification(Labelled):
     problem_type: str = SINGLE
     label_column: str = field(default="label", kw_only=True)
     label_separator: str | None = None
-    threshold: float = 0.5
+    threshold: float = RunConfig.threshold
     hub: tuple[str, str] | None = None
     sample: str | None = None
     train: str | None = "train"
@@ -96,7 +96,7 @@ class SequenceClassification(Labelled):
     @classmethod
     def of_record(cls, record: Mapping[str, Any], config: Any) -> SequenceClassification:
         """Of a checkpoint: what its configuration says, or what one output and several usually mean."""
-        threshold = float(record.get("threshold", 0.5))
+        threshold = float(record.get("threshold", RunConfig.threshold))
         if record.get("task", OWN) != OWN:
             from craft_cli.tasks.glue import task_named
 
@@ -334,7 +334,7 @@ def probabilities(logits: Tensor, problem_type: str) -> Tensor:
     return torch.sigmoid(logits) if problem_type == MULTI else torch.softmax(logits, dim=-1)
 
 
-def decide(logits: Tensor, problem_type: str, threshold: float = 0.5) -> list[Any]:
+def decide(logits: Tensor, problem_type: str, threshold: float = RunConfig.threshold) -> list[Any]:
     """The prediction of every row: a label number, a real number, or a 0 or 1 for every label."""
     if problem_type == REGRESSION:
         return logits.squeeze(-1).tolist()

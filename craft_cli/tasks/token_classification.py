@@ -324,8 +324,8 @@ def _counted(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]], kind
 
 def _rates(counts: Mapping[str, Any]) -> dict[str, float]:
     strict = counts.get("strict")  # None where nothing was counted
-    names = {"precision": "precision", "recall": "recall", "f1": "f1", "support": "possible"}
-    return {ours: getattr(strict, theirs, 0) for ours, theirs in names.items()}
+    rates = {name: float(getattr(strict, name, 0)) for name in ("precision", "recall", "f1")}
+    return rates | {"support": getattr(strict, "possible", 0)}
 
 
 def _one_form(rows: Sequence[Sequence[str]], place: Callable[[int], str]) -> list[list[str]]:

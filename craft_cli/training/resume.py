@@ -198,13 +198,8 @@ def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             return run.recipe()
     if settings.get("init_from"):
         recipe = read_record(adapter_to_start_from(settings["init_from"])).get("training", {}).get("recipe", {})
-        kept = (
-            "model",
-            "revision",
-            "method",
-            "targets",
-            *option_names(str(recipe.get("method", RunConfig.method)), start=False),
-        )
+        method = str(recipe.get("method", RunConfig.method))
+        kept = ("model", "revision", "method", "targets", *option_names(method, start=False))
         return {name: recipe[name] for name in kept if name in recipe}
     return {}
 

@@ -278,6 +278,7 @@ def test_metrics_without_entities_are_numbers(gold: str, guess: str) -> None:
     assert found["f1"] == found["precision"] == found["recall"] == 0.0
     assert all(math.isfinite(value) for value in found.values())
     table = by_kind(*rows, ("minus", "plus"))
+    assert {type(row[name]) for row in (found, *table.values()) for name in ("f1", "precision", "recall")} == {float}
     assert [list(row) for row in table.values()] == [["precision", "recall", "f1", "support"]] * 2
     assert task().baseline([[3]], [[3, 0], [0]]) == 0.0
 

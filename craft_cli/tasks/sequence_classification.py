@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,15 +21,12 @@ from craft_cli.errors import ConfigError, DataError
 from craft_cli.tasks.base import OWN, Labelled
 from craft_cli.tasks.labels import MULTI, NUMBER, OWN_METRICS, REGRESSION, SINGLE, label_numbers, settle_task
 from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
+from craft_cli.tasks.texts import columns_of, guess_texts, text_of, texts_of
 
 if TYPE_CHECKING:
     from craft_cli.data.readers import Row
     from craft_cli.data.tables import Table
 
-_TEXTS = (
-    ("text",), ("sentence",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
-    ("question", "sentence"),
-)  # fmt: skip
 _LABELS = ("label", "labels", "score", "target", "class")
 
 
@@ -128,7 +124,7 @@ class SequenceClassification(Labelled):
     def read(self, table: Table, *, labelled: bool) -> tuple[SequenceClassification, Split]:
         """Texts, and gold where there is a column of labels."""
         task = self._with_columns(table, labelled=labelled)
-        texts = list(zip(*(_texts(table, column) for column in task.text_columns), strict=True))
+        texts = list(zip(*(texts_of(table, column) for column in task.text_columns), strict=True))
         labels = None
         if task.label_column in table.columns:
             values = table.column(task.label_column)
@@ -140,7 +136,7 @@ class SequenceClassification(Labelled):
         self, first: Row, origin: str, *, plain: bool, columns: Sequence[str]
     ) -> Callable[[Sequence[Row]], Split]:
         """A pair in one line of text is divided by a tab."""
-        names = ("text",) if plain else _columns_of(first, origin, columns or self.text_columns)
+        names = ("text",) if plain else columns_of(first, origin, columns or self.text_columns)
         divide = plain and len(self.text_columns) == 2
 
         def texts(row: Row) -> tuple[str, ...]:
@@ -341,34 +337,3 @@ def decide(logits: Tensor, problem_type: str, threshold: float = RunConfig.thres
     if problem_type == MULTI:
         return (torch.sigmoid(logits) > threshold).int().tolist()
     return logits.argmax(dim=-1).tolist()
-
-
-def guess_texts(columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns of one text or a pair by their usual names; none if there are none."""
-    return next((guess for guess in _TEXTS if set(guess) <= set(columns)), ())
-
-
-def _columns_of(first: Row, origin: str, wanted: Sequence[str]) -> tuple[str, ...]:
-    """The columns of texts to predict for: those wanted, or as they are usually called."""
-    if wanted and all(column in first.cells for column in wanted):
-        return tuple(wanted)
-    found = guess_texts(list(first.cells))
-    if not found or (wanted and len(wanted) != len(found)):
-        needed = f"no columns {' and '.join(wanted)}" if wanted else "no column that is usually a text"
-        raise DataError(f"{origin} has {needed}; it has {', '.join(first.cells)} (choose with --text-columns)")
-    return found
-
-
-def _texts(table: Table, column: str) -> list[str]:
-    return [text_of(value, column, partial(table.place, row)) for row, value in enumerate(table.column(column))]
-
-
-def text_of(value: Any, column: str, place: Callable[[], str]) -> str:
-    """The text in a cell.
-
-    Raises:
-        DataError: there is none (`place` tells where).
-    """
-    if value is None or isinstance(value, (list, dict)):
-        raise DataError(f"{place()}: column '{column}' {'has no text' if value is None else 'is a list, not a text,'}")
-    return str(value)

@@ -231,10 +231,31 @@ class SequenceClassification(Labelled):
         if self.problem_type == REGRESSION:
             return {}
         found = self.decide(scores)
-        tables: dict[str, Any] = {"by_label": by_label(gold, found, self.labels)}
+        tables: dict[str, Any] = {"by_label": by_label(gold, found, self.labels), "ece": self.calibration(scores, gold)}
         if self.problem_type != MULTI:
             tables["confusion"] = confusion(list(gold), found, self.labels)
         return tables
+
+    def forecasts(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+        """None of a regression."""
+        return None if self.problem_type == REGRESSION else super().forecasts(scores, gold)
+
+    def mistakes(self, scores: Sequence[Tensor], split: Split) -> Iterator[tuple[float, dict[str, Any]]]:
+        """A regression is never quite right; where several labels apply the worst of them counts."""
+        labels, answers = split.labels or [], self.decide(scores)
+        gold, found = torch.tensor(labels, dtype=torch.float64), torch.tensor(answers)
+        values = probabilities(torch.stack(list(scores)), self.problem_type)  # (rows, labels)
+        if self.problem_type == REGRESSION:
+            wrong = (found - gold).abs()
+        elif self.problem_type == MULTI:
+            wrong = ((values - gold).abs() * (found != gold)).amax(dim=-1)
+        else:
+            wrong = values.amax(dim=-1) * (found != gold)
+        size = "error" if self.problem_type == REGRESSION else "confidence"
+        for row, (much, label, answer) in enumerate(zip(wrong.tolist(), labels, answers, strict=True)):
+            if much > 0:
+                named = {"label": self._named(label), "prediction": self._named(answer), size: round(much, 6)}
+                yield much, {"place": split.place_of(row), **named, "texts": list(split.texts[row])}
 
     def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
         """A mapping for each row: `prediction`, `scores` by label, and `label` where gold is known.

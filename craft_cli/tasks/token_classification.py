@@ -195,11 +195,9 @@ class TokenClassification(Labelled):
     def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
         """Precision, recall and F1 of entities as conlleval counts them, accuracy of words, mean loss of words."""
         metrics = entity_metrics([self._named(row) for row in gold], [self._decided(row) for row in scores])
-        logits = torch.cat(list(scores))
-        targets = torch.tensor([number for row in gold for number in row], dtype=torch.long)
-        seen = _seen(logits)
-        total = float(functional.cross_entropy(logits[seen], targets[seen], reduction="sum"))
-        return {name: metrics[name] for name in self.metrics} | {"loss": total / max(int(seen.sum()), 1)}
+        logits, targets = self.forecasts(scores, gold)
+        total = float(functional.cross_entropy(logits, targets, reduction="sum"))
+        return {name: metrics[name] for name in self.metrics} | {"loss": total / max(len(targets), 1)}
 
     def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> float:
         """Always O."""
@@ -207,9 +205,27 @@ class TokenClassification(Labelled):
         return entity_metrics(named, [[OUTSIDE] * len(row) for row in named])[self.metrics[0]]
 
     def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
-        """Precision, recall, F1 and support of each kind of entity."""
+        """Precision, recall, F1 and support of each kind of entity; the calibration error of words."""
         found = [self._decided(row) for row in scores]
-        return {"by_label": by_kind([self._named(row) for row in gold], found, self.answers)}
+        kinds = by_kind([self._named(row) for row in gold], found, self.answers)
+        return {"by_label": kinds, "ece": self.calibration(scores, gold)}
+
+    def forecasts(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Of the words that have a token."""
+        logits = torch.cat(list(scores))  # (words, labels)
+        seen = _seen(logits)
+        return logits[seen], torch.tensor([number for row in gold for number in row], dtype=torch.long)[seen]
+
+    def mistakes(self, scores: Sequence[Tensor], split: Split) -> Iterator[tuple[float, dict[str, Any]]]:
+        """Of a sentence the `word` with the surest wrong tag."""
+        for row, (words, logits, gold) in enumerate(zip(split.texts, scores, split.labels or [], strict=True)):
+            sure, found = torch.softmax(logits, dim=-1).nan_to_num().max(dim=-1)  # (words,), 0 without a token
+            wrong = sure * (found != torch.tensor(gold, dtype=torch.long))
+            if wrong.any():
+                word = int(wrong.argmax())
+                tags = {"label": self.labels[gold[word]], "prediction": self.labels[int(found[word])]}
+                told = {"word": words[word], **tags, "confidence": round(float(wrong[word]), 6)}
+                yield float(wrong[word]), {"place": split.place_of(row), **told, "texts": [" ".join(words)]}
 
     def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
         """For each row its entities, with their place in its `text`: a line as it was, or words with blanks between."""

@@ -33,14 +33,9 @@ def command(
         bool, typer.Option("--confusion", help="Show the confusion matrix: what was taken for what.")
     ] = False,
     worst: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Show the N surest mistakes, where wrong labels are found first.",
-            show_default=False,
-        ),
-    ] = 0,
+        int | None,
+        typer.Option(metavar="N", min=1, help="Show the N surest mistakes: where wrong labels are found first."),
+    ] = None,
     predictions: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a row for each example (.jsonl or .csv).")
     ] = None,
@@ -76,7 +71,9 @@ def command(
         if submission:
             written = submit(paths or [None], submission, **given)
         else:
-            result = evaluate(paths[0] if paths else None, split=split, predictions=predictions, worst=worst, **given)
+            result = evaluate(
+                paths[0] if paths else None, split=split, predictions=predictions, worst=worst or 0, **given
+            )
     if submission:
         if json:
             console.print_json(asdict(written))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,9 @@ class Evaluation:
         labels: names, in the order of the confusion matrix.
         confusion: rows by gold label (down) and predicted label (across); of one label a row only.
         by_label: precision, recall, f1 and support of each label or kind of entity; not of a regression.
+        ece: the expected calibration error: how far probabilities are from frequencies; not of a regression.
+        worst: the surest wrong answers, or the largest errors of a regression, as many as were asked for: `place`, `label`,
+            `prediction`, `texts`, and `confidence` or `error`.
         predictions: the file written.
     """
 
@@ -41,6 +47,8 @@ class Evaluation:
     labels: tuple[str, ...] = ()
     confusion: Sequence[Sequence[int]] | None = None
     by_label: Mapping[str, Mapping[str, float]] | None = None
+    ece: float | None = None
+    worst: Sequence[Mapping[str, Any]] | None = None
     predictions: str | None = None
 
 
@@ -50,6 +58,7 @@ def evaluate(
     source: DataSource | None = None,
     split: str = VALIDATION,
     predictions: str | Path | None = None,
+    worst: int = 0,
     max_eval_samples: int | None = None,
     max_seq_length: int | None = None,
     per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
@@ -63,6 +72,7 @@ def evaluate(
         source: task or files; what is not given is as in training (runs and adapters know it).
         split: `validation`, or `test` where that is labelled.
         predictions: write a row for each example into this file (.jsonl or .csv).
+        worst: collect so many of the surest wrong answers.
         max_eval_samples: only the first rows of each split.
         max_seq_length: tokens kept; as in training without, 128 for a checkpoint.
         per_device_eval_batch_size: rows at once.
@@ -80,6 +90,7 @@ def evaluate(
     gold: list[Any] = []
     every: list[Tensor] = []
     rows: list[dict[str, Any]] = []
+    mistakes: list[tuple[float, dict[str, Any]]] = []
     for name, whole in loaded.splits.items():
         part = whole.first(max_eval_samples)
         if part.labels is None:
@@ -91,6 +102,7 @@ def evaluate(
         metrics |= renamed(task.measure(scores, part.labels), name, loaded.splits)
         gold += part.labels
         every += scores
+        mistakes = nlargest(worst, chain(mistakes, task.mistakes(scores, part)), key=itemgetter(0))
         if predictions:
             rows += task.records(scores, part)
     if predictions:
@@ -101,6 +113,7 @@ def evaluate(
         metrics=metrics,
         examples=len(gold),
         labels=task.labels,
+        worst=[row for _, row in mistakes] if worst else None,
         predictions=str(predictions) if predictions else None,
         **task.tables(every, gold),
     )

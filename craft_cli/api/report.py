@@ -14,6 +14,7 @@ from craft_cli.api.inspect import Inspection, inspect
 from craft_cli.errors import ConfigError, CraftError
 from craft_cli.files import write_bytes
 from craft_cli.plots import curve_figure, spectra_figure, svg
+from craft_cli.tasks.metrics import averages
 from craft_cli.training.run import Run
 
 _STYLE = """
@@ -177,10 +178,17 @@ def _confusion_table(result: Evaluation) -> str:
     labels = _table(
         ["label", "precision", "recall", "f1", "support"],
         [
-            [label, *(f"{row[name]:.4f}" for name in ("precision", "recall", "f1")), f"{row['support']:g}"]
-            for label, row in result.by_label.items()
+            [
+                label,
+                *(f"{row[name]:.4f}" if name in row else "" for name in ("precision", "recall", "f1")),
+                row["support"],
+            ]
+            for part in (result.by_label, averages(result.by_label, result.confusion))
+            for label, row in part.items()
         ],
     )
+    if result.ece is not None:
+        labels += f"<p>Expected calibration error: {result.ece:.4f}</p>"
     if result.confusion is None:
         return told + labels
     rows = [[label, *row] for label, row in zip(result.labels, result.confusion, strict=True)]

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -24,6 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from craft_cli.training.progress import Plan
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 for _stream in (sys.stdout, sys.stderr):  # a code page or an ASCII pipe must not end a run
     if hasattr(_stream, "reconfigure"):
         _stream.reconfigure(errors="replace")
+
+_TEXT_WIDTH = 30
+"""A column of texts is not narrower."""
 
 out = Console(highlight=False)
 if not out.is_terminal:
@@ -72,13 +78,68 @@ def facts(pairs: Mapping[str, Any], *, rename: bool = True) -> None:
         out.print(value, markup=False, soft_wrap=True)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout; all columns but the first are numbers, to the right."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], below: Sequence[Sequence[Any]] = ()) -> None:
+    """A table on stdout, and sums below it; all columns but the first are numbers, to the right."""
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for number, column in enumerate(columns):
         grid.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold", no_wrap=number < 3)
     for row in rows:
         grid.add_row(*[escape(show(value)) for value in row])
+    if below:
+        grid.add_section()
+    for row in below:
+        grid.add_row(*[escape(show(value)) for value in row])
+    out.print(grid)
+
+
+def label_table(by_label: Mapping[str, Mapping[str, float]], confusion: Sequence[Sequence[int]] | None = None) -> None:
+    """Precision, recall, F1 and support of each label, their averages, and the accuracy where there is a matrix."""
+    from craft_cli.tasks.metrics import averages
+
+    columns = ("precision", "recall", "f1")
+    rows, below = (
+        [
+            [name, *(f"{row[it]:.4f}" if it in row else "" for it in columns), row["support"]]
+            for name, row in part.items()
+        ]
+        for part in (by_label, averages(by_label, confusion))
+    )
+    table(["label", *columns, "support"], rows, below)
+
+
+def mistakes_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Wrong answers, their texts cut to the width or on lines of their own; a file that all are of is not named."""
+    if not rows:
+        out.print("no wrong answers")
+        return
+    one_file = len({row["place"].rpartition(", ")[0] for row in rows}) == 1
+    names = [name for name in rows[0] if name != "texts"]
+    titles = [{"place": "row", "label": "gold", "prediction": "predicted"}.get(name, name) for name in names]
+    cells = [
+        [f"{row[name]:.4f}" if isinstance(row[name], float) else show(row[name]) or "-" for name in names]
+        for row in rows
+    ]
+    for line in cells:
+        line[0] = line[0].rpartition(", " if one_file else "/")[2]
+    texts = [
+        [Text(_plain(" ".join(it.split()))[: out.width], no_wrap=True, overflow="ellipsis") for it in row["texts"]]
+        for row in rows
+    ]
+    taken = sum(max(map(cell_len, column)) + 3 for column in zip(titles, *cells, strict=True))
+    if taken + _TEXT_WIDTH * len(texts[0]) > out.width:
+        for line, parts in zip(cells, texts, strict=True):
+            told = [f"{title} {cell}" for title, cell in zip(titles[1:], line[1:], strict=True)]
+            out.print(f"{line[0]}: {', '.join(told)}", markup=False)
+            for part in parts:
+                out.print(Padding(part, (0, 0, 0, 2)))
+        return
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title, name in zip(titles, names, strict=True):
+        grid.add_column(title, justify="right" if isinstance(rows[0][name], float) else "left", no_wrap=True)
+    for number in range(len(texts[0])):
+        grid.add_column("text" if number == 0 else f"text {number + 1}")
+    for line, parts in zip(cells, texts, strict=True):
+        grid.add_row(*map(escape, line), *parts)
     out.print(grid)
 
 

@@ -26,9 +26,16 @@ def command(
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="validation, or test.")] = "validation",
-    confusion: Annotated[
-        bool, typer.Option("--confusion", help="Show what was taken for what, and each label.")
+    report: Annotated[
+        bool, typer.Option("--report", help="Show precision, recall and F1 of each label, and the calibration error.")
     ] = False,
+    confusion: Annotated[
+        bool, typer.Option("--confusion", help="Show the confusion matrix: what was taken for what.")
+    ] = False,
+    worst: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Show the N surest mistakes: where wrong labels are found first."),
+    ] = None,
     predictions: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a row for each example (.jsonl or .csv).")
     ] = None,
@@ -49,9 +56,9 @@ def command(
     )
     if split not in ("validation", "test"):
         raise ConfigError(f"--split: expected validation or test, not '{split}'")
-    if submission and (split != "test" or predictions or confusion):
+    if submission and (split != "test" or predictions or report or confusion or worst):
         raise ConfigError(
-            "--submission needs --split test, and neither --predictions nor --confusion: it has no labels"
+            "--submission needs --split test, and no --predictions, --report, --confusion or --worst: it has no labels"
         )
     if len(paths or []) > 1 and not submission:
         raise ConfigError("several runs are evaluated together for --submission only; name one")
@@ -64,15 +71,19 @@ def command(
         if submission:
             written = submit(paths or [None], submission, **given)
         else:
-            result = evaluate(paths[0] if paths else None, split=split, predictions=predictions, **given)
+            result = evaluate(
+                paths[0] if paths else None, split=split, predictions=predictions, worst=worst or 0, **given
+            )
     if submission:
         if json:
             console.print_json(asdict(written))
         else:
             console.facts(asdict(written))
         return
-    if confusion and result.by_label is None:
-        raise ConfigError("--confusion: a regression has no labels to take for one another")
+    if result.by_label is None and (report or confusion):
+        raise ConfigError(f"{'--report' if report else '--confusion'}: a regression has no labels")
+    if confusion and result.confusion is None:
+        raise ConfigError("--confusion: only of one label a row there is a matrix; --report shows each label")
     if json:
         content = asdict(result)
         console.print_json({name: value for name, value in content.items() if value is not None})
@@ -86,25 +97,24 @@ def command(
         }
     )
     console.table(["metric", "value"], [[name, f"{value:.4f}"] for name, value in result.metrics.items()])
-    if confusion:
-        _tables(result)
+    _show(result, report=report, confusion=confusion)
 
 
-def _tables(result: Any) -> None:
+def _show(result: Any, *, report: bool, confusion: bool) -> None:
+    """The tables that were asked for."""
     from craft_cli.cli import console
 
-    console.out.print()
-    columns = ["precision", "recall", "f1", "support"]
-    console.table(
-        ["label", *columns],
-        [
-            [label, *[f"{row[name]:.4f}" if name != "support" else row[name] for name in columns]]
-            for label, row in result.by_label.items()
-        ],
-    )
-    if result.confusion is not None:
+    if report:
+        console.out.print()
+        console.label_table(result.by_label, result.confusion)
+        console.out.print()
+        console.facts({"expected calibration error": f"{result.ece:.4f}" if result.ece is not None else None})
+    if confusion:
         console.out.print()
         console.table(
             ["gold (down), predicted", *result.labels],
             [[label, *row] for label, row in zip(result.labels, result.confusion, strict=True)],
         )
+    if result.worst is not None:
+        console.out.print()
+        console.mistakes_table(result.worst)

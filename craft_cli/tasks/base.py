@@ -12,13 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+from torch import Tensor
+
 from craft_cli.data.sources import DataSource, Home, Split
 from craft_cli.errors import CraftError, DataError
+from craft_cli.tasks.calibration import forecast_error, temperature
 
 if TYPE_CHECKING:
     from typing import Self
-
-    from torch import Tensor
 
     from craft_cli.config import RunConfig
     from craft_cli.data.readers import Row
@@ -182,7 +184,20 @@ class Task(Protocol):
         """The metrics of always giving the same answer, the best one on the training rows."""
 
     def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
-        """`by_label` and `confusion`, as far as they make sense."""
+        """`by_label`, `confusion` and `ece`, as far as they make sense."""
+
+    def calibration(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> float | None:
+        """The expected calibration error; None where nothing is given a probability."""
+
+    def temperature(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> float:
+        """What the logits are to be divided by to make the mean loss smallest; 1.0 where nothing is given a probability."""
+
+    def mistakes(self, scores: Sequence[Tensor], split: Split) -> Iterator[tuple[float, dict[str, Any]]]:
+        """For each row with a wrong answer how sure it was, or how far off, and the row.
+
+        A row has its `place`, `label`, `prediction` and `texts`, whatever else tells of the mistake, and `confidence` or
+        `error`.
+        """
 
     def remarks(self, tables: Mapping[str, Any], train: Sequence[Any], *, weighted: bool) -> list[str]:
         """What the user should know of `tables`, and what can be done.
@@ -305,6 +320,20 @@ class Labelled:
         if self.head in ((), self.labels):
             return logits
         return logits[..., [self.head.index(name) for name in self.labels]]
+
+    def forecasts(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+        """The logits (rows, labels) that mean probabilities, and what came true: a number a row, or one a label."""
+        return torch.stack(list(scores)), torch.tensor(gold)
+
+    def calibration(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> float | None:
+        """See `Task`."""
+        found = self.forecasts(scores, gold)
+        return forecast_error(*found) if found else None
+
+    def temperature(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> float:
+        """See `Task`."""
+        found = self.forecasts(scores, gold)
+        return temperature(*found) if found else 1.0
 
 
 def align_labels(labels: Sequence[str], id2label: Mapping[int, str] | None) -> tuple[str, ...]:

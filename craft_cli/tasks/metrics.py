@@ -106,6 +106,26 @@ def by_label(gold: Sequence[Any], predictions: Sequence[Any], labels: Sequence[s
     }
 
 
+def averages(
+    by_label: Mapping[str, Mapping[str, float]], confusion: Sequence[Sequence[int]] | None = None
+) -> dict[str, dict[str, float]]:
+    """The lines below a table by label, by the names of scikit-learn's classification_report.
+
+    Args:
+        by_label: the table.
+        confusion: of one label a row; without there is no accuracy.
+    """
+    support = [row["support"] for row in by_label.values()]
+    rates = {name: np.array([row[name] for row in by_label.values()]) for name in ("precision", "recall", "f1")}
+    total, parts = sum(support), np.array(support) / max(sum(support), 1)
+    found: dict[str, dict[str, float]] = {}
+    if confusion is not None:
+        found["accuracy"] = {"f1": float(np.trace(confusion)) / max(total, 1), "support": total}
+    found["macro avg"] = {name: float(values.mean()) for name, values in rates.items()} | {"support": total}
+    found["weighted avg"] = {name: float(values @ parts) for name, values in rates.items()} | {"support": total}
+    return found
+
+
 def renamed(metrics: Mapping[str, float], split: str, splits: Sequence[str] | Mapping[str, Any]) -> dict[str, float]:
     """Metrics by their names; those of other splits than the first have its name behind: `accuracy_mismatched`."""
     if split == next(iter(splits)):

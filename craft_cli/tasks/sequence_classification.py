@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,15 +30,12 @@ from craft_cli.tasks.problems import (
     summed_loss,
     units_of,
 )
+from craft_cli.tasks.texts import columns_of, guess_texts, text_of, texts_of
 
 if TYPE_CHECKING:
     from craft_cli.data.readers import Row
     from craft_cli.data.tables import Table
 
-_TEXTS = (
-    ("text",), ("sentence",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
-    ("question", "sentence"),
-)  # fmt: skip
 _LABELS = ("label", "labels", "score", "target", "class")
 
 
@@ -146,7 +142,7 @@ class SequenceClassification(Labelled):
     def read(self, table: Table, *, labelled: bool) -> tuple[SequenceClassification, Split]:
         """Texts, and gold where there is a column of labels."""
         task = self._with_columns(table, labelled=labelled)
-        texts = list(zip(*(_texts(table, column) for column in task.text_columns), strict=True))
+        texts = list(zip(*(texts_of(table, column) for column in task.text_columns), strict=True))
         labels = None
         if task.label_column in table.columns:
             values = table.column(task.label_column)
@@ -158,7 +154,7 @@ class SequenceClassification(Labelled):
         self, first: Row, origin: str, *, plain: bool, columns: Sequence[str]
     ) -> Callable[[Sequence[Row]], Split]:
         """A pair in one line of text is divided by a tab."""
-        names = ("text",) if plain else _columns_of(first, origin, columns or self.text_columns)
+        names = ("text",) if plain else columns_of(first, origin, columns or self.text_columns)
         divide = plain and len(self.text_columns) == 2
 
         def texts(row: Row) -> tuple[str, ...]:
@@ -270,10 +266,31 @@ class SequenceClassification(Labelled):
         if self.problem_type == REGRESSION:
             return {}
         found = self.decide(scores)
-        tables: dict[str, Any] = {"by_label": by_label(gold, found, self.labels)}
+        tables: dict[str, Any] = {"by_label": by_label(gold, found, self.labels), "ece": self.calibration(scores, gold)}
         if self.problem_type != MULTI:
             tables["confusion"] = confusion(list(gold), found, self.labels)
         return tables
+
+    def forecasts(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+        """None of a regression."""
+        return None if self.problem_type == REGRESSION else super().forecasts(scores, gold)
+
+    def mistakes(self, scores: Sequence[Tensor], split: Split) -> Iterator[tuple[float, dict[str, Any]]]:
+        """A regression is never quite right; where several labels apply the worst of them counts."""
+        labels, answers = split.labels or [], self.decide(scores)
+        gold, found = torch.tensor(labels, dtype=torch.float64), torch.tensor(answers)
+        values = probabilities(torch.stack(list(scores)), self.problem_type)  # (rows, labels)
+        if self.problem_type == REGRESSION:
+            wrong = (found - gold).abs()
+        elif self.problem_type == MULTI:
+            wrong = ((values - gold).abs() * (found != gold)).amax(dim=-1)
+        else:
+            wrong = values.amax(dim=-1) * (found != gold)
+        size = "error" if self.problem_type == REGRESSION else "confidence"
+        for row, (much, label, answer) in enumerate(zip(wrong.tolist(), labels, answers, strict=True)):
+            if much > 0:
+                named = {"label": self._named(label), "prediction": self._named(answer), size: round(much, 6)}
+                yield much, {"place": split.place_of(row), **named, "texts": list(split.texts[row])}
 
     def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
         """A mapping for each row: `prediction`, `scores` by label, and `label` where gold is known.
@@ -339,34 +356,3 @@ class SequenceClassification(Labelled):
                     f"{table.origin} has no column '{column}'; it has {', '.join(table.columns)} (choose with {wanted})"
                 )
         return replace(self, text_columns=texts, label_column=label)
-
-
-def guess_texts(columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns of one text or a pair by their usual names; none if there are none."""
-    return next((guess for guess in _TEXTS if set(guess) <= set(columns)), ())
-
-
-def _columns_of(first: Row, origin: str, wanted: Sequence[str]) -> tuple[str, ...]:
-    """The columns of texts to predict for: those wanted, or as they are usually called."""
-    if wanted and all(column in first.cells for column in wanted):
-        return tuple(wanted)
-    found = guess_texts(list(first.cells))
-    if not found or (wanted and len(wanted) != len(found)):
-        needed = f"no columns {' and '.join(wanted)}" if wanted else "no column that is usually a text"
-        raise DataError(f"{origin} has {needed}; it has {', '.join(first.cells)} (choose with --text-columns)")
-    return found
-
-
-def _texts(table: Table, column: str) -> list[str]:
-    return [text_of(value, column, partial(table.place, row)) for row, value in enumerate(table.column(column))]
-
-
-def text_of(value: Any, column: str, place: Callable[[], str]) -> str:
-    """The text in a cell.
-
-    Raises:
-        DataError: there is none (`place` tells where).
-    """
-    if value is None or isinstance(value, (list, dict)):
-        raise DataError(f"{place()}: column '{column}' {'has no text' if value is None else 'is a list, not a text,'}")
-    return str(value)

@@ -8,7 +8,7 @@ length, counts as predicted O.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -25,23 +25,18 @@ from craft_cli.data.tokens import IGNORED, Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError, ModelError
 from craft_cli.tasks.base import OWN, Labelled
 from craft_cli.tasks.probe import fit_labels
+from craft_cli.tasks.tags import OUTSIDE, READ, Entity, by_kind, entities_of, entity_metrics, one_form, scheme
 
 if TYPE_CHECKING:
     from craft_cli.config import RunConfig
     from craft_cli.data.readers import Row
     from craft_cli.data.tables import Table
 
-OUTSIDE = "O"
 _WORDS_FITTED = 20_000
 """More words than these are no better start of a head."""
 _WORDS, _TAGS = ("tokens", "words"), ("tags", "ner_tags", "labels", "label")
 _LINES = ("text", "sentence")
-_TAG = re.compile("([BIESLUM])[-_](.+)")
-_AS_IOBES = {"L": "E", "U": "S", "M": "I"}
-_READ = ("B-", "I-", "E-", "S-")
 _NOT_BLANK = re.compile(r"\S+")
-
-Entity = tuple[str, int, int]  # its kind, its first word and its last
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class TokenClassification(Labelled):
             ModelError: they are no tags of entities.
         """
         labels = tuple(record.get("labels") or (config.id2label[number] for number in range(config.num_labels)))
-        if OUTSIDE not in labels or not all(label == OUTSIDE or label.startswith(_READ) for label in labels):
+        if OUTSIDE not in labels or not all(label == OUTSIDE or label.startswith(READ) for label in labels):
             raise ModelError(
                 f"the model's labels are {', '.join(labels)}, not O, B-... and I-... of entities: train it first"
             )
@@ -120,7 +115,7 @@ class TokenClassification(Labelled):
             if len(tags[row]) != len(words[row]):
                 found = f"{len(tags[row])} tags for {len(words[row])} words"
                 raise DataError(f"{table.place(row)}: {found}; every word needs one")
-        rows = _one_form(tags, table.place)
+        rows = one_form(tags, table.place)
         entities = [entities_of(row) for row in rows]
         if not task.labels:
             kinds = sorted({kind for row in entities for kind, _, _ in row})
@@ -130,7 +125,7 @@ class TokenClassification(Labelled):
                 )
             task = replace(task, labels=(OUTSIDE, *(f"{part}-{kind}" for kind in kinds for part in "BI")))
         gold = [task._numbers(found, len(tags[row]), partial(table.place, row)) for row, found in enumerate(entities)]
-        return task, Split(words, gold, table.origin, note=_scheme(rows, tags, table.origin))
+        return task, Split(words, gold, table.origin, note=scheme(rows, tags, table.origin))
 
     def reader(
         self, first: Row, origin: str, *, plain: bool, columns: Sequence[str]
@@ -216,11 +211,9 @@ class TokenClassification(Labelled):
     def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
         """Precision, recall and F1 of entities as conlleval counts them, accuracy of words, mean loss of words."""
         metrics = entity_metrics([self._named(row) for row in gold], [self._decided(row) for row in scores])
-        logits = torch.cat(list(scores))
-        targets = torch.tensor([number for row in gold for number in row], dtype=torch.long)
-        seen = _seen(logits)
-        total = float(functional.cross_entropy(logits[seen], targets[seen], reduction="sum"))
-        return {name: metrics[name] for name in self.metrics} | {"loss": total / max(int(seen.sum()), 1)}
+        logits, targets = self.forecasts(scores, gold)
+        total = float(functional.cross_entropy(logits, targets, reduction="sum"))
+        return {name: metrics[name] for name in self.metrics} | {"loss": total / max(len(targets), 1)}
 
     def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> dict[str, float]:
         """Always O."""
@@ -229,9 +222,27 @@ class TokenClassification(Labelled):
         return {name: found[name] for name in self.metrics}
 
     def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
-        """Precision, recall, F1 and support of each kind of entity."""
+        """Precision, recall, F1 and support of each kind of entity; the calibration error of words."""
         found = [self._decided(row) for row in scores]
-        return {"by_label": by_kind([self._named(row) for row in gold], found, self.answers)}
+        kinds = by_kind([self._named(row) for row in gold], found, self.answers)
+        return {"by_label": kinds, "ece": self.calibration(scores, gold)}
+
+    def forecasts(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Of the words that have a token."""
+        logits = torch.cat(list(scores))  # (words, labels)
+        seen = _seen(logits)
+        return logits[seen], torch.tensor([number for row in gold for number in row], dtype=torch.long)[seen]
+
+    def mistakes(self, scores: Sequence[Tensor], split: Split) -> Iterator[tuple[float, dict[str, Any]]]:
+        """Of a sentence the `word` with the surest wrong tag."""
+        for row, (words, logits, gold) in enumerate(zip(split.texts, scores, split.labels or [], strict=True)):
+            sure, found = torch.softmax(logits, dim=-1).nan_to_num().max(dim=-1)  # (words,), 0 without a token
+            wrong = sure * (found != torch.tensor(gold, dtype=torch.long))
+            if wrong.any():
+                word = int(wrong.argmax())
+                tags = {"label": self.labels[gold[word]], "prediction": self.labels[int(found[word])]}
+                told = {"word": words[word], **tags, "confidence": round(float(wrong[word]), 6)}
+                yield float(wrong[word]), {"place": split.place_of(row), **told, "texts": [" ".join(words)]}
 
     def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
         """For each row its entities, with their place in its `text`: a line as it was, or words with blanks between."""
@@ -298,102 +309,6 @@ class TokenClassification(Labelled):
                     f"{table.origin} has no column '{column}'; it has {', '.join(table.columns)} (choose with {flag})"
                 )
         return replace(self, text_columns=words, label_column=tags)
-
-
-# -- tags -----------------------------------------------------------------------------------------------------------------
-
-
-def entities_of(tags: Sequence[str]) -> list[Entity]:
-    """The entities of a sentence with tags in IOB1, IOB2 or IOBES; illegal sequences are read as conlleval does."""
-    found: list[Entity] = []
-    for place, (before, tag) in enumerate(zip([OUTSIDE, *tags], tags, strict=False)):
-        if tag[0] in "IE" and before[0] in "BI" and tag[2:] == before[2:]:
-            kind, first, _ = found.pop()
-            found.append((kind, first, place))
-        elif tag != OUTSIDE:
-            found.append((tag[2:], place, place))
-    return found
-
-
-def entity_metrics(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Micro averages over entities, and accuracy of words; 0 where there is nothing to count."""
-    kinds = {kind for row in (*gold, *found) for kind, _, _ in entities_of(row)}
-    right = [tag == other for rows in zip(gold, found, strict=True) for tag, other in zip(*rows, strict=True)]
-    return _rates(_counted(gold, found, kinds)["overall"]) | {"accuracy": sum(right) / max(len(right), 1)}
-
-
-def by_kind(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]], kinds: Sequence[str]) -> dict[str, Any]:
-    """Precision, recall, f1 and support (entities in the gold) of each kind."""
-    counted = _counted(gold, found, kinds)["entities"]
-    return {kind: _rates(counted.get(kind, {})) for kind in kinds}
-
-
-def _counted(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]], kinds: Iterable[str]) -> dict[str, Any]:
-    """What nervaluate counts, where an entity is right if its kind and both its ends are."""
-    from nervaluate import Evaluator
-
-    names = ("label", "start", "end")
-    spans = [[[dict(zip(names, it, strict=True)) for it in entities_of(row)] for row in rows] for rows in (gold, found)]
-    evaluator = Evaluator(*spans, list(kinds), loader="dict")
-    evaluator.strategies = {"strict": evaluator.strategies["strict"]}
-    return evaluator.evaluate()
-
-
-def _rates(counts: Mapping[str, Any]) -> dict[str, float]:
-    strict = counts.get("strict")  # None where nothing was counted
-    rates = {name: float(getattr(strict, name, 0)) for name in ("precision", "recall", "f1")}
-    return rates | {"support": getattr(strict, "possible", 0)}
-
-
-def _one_form(rows: Sequence[Sequence[str]], place: Callable[[int], str]) -> list[list[str]]:
-    """All tags as `B-`, `I-`, `E-` or `S-` and a kind; without a prefix neighbours of one kind are one entity.
-
-    Raises:
-        DataError: some tags have a prefix and others none, or they are numbers.
-    """
-    with_prefix: bool | None = None
-    found = []
-    for row, tags in enumerate(rows):
-        form = []
-        for tag in tags:
-            parts = _TAG.fullmatch(tag)
-            if tag == OUTSIDE:
-                form.append(tag)
-                continue
-            if tag.isdecimal():
-                raise DataError(
-                    f"{place(row)}: tag {tag} is a number without a name: write names such as B-person, or use a data set "
-                    "whose features name them (ClassLabel)"
-                )
-            if with_prefix is None:
-                with_prefix = parts is not None
-            if with_prefix != (parts is not None):
-                raise DataError(f"{place(row)}: tag '{tag}' has {'a' if parts else 'no'} prefix such as B- or I-; tags before it have {'none' if parts else 'one'}")  # fmt: skip
-            form.append(f"{_AS_IOBES.get(parts[1], parts[1])}-{parts[2]}" if parts else f"I-{tag}")
-        found.append(form)
-    return found
-
-
-def _scheme(rows: Sequence[Sequence[str]], tags: Sequence[Sequence[str]], origin: str) -> str:
-    """A note on the scheme of all these tags, in one form and as they were, where it is not plain IOB2."""
-    used = {tag for row in tags for tag in row} - {OUTSIDE}
-    if used and not any(_TAG.fullmatch(tag) for tag in used):
-        return f"the tags of {origin} have no B- or I-: neighbouring words of one kind are read as one entity"
-    letters = {tag[0] for tag in used}
-    if letters - set("BI"):
-        scheme = "BILOU" if letters & set("LU") else "BMES" if "M" in letters else "IOBES"
-        return f"the tags of {origin} are {scheme}; they are learned as IOB2"
-    begun = needless = 0  # I- that begin an entity; B- that follow no word of their kind
-    for row in rows:
-        for before, tag in zip([OUTSIDE, *row], row, strict=False):
-            alone = tag != OUTSIDE and before[2:] != tag[2:]
-            begun += alone and tag[0] == "I"
-            needless += alone and tag[0] == "B"
-    if begun and not needless:
-        return f"the tags of {origin} are IOB1; they are learned as IOB2"
-    if begun:
-        return f"{begun:,} tags I-... of {origin} follow no tag of their kind; each is read as the beginning of an entity, as conlleval does"
-    return ""
 
 
 def _first(guesses: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:

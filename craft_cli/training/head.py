@@ -16,6 +16,8 @@ from craft_cli.training.preparation import Prepared
 
 MOST_ROWS = 10_000
 """More are not worth their time: the training sees all of them."""
+FEW_ROWS = 100
+"""Enough to see that it works."""
 
 
 class LastLayer:
@@ -126,10 +128,11 @@ def probe(
     batch_size: int,
     device: torch.device,
     progress: Callable[[str, int, int], None],
+    most: int = MOST_ROWS,
 ) -> dict[str, Tensor]:
     """The last layer, fitted on what the rest of the model makes of the training rows, by the names of its parameters."""
     gold = prepared.train.labels or []
-    rows = share_of_rows(gold, MOST_ROWS)
+    rows = share_of_rows(gold, most)
     features = last.features(prepared, rows, batch_size, device, progress)
     progress("fitting the head", 0, 1)
     found = last.fitted(prepared.task, features, [gold[row] for row in rows])

@@ -25,7 +25,7 @@ from craft_cli.models.quantization import check_available
 from craft_cli.tasks.base import OWN
 from craft_cli.training.checkpoint import data_checksum
 from craft_cli.training.distributed import from_main, fsdp_asked, held_here, shard
-from craft_cli.training.head import LastLayer, probe
+from craft_cli.training.head import FEW_ROWS, MOST_ROWS, LastLayer, probe
 from craft_cli.training.journal import Journal, chosen_metric
 from craft_cli.training.preparation import Prepared, build, describe_tokens, prepare, resolved_recipe
 from craft_cli.training.progress import Listener, Plan
@@ -276,8 +276,8 @@ def _start_head(
 
     def fitted() -> dict[str, Tensor]:
         with accelerator.autocast():
-            size = config.per_device_eval_batch_size
-            return probe(prepared, last, size, accelerator.device, listener.preparing)
+            size, most = config.per_device_eval_batch_size, FEW_ROWS if config.dry_run else MOST_ROWS
+            return probe(prepared, last, size, accelerator.device, listener.preparing, most)
 
     if sharded:  # every process has a part of the base
         own = fitted()

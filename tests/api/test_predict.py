@@ -213,19 +213,6 @@ def test_a_predictions_file_holds_gold_and_agrees_with_the_metrics(runs: Path) -
     assert all(isinstance(row["label"], list) and isinstance(row["prediction"], list) for row in rows)
 
 
-def test_the_confusion_matrix_counts_every_row(runs: Path) -> None:
-    result = invoke("eval", str(runs / "single"), "--confusion", "--use-cpu")
-    assert result.exit_code == 0, result.stderr
-    assert "gold (down), predicted" in result.stdout
-    assert "precision" in result.stdout
-    found = json.loads(invoke("eval", str(runs / "single"), "--json", "--use-cpu").stdout)
-    assert sum(map(sum, found["confusion"])) == found["examples"] == 20
-    assert [row["support"] for row in found["by_label"].values()] == [10, 10]
-    refused = invoke("eval", str(runs / "real"), "--confusion", "--use-cpu")
-    assert (refused.exit_code, refused.stdout) == (1, "")
-    assert "a regression has no labels" in refused.stderr
-
-
 def test_a_regression_is_evaluated_saved_and_merged(runs: Path) -> None:
     found = craft.evaluate(runs / "real")
     assert list(found.metrics) == ["pearson", "spearman", "loss"]

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from craft_cli.tasks.labels import MULTI, NUMBER, REGRESSION, SINGLE
-from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
+from craft_cli.tasks.metrics import averages, by_label, compute_metrics, confusion
 from craft_cli.tasks.sequence_classification import SequenceClassification as Task
 from craft_cli.tasks.sequence_classification import decide, probabilities, summed_loss
 
@@ -97,6 +97,28 @@ def test_the_tables_count_what_was_taken_for_what() -> None:
     assert table["b"] == {"precision": pytest.approx(2 / 3), "recall": 1.0, "f1": pytest.approx(0.8), "support": 2}
     assert table["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
     assert confusion([0, 0], [0, 0], labels) == [[2, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_the_averages_are_those_of_scikit_learns_report() -> None:
+    from sklearn.metrics import classification_report
+
+    draw = random.Random(4)
+    gold, guess = draw.choices(range(3), (6, 3, 1), k=90), draw.choices(range(3), k=90)
+    labels = ("a", "b", "c")
+    expected = classification_report(gold, guess, target_names=labels, output_dict=True)
+    found = averages(by_label(gold, guess, labels), confusion(gold, guess, labels))
+    assert list(found) == ["accuracy", "macro avg", "weighted avg"]
+    assert found["accuracy"] == {"f1": pytest.approx(expected["accuracy"]), "support": 90}
+    for name in ("macro avg", "weighted avg"):
+        row = {key.removesuffix("-score"): value for key, value in expected[name].items()}
+        assert found[name] == pytest.approx(row)
+    several, other = ([[draw.randint(0, 1) for _ in labels] for _ in range(40)] for _ in range(2))
+    expected = classification_report(several, other, target_names=labels, output_dict=True, zero_division=0.0)
+    found = averages(by_label(several, other, labels))
+    assert list(found) == ["macro avg", "weighted avg"]
+    assert found["weighted avg"]["recall"] == pytest.approx(expected["weighted avg"]["recall"])
+    empty = averages({"a": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}})
+    assert empty["weighted avg"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
 
 
 def test_losses_are_those_of_torch_summed_over_rows() -> None:

@@ -31,7 +31,9 @@ def one_penalty(monkeypatch: pytest.MonkeyPatch, penalty: float) -> None:
 @pytest.mark.parametrize("labels", [2, 3])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("weighed", [True, False])
-def test_the_objective_is_at_its_lowest(labels: int, bias: bool, weighed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_objective_is_at_its_lowest(
+    labels: int, bias: bool, weighed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Mean cross-entropy plus half the penalty times the squared norm, on features of unit variance."""
     one_penalty(monkeypatch, 0.05)
     features, gold = rows(labels=labels)
@@ -56,10 +58,10 @@ def test_the_objective_is_at_its_lowest(labels: int, bias: bool, weighed: bool, 
     def closure() -> Any:
         optimizer.zero_grad()
         loss = objective(weight, start)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     assert reached.item() == pytest.approx(objective(weight, start).item(), abs=1e-6)
     assert bias or not found.bias.any()
 
@@ -95,7 +97,9 @@ def test_the_penalty_follows_how_much_the_features_tell() -> None:
     features, gold = rows(400)
     noise = np.random.default_rng(2).permutation(gold)
     told, untold = fit_labels(features, gold, 3), fit_labels(features, noise, 3)
-    assert np.linalg.norm(untold.weight * features.std(axis=0)) < 0.1 * np.linalg.norm(told.weight * features.std(axis=0))
+    assert np.linalg.norm(untold.weight * features.std(axis=0)) < 0.1 * np.linalg.norm(
+        told.weight * features.std(axis=0)
+    )
 
 
 def test_a_label_without_rows_is_never_the_answer_and_odd_features_do_no_harm() -> None:

@@ -61,7 +61,7 @@ def test_training_finds_the_entities_and_eval_repeats_it(trained: Path) -> None:
     assert record["model"]["architecture"] == "BertForTokenClassification"
     assert record["training"]["task_type"] == "token-classification"
     assert list(record["model"]["id2label"].values()) == list(LABELS)
-    shown = invoke("eval", str(trained), "--confusion", "--predictions", "p.jsonl", "--use-cpu")
+    shown = invoke("eval", str(trained), "--report", "--predictions", "p.jsonl", "--use-cpu")
     assert shown.exit_code == 0, shown.stderr
     assert "support" in shown.stdout
     assert "gold (down)" not in shown.stdout

@@ -45,7 +45,7 @@ def own(base: Path, folder: Path, **changed: Any) -> RunConfig:
 def test_the_last_layer_is_found_and_fitted_for_every_family(family: str, pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(family), data_dir, max_steps=1, **PROBE))
     result = json.loads(Path("out/all_results.json").read_text())
-    assert result["baselines"]["head_alone"]["loss"] < 0.69  # of a head that knows nothing
+    assert result["baselines"]["head_alone"]["accuracy"] > result["baselines"]["same_answer"]["accuracy"]
     start = next(line for line in lines() if "eval_loss" in line)
     assert {f"eval_{name}": value for name, value in result["baselines"]["head_alone"].items()} == {
         name: value for name, value in start.items() if name.startswith("eval_")
@@ -81,7 +81,11 @@ def test_a_run_is_never_below_its_start(pico: Make, data_dir: Path) -> None:
     """A rate that ruins everything leaves the head alone, and that merges."""
     heard = Remember()
     result = craft.train(config(pico(), data_dir, learning_rate=30.0, head_learning_rate=30.0, **PROBE), heard)
-    assert result.metrics == result.baselines["head_alone"] == {k: v for k, v in heard.evaluations[0].items() if k != "best"}
+    assert (
+        result.metrics
+        == result.baselines["head_alone"]
+        == {k: v for k, v in heard.evaluations[0].items() if k != "best"}
+    )
     assert result.epoch == 0
     assert any("no update was better" in line for line in result.remarks)
     assert not any(tensor.any() for name, tensor in tensors().items() if name.startswith("transform."))
@@ -110,10 +114,11 @@ def test_the_same_start_resumed_and_on_two_processes(pico: Make, data_dir: Path)
 
 
 def test_cut_before_the_first_update_it_starts_alike(pico: Make, data_dir: Path) -> None:
-    craft.train(config(pico(), data_dir, output_dir="uncut", **PROBE))
-    cut(config(pico(), data_dir, per_device_eval_batch_size=8, **PROBE), Cut(0, in_evaluation=True))
+    batch = {"per_device_eval_batch_size": 8}
+    craft.train(config(pico(), data_dir, output_dir="uncut", **batch, **PROBE))
+    cut(config(pico(), data_dir, **batch, **PROBE), Cut(0, in_evaluation=True))
     assert read_checkpoint(Path("out/checkpoints/step-0")).step == 0
-    craft.train(config(pico(), data_dir, resume=True, **PROBE))
+    craft.train(config(pico(), data_dir, resume=True, **batch, **PROBE))
     same("out", "uncut")
 
 
@@ -121,7 +126,8 @@ def test_it_is_fitted_on_an_adapter_that_is_taken_over(pico: Make, data_dir: Pat
     craft.train(config(pico(), data_dir, output_dir="first", num_train_epochs=6))
     craft.train(config(pico(), data_dir, init_from="first", max_steps=1, **PROBE))
     craft.train(config(pico(), data_dir, output_dir="plain", max_steps=1, **PROBE))
-    assert lines()[0]["eval_loss"] < lines("plain")[0]["eval_loss"]
+    assert lines()[0]["eval_loss"] != lines("plain")[0]["eval_loss"]
+    assert lines()[0]["eval_accuracy"] > 0.6
 
 
 def test_a_share_of_the_rows_has_every_label() -> None:
@@ -154,11 +160,15 @@ def test_numbers_of_any_size_are_learned_alike(start: str, pico: Make) -> None:
     for name, times in (("small", 1.0), ("large", 4096.0)):
         for split, count, seed in (("train", 45, 1), ("validation", 23, 2)):
             numbers(Path(name) / f"{split}.jsonl", count, seed, times=times, plus=7 * times)
-        craft.train(own(pico(), Path(name), output_dir=f"run-{name}", head_start=start, save_steps=4))
+        craft.train(
+            own(pico(), Path(name), output_dir=f"run-{name}", head_start=start, save_steps=4, problem_type="regression")
+        )
     small, large = tensors("run-small"), tensors("run-large")
     for key in small:
         assert torch.equal(large[key], small[key] * (4096 if key.startswith("head.classifier") else 1)), key
-    first, second = (json.loads(Path(f"run-{name}/all_results.json").read_text())["metrics"] for name in ("small", "large"))
+    first, second = (
+        json.loads(Path(f"run-{name}/all_results.json").read_text())["metrics"] for name in ("small", "large")
+    )
     assert second["loss"] == pytest.approx(4096**2 * first["loss"])
     assert second["pearson"] == pytest.approx(first["pearson"], abs=1e-6)
     assert craft.evaluate("run-large").metrics["loss"] == pytest.approx(second["loss"], rel=1e-5)
@@ -200,7 +210,9 @@ def test_of_equal_evaluations_the_lower_loss_is_better(pico: Make, data_dir: Pat
 def test_a_threshold_is_found_kept_and_used(pico: Make) -> None:
     for split, count, seed in (("train", 60, 1), ("validation", 30, 2)):
         rows = opinions(count, seed)
-        table = [["good"] * r["label"] * (n % 4 == 0) + ["short"] * (len(r["sentence"]) < 30) for n, r in enumerate(rows)]
+        table = [
+            ["good"] * (r["label"] and n % 3 == 0) + ["short"] * (len(r["sentence"]) < 40) for n, r in enumerate(rows)
+        ]
         write_rows(Path("data") / f"{split}.jsonl", [
             {"text": row["sentence"], "labels": cell} for row, cell in zip(rows, table, strict=True)
         ])  # fmt: skip
@@ -248,11 +260,11 @@ def test_own_data_say_what_was_chosen(pico: Make) -> None:
 
 
 def test_a_loss_that_still_falls_is_told_with_the_way_on(pico: Make, data_dir: Path) -> None:
-    result = craft.train(config(pico(), data_dir, num_train_epochs=4, learning_rate=3e-3, head_learning_rate=3e-3))
+    result = craft.train(config(pico(), data_dir, num_train_epochs=4, learning_rate=1e-2, head_learning_rate=1e-2))
     told = [line for line in result.remarks if "still falling" in line]
     assert told
     command = told[0].split(": craft ")[1].split("  goes on")[0].split()
-    again = craft.train(config(pico(), data_dir, resume=True, num_train_epochs=float(command[-1]), learning_rate=3e-3, head_learning_rate=3e-3))  # fmt: skip
+    again = craft.train(config(pico(), data_dir, resume=True, num_train_epochs=float(command[-1]), learning_rate=1e-2, head_learning_rate=1e-2))  # fmt: skip
     assert again.updates > result.updates
 
 

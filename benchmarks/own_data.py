@@ -63,7 +63,7 @@ class Task:
 DATA = {
     "sst2": Task(("sentence",), ("negative", "positive"), ("accuracy",)),
     "cola": Task(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
-    "mrpc": Task(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+    "mrpc": Task(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
     "stsb": Task(("sentence1", "sentence2"), (), ("pearson",)),
     "tickets": Task(("text",), tuple(sorted(KINDS)), ("accuracy", "macro_f1"), ("all",)),
     "opinions": Task(("text",), ("negative", "positive"), ("accuracy",), ("all",)),

@@ -146,13 +146,17 @@ def _standardised(job: Job, parts: Sequence[Any], began: float) -> dict[str, Any
 
 
 def _fitted(job: Job, train: Any, test: Any, began: float, strengths: Sequence[float]) -> dict[str, Any]:
-    """Logistic or ridge regression, its strength by five-fold cross-validation on the training rows."""
+    """Logistic or ridge regression, its strength by five-fold cross-validation on the training rows.
+
+    What chooses is the task's first metric, as for the Trainer; squared error in a regression.
+    """
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 
     if job.labels:
         folds: Any = StratifiedKFold(5, shuffle=True, random_state=job.seed)
-        search = GridSearchCV(LogisticRegression(max_iter=2000), {"C": strengths}, cv=folds)
+        by = {"matthews_correlation": "matthews_corrcoef"}.get(job.metrics[0], job.metrics[0])
+        search = GridSearchCV(LogisticRegression(max_iter=2000), {"C": strengths}, cv=folds, scoring=by)
     else:
         folds = KFold(5, shuffle=True, random_state=job.seed)
         grid = [0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5]

@@ -200,10 +200,10 @@ def base_model(name: str) -> str:
 def rows_of(name: str, size: str, seed: int, folder: Path | None) -> tuple[list[Row], list[Row]]:
     """Training and test rows of a cell, which depend on nothing else."""
     if name == "tickets":
-        train = [((text,), label) for text, label in tickets(1200, seed=0)]
-        test = [((text,), label) for text, label in tickets(1000, seed=0, test=True)]
-        known = {texts for texts, _ in train}
-        return train, [row for row in test if row[0] not in known][:800]
+        made: list[Row] = [((text,), label) for text, label in tickets(1200, seed=0)]
+        others: list[Row] = [((text,), label) for text, label in tickets(1000, seed=0, test=True)]
+        known = {texts for texts, _ in made}
+        return made, [row for row in others if row[0] not in known][:800]
     task = DATA[name]
     if name == "opinions":
         found = importlib.util.find_spec("craft_cli")

@@ -19,6 +19,9 @@ from typing import Any
 LENGTH = 128
 """Tokens kept of a row, as craft does."""
 
+DENSE = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
+"""Strengths C for standardised embeddings."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -92,18 +95,20 @@ def tfidf(job: Job) -> dict[str, Any]:
     from scipy.sparse import hstack
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    blocks = []
-    for train, test in zip(zip(*job.texts, strict=True), zip(*job.test, strict=True), strict=True):
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-        blocks.append((words.fit_transform(train), words.transform(test)))
-    train, test = (hstack(part).tocsr() for part in zip(*blocks, strict=True))
-    return _fitted(job, train, test, began, strengths=(0.1, 1.0, 10.0, 100.0, 1000.0))
+    columns = list(zip(*job.texts, strict=True))
+    words = [TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True).fit(column) for column in columns]
+
+    def features(texts: Sequence[Sequence[str]]) -> Any:
+        parts = zip(words, zip(*texts, strict=True), strict=True)
+        return hstack([one.transform(column) for one, column in parts]).tocsr()
+
+    return _fitted(job, features, began, strengths=(0.1, 1.0, 10.0, 100.0, 1000.0))
 
 
 def embeddings(job: Job) -> dict[str, Any]:
     """Means of the base model's last states; a pair is one input, as craft reads it."""
     began = time.perf_counter()
-    return _standardised(job, [embed(job.model, texts) for texts in (job.texts, job.test)], began)
+    return _fitted(job, lambda texts: embed(job.model, texts), began, strengths=DENSE, standardise=True)
 
 
 def embeddings_pair(job: Job) -> dict[str, Any]:
@@ -111,11 +116,11 @@ def embeddings_pair(job: Job) -> dict[str, Any]:
     began = time.perf_counter()
     import numpy
 
-    parts = []
-    for texts in (job.texts, job.test):
+    def features(texts: Sequence[Sequence[str]]) -> Any:
         one, two = (embed(job.model, [[text] for text in column]) for column in zip(*texts, strict=True))
-        parts.append(numpy.hstack([one, two, abs(one - two), one * two]))
-    return _standardised(job, parts, began)
+        return numpy.hstack([one, two, abs(one - two), one * two])
+
+    return _fitted(job, features, began, strengths=DENSE, standardise=True)
 
 
 def embed(folder: str, texts: Sequence[Sequence[str]], batch: int = 32) -> Any:
@@ -137,21 +142,16 @@ def embed(folder: str, texts: Sequence[Sequence[str]], batch: int = 32) -> Any:
     return found.numpy()
 
 
-def _standardised(job: Job, parts: Sequence[Any], began: float) -> dict[str, Any]:
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(parts[0])
-    train, test = map(scaler.transform, parts)
-    return _fitted(job, train, test, began, strengths=(1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0))
-
-
-def _fitted(job: Job, train: Any, test: Any, began: float, strengths: Sequence[float]) -> dict[str, Any]:
+def _fitted(
+    job: Job, features: Callable[..., Any], began: float, strengths: Sequence[float], *, standardise: bool = False
+) -> dict[str, Any]:
     """Logistic or ridge regression, its strength by five-fold cross-validation on the training rows.
 
     What chooses is the task's first metric, as for the Trainer; squared error in a regression.
     """
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+    from sklearn.preprocessing import StandardScaler
 
     if job.labels:
         folds: Any = StratifiedKFold(5, shuffle=True, random_state=job.seed)
@@ -161,11 +161,15 @@ def _fitted(job: Job, train: Any, test: Any, began: float, strengths: Sequence[f
         folds = KFold(5, shuffle=True, random_state=job.seed)
         grid = [0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5]
         search = GridSearchCV(Ridge(), {"alpha": grid}, cv=folds, scoring="neg_mean_squared_error")
-    search.fit(train, job.numbers)
+    train = features(job.texts)
+    scaler = StandardScaler().fit(train) if standardise else None
+    search.fit(scaler.transform(train) if scaler else train, job.numbers)
+    seconds = time.perf_counter() - began
+    test = features(job.test)
     fitted: Any = search.best_estimator_
     return {
-        "seconds": time.perf_counter() - began,
-        "found": job.named(fitted.predict(test)),
+        "seconds": seconds,
+        "found": job.named(search.predict(scaler.transform(test) if scaler else test)),
         "numbers": int(fitted.coef_.size + getattr(fitted.intercept_, "size", 1)),
         "strength": next(iter(search.best_params_.values())),
     }

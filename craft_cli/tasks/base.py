@@ -146,7 +146,7 @@ class Task(Protocol):
     # -- results --------------------------------------------------------------------------------------------------------
 
     def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
-        """The metrics and the mean `loss`; always finite numbers but for the loss."""
+        """The metrics and the mean `loss`; finite numbers but for errors (`tasks.metrics.lower_is_better`) of what is not."""
 
     def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> float:
         """The first metric for always giving the same answer, the best one on the training rows."""

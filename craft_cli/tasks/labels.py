@@ -23,7 +23,11 @@ SINGLE, MULTI, REGRESSION = PROBLEM_TYPES = (
 NUMBER = ("score",)
 """The one output of a regression, where others have the names of their labels."""
 
-OWN_METRICS = {SINGLE: ("accuracy", "f1"), MULTI: ("f1_micro", "f1_macro"), REGRESSION: ("pearson", "spearman")}
+OWN_METRICS = {
+    SINGLE: ("accuracy", "f1_macro"),
+    MULTI: ("f1_micro", "f1_macro"),
+    REGRESSION: ("pearson", "spearman", "mae", "rmse", "r2"),
+}
 
 Place = Callable[[int], str]
 """Where a row stands, for messages: `train.csv, line 3`."""

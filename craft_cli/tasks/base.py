@@ -238,7 +238,11 @@ def align_labels(labels: Sequence[str], id2label: Mapping[int, str] | None) -> t
     theirs = [id2label[number] for number in sorted(id2label)]
     if all(name.startswith("LABEL_") for name in theirs) and len(theirs) == len(labels):
         return tuple(labels)
+    Names in another case are the same names, unless there are labels that differ in nothing else.
+
     by_lower = {label.lower(): label for label in labels}
     if sorted(name.lower() for name in theirs) != sorted(by_lower):
         raise DataError(f"the checkpoint has the labels {', '.join(theirs)}, the data {', '.join(labels)}")
     return tuple(by_lower[name.lower()] for name in theirs)
+    if sorted(theirs) == sorted(labels):
+        return tuple(theirs)

@@ -52,8 +52,9 @@ def settle_task(task: Task, values: Sequence[Any], place: Place, origin: str) ->
         return replace(task, labels=NUMBER)
     if problem == MULTI:
         task = replace(task, label_separator=task.label_separator or ",")
-    names = {name for row, value in enumerate(values) for name in _names(value, task, place, row)}
-    labels = tuple(sorted(names, key=lambda name: (_number(name) is None, _number(name) or 0, name)))
+    cells = [name for row, value in enumerate(values) for name in _names(value, task, place, row)]
+    names = set(cells)
+    labels = tuple(sorted(names, key=_order))
     if len(labels) < 2:
         raise DataError(
             f"{origin}: column '{task.label_column}' holds one label only ({', '.join(labels)}); nothing can be learned from it"
@@ -131,3 +132,9 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
+def _order(name: str) -> tuple[bool, float, str]:
+    """Numbers first; `nan` is a name, as it has no place among numbers."""
+    number = _number(name)
+    return (False, number, name) if number is not None and math.isfinite(number) else (True, 0.0, name)
+
+

@@ -5,6 +5,7 @@ One place for every kind of problem: what its labels are, its loss, its predicti
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -173,8 +174,8 @@ class SequenceClassification(Labelled):
             table = torch.tensor(gold)  # (rows, labels)
             positive = table.sum(dim=0)
             return ((len(table) - positive) / positive.clamp(min=1)).tolist()
-        counts = [max(list(gold).count(number), 1) for number in range(len(self.labels))]
-        return [len(gold) / (len(counts) * count) for count in counts]
+        counts = Counter(gold)
+        return [len(gold) / (len(self.labels) * max(counts[number], 1)) for number in range(len(self.labels))]
 
     # -- model ----------------------------------------------------------------------------------------------------------
 
@@ -227,7 +228,8 @@ class SequenceClassification(Labelled):
         elif self.problem_type == MULTI:
             guess = [int(2 * sum(column) > len(train)) for column in zip(*train, strict=True)]
         else:
-            guess = max(set(train), key=lambda label: (list(train).count(label), -label))
+            counts = Counter(train)
+            guess = max(counts, key=lambda label: (counts[label], -label))
         return compute_metrics(self.metrics[:1], gold, [guess] * len(gold))[self.metrics[0]]
 
     def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class Split:
         origin: file or hub name, for messages.
         lines: for each row the line that its words come from, where there was one.
         note: what the user should know of how it was read.
+        place: where a row stands, for messages: `train.csv, line 3`.
     """
 
     texts: list[tuple[str, ...]]
@@ -106,9 +107,14 @@ class Split:
     origin: str
     lines: list[str] | None = None
     note: str = field(default="", compare=False)
+    place: Callable[[int], str] | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def place_of(self, row: int) -> str:
+        """Where a row stands, for messages."""
+        return self.place(row) if self.place else f"{self.origin}, row {row + 1}"
 
     def first(self, rows: int | None) -> Split:
         """Only the first rows."""
@@ -122,6 +128,7 @@ class Split:
             labels=None if self.labels is None else [self.labels[row] for row in rows],
             origin=self.origin + part,
             lines=None if self.lines is None else [self.lines[row] for row in rows],
+            place=lambda row: self.place_of(rows[row]),
         )
 
 

@@ -44,11 +44,12 @@ def read_file(path: Path) -> Table:
     if not rows:
         raise DataError(f"{path} holds no rows")
     columns = list(dict.fromkeys(name for row in rows for name in row.cells))
+    places = [row.place for row in rows]  # kept with a split, when the cells are not
     return Table(
         origin=str(path),
         columns=columns,
         column=lambda name: [row.cells.get(name) for row in rows],
-        place=lambda row: f"{path}, {rows[row].place}",
+        place=lambda row: f"{path}, {places[row]}",
     )
 
 

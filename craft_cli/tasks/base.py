@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from craft_cli.data.sources import DataSource, Home, Split
 from craft_cli.errors import CraftError, DataError
+from craft_cli.tasks.checks import row_notes
 
 if TYPE_CHECKING:
     from typing import Self
@@ -112,6 +113,9 @@ class Task(Protocol):
             DataError: the columns are not there.
         """
 
+    def notes(self, rows: Mapping[str, Split]) -> list[str]:
+        """What looks wrong in the rows of every split before they are trained and evaluated on, a line each."""
+
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> Self:
         """With what a run's settings and the gold of its training rows decide: weights of labels, a threshold."""
 
@@ -201,6 +205,10 @@ class Labelled:
         """See `Task`."""
         return Home()
 
+    def notes(self, rows: Mapping[str, Split]) -> list[str]:
+        """Of the texts alone."""
+        return row_notes(rows)
+
     def on_head(self, config: Any, *, strict: bool = True) -> Self:
         """See `Task`."""
         if strict:
@@ -230,6 +238,8 @@ class Labelled:
 def align_labels(labels: Sequence[str], id2label: Mapping[int, str] | None) -> tuple[str, ...]:
     """The label names in the order of a checkpoint's head, if it has names; by name, never by position.
 
+    Names in another case are the same names, unless there are labels that differ in nothing else.
+
     Raises:
         DataError: the checkpoint names other labels.
     """
@@ -238,11 +248,9 @@ def align_labels(labels: Sequence[str], id2label: Mapping[int, str] | None) -> t
     theirs = [id2label[number] for number in sorted(id2label)]
     if all(name.startswith("LABEL_") for name in theirs) and len(theirs) == len(labels):
         return tuple(labels)
-    Names in another case are the same names, unless there are labels that differ in nothing else.
-
+    if sorted(theirs) == sorted(labels):
+        return tuple(theirs)
     by_lower = {label.lower(): label for label in labels}
     if sorted(name.lower() for name in theirs) != sorted(by_lower):
         raise DataError(f"the checkpoint has the labels {', '.join(theirs)}, the data {', '.join(labels)}")
     return tuple(by_lower[name.lower()] for name in theirs)
-    if sorted(theirs) == sorted(labels):
-        return tuple(theirs)

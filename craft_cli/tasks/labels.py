@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from craft_cli.errors import DataError
+from craft_cli.errors import DataError, listed
 from craft_cli.tasks.base import OWN
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ OWN_METRICS = {
 Place = Callable[[int], str]
 """Where a row stands, for messages: `train.csv, line 3`."""
 
+ALL_DIFFERENT = 10
+"""So many labels, each in one row only, are no labels; fewer may be an example of each."""
+
 HIDDEN = (None, -1, "-1")
 """GLUE's test sets keep their labels to themselves."""
 
@@ -42,7 +45,7 @@ def settle_task(task: Task, values: Sequence[Any], place: Place, origin: str) ->
     Lists make a multi-label problem, and real numbers a regression; everything else is one label a row.
 
     Raises:
-        DataError: a row without a label, labels of different kinds, or a single label in all.
+        DataError: a row without a label, labels of different kinds, a single label in all, or another one in every row.
     """
     if task.name != OWN or task.labels:
         return task
@@ -58,6 +61,12 @@ def settle_task(task: Task, values: Sequence[Any], place: Place, origin: str) ->
     if len(labels) < 2:
         raise DataError(
             f"{origin}: column '{task.label_column}' holds one label only ({', '.join(labels)}); nothing can be learned from it"
+        )
+    if len(labels) == len(cells) >= ALL_DIFFERENT:
+        amounts = problem == SINGLE and all(_number(name) is not None for name in labels)
+        raise DataError(
+            f"{origin}: column '{task.label_column}' holds {len(labels):,} labels, each in one row only, as an id or a text "
+            f"does: choose another with --label-column{', or --problem-type regression for amounts' if amounts else ''}"
         )
     return replace(task, labels=labels)
 
@@ -80,8 +89,7 @@ def label_numbers(values: Sequence[Any], task: Task, place: Place) -> list[Any] 
         names = _names(value, task, place, row)
         for name in names:
             if name not in numbers:
-                known = ", ".join(task.labels)
-                raise DataError(f"{place(row)}: label '{name}' is not among those trained on ({known})")
+                raise DataError(f"{place(row)}: label '{name}' is not among those trained on ({listed(task.labels)})")
         chosen = {numbers[name] for name in names}
         if task.problem_type == MULTI:
             found.append([float(number in chosen) for number in range(len(task.labels))])
@@ -125,6 +133,12 @@ def _real(value: Any, task: Task, place: Place, row: int) -> float:
     return number
 
 
+def _order(name: str) -> tuple[bool, float, str]:
+    """Numbers first; `nan` is a name, as it has no place among numbers."""
+    number = _number(name)
+    return (False, number, name) if number is not None and math.isfinite(number) else (True, 0.0, name)
+
+
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or value is None:
         return None
@@ -132,9 +146,3 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
-def _order(name: str) -> tuple[bool, float, str]:
-    """Numbers first; `nan` is a name, as it has no place among numbers."""
-    number = _number(name)
-    return (False, number, name) if number is not None and math.isfinite(number) else (True, 0.0, name)
-
-

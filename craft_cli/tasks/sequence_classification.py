@@ -21,6 +21,7 @@ from craft_cli.data.sources import TEST, DataSource, Home, Split
 from craft_cli.data.tokens import Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError
 from craft_cli.tasks.base import OWN, Labelled
+from craft_cli.tasks.checks import label_notes
 from craft_cli.tasks.labels import MULTI, NUMBER, OWN_METRICS, REGRESSION, SINGLE, label_numbers, settle_task
 from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
 
@@ -153,6 +154,11 @@ class SequenceClassification(Labelled):
             return tuple(text_of(row.cells.get(name), name, lambda: f"{origin}, {row.place}") for name in names)
 
         return lambda rows: Split([texts(row) for row in rows], None, origin)
+
+    def notes(self, rows: Mapping[str, Split]) -> list[str]:
+        """Of the labels too, where there are any."""
+        of_labels = [] if self.problem_type == REGRESSION else label_notes(rows, self.labels, self.label_column)
+        return [*of_labels, *super().notes(rows)]
 
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> SequenceClassification:
         """With the threshold, and weights against rare labels being drowned where they are asked for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from craft_cli.data.sources import (
     TEST,
@@ -66,7 +66,8 @@ def load_splits(source: DataSource, parts: Sequence[str], known: Task | None = N
     task = task.chosen(source)
     splits: dict[str, Split] = {}
     for name, table in tables.items():
-        task, splits[name] = task.read(table, labelled=not name.startswith(TEST))
+        task, split = task.read(table, labelled=not name.startswith(TEST))
+        splits[name] = replace(split, place=table.place)
     notes = [splits[TRAIN].note] if TRAIN in parts and splits[TRAIN].note else []
     if held_out:
         share, seed = source.validation_share or 0.1, source.seed or 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -35,3 +35,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """`a, b, c and 7 more`: names in a line, however many and however long they are."""
+    shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in names[:most])
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -144,8 +145,8 @@ def hold_out(split: Split, share: float, seed: int, *, stratify: bool) -> tuple[
     if len(rows) < 2:
         raise DataError(f"{split.origin}: {len(rows)} row(s) cannot be divided into training and validation")
     if stratify and labels:
-        kinds = set(labels)
-        stratify = min(labels.count(label) for label in kinds) > 1 and len(kinds) <= min(apart, len(rows) - apart)
+        counts = Counter(labels)
+        stratify = min(counts.values()) > 1 and len(counts) <= min(apart, len(rows) - apart)
     kept, held = train_test_split(rows, test_size=apart, random_state=seed, stratify=labels if stratify else None)
     return sorted(kept), sorted(held)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from craft_cli.data.sources import DataSource, Home, Split
 from craft_cli.errors import CraftError, DataError
 from craft_cli.tasks.calibration import forecast_error, temperature
+from craft_cli.tasks.checks import row_notes
 
 if TYPE_CHECKING:
     from typing import Self
@@ -126,6 +127,9 @@ class Task(Protocol):
             DataError: the columns are not there.
         """
 
+    def notes(self, rows: Mapping[str, Split]) -> list[str]:
+        """What looks wrong in the rows of every split before they are trained and evaluated on, a line each."""
+
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> Self:
         """With what a run's settings and the gold of its training rows decide: weights of labels, a threshold."""
 
@@ -178,7 +182,7 @@ class Task(Protocol):
         """With what is found on the validation rows, such as a threshold."""
 
     def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
-        """The metrics and the mean `loss`; always finite numbers but for the loss."""
+        """The metrics and the mean `loss`; finite numbers but for errors (`tasks.metrics.lower_is_better`) of what is not."""
 
     def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> dict[str, float]:
         """The metrics of always giving the same answer, the best one on the training rows."""
@@ -269,6 +273,10 @@ class Labelled:
         """See `Task`."""
         return self
 
+    def notes(self, rows: Mapping[str, Split]) -> list[str]:
+        """Of the texts alone."""
+        return row_notes(rows)
+
     def on_head(self, config: Any, *, strict: bool = True) -> Self:
         """See `Task`."""
         if strict:
@@ -339,6 +347,8 @@ class Labelled:
 def align_labels(labels: Sequence[str], id2label: Mapping[int, str] | None) -> tuple[str, ...]:
     """The label names in the order of a checkpoint's head, if it has names; by name, never by position.
 
+    Names in another case are the same names, unless there are labels that differ in nothing else.
+
     Raises:
         DataError: the checkpoint names other labels.
     """
@@ -347,6 +357,8 @@ def align_labels(labels: Sequence[str], id2label: Mapping[int, str] | None) -> t
     theirs = [id2label[number] for number in sorted(id2label)]
     if all(name.startswith("LABEL_") for name in theirs) and len(theirs) == len(labels):
         return tuple(labels)
+    if sorted(theirs) == sorted(labels):
+        return tuple(theirs)
     by_lower = {label.lower(): label for label in labels}
     if sorted(name.lower() for name in theirs) != sorted(by_lower):
         raise DataError(f"the checkpoint has the labels {', '.join(theirs)}, the data {', '.join(labels)}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from craft_cli.errors import DataError
+from craft_cli.errors import DataError, listed
 from craft_cli.tasks.base import OWN
 
 if TYPE_CHECKING:
@@ -23,10 +23,17 @@ SINGLE, MULTI, REGRESSION = PROBLEM_TYPES = (
 NUMBER = ("score",)
 """The one output of a regression, where others have the names of their labels."""
 
-OWN_METRICS = {SINGLE: ("accuracy", "f1"), MULTI: ("f1_micro", "f1_macro"), REGRESSION: ("pearson", "spearman")}
+OWN_METRICS = {
+    SINGLE: ("accuracy", "f1_macro"),
+    MULTI: ("f1_micro", "f1_macro"),
+    REGRESSION: ("pearson", "spearman", "mae", "rmse", "r2"),
+}
 
 Place = Callable[[int], str]
 """Where a row stands, for messages: `train.csv, line 3`."""
+
+ALL_DIFFERENT = 10
+"""So many labels, each in one row only, are no labels; fewer may be an example of each."""
 
 HIDDEN = (None, -1, "-1")
 """GLUE's test sets keep their labels to themselves."""
@@ -38,7 +45,7 @@ def settle_task(task: Task, values: Sequence[Any], place: Place, origin: str) ->
     Lists make a multi-label problem, and real numbers a regression; everything else is one label a row.
 
     Raises:
-        DataError: a row without a label, labels of different kinds, or a single label in all.
+        DataError: a row without a label, labels of different kinds, a single label in all, or another one in every row.
     """
     if task.name != OWN or task.labels:
         return task
@@ -48,11 +55,18 @@ def settle_task(task: Task, values: Sequence[Any], place: Place, origin: str) ->
         return replace(task, labels=NUMBER)
     if problem == MULTI:
         task = replace(task, label_separator=task.label_separator or ",")
-    names = {name for row, value in enumerate(values) for name in _names(value, task, place, row)}
-    labels = tuple(sorted(names, key=lambda name: (_number(name) is None, _number(name) or 0, name)))
+    cells = [name for row, value in enumerate(values) for name in _names(value, task, place, row)]
+    names = set(cells)
+    labels = tuple(sorted(names, key=_order))
     if len(labels) < 2:
         raise DataError(
             f"{origin}: column '{task.label_column}' holds one label only ({', '.join(labels)}); nothing can be learned from it"
+        )
+    if len(labels) == len(cells) >= ALL_DIFFERENT:
+        amounts = problem == SINGLE and all(_number(name) is not None for name in labels)
+        raise DataError(
+            f"{origin}: column '{task.label_column}' holds {len(labels):,} labels, each in one row only, as an id or a text "
+            f"does: choose another with --label-column{', or --problem-type regression for amounts' if amounts else ''}"
         )
     return replace(task, labels=labels)
 
@@ -75,8 +89,7 @@ def label_numbers(values: Sequence[Any], task: Task, place: Place) -> list[Any] 
         names = _names(value, task, place, row)
         for name in names:
             if name not in numbers:
-                known = ", ".join(task.labels)
-                raise DataError(f"{place(row)}: label '{name}' is not among those trained on ({known})")
+                raise DataError(f"{place(row)}: label '{name}' is not among those trained on ({listed(task.labels)})")
         chosen = {numbers[name] for name in names}
         if task.problem_type == MULTI:
             found.append([float(number in chosen) for number in range(len(task.labels))])
@@ -118,6 +131,12 @@ def _real(value: Any, task: Task, place: Place, row: int) -> float:
     if number is None or not math.isfinite(number):
         raise DataError(f"{place(row)}: column '{task.label_column}' holds '{value}', not a number")
     return number
+
+
+def _order(name: str) -> tuple[bool, float, str]:
+    """Numbers first; `nan` is a name, as it has no place among numbers."""
+    number = _number(name)
+    return (False, number, name) if number is not None and math.isfinite(number) else (True, 0.0, name)
 
 
 def _number(value: Any) -> float | None:

@@ -1,7 +1,8 @@
 """Metrics by the names of scikit-learn and scipy, and the two kinds of tables made of predictions.
 
-Every metric is a number for whatever was predicted: a correlation with something constant is 0, and so is the F1 of a
-label that neither occurs nor is predicted.
+Every metric is a number for whatever was predicted: a correlation with something constant is 0, and so are R2 of constant
+gold and the F1 of a label that neither occurs nor is predicted. Only an error (`mae`, `rmse`) of predictions that are not
+finite is not finite either.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ def compute_metrics(names: Sequence[str], gold: Sequence[Any], predictions: Sequ
     """Metrics of predictions.
 
     Args:
-        names: of `accuracy`, `f1`, `matthews_correlation`, `pearson`, `spearman`, `f1_micro`, `f1_macro`.
-        gold: label numbers; real numbers for correlations; for `f1_micro` and `f1_macro` a 0 or 1 for every label.
+        names: of one label a row `accuracy`, `f1` (of label 1 of two), `f1_macro`, `matthews_correlation`; of several
+            `f1_micro`, `f1_macro`; of numbers `pearson`, `spearman`, `mae`, `rmse`, `r2`.
+        gold: label numbers; a 0 or 1 for every label; real numbers.
         predictions: the same.
 
-    `f1` is that of label 1 where there are two labels, the macro average where there are more.
+    `f1_macro` averages over all labels that occur in gold or predictions.
     """
     with warnings.catch_warnings():  # of constant input and undefined ratios: they are defined here
         warnings.simplefilter("ignore")
         values = {name: float(_METRICS[name](np.asarray(gold), np.asarray(predictions))) for name in names}
-    return {name: value if math.isfinite(value) else 0.0 for name, value in values.items()}
+    return {name: value if math.isfinite(value) or lower_is_better(name) else 0.0 for name, value in values.items()}
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a metric is an error: `loss`, `mae`, `rmse`, also of a split with its name behind, `loss_mismatched`."""
+    return name.split("_")[0] in ("loss", "mae", "rmse")
 
 
 def _accuracy(gold: Any, predictions: Any) -> Any:
@@ -39,8 +46,7 @@ def _accuracy(gold: Any, predictions: Any) -> Any:
 def _f1(gold: Any, predictions: Any) -> Any:
     from sklearn.metrics import f1_score
 
-    binary = max(gold.max(), predictions.max()) <= 1
-    return f1_score(gold, predictions, average="binary" if binary else "macro", zero_division=0.0)
+    return f1_score(gold, predictions, zero_division=0.0)
 
 
 def _matthews(gold: Any, predictions: Any) -> Any:
@@ -61,6 +67,19 @@ def _spearman(gold: Any, predictions: Any) -> Any:
     return spearmanr(gold, predictions).statistic if len(gold) > 1 else 0.0
 
 
+def _mae(gold: Any, predictions: Any) -> Any:
+    return np.abs(gold - predictions).mean()
+
+
+def _rmse(gold: Any, predictions: Any) -> Any:
+    return np.sqrt(np.square(gold - predictions).mean())
+
+
+def _r2(gold: Any, predictions: Any) -> Any:
+    constant = np.all(gold == gold[0])
+    return 0.0 if constant else 1 - np.square(gold - predictions).sum() / np.square(gold - gold.mean()).sum()
+
+
 def _f1_of_many(average: str) -> Callable[[Any, Any], Any]:
     def f1(gold: Any, predictions: Any) -> Any:
         from sklearn.metrics import f1_score
@@ -76,6 +95,9 @@ _METRICS: dict[str, Callable[[Any, Any], Any]] = {
     "matthews_correlation": _matthews,
     "pearson": _pearson,
     "spearman": _spearman,
+    "mae": _mae,
+    "rmse": _rmse,
+    "r2": _r2,
     "f1_micro": _f1_of_many("micro"),
     "f1_macro": _f1_of_many("macro"),
 }

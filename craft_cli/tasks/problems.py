@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,7 +104,8 @@ def constant_answer(gold: Sequence[Any], problem_type: str) -> Any:
     if problem_type == REGRESSION:
         return sum(gold) / len(gold)
     if problem_type != MULTI:
-        return max(set(gold), key=lambda label: (list(gold).count(label), -label))
+        counted = Counter(gold)
+        return max(counted, key=lambda label: (counted[label], -label))
     counts = np.array(gold).sum(axis=0)  # (labels,)
     order = np.argsort(-counts, kind="stable")
     numbers = np.arange(1, len(order) + 1)

@@ -5,6 +5,7 @@ One place for every kind of problem: what its labels are, its loss, its predicti
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from craft_cli.data.sources import TEST, DataSource, Home, Split
 from craft_cli.data.tokens import Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError
 from craft_cli.tasks.base import OWN, Labelled
+from craft_cli.tasks.checks import label_notes
 from craft_cli.tasks.labels import MULTI, NUMBER, OWN_METRICS, REGRESSION, SINGLE, label_numbers, settle_task
 from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
 from craft_cli.tasks.probe import Linear
@@ -167,6 +169,11 @@ class SequenceClassification(Labelled):
 
         return lambda rows: Split([texts(row) for row in rows], None, origin)
 
+    def notes(self, rows: Mapping[str, Split]) -> list[str]:
+        """Of the labels too, where there are any."""
+        of_labels = [] if self.problem_type == REGRESSION else label_notes(rows, self.labels, self.label_column)
+        return [*of_labels, *super().notes(rows)]
+
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> SequenceClassification:
         """With the threshold, weights against rare labels being drowned where they are asked for, and units of own numbers."""
         found = config.threshold == AUTO and self.problem_type == MULTI
@@ -193,8 +200,8 @@ class SequenceClassification(Labelled):
             table = torch.tensor(gold)  # (rows, labels)
             positive = table.sum(dim=0)
             return ((len(table) - positive) / positive.clamp(min=1)).tolist()
-        counts = [max(list(gold).count(number), 1) for number in range(len(self.labels))]
-        return [len(gold) / (len(counts) * count) for count in counts]
+        counts = Counter(gold)
+        return [len(gold) / (len(self.labels) * max(counts[number], 1)) for number in range(len(self.labels))]
 
     # -- model ----------------------------------------------------------------------------------------------------------
 

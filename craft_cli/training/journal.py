@@ -16,7 +16,7 @@ from craft_cli.files import write_bytes
 from craft_cli.methods.attach import ModelAdapter
 from craft_cli.models.cards import model_card
 from craft_cli.plots import training_curve
-from craft_cli.tasks.metrics import renamed
+from craft_cli.tasks.metrics import lower_is_better, renamed
 from craft_cli.training.head import LastLayer
 from craft_cli.training.preparation import Measured, Prepared, data_record, resolved_recipe
 from craft_cli.training.progress import Listener
@@ -196,7 +196,7 @@ class Journal:
         if not self.best:
             return math.inf
         gain = metrics[self._metric] - self.best[self._metric]
-        return -gain if self._metric.startswith("loss") else gain
+        return -gain if lower_is_better(self._metric) else gain
 
     def _draw(self) -> None:
         if self._run:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from craft_cli.config import RunConfig
 from craft_cli.data.batches import plan_epoch
-from craft_cli.data.sources import TRAIN, VALIDATION, DataSource, Split
+from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
 from craft_cli.data.tokens import Encoded, padding
 from craft_cli.errors import ModelError
 from craft_cli.files import cache_folder
@@ -25,7 +25,7 @@ from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import resolve
 from craft_cli.models.loading import head_of, load_model, load_quantised, load_tokenizer, recompute_activations
 from craft_cli.models.stacks import read_weights
-from craft_cli.tasks.base import Task
+from craft_cli.tasks.base import OWN, Task
 from craft_cli.tasks.metrics import renamed
 from craft_cli.tasks.splits import load_splits
 from craft_cli.training.compile import compile_blocks, freeze_cache
@@ -66,7 +66,7 @@ class Prepared:
         tokenizer: the base's.
         train: rows to train on.
         validation: rows to evaluate on, by split.
-        notes: what the user should know; in a dry run also what is noticed in the data.
+        notes: what the user should know.
     """
 
     checkpoint: Checkpoint
@@ -128,6 +128,8 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
         name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
         for name, split in loaded.splits.items()
     }
+    if loaded.task.name == OWN or config.dry_run:
+        notes += loaded.task.notes(rows)
     encoded = {
         name: loaded.task.encode(
             split,
@@ -144,35 +146,9 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
             notes.append(f"{share} are longer than {part.limit} tokens and were cut (--max-seq-length)")
     if config.load_in_4bit or config.load_in_8bit:
         notes.append("the base is quantised in training only: craft eval, predict and merge take it in full precision")
-    if config.dry_run:
-        notes += _report(rows)
     train = encoded.pop(TRAIN)
     task = loaded.task.for_training(config, train.labels or []).on_head(checkpoint.config(), strict=False)
     return Prepared(checkpoint, method, frozen, task, tokenizer, train, encoded, notes)
-
-
-def _report(splits: Mapping[str, Split]) -> list[str]:
-    """Rows that stand several times in the training data, or in what is evaluated too."""
-    train = splits[TRAIN]
-    labels: dict[tuple[str, ...], Any] = {}
-    repeated = contradicting = 0
-    for text, label in zip(train.texts, train.labels or [], strict=True):
-        if text in labels:
-            repeated += 1
-            contradicting += label != labels[text]
-        else:
-            labels[text] = label
-    lines = []
-    if repeated:
-        lines.append(
-            f"{repeated:,} rows of {train.origin} repeat an earlier text, {contradicting:,} with another label"
-        )
-    for name, split in splits.items():
-        shared = sum(text in labels for text in split.texts)
-        if name != TRAIN and shared:
-            lines.append(f"{shared:,} of {len(split):,} rows of {split.origin} are in the training data too")
-    empty = sum(not any(part.strip() for part in text) for split in splits.values() for text in split.texts)
-    return [*lines, f"{empty:,} rows hold no text"] if empty else lines
 
 
 def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> str:

@@ -58,6 +58,9 @@ def test_labels_are_aligned_by_name_never_by_position() -> None:
     mnli = ("entailment", "neutral", "contradiction")
     assert align_labels(mnli, {0: "contradiction", 1: "neutral", 2: "entailment"}) == mnli[::-1]
     assert align_labels(ours, {0: "LABEL_0", 1: "LABEL_1"}) == align_labels(ours, None) == ours
+    assert align_labels(("US", "us"), {0: "us", 1: "US"}) == ("us", "US")  # which differ in nothing but case
+    with pytest.raises(DataError, match="has the labels Us, us, the data US, us"):
+        align_labels(("US", "us"), {0: "Us", 1: "us"})
     for other in (
         {0: "yes", 1: "no"},
         {0: "negative", 1: "neutral", 2: "positive"},
@@ -74,7 +77,9 @@ def test_labels_are_aligned_by_name_never_by_position() -> None:
 def test_real_numbers_are_a_regression(suffix: str) -> None:
     path = str(write_as(suffix, [{"text": "a", "label": 0.5}, {"text": "b", "label": 3.0}]))
     task, (split,) = own(path)
-    assert (task.problem_type, task.labels, task.metrics) == ("regression", ("score",), ("pearson", "spearman"))
+    assert (task.problem_type, task.labels) == ("regression", ("score",))
+    assert task.metrics == ("pearson", "spearman", "mae", "rmse", "r2")
+    assert TASKS["stsb"].metrics == ("pearson", "spearman")  # as GLUE has it
     assert split.labels == [0.5, 3.0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from craft_cli.tasks.labels import MULTI, NUMBER, REGRESSION, SINGLE
-from craft_cli.tasks.metrics import averages, by_label, compute_metrics, confusion
+from craft_cli.tasks.labels import MULTI, NUMBER, OWN_METRICS, REGRESSION, SINGLE
+from craft_cli.tasks.metrics import averages, by_label, compute_metrics, confusion, lower_is_better
 from craft_cli.tasks.sequence_classification import SequenceClassification as Task
 from craft_cli.tasks.sequence_classification import decide, probabilities, summed_loss
 
@@ -22,12 +23,23 @@ def test_metrics_are_those_of_scikit_learn(classes: int) -> None:
 
     draw = random.Random(classes)
     labels, predictions = (draw.choices(range(classes), k=300) for _ in range(2))
-    average = "binary" if classes == 2 else "macro"
-    assert compute_metrics(("accuracy", "f1"), labels, predictions) == {
+    assert compute_metrics(("accuracy", "f1_macro"), labels, predictions) == {
         "accuracy": accuracy_score(labels, predictions),
-        "f1": f1_score(labels, predictions, average=average),
+        "f1_macro": f1_score(labels, predictions, average="macro"),
     }
-    assert list(compute_metrics(("f1",), labels, predictions)) == ["f1"]
+    if classes == 2:
+        assert compute_metrics(("f1",), labels, predictions) == {"f1": f1_score(labels, predictions)}
+    with pytest.raises(KeyError):
+        compute_metrics(("f2",), labels, predictions)
+
+
+def test_macro_f1_is_of_the_labels_that_occur_whatever_they_are() -> None:
+    """GLUE's f1 would be that of label 1: 0 of [1, 1] and 2 of [0, 0]."""
+    gold = [0] * 8 + [1] * 2
+    assert compute_metrics(("f1_macro",), gold, [0] * 10)["f1_macro"] == pytest.approx((16 / 18 + 0) / 2)
+    more = [*[0] * 9, 2]  # a third label, in a prediction alone
+    assert compute_metrics(("f1_macro",), gold, more)["f1_macro"] == pytest.approx((16 / 17 + 0 + 0) / 3)
+    assert compute_metrics(("f1_macro",), [1, 1, 2], [1, 1, 2]) == {"f1_macro": 1.0}  # and nothing of label 0
 
 
 @pytest.mark.parametrize(
@@ -36,7 +48,6 @@ def test_metrics_are_those_of_scikit_learn(classes: int) -> None:
         ([0, 1, 0], [0, 0, 0], {"accuracy": 2 / 3, "f1": 0.0}),  # one label predicted
         ([0, 0, 0], [0, 0, 0], {"accuracy": 1.0, "f1": 0.0}),  # the label f1 is of does not occur
         ([1, 1], [1, 1], {"accuracy": 1.0, "f1": 1.0}),
-        ([0, 1, 2], [2, 2, 2], {"accuracy": 1 / 3, "f1": 0.5 / 3}),
         ([1], [0], {"accuracy": 0.0, "f1": 0.0}),
     ],
 )
@@ -61,6 +72,49 @@ def test_correlations_are_those_of_scipy_and_matthews_that_of_scikit_learn() -> 
     assert compute_metrics(("matthews_correlation",), labels, found)["matthews_correlation"] == pytest.approx(
         matthews_corrcoef(labels, found)
     )
+
+
+def test_errors_of_numbers_are_those_of_scikit_learn_in_the_units_of_the_gold() -> None:
+    from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
+
+    draw = random.Random(4)
+    gold = [draw.gauss(350_000, 90_000) for _ in range(200)]
+    guess = [0.7 * value + draw.gauss(0, 40_000) for value in gold]
+    assert compute_metrics(("mae", "rmse", "r2"), gold, guess) == {
+        "mae": pytest.approx(mean_absolute_error(gold, guess)),
+        "rmse": pytest.approx(root_mean_squared_error(gold, guess)),
+        "r2": pytest.approx(r2_score(gold, guess)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("gold", "guess", "expected"),
+    [
+        ([1.0, 2.0, 3.0], [2.0, 2.0, 2.0], (2 / 3, math.sqrt(2 / 3), 0.0)),  # the mean
+        ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], (4 / 3, math.sqrt(8 / 3), -3.0)),  # worse than the mean
+        ([2.0, 2.0], [1.0, 4.0], (1.5, math.sqrt(2.5), 0.0)),  # constant gold
+        ([2.0, 2.0], [2.0, 2.0], (0.0, 0.0, 0.0)),
+        ([0.1] * 3, [0.2] * 3, (0.1, 0.1, 0.0)),  # whose mean is another float
+        ([2.0], [5.0], (3.0, 3.0, 0.0)),
+    ],
+)
+def test_errors_of_degenerate_numbers(gold: list[float], guess: list[float], expected: tuple[float, ...]) -> None:
+    assert tuple(compute_metrics(("mae", "rmse", "r2"), gold, guess).values()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_error_of_predictions_that_are_not_finite_is_not_none(bad: float) -> None:
+    found = compute_metrics(("pearson", "mae", "rmse", "r2"), [1.0, 2.0, 3.0], [1.0, bad, 3.0])
+    assert (found["pearson"], found["r2"]) == (0.0, 0.0)
+    assert not math.isfinite(found["mae"])
+    assert not math.isfinite(found["rmse"])
+
+
+def test_it_is_known_which_metrics_are_errors() -> None:
+    every = {name for names in OWN_METRICS.values() for name in names} | {"f1", "matthews_correlation", "loss"}
+    assert {name for name in every if lower_is_better(name)} == {"loss", "mae", "rmse"}
+    assert lower_is_better("loss_mismatched")
+    assert not lower_is_better("accuracy_mismatched")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +216,7 @@ def test_balanced_weights_are_scikit_learns() -> None:
 def test_the_constant_answer_is_taken_from_the_training_rows() -> None:
     single = Task("own", labels=("a", "b"), metrics=("accuracy",))
     assert single.baseline([1, 1, 0], [0, 0, 0, 1]) == 0.25
+    assert single.baseline([1, 0], [0, 0, 0, 1]) == 0.75  # the first label of as many
     real = Task("own", labels=NUMBER, metrics=("pearson",), problem_type=REGRESSION)
     assert real.baseline([1.0, 5.0], [1.0, 2.0, 3.0]) == 0.0
     several = Task("own", labels=("a", "b"), metrics=("f1_micro",), problem_type=MULTI)

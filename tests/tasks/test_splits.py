@@ -216,6 +216,12 @@ def test_labels_are_numbers_names_or_yes_and_no(suffix: str, labels: list[Any], 
     assert [task.labels[number] for number in split.labels or []] == expected
 
 
+def test_nan_among_numbers_is_a_name_at_the_end() -> None:
+    """Whatever order the names of a set come in, which differs between processes."""
+    path = str(write_as(".csv", [{"text": "a", "label": name} for name in ("2", "nan", "10", "NaN", "x", "0", "inf")]))
+    assert own(path)[0].labels == ("0", "2", "10", "NaN", "inf", "nan", "x")
+
+
 def test_known_labels_keep_their_order() -> None:
     path = write("t.csv", "text,label\na,x\nb,y\n")
     known = replace(SequenceClassification.own(), labels=("y", "z", "x"), problem_type="single_label_classification")

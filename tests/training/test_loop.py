@@ -221,15 +221,23 @@ def test_what_is_noticed_in_the_data_is_told(pico: Make) -> None:
     own = {"task": None, "data_dir": None, "train_file": "train.jsonl", "validation_file": "validation.jsonl"}
     cut = "1 of 8 rows of train.jsonl are longer than 12 tokens and were cut (--max-seq-length)"
     _, plan = run_with(pico, Path(), **own, dry_run=True, max_seq_length=12)
-    assert list(plan.notes) == [
+    noticed = [
+        "labels with no row to evaluate on: 1 of 2 ('0')",
+        "1 row without text; the first is train.jsonl, line 5",
+        "1 of 8 rows of train.jsonl repeats an earlier text, 1 with another label (the first is line 3)",
+        "1 of 2 rows to evaluate on has a text that is trained on too: the metrics will look too good",
         cut,
-        "1 rows of train.jsonl repeat an earlier text, 1 with another label",
-        "1 of 2 rows of validation.jsonl are in the training data too",
-        "1 rows hold no text",
     ]
+    assert list(plan.notes) == noticed
     assert plan.tokens.startswith("median 3.5, longest 12; padding ")
     _, plan = run_with(pico, Path(), **own, max_seq_length=12, max_steps=1)
-    assert list(plan.notes) == [cut]
+    assert list(plan.notes) == noticed
+    write_rows(Path("sst2/train.jsonl"), [{"sentence": "good film", "label": row % 2} for row in range(8)])
+    write_rows(Path("sst2/validation.jsonl"), [{"sentence": "good film", "label": 1}])
+    _, plan = run_with(pico, Path("sst2"), max_steps=1, output_dir="known")
+    assert not plan.notes  # GLUE is what it is
+    _, plan = run_with(pico, Path("sst2"), dry_run=True)
+    assert len(plan.notes) == 3
 
 
 @pytest.mark.parametrize(

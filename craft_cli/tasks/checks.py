@@ -1,0 +1,136 @@
+"""What looks wrong in rows, pointed out before a model is trained on them: a line each, with a number.
+
+Nothing here stops a training. What cannot be trained on is refused where it is read: `tasks/labels.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from craft_cli.data.sources import TRAIN, Split
+from craft_cli.errors import listed
+
+_FEW = 2
+"""A label with fewer rows to train on is named."""
+_SHOWN = 3
+"""So many labels, or groups of labels, are named in a note."""
+
+
+def row_notes(rows: Mapping[str, Split]) -> list[str]:
+    """Rows without text, texts that repeat, rows to evaluate on that are trained on too.
+
+    Args:
+        rows: of every split, by its name; `train` is among them.
+    """
+    train = rows[TRAIN]
+    earlier: dict[tuple[str, ...], int] = {}
+    repeated = [
+        row for row, text in enumerate(train.texts) if not _blank(text) and earlier.setdefault(text, row) != row
+    ]
+    apart = [text for name, split in rows.items() if name != TRAIN for text in split.texts]
+    notes = [
+        _empty(rows),
+        _repeated(train, repeated, earlier),
+        _shared(sum(map(earlier.__contains__, apart)), len(apart)),
+    ]
+    return [note for note in notes if note]
+
+
+def _empty(rows: Mapping[str, Split]) -> str:
+    places = [(split, row) for split in rows.values() for row, text in enumerate(split.texts) if _blank(text)]
+    if not places:
+        return ""
+    split, row = places[0]
+    return f"{_rows(len(places))} without text; the first is {split.place_of(row)}"
+
+
+def _repeated(train: Split, repeated: Sequence[int], earlier: Mapping[tuple[str, ...], int]) -> str:
+    if not repeated:
+        return ""
+    note = f"{len(repeated):,} of {len(train):,} rows of {train.origin} {'repeats' if len(repeated) == 1 else 'repeat'} an earlier text"
+    gold = train.labels or [None] * len(train)
+    contradicting = [row for row in repeated if gold[row] != gold[earlier[train.texts[row]]]]
+    if not contradicting:
+        return note
+    place = train.place_of(contradicting[0]).removeprefix(f"{train.origin}, ")
+    return f"{note}, {len(contradicting):,} with another label (the first is {place})"
+
+
+def _shared(count: int, apart: int) -> str:
+    if not count:
+        return ""
+    return (
+        f"{count:,} of {apart:,} rows to evaluate on {'has' if count == 1 else 'have'} a text that is trained on too: "
+        "the metrics will look too good"
+    )
+
+
+def label_notes(rows: Mapping[str, Split], labels: Sequence[str], column: str) -> list[str]:
+    """Labels that are suspiciously many, that differ in case or white space only, that have next to no rows.
+
+    Args:
+        rows: of every split, by its name; `train` is among them. Gold is a label number, or 0 or 1 for every label.
+        labels: their names.
+        column: where they stand.
+    """
+    train = _counts([rows[TRAIN]], len(labels))
+    apart = _counts([split for name, split in rows.items() if name != TRAIN], len(labels))
+    notes = [_many(rows[TRAIN], labels, column), _alike(labels, train + apart), _rare(labels, train, apart)]
+    return [note for note in notes if note]
+
+
+def _many(train: Split, labels: Sequence[str], column: str) -> str:
+    if len(labels) <= max(2, len(train) / 10):  # two labels are never too many
+        return ""
+    amounts = isinstance((train.labels or [None])[0], int) and all(name.lstrip("-").isdecimal() for name in labels)
+    way_out = "; for amounts --problem-type regression" if amounts else ""
+    return f"{len(labels):,} labels for {_rows(len(train))}: is '{column}' the right column? (--label-column{way_out})"
+
+
+def _alike(labels: Sequence[str], counts: np.ndarray) -> str:
+    groups: dict[str, list[int]] = {}
+    for number, name in enumerate(labels):
+        groups.setdefault(" ".join(name.split()).casefold(), []).append(number)
+    alike = sorted((group for group in groups.values() if len(group) > 1), key=lambda it: -sum(counts[n] for n in it))
+    if not alike:
+        return ""
+    shown = [", ".join(f"{counts[n]:,} x {_quoted(labels[n])}" for n in group) for group in alike[:_SHOWN]]
+    more = f"; and {len(alike) - _SHOWN:,} more" if len(alike) > _SHOWN else ""
+    return f"labels that differ only in case or white space are learned as different labels: {'; '.join(shown)}{more}"
+
+
+def _rare(labels: Sequence[str], train: np.ndarray, apart: np.ndarray) -> str:
+    """In one line: labels that can hardly be learned, labels that are not measured."""
+    rare = [name for name, count in zip(labels, train, strict=True) if count < _FEW]
+    unseen = [name for name, count in zip(labels, apart, strict=True) if not count] if apart.any() else []
+    parts = [
+        f"with {what}: {len(names):,} of {len(labels):,} ({listed([*map(_quoted, names)], _SHOWN)})"
+        for names, what in ((rare, f"fewer than {_FEW} rows to train on"), (unseen, "no row to evaluate on"))
+        if names
+    ]
+    return "labels " + ", ".join(parts) if parts else ""
+
+
+def _counts(splits: Iterable[Split], labels: int) -> np.ndarray:
+    """The rows of every label (labels,)."""
+    counts = np.zeros(labels, dtype=int)
+    for split in splits:
+        if split.labels:
+            table = np.asarray(split.labels, dtype=int)  # (rows,) of label numbers, or (rows, labels)
+            counts += np.bincount(table, minlength=labels) if table.ndim == 1 else table.sum(axis=0)
+    return counts
+
+
+def _quoted(name: str) -> str:
+    """Its blanks can be seen, also those at the end of a long name."""
+    return repr(name if len(name) <= 38 else f"{name[:17]}...{name[-18:]}")
+
+
+def _blank(text: tuple[str, ...]) -> bool:
+    return not any(part.strip() for part in text)
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"

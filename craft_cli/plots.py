@@ -13,28 +13,66 @@ from craft_cli.files import write_bytes
 _INK, _BLUE, _ORANGE, _GREY = "#222222", "#2563a8", "#d9730d", "#9a9a9a"
 
 
-def training_curve(lines: Sequence[Mapping[str, Any]], metric: str, path: Path, title: str) -> None:
-    """Loss of the updates (left axis) and the chosen metric of the evaluations (right axis) over steps."""
-    _save(curve_figure(lines, metric, title), path)
+def training_curve(
+    lines: Sequence[Mapping[str, Any]],
+    metric: str,
+    path: Path,
+    title: str,
+    baselines: Mapping[str, Mapping[str, float]],
+    best: float,
+) -> None:
+    """Losses (left axis) and the chosen metric (right axis) over updates, with the best update and what it had to beat."""
+    _save(curve_figure(lines, metric, title, baselines, best), path)
 
 
-def curve_figure(lines: Sequence[Mapping[str, Any]], metric: str, title: str) -> Any:
-    """The same as a figure."""
+def curve_figure(
+    lines: Sequence[Mapping[str, Any]],
+    metric: str,
+    title: str,
+    baselines: Mapping[str, Mapping[str, float]],
+    best: float,
+) -> Any:
+    """The same as a figure.
+
+    Args:
+        lines: of metrics.jsonl.
+        metric: that chose the best update.
+        title: above it.
+        baselines: metrics by the name of what they are of, drawn as level lines.
+        best: epoch of the best evaluation.
+    """
     figure, axes = _figure(1)
     left = axes[0]
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if f"eval_{metric}" in line]
-    left.plot([x["step"] for x in steps], [x["loss"] for x in steps], color=_BLUE, linewidth=1.4)
+    left.plot([x["step"] for x in steps], [x["loss"] for x in steps], color=_BLUE, linewidth=1.4, label="training loss")
+    left.plot(
+        [x["step"] for x in evaluations], [x["eval_loss"] for x in evaluations],
+        color=_BLUE, linewidth=1.4, linestyle="--", label="validation loss",
+    )  # fmt: skip
     left.set_xlabel("update")
-    left.set_ylabel("training loss", color=_BLUE)
+    left.set_ylabel("loss", color=_BLUE)
     left.set_ylim(bottom=0)
+    shown = metric
+    if metric.startswith("loss"):  # it is drawn already; show what people look at
+        names = [name for name in (evaluations[0] if evaluations else {}) if name.startswith("eval_")]
+        shown = next((name.removeprefix("eval_") for name in names), metric)
     right = left.twinx()
     right.plot(
-        [x["step"] for x in evaluations], [x[f"eval_{metric}"] for x in evaluations],
-        color=_ORANGE, marker="o", linewidth=1.4, clip_on=False,
+        [x["step"] for x in evaluations], [x[f"eval_{shown}"] for x in evaluations],
+        color=_ORANGE, marker="o", markersize=3.5, linewidth=1.4, clip_on=False, label=f"validation {shown}",
     )  # fmt: skip
-    right.set_ylabel(f"validation {metric}", color=_ORANGE)
+    for (name, metrics), style in zip(baselines.items(), (":", "-."), strict=False):
+        if shown in metrics:
+            right.axhline(metrics[shown], color=_GREY, linewidth=1.2, linestyle=style, label=name.replace("_", " "))
+    for line in [line for line in evaluations if abs(line["epoch"] - best) < 1e-5][:1]:
+        right.plot(
+            [line["step"]], [line[f"eval_{shown}"]], "o", markersize=9, markerfacecolor="none", color=_INK, clip_on=False,
+            label=f"best: update {line['step']:,}",
+        )  # fmt: skip
+    right.set_ylabel(f"validation {shown}", color=_ORANGE)
     right.spines["top"].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     left.set_title(title, loc="left", fontsize=10, color=_INK)
     return figure
 

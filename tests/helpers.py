@@ -41,7 +41,7 @@ def config(base: Path, data: Path, **settings: Any) -> RunConfig:
     given = {
         "model": str(base), "task": "sst2", "data_dir": str(data), "ranks": "6,5,2", "use_cpu": True, "output_dir": "out",
         "per_device_train_batch_size": 8, "num_train_epochs": 2, "logging_steps": 1, "head_learning_rate": 3e-2,
-        "learning_rate": 3e-2,
+        "learning_rate": 3e-2, "head_start": "random",
     }  # fmt: skip
     if settings.get("method", "craft") != "craft":
         del given["ranks"]
@@ -141,6 +141,7 @@ def flags(base: Path, data: Path, **settings: Any) -> list[str]:
     given = {
         "model": base, "task": "sst2", "data_dir": data, "ranks": "6,5,2", "output_dir": "out", "logging_steps": 1,
         "per_device_train_batch_size": 8, "num_train_epochs": 2, "head_learning_rate": 3e-2, "learning_rate": 3e-2,
+        "head_start": "random",
     } | settings  # fmt: skip
     if settings.get("method", "craft") != "craft":
         del given["ranks"]

@@ -142,6 +142,58 @@ def test_data_loads_the_batches_of_the_training_and_its_other_arm_is_random(monk
     assert {frozenset(rows) for rows in plan} == {frozenset(order[start : start + 32]) for start in (0, 32, 64)}
 
 
+@pytest.mark.slow
+def test_own_data_gives_every_method_the_same_rows_and_one_measure() -> None:
+    rows = small("own_data.py")
+    assert [row["method"] for row in rows] == ["constant", "tfidf", "embeddings", "lora-8", "craft"]
+    for row in rows:
+        assert (row["data"], row["rows"], row["test_rows"], row["seed"]) == ("tickets", 60, 40, 0)
+        assert set(row["metrics"]) == {"accuracy", "macro_f1"}
+        assert all(0 <= value <= 1 for value in row["metrics"].values())
+        assert row["seconds"] > 0
+    constant, _, embeddings, lora, craft = rows
+    assert constant["metrics"]["accuracy"] < 0.5
+    assert embeddings["metrics"]["accuracy"] > constant["metrics"]["accuracy"] + 0.2
+    assert lora["numbers"] == 6 * 2 * 2 * 384 * 8 + 6 * 385  # layers, targets, A and B; the head
+    assert lora["rate"] == float(max(lora["tried"], key=lora["tried"].get))
+    assert craft["numbers"] == 16_456 + 6 * 385
+    assert {"accuracy", "loss"} < set(craft["validation"])
+
+
+def test_own_data_is_cut_alike_whoever_asks_and_what_is_missing_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    study, made = importlib.import_module("own_data"), importlib.import_module("tickets")
+    assert made.tickets(1200, seed=0) == made.tickets(1200, seed=0)
+    train, test = study.rows_of("tickets", "all", 0, None)
+    assert (len(train), len(test)) == (1200, 800)
+    assert [label for _, label in train].count("privacy") == pytest.approx(36, abs=12)  # a few labels are wrong
+    assert not {texts for texts, _ in train} & {texts for texts, _ in test}
+
+    for part, size in (("train", 40), ("validation", 8)):
+        lines = [
+            {"sentence1": f"{row}", "sentence2": "a", "label": int(row % 4 > 0)} for row in range(size)
+        ]  # the first 8 rows are in both
+        Path("mrpc").mkdir(exist_ok=True)
+        Path("mrpc", f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train, test = study.rows_of("mrpc", "16", 0, Path())
+    assert len(train) == 16
+    assert [gold for _, gold in train].count("equivalent") == 12
+    assert not {texts for texts, _ in train} & {texts for texts, _ in test}
+    assert train == study.rows_of("mrpc", "16", 0, Path())[0] != study.rows_of("mrpc", "16", 1, Path())[0]
+
+    cells = list(study.cells(["tfidf", "setfit", "embeddings-pair"], list(study.DATA), ["200", "5000"], [0, 1]))
+    assert [cell["data"] for cell in cells if cell["method"] == "setfit"] == ["sst2", "cola", "mrpc"]
+    assert {cell["data"] for cell in cells if cell["method"] == "embeddings-pair"} == {"mrpc", "stsb"}
+    done = [cell | {"metrics": {"accuracy": 0.5 + cell["seed"]}, "rows": 200, "test_rows": 9, "seconds": 1, "numbers": 7}
+            for cell in cells[:2]]  # fmt: skip
+    study.tables(done, cells[2:3])
+    shown = capsys.readouterr().out
+    assert "| tfidf | 100.0 ± 70.7 (2) | 100.0 | 100.0 | 1 | 7 |" in shown
+    assert "- tfidf: cola 200 seed 0" in shown
+
+
 def test_the_figure_is_drawn_from_the_results_kept() -> None:
     subprocess.run(
         [sys.executable, BENCHMARKS / "figure.py", BENCHMARKS / "results", "speed.svg"], check=True, timeout=120

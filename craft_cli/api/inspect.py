@@ -119,6 +119,7 @@ def _adapter(path: Path, folder: Path) -> Inspection:
         facts["trained_on"] = training.get("task", "") + (f" from {where}" if where else "")
         facts["epoch"] = training.get("epoch")
         facts["metrics"] = training.get("metrics") or None
+        facts |= training.get("baselines") or {}
     if run and run.results():
         facts["examples"] = run.results()["examples"]
     if run:

@@ -175,7 +175,8 @@ def _write(
             written = LoraWriter(adapted, folder, trim=trim)
     except OSError as error:
         raise cannot_write(folder, error) from error
-    if not written.changed:
+    trained_head = bool(adapted.saved.head and adapted.saved.record.get("training"))
+    if not written.changed and (adapted.changes_something() or not trained_head):
         raise CraftError(f"{adapted.saved.path}: merging changes no tensor: the trained numbers are (or round to) zero")
     return written
 

@@ -154,7 +154,9 @@ def _training(run: Run, facts: Mapping[str, Any]) -> str:
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         metric = next(iter(facts.get("metrics") or {"loss": 0}))
-        figure = curve_figure([line for line in lines if isinstance(line, dict)], metric, "")
+        told = [line for line in lines if isinstance(line, dict)]
+        baselines = {name: facts[name] for name in ("same_answer", "head_alone") if name in facts}
+        figure = curve_figure(told, metric, "", baselines, facts.get("epoch") or 0.0)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "<p>metrics.jsonl is missing or damaged.</p>"
     return _image(figure, f"Training loss and validation {metric} over the updates")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -61,7 +63,7 @@ def _close(training: Training) -> TrainResult:
     if journal.out_of_patience and training.step == training.resumed_at:
         listener.noticed("early stopping had already ended this run; --early-stopping-patience can be raised")
     if run and main and (training.stopped or training.config.eval_strategy == "no"):
-        journal.keep_last(training.epoch)
+        journal.keep_last(training.step, training.epoch)
     result = _result(training)
     if training.config.dry_run:
         _evaluate_a_batch(training)
@@ -80,18 +82,34 @@ def _close(training: Training) -> TrainResult:
 
 def _result(training: Training) -> TrainResult:
     prepared, journal = training.prepared, training.journal
-    gold = next(iter(prepared.validation.values())).labels
     return TrainResult(
         output=str(training.run.path) if training.run else None,
         metrics=journal.best,
-        baseline=prepared.task.baseline(prepared.train.labels or [], gold or []),
+        baselines=journal.baselines,
+        tables=journal.tables,
         epoch=journal.best_epoch,
         updates=training.step,
         seconds=time.perf_counter() - training.began,
         parameters=training.parameters,
         examples=prepared.eval_examples,
         stopped_early=training.step < training.timetable.total and journal.out_of_patience,
+        remarks=_remarks(training) if journal.best else (),
     )
+
+
+def _remarks(training: Training) -> list[str]:
+    """What the user should know of the result, and what can be done."""
+    config, journal, task = training.config, training.journal, training.prepared.task
+    found = task.remarks(journal.tables, training.prepared.train.labels or [], weighted=bool(config.class_weights))
+    if journal.best_step == 0 < training.step:
+        found.append(
+            "no update was better on the validation rows than the start: the adapter changes nothing, the head is kept"
+        )
+    if training.step == training.timetable.total and training.run and journal.is_falling:
+        more = f"craft train --resume --output-dir {shlex.quote(str(training.run.path))}"
+        longer = f"--num-train-epochs {math.ceil(1.5 * training.epoch)}"
+        found.append(f"the validation loss was still falling: {more} {longer}  goes on")
+    return found
 
 
 def _evaluate_a_batch(training: Training) -> None:

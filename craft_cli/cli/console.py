@@ -204,7 +204,6 @@ class TrainingConsole:
             console=err, transient=True, disable=not err.is_terminal, expand=True,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
-        self._loss: float | None = None
         self._seen = 0
         self._began = 0.0
         self._metric = ""
@@ -239,7 +238,7 @@ class TrainingConsole:
             "trained": f"{plan.adapter_parameters:,} numbers in the adapter, {plan.head_parameters:,} in the head",
             "devices": plan.devices,
             "batch": plan.effective_batch,
-            "updates": f"{plan.updates:,}",
+            "updates": plan.length,
             "run": plan.output or "nothing is written (--dry-run)",
         }
         for name, value in rows.items():
@@ -253,14 +252,13 @@ class TrainingConsole:
             say(f"going on after update {plan.done:,} of {plan.updates:,}")
 
     def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
-        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         self._seen += examples
-        self._bar("training", step, self._updates, f"loss {self._loss:.3f}  {self._speed()}{self._metric}")
+        self._bar("training", step, self._updates, f"loss {loss:.3f}  {self._speed()}{self._metric}")
 
     def logged(self, step: int, epoch: float, loss: float, rate: float) -> None:
         if not err.is_terminal:  # a file gets lines where a terminal has its bar
             width = len(f"{self._updates:,}")
-            say(f"update {step:>{width},}/{self._updates:,}  loss {self._loss:.4f}  lr {rate:.1e}  {self._speed()}")
+            say(f"update {step:>{width},}/{self._updates:,}  loss {loss:.4f}  lr {rate:.1e}  {self._speed()}")
 
     def _speed(self) -> str:
         return f"{self._seen / max(time.perf_counter() - self._began, 1e-9):,.0f} examples/s"

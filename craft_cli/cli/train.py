@@ -11,6 +11,7 @@ import typer
 from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
 from craft_cli.errors import ConfigError
 
+_MOST_LABELS = 20
 _DATA = ("task", "data_dir", "train_file", "dataset_name")
 
 
@@ -61,10 +62,11 @@ def command(
         return
     evaluated = {}
     if result.metrics:
-        evaluated = {
-            "best": f"{console.show(result.metrics)} after epoch {result.epoch:g}",
-            "baseline": f"{next(iter(result.metrics))} {result.baseline:.4f} for always the same answer",
-        }
+        if 1 < len(result.tables.get("by_label", ())) <= _MOST_LABELS:
+            console.label_table(result.tables["by_label"])
+            console.out.print()
+        evaluated = {"best": f"{console.show(result.metrics)} after epoch {result.epoch:g}"}
+        evaluated |= {name: console.show(metrics) for name, metrics in reversed(list(result.baselines.items()))}
     early = ", stopped early" if result.stopped_early else ""
     console.facts(
         {
@@ -75,3 +77,5 @@ def command(
             "next": "craft eval, craft merge, craft inspect",
         }
     )
+    for line in result.remarks:
+        console.note(line)

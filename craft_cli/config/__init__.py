@@ -9,8 +9,10 @@ from craft_cli.config.options import (
 )
 from craft_cli.config.recipes import describe_recipe, load_recipe, recipe_path, shipped_recipes
 from craft_cli.config.settings import (
+    AUTO,
     GROUPS,
     LISTS,
+    THRESHOLD,
     TRACKERS,
     ProblemType,
     RunConfig,
@@ -21,9 +23,11 @@ from craft_cli.config.settings import (
 )
 
 __all__ = [
+    "AUTO",
     "GROUPS",
     "LISTS",
     "METHOD_OPTIONS",
+    "THRESHOLD",
     "TRACKERS",
     "CraftOptions",
     "LoraOptions",

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -32,6 +32,12 @@ TaskType = Literal["sequence-classification", "token-classification"]
 
 
 Strategy = Literal["no", "steps", "epoch"]
+
+AUTO = "auto"
+Auto = Literal["auto"]
+"""Of settings that are numbers unless they are left to craft."""
+THRESHOLD = 0.5
+"""Where nothing was found on validation rows."""
 
 GROUPS = (
     "Model and data", "Adapter", "Optimisation", "Evaluation and checkpoints", "Processes and precision", "This call only"
@@ -85,20 +91,27 @@ class RunConfig(MethodOptions):
         None,
         "Run or adapter to take the trained numbers from (same base, same method and ranks); the head starts anew.",
     )
+    head_start: Literal["probe", "random"] = setting(
+        "probe",
+        "Where the head's last layer starts: fitted on what the frozen base makes of the training rows, or random.",
+    )
 
     learning_rate: Rate = setting(3e-3, "Of the adapter; 0 trains the head alone.")
     head_learning_rate: Rate = setting(2e-3, "Of the task head.")
     weight_decay: Rate = setting(0.0, "Pulls K (and the head's matrices) to zero: towards the base model.")
     warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = setting(0.06, "Share of the steps with a rising rate.")
-    num_train_epochs: Annotated[float, Gt(0.0), Lt(math.inf)] = setting(
-        3.0, "Passes over the training data.", free=True
-    )
+    num_train_epochs: Annotated[float, Gt(0.0), Lt(math.inf)] | Auto = setting(
+        AUTO, "Passes over the training data; auto: 3 of a known task, and of own data by its rows, with early stopping.",
+        free=True,
+    )  # fmt: skip
     max_steps: Positive | None = setting(None, "Stop after this many updates, whatever the epochs.", free=True)
     per_device_train_batch_size: Positive = setting(32, "Examples a process takes at once.")
     per_device_eval_batch_size: Positive = setting(64, "Examples a process evaluates at once.", free=True)
     gradient_accumulation_steps: Positive = setting(1, "Batches a process adds up for one update.")
     class_weights: Literal["balanced"] | None = setting(None, "balanced: rows of rare labels weigh more.")
-    threshold: Annotated[float, Gt(0.0), Lt(1.0)] = setting(0.5, "Where several labels can apply: above it one does.")
+    threshold: Annotated[float, Gt(0.0), Lt(1.0)] | Auto = setting(
+        AUTO, "Where several labels can apply: above it one does; auto: the best one on the validation rows."
+    )
     max_grad_norm: Rate = setting(1.0, "Clip the gradient's norm; 0 does not.")
     seed: Annotated[int, Ge(0)] = setting(42, "Of the head's start, the order of the data and dropout.")
 
@@ -109,7 +122,12 @@ class RunConfig(MethodOptions):
     )
     eval_steps: Positive | None = setting(None, "Updates between two evaluations.", free=True)
     metric_for_best_model: str | None = setting(
-        None, "What chooses the best adapter: loss, or a metric of the task; its first one without."
+        None,
+        "What chooses the best adapter: loss, or a metric of the task; its first one without, of own numbers loss.",
+    )
+    calibrate: bool = setting(
+        False,
+        "Divide the head by one temperature, fitted on the validation rows, so that its scores are probabilities.",
     )
     early_stopping_patience: Positive | None = setting(
         None, "Stop after this many evaluations in a row that are not better.", free=True
@@ -272,7 +290,8 @@ def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
                 value = tuple(part.strip() for part in value.split(","))
             if isinstance(value, bool) and "bool" not in str(hints[name]):
                 raise ConfigError(f"{flag(name)}: expected {_expected(hints[name])}, not {str(value).lower()}")
-            values[name] = TypeAdapter(hints[name]).validate_python(value)
+            hint = _hint_of(hints[name], value)
+            values[name] = TypeAdapter(hint).validate_python(value)
         except ConfigError as error:
             problems.append(str(error))
         except ValidationError as error:
@@ -281,6 +300,13 @@ def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise ConfigError("\n".join(problems))
     return values
+
+
+def _hint_of(hint: Any, value: Any) -> Any:
+    """Of a number or `auto` the one that is meant, so that errors tell of it alone."""
+    if Auto not in get_args(hint):
+        return hint
+    return Auto if value == AUTO else next(part for part in get_args(hint) if part != Auto)
 
 
 def _expected(hint: Any) -> str:
@@ -312,8 +338,8 @@ def _contradictions(config: RunConfig) -> list[str]:
     if config.eval_strategy == "no":
         problems += [
             f"{flag(name)} needs evaluations: --eval-strategy epoch or steps"
-            for name in ("metric_for_best_model", "early_stopping_patience")
-            if getattr(config, name) is not None
+            for name in ("metric_for_best_model", "early_stopping_patience", "calibrate")
+            if getattr(config, name)
         ]
     if config.early_stopping_threshold is not None and config.early_stopping_patience is None:
         problems.append("--early-stopping-threshold needs --early-stopping-patience")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +50,20 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def only(self, rows: Sequence[int]) -> Encoded:
+        """These rows alone."""
+
+        def of(column: list[Any] | None) -> list[Any] | None:
+            return None if column is None else [column[row] for row in rows]
+
+        return replace(
+            self,
+            features=[self.features[row] for row in rows],
+            labels=of(self.labels),
+            words=of(self.words),
+            targets=of(self.targets),
+        )
 
     @property
     def lengths(self) -> list[int]:

@@ -145,6 +145,11 @@ class Adapter(nn.Module):
         return list(dict.fromkeys(layer.view.module for layer in self._layers))
 
     @torch.no_grad()
+    def changes_something(self) -> bool:
+        """Whether any weight's change is not zero, before it is rounded."""
+        return any(bool(delta(chain).any()) for name in self._views for chain in self.change.chains(name))
+
+    @torch.no_grad()
     def merge(self, root: nn.Module) -> list[str]:
         """Add dW to the weights of `root` and take the adapter off.
 

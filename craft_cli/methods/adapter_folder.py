@@ -16,7 +16,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from craft_cli.config import RunConfig
+from craft_cli.config import THRESHOLD, RunConfig
 from craft_cli.errors import FileError, ModelError
 from craft_cli.files import check_version, quoted, read_json, read_tensors, write_bytes, write_json, write_tensors
 from craft_cli.methods import METHODS, method_named
@@ -225,10 +225,12 @@ class _Training(_Strict):
     data: _Data = _Data()
     problem_type: _Line | None = None
     labels: list[str] = []
-    threshold: float = RunConfig.threshold
+    threshold: float = THRESHOLD
+    temperature: float = 1.0
     max_seq_length: Annotated[int, Field(gt=0)] = RunConfig.max_seq_length
     epoch: float = 0.0
     metrics: dict[_Line, float] = {}
+    baselines: dict[_Line, dict[_Line, float]] = {}
     recipe: dict[_Line, Any] = {}
 
 

@@ -67,6 +67,10 @@ class AdaptedBase:
         with torch.no_grad():
             return {target: self.change.chains(target) for target in self.views}
 
+    def changes_something(self) -> bool:
+        """Whether any weight's change is not zero, before it is rounded."""
+        return any(bool(delta(chain).any()) for chains in self.chains().values() for chain in chains)
+
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits of the adapted model, in float32."""
         return self.base.logits(self.base.read, batch, self._attached())

@@ -131,15 +131,19 @@ class ModelAdapter(Adapter):
         """Fold the change into the model's weights and take the adapter off.
 
         Returns:
-            Paths of the modules whose weight changed.
+            Paths of the modules whose weight changed; none where only the head was trained.
 
         Raises:
             ModelError: the model is quantised.
-            ValueError: nothing changes, or the adapter is attached to no model.
+            ValueError: nothing changes, the head neither, or the adapter is attached to no model.
         """
         self._refuse_disabled()
         if getattr(self.model, "is_quantized", False):
             raise ModelError("a quantised model cannot be merged into: load the adapter onto the full-precision base")
+        trained = any(not torch.equal(tensor, self._untrained[name]) for name, tensor in self.head_state().items())
+        if trained and self.modules_adapted() and not self.changes_something():
+            self.detach(root)
+            return []
         return super().merge(self.model.base_model if root is None else root)
 
     # -- several on one base ----------------------------------------------------------------------------------------

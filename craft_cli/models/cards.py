@@ -137,8 +137,14 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         + (f", revision {base.revision}." if base.revision else "."),
     ]
     if metrics:
-        rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in metrics.items())
-        parts.append(f"| validation | epoch {training.get('epoch', 0):g} |\n|---|---|\n{rows}")
+        baselines = training.get("baselines") or {}
+        titles = [f"epoch {training.get('epoch', 0):g}", *(name.replace("_", " ") for name in baselines)]
+        rows = [
+            [metric, f"{value:.4f}", *(f"{row[metric]:.4f}" if metric in row else "" for row in baselines.values())]
+            for metric, value in metrics.items()
+        ]
+        lines = [["validation", *titles], ["---"] * (len(titles) + 1), *rows]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     parts.append("## Use")
     parts.append(
         _USE[form].format(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from craft_cli.data.readers import Row
     from craft_cli.data.tables import Table
     from craft_cli.data.tokens import Batch, Encoded
+    from craft_cli.tasks.probe import Linear
 
 OWN = "own"
 """The name of a task on the user's own data: columns and labels are found in it."""
@@ -48,7 +49,7 @@ class Task(Protocol):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What `measure` gives beside `loss`; the first one chooses the best adapter."""
+        """What `measure` gives beside `loss`; the first one is what people look at."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -65,6 +66,17 @@ class Task(Protocol):
     @property
     def stratified(self) -> bool:
         """Whether rows that are held out are to be of all labels alike."""
+
+    @property
+    def chooser(self) -> str:
+        """The metric that chooses the best adapter where none is named."""
+
+    @property
+    def units(self) -> tuple[float, float]:
+        """The mean of the numbers to learn, and the power of two by which a training divides them; else 0 and 1.
+
+        Outputs in training are in these units, `scores` in those of the data; the mean loss is to be multiplied by the square.
+        """
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
@@ -145,13 +157,31 @@ class Task(Protocol):
     def scores(self, model: Any, batch: Batch) -> list[Tensor]:
         """For each row what `measure` and `records` need, float32 on the CPU, in the order of `labels`."""
 
+    def in_own_order(self) -> Self:
+        """The same for what a model gives in the place of its head's outputs: `scores` leaves its order alone."""
+
+    def fit_head(self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool) -> tuple[Tensor, Tensor]:
+        """A linear probe for the last layer of the head, in the order of the head.
+
+        Args:
+            features: for each row what goes into that layer, as `scores` gives it.
+            gold: of each row.
+            bias: whether the layer has one.
+
+        Returns:
+            Its weight (outputs, features) and its bias (outputs,).
+        """
+
     # -- results --------------------------------------------------------------------------------------------------------
+
+    def settled(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> Self:
+        """With what is found on the validation rows, such as a threshold."""
 
     def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
         """The metrics and the mean `loss`; always finite numbers but for the loss."""
 
-    def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> float:
-        """The first metric for always giving the same answer, the best one on the training rows."""
+    def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> dict[str, float]:
+        """The metrics of always giving the same answer, the best one on the training rows."""
 
     def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
         """`by_label`, `confusion` and `ece`, as far as they make sense."""
@@ -167,6 +197,15 @@ class Task(Protocol):
 
         A row has its `place`, `label`, `prediction` and `texts`, whatever else tells of the mistake, and `confidence` or
         `error`.
+        """
+
+    def remarks(self, tables: Mapping[str, Any], train: Sequence[Any], *, weighted: bool) -> list[str]:
+        """What the user should know of `tables`, and what can be done.
+
+        Args:
+            tables: of the validation rows.
+            train: gold of the training rows.
+            weighted: whether labels are weighed already.
         """
 
     def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
@@ -216,6 +255,20 @@ class Labelled:
         """See `Task`."""
         return Home()
 
+    @property
+    def chooser(self) -> str:
+        """See `Task`."""
+        return self.metrics[0]
+
+    @property
+    def units(self) -> tuple[float, float]:
+        """See `Task`."""
+        return 0.0, 1.0
+
+    def settled(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> Self:
+        """See `Task`."""
+        return self
+
     def on_head(self, config: Any, *, strict: bool = True) -> Self:
         """See `Task`."""
         if strict:
@@ -233,6 +286,33 @@ class Labelled:
             "id2label": dict(enumerate(names)),
             "label2id": {label: number for number, label in enumerate(names)},
         }
+
+    def balanced(self, gold: Sequence[Any]) -> list[float]:
+        """A weight for every label against rare ones being drowned."""
+        raise NotImplementedError
+
+    def remarks(self, tables: Mapping[str, Any], train: Sequence[Any], *, weighted: bool) -> list[str]:
+        """See `Task`."""
+        missed = [name for name, row in tables.get("by_label", {}).items() if row["support"] and not row["f1"]]
+        if not missed:
+            return []
+        told = ", ".join(missed[:5]) + (f" and {len(missed) - 5} more" if len(missed) > 5 else "")
+        line = f"never right on the validation rows (F1 0): {told}"
+        if not weighted:
+            factors = self.balanced(train)
+            line += f"; --class-weights balanced lets rare labels weigh more, here {min(factors):.2g} to {max(factors):.2g} times"
+        return [line]
+
+    def in_own_order(self) -> Self:
+        """See `Task`."""
+        return replace(self, head=())
+
+    def in_head_order(self, probe: Linear) -> tuple[Tensor, Tensor]:
+        """The weight and the bias of a probe, whose outputs are in the order of `labels`."""
+        import torch
+
+        order = [self.labels.index(name) for name in self.head or self.labels]
+        return torch.from_numpy(probe.weight[order]), torch.from_numpy(probe.bias[order])
 
     def outputs(self, model: Any, batch: Batch) -> Tensor:
         """The model's logits (rows, ..., labels), in the order of `labels`."""

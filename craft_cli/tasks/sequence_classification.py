@@ -12,15 +12,24 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from craft_cli.config import RunConfig
+from craft_cli.config import AUTO, THRESHOLD, RunConfig
 from craft_cli.data.sources import TEST, DataSource, Home, Split
 from craft_cli.data.tokens import Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError
 from craft_cli.tasks.base import OWN, Labelled
 from craft_cli.tasks.labels import MULTI, NUMBER, OWN_METRICS, REGRESSION, SINGLE, label_numbers, settle_task
 from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
+from craft_cli.tasks.probe import Linear
+from craft_cli.tasks.problems import (
+    best_threshold,
+    constant_answer,
+    decide,
+    fit_outputs,
+    probabilities,
+    summed_loss,
+    units_of,
+)
 from craft_cli.tasks.texts import columns_of, guess_texts, text_of, texts_of
 
 if TYPE_CHECKING:
@@ -43,6 +52,8 @@ class SequenceClassification(Labelled):
         label_column: the gold label, as number or as name (or several, or a real number).
         label_separator: what stands between the labels of one cell, where several apply.
         threshold: above it a label applies, where several can.
+        finds_threshold: whether `settled` is to find it.
+        units: see `Task`.
         hub: data set on the hub, with its configuration.
         sample: folder below `craft_cli/samples`, for data that ships with craft.
         train: split to train on; None for a task that is only evaluated.
@@ -58,7 +69,9 @@ class SequenceClassification(Labelled):
     problem_type: str = SINGLE
     label_column: str = field(default="label", kw_only=True)
     label_separator: str | None = None
-    threshold: float = RunConfig.threshold
+    threshold: float = THRESHOLD
+    finds_threshold: bool = False
+    units: tuple[float, float] = (0.0, 1.0)
     hub: tuple[str, str] | None = None
     sample: str | None = None
     train: str | None = "train"
@@ -71,6 +84,11 @@ class SequenceClassification(Labelled):
         """Where its rows lie."""
         test = tuple(dict.fromkeys(split for split, _ in self.server.values())) if self.server else (TEST,)
         return Home(self.hub, self.sample, self.train, self.validation, test)
+
+    @property
+    def chooser(self) -> str:
+        """Own numbers are to be near: a correlation is content with any scale."""
+        return "loss" if self.problem_type == REGRESSION and self.name == OWN else self.metrics[0]
 
     @property
     def stratified(self) -> bool:
@@ -92,7 +110,7 @@ class SequenceClassification(Labelled):
     @classmethod
     def of_record(cls, record: Mapping[str, Any], config: Any) -> SequenceClassification:
         """Of a checkpoint: what its configuration says, or what one output and several usually mean."""
-        threshold = float(record.get("threshold", RunConfig.threshold))
+        threshold = float(record.get("threshold", THRESHOLD))
         if record.get("task", OWN) != OWN:
             from craft_cli.tasks.glue import task_named
 
@@ -150,9 +168,15 @@ class SequenceClassification(Labelled):
         return lambda rows: Split([texts(row) for row in rows], None, origin)
 
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> SequenceClassification:
-        """With the threshold, and weights against rare labels being drowned where they are asked for."""
-        weights = tuple(self.balanced(gold)) if config.class_weights else ()
-        return replace(self, threshold=config.threshold, class_weights=weights)
+        """With the threshold, weights against rare labels being drowned where they are asked for, and units of own numbers."""
+        found = config.threshold == AUTO and self.problem_type == MULTI
+        return replace(
+            self,
+            threshold=THRESHOLD if isinstance(config.threshold, str) else config.threshold,
+            finds_threshold=found,
+            class_weights=tuple(self.balanced(gold)) if config.class_weights else (),
+            units=units_of(gold) if self.problem_type == REGRESSION and self.name == OWN else (0.0, 1.0),
+        )
 
     def balanced(self, gold: Sequence[Any]) -> list[float]:
         """A weight for every label against rare ones being drowned.
@@ -198,11 +222,22 @@ class SequenceClassification(Labelled):
         logits = self.outputs(model, batch)  # (rows, labels)
         assert batch.targets is not None
         weights = torch.tensor(self.class_weights, device=logits.device) if self.class_weights else None
-        return summed_loss(logits, batch.targets, self.problem_type, weights)
+        targets = batch.targets / self.units[1] if self.problem_type == REGRESSION else batch.targets
+        return summed_loss(logits, targets, self.problem_type, weights)
 
     def scores(self, model: Any, batch: Batch) -> list[Tensor]:
         """The logits (labels,) of every row."""
-        return list(self.outputs(model, batch).float().cpu())
+        return list(self.outputs(model, batch).float().cpu() * self.units[1])
+
+    def in_own_order(self) -> SequenceClassification:
+        """Nor are its numbers in other units."""
+        return replace(self, head=(), units=(0.0, 1.0))
+
+    def fit_head(self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool) -> tuple[Tensor, Tensor]:
+        """Logistic regressions or a ridge."""
+        rows, labels = torch.stack(list(features)), len(self.labels)  # (rows, features)
+        weight, start = fit_outputs(rows, gold, self.problem_type, labels, self.class_weights, bias=bias)
+        return self.in_head_order(Linear(weight / self.units[1], start / self.units[1]))
 
     # -- results --------------------------------------------------------------------------------------------------------
 
@@ -210,21 +245,21 @@ class SequenceClassification(Labelled):
         """The prediction of every row, see the function of this name."""
         return decide(torch.stack(list(scores)), self.problem_type, self.threshold)
 
+    def settled(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> SequenceClassification:
+        """With the threshold, where it is to be found."""
+        if not self.finds_threshold:
+            return self
+        return replace(self, threshold=best_threshold(torch.stack(list(scores)), gold))
+
     def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
         """The task's metrics, and the mean loss."""
         logits = torch.stack(list(scores))  # (rows, labels)
         metrics = compute_metrics(self.metrics, gold, decide(logits, self.problem_type, self.threshold))
         return metrics | {"loss": float(summed_loss(logits, torch.tensor(gold), self.problem_type)) / len(gold)}
 
-    def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> float:
-        """The first metric for always predicting what is most frequent (or the mean) in the training rows."""
-        if self.problem_type == REGRESSION:
-            guess: Any = sum(train) / len(train)
-        elif self.problem_type == MULTI:
-            guess = [int(2 * sum(column) > len(train)) for column in zip(*train, strict=True)]
-        else:
-            guess = max(set(train), key=lambda label: (list(train).count(label), -label))
-        return compute_metrics(self.metrics[:1], gold, [guess] * len(gold))[self.metrics[0]]
+    def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> dict[str, float]:
+        """The metrics of the answer that is best for all the training rows."""
+        return compute_metrics(self.metrics, gold, [constant_answer(train, self.problem_type)] * len(gold))
 
     def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
         """Not of a regression; a confusion matrix of one label a row only."""
@@ -321,40 +356,3 @@ class SequenceClassification(Labelled):
                     f"{table.origin} has no column '{column}'; it has {', '.join(table.columns)} (choose with {wanted})"
                 )
         return replace(self, text_columns=texts, label_column=label)
-
-
-def summed_loss(logits: Tensor, gold: Tensor, problem_type: str, class_weights: Tensor | None = None) -> Tensor:
-    """Loss of a batch, summed over its rows.
-
-    Args:
-        logits: (rows, labels), or (rows, 1) for a regression.
-        gold: label numbers (rows,); real numbers (rows,); or 0 and 1 for every label (rows, labels).
-        problem_type: cross-entropy, squared error, or the mean over the labels of binary cross-entropies.
-        class_weights: (labels,), a factor for the rows of each label.
-    """
-    logits = logits.float()
-    if problem_type == REGRESSION:
-        return functional.mse_loss(logits.squeeze(-1), gold.float(), reduction="sum")
-    if problem_type == MULTI:
-        losses = functional.binary_cross_entropy_with_logits(
-            logits, gold.float(), pos_weight=class_weights, reduction="none"
-        )
-        return losses.mean(dim=-1).sum()
-    losses = functional.cross_entropy(logits, gold, reduction="none")  # (rows,)
-    return (losses if class_weights is None else losses * class_weights[gold]).sum()
-
-
-def probabilities(logits: Tensor, problem_type: str) -> Tensor:
-    """Probability of every label (rows, labels): softmax, or one sigmoid a label; of a regression the number itself."""
-    if problem_type == REGRESSION:
-        return logits
-    return torch.sigmoid(logits) if problem_type == MULTI else torch.softmax(logits, dim=-1)
-
-
-def decide(logits: Tensor, problem_type: str, threshold: float = RunConfig.threshold) -> list[Any]:
-    """The prediction of every row: a label number, a real number, or a 0 or 1 for every label."""
-    if problem_type == REGRESSION:
-        return logits.squeeze(-1).tolist()
-    if problem_type == MULTI:
-        return (torch.sigmoid(logits) > threshold).int().tolist()
-    return logits.argmax(dim=-1).tolist()

@@ -24,6 +24,7 @@ from craft_cli.data.sources import DataSource, Split
 from craft_cli.data.tokens import IGNORED, Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError, ModelError
 from craft_cli.tasks.base import OWN, Labelled
+from craft_cli.tasks.probe import fit_labels
 from craft_cli.tasks.tags import OUTSIDE, READ, Entity, by_kind, entities_of, entity_metrics, one_form, scheme
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from craft_cli.data.readers import Row
     from craft_cli.data.tables import Table
 
+_WORDS_FITTED = 20_000
+"""More words than these are no better start of a head."""
 _WORDS, _TAGS = ("tokens", "words"), ("tags", "ner_tags", "labels", "label")
 _LINES = ("text", "sentence")
 _NOT_BLANK = re.compile(r"\S+")
@@ -150,12 +153,14 @@ class TokenClassification(Labelled):
         return read
 
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> TokenClassification:
-        """With scikit-learn's `balanced` weights of the tags, where they are asked for: words / (tags x words of it)."""
-        if not config.class_weights:
-            return self
+        """With scikit-learn's `balanced` weights of the tags, where they are asked for."""
+        return replace(self, class_weights=tuple(self.balanced(gold)) if config.class_weights else ())
+
+    def balanced(self, gold: Sequence[Any]) -> list[float]:
+        """Words / (tags x words of it)."""
         words = [number for row in gold for number in row]
         counts = [max(words.count(number), 1) for number in range(len(self.labels))]
-        return replace(self, class_weights=tuple(len(words) / (len(counts) * count) for count in counts))
+        return [len(words) / (len(counts) * count) for count in counts]
 
     # -- model ----------------------------------------------------------------------------------------------------------
 
@@ -190,6 +195,17 @@ class TokenClassification(Labelled):
             found.append(scores)
         return found
 
+    def fit_head(self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool) -> tuple[Tensor, Tensor]:
+        """A logistic regression of the words that have a token, of every tag its share."""
+        words = torch.cat(list(features))  # (words, features)
+        targets = torch.tensor([number for row in gold for number in row], dtype=torch.long)
+        seen = _seen(words)
+        words, targets = words[seen], targets[seen]
+        order = targets.argsort(stable=True)
+        order = order[torch.linspace(0, len(order) - 1, min(len(order), _WORDS_FITTED)).round().long()]
+        x, y = words[order].double().numpy(), targets[order].numpy()
+        return self.in_head_order(fit_labels(x, y, len(self.labels), factors=self.class_weights, bias=bias))
+
     # -- results --------------------------------------------------------------------------------------------------------
 
     def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
@@ -199,10 +215,11 @@ class TokenClassification(Labelled):
         total = float(functional.cross_entropy(logits, targets, reduction="sum"))
         return {name: metrics[name] for name in self.metrics} | {"loss": total / max(len(targets), 1)}
 
-    def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> float:
+    def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> dict[str, float]:
         """Always O."""
         named = [self._named(row) for row in gold]
-        return entity_metrics(named, [[OUTSIDE] * len(row) for row in named])[self.metrics[0]]
+        found = entity_metrics(named, [[OUTSIDE] * len(row) for row in named])
+        return {name: found[name] for name in self.metrics}
 
     def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
         """Precision, recall, F1 and support of each kind of entity; the calibration error of words."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,8 @@ from craft_cli.methods.attach import ModelAdapter
 from craft_cli.models.cards import model_card
 from craft_cli.plots import training_curve
 from craft_cli.tasks.metrics import renamed
-from craft_cli.training.preparation import Prepared, data_record, resolved_recipe
+from craft_cli.training.head import LastLayer
+from craft_cli.training.preparation import Measured, Prepared, data_record, resolved_recipe
 from craft_cli.training.progress import Listener
 from craft_cli.training.run import Run
 
@@ -28,7 +30,7 @@ def chosen_metric(config: RunConfig, prepared: Prepared) -> str:
         ConfigError: this task has no such metric.
     """
     if config.metric_for_best_model is None:
-        return prepared.task.metrics[0]
+        return prepared.task.chooser
     known: list[str] = []
     for split in prepared.validation:
         known += renamed(dict.fromkeys((*prepared.task.metrics, "loss"), 0.0), split, prepared.validation)
@@ -45,6 +47,7 @@ class Journal:
         config: of the run.
         prepared: what is trained on.
         adapter: what is trained.
+        last: the last layer of the head.
         metric: chooses the best adapter, see `chosen_metric`.
         run: where to write; None writes nothing.
         listener: who is told.
@@ -52,9 +55,13 @@ class Journal:
 
     Attributes:
         best: metrics of the best evaluation so far; empty before the first.
-        best_epoch: of that evaluation.
+        best_step: update of that evaluation.
+        best_epoch: the same in epochs.
         best_state: adapter and head of that evaluation, where there is a run.
-        evaluated: the last update that was evaluated.
+        tables: what `Task.tables` said of it.
+        baselines: metrics of what this run has to beat: `same_answer` to all rows, and the `head_alone`, where it starts as
+            a probe.
+        evaluated: the last update that was evaluated; -1 before the first.
     """
 
     def __init__(
@@ -62,20 +69,27 @@ class Journal:
         config: RunConfig,
         prepared: Prepared,
         adapter: ModelAdapter,
+        last: LastLayer,
         metric: str,
         run: Run | None,
         listener: Listener,
         track: Callable[[dict[str, float], int], None] = lambda values, step: None,
     ) -> None:
-        self._config, self._prepared, self._adapter, self._run = config, prepared, adapter, run
-        self._listener, self._track = listener, track
+        self._config, self._prepared, self._adapter, self._last = config, prepared, adapter, last
+        self._run, self._listener, self._track = run, listener, track
         self._metric = metric
         self._lines: list[dict[str, Any]] = []
         self._misses = 0
+        self._since: list[float] = []  # losses of the updates that no line tells of yet
+        self._loss = 0.0  # mean of those that the newest line tells of
         self.best: dict[str, float] = {}
-        self.best_epoch = 0.0
+        self.best_step, self.best_epoch = 0, 0.0
         self.best_state: dict[str, Tensor] = {}
-        self.evaluated = 0
+        self.tables: dict[str, Any] = {}
+        self._found: dict[str, Any] = {}  # with the best: what the adapter's record says of it
+        gold = next(iter(prepared.validation.values())).labels or []
+        self.baselines = {"same_answer": prepared.task.baseline(prepared.train.labels or [], gold)}
+        self.evaluated = -1
 
     def update(self, step: int, epoch: float, loss: float, rate: float, examples: int) -> None:
         """An update was made.
@@ -85,32 +99,40 @@ class Journal:
         """
         if not math.isfinite(loss):
             raise CraftError(f"the loss is {loss} at update {step}{self._too_fast}")
-        self._listener.updated(step, loss, rate, examples)
-        if step % self._config.logging_steps == 0 or step == 1:
-            self._append({"step": step, "epoch": round(epoch, 6), "loss": loss, "learning_rate": rate})
-            self._listener.logged(step, epoch, loss, rate)
+        self._since.append(loss)
+        told = step % self._config.logging_steps == 0 or step == 1
+        if told:
+            self._loss, self._since = fmean(self._since), []
+            self._append({"step": step, "epoch": round(epoch, 6), "loss": self._loss, "learning_rate": rate})
+        self._listener.updated(step, self._loss, rate, examples)
+        if told:
+            self._listener.logged(step, epoch, self._loss, rate)
 
-    def evaluation(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, epoch: float, measured: Measured) -> None:
         """An evaluation is complete.
 
         Raises:
             CraftError: its loss is not finite.
         """
+        metrics = measured.metrics
         if not math.isfinite(metrics["loss"]):
             raise CraftError(f"the validation loss is {metrics['loss']} after update {step}{self._too_fast}")
+        if step == 0 and self._config.head_start == "probe" and self._last.name is not None:
+            self.baselines["head_alone"] = dict(metrics)
         gain = self._gain(metrics)
-        better = gain > 0
-        self._misses = 0 if gain > (self._config.early_stopping_threshold or 0.0) else self._misses + 1
+        better = gain > 0 or (gain == 0 and metrics["loss"] < self.best["loss"])
+        missed = gain <= self._config.early_stopping_threshold if self._config.early_stopping_threshold else not better
+        self._misses = self._misses + 1 if missed else 0
         self.evaluated = step
         if better:
-            self.best, self.best_epoch = dict(metrics), epoch
+            self.best, self.best_step, self.best_epoch = dict(metrics), step, epoch
+            self.tables = measured.tables()
+            self._found = measured.task.record() | {"temperature": measured.temperature}
             self._keep()
         self._append(
             {"step": step, "epoch": round(epoch, 6)} | {f"eval_{key}": value for key, value in metrics.items()}
         )
-        if self._run:
-            title = f"{self._prepared.task.name} on {self._prepared.checkpoint.name}"
-            training_curve(self._lines, self._metric, self._run.curve, title)
+        self._draw()
         self._listener.evaluated(step, epoch, metrics, best=better)
 
     @property
@@ -120,10 +142,16 @@ class Journal:
             self._config.early_stopping_patience or 0
         )
 
-    def keep_last(self, epoch: float) -> None:
+    @property
+    def is_falling(self) -> bool:
+        """Whether the validation loss of the last evaluation is the lowest, and clearly lower than the one before."""
+        losses = [line["eval_loss"] for line in self._lines if "eval_loss" in line]
+        return len(losses) > 2 and losses[-1] < 0.99 * min(losses[:-1])
+
+    def keep_last(self, step: int, epoch: float) -> None:
         """Where nothing was evaluated, the adapter as it is now is the best one."""
         if not self.best:
-            self.best_epoch = epoch
+            self.best_step, self.best_epoch = step, epoch
             self._keep()
 
     # -- for checkpoints ------------------------------------------------------------------------------------------------
@@ -132,15 +160,23 @@ class Journal:
         """What a checkpoint must know of this journal, beside `best_state` and metrics.jsonl."""
         return {
             "best": self.best,
+            "best_step": self.best_step,
             "best_epoch": self.best_epoch,
+            "tables": self.tables,
+            "found": self._found,
+            "baselines": self.baselines,
             "misses": self._misses,
             "evaluated": self.evaluated,
+            "since": self._since,
+            "loss": self._loss,
         }
 
     def restore(self, record: Mapping[str, Any], best: Mapping[str, Tensor], metrics: bytes) -> None:
         """Go back to what a checkpoint knew; the files in the run folder, too. The adapter is left at its best."""
-        self.best, self.best_epoch = dict(record["best"]), record["best_epoch"]
-        self._misses, self.evaluated = record["misses"], record["evaluated"]
+        self.best, self.best_step, self.best_epoch = dict(record["best"]), record["best_step"], record["best_epoch"]
+        self.tables, self._found, self.baselines = record["tables"], record["found"], record["baselines"]
+        self._misses, self.evaluated, self._since = record["misses"], record["evaluated"], list(record["since"])
+        self._loss = record["loss"]
         self._lines = [json.loads(line) for line in metrics.splitlines()]
         if self._run:
             write_bytes(self._run.metrics_file, metrics)
@@ -162,6 +198,11 @@ class Journal:
         gain = metrics[self._metric] - self.best[self._metric]
         return -gain if self._metric.startswith("loss") else gain
 
+    def _draw(self) -> None:
+        if self._run:
+            title = f"{self._prepared.task.name} on {self._prepared.checkpoint.name}"
+            training_curve(self._lines, self._metric, self._run.curve, title, self.baselines, self.best_epoch)
+
     def _append(self, line: dict[str, Any]) -> None:
         self._lines.append(line)
         if self._run:
@@ -178,10 +219,15 @@ class Journal:
         if self._run is None:
             return
         self.best_state = self._adapter.trained_state()
-        self._adapter.training_record = training_record(self._config, self._prepared, self.best_epoch, self.best)
+        self._adapter.training_record = {
+            **training_record(self._config, self._prepared, self.best_epoch, self.best),
+            **({"baselines": self.baselines} if self.best else {}),
+            **self._found,
+        }
         record = self._adapter.record()
         card = model_card(record, self._prepared.method.describe(record), self._prepared.checkpoint)
-        self._adapter.save(self._run.adapter, card=card, factors=self._config.adapter_factors)
+        with self._last.multiplied(self._prepared.task.units[1] / self._found.get("temperature", 1.0)):
+            self._adapter.save(self._run.adapter, card=card, factors=self._config.adapter_factors)
 
 
 def training_record(

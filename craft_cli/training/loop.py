@@ -20,6 +20,7 @@ from craft_cli.data.tokens import Encoded, collate
 from craft_cli.tasks.inference import in_order, predict_batches
 from craft_cli.training.checkpoint import rng_state, save_checkpoint, untouched_rng
 from craft_cli.training.distributed import average_gradients
+from craft_cli.training.preparation import Measured
 from craft_cli.training.setup import Training
 
 
@@ -54,7 +55,8 @@ def update(training: Training, rows: Sequence[int]) -> None:
     training.step += 1
     # One exchange for the loss and for a signal on any process, so that all stop after the same update.
     told = accelerator.gather(torch.stack([loss, loss.new_tensor(training.stop.received)])).view(-1, 2)
-    training.journal.update(training.step, training.epoch, float(told[:, 0].mean()), rate, len(rows))
+    loss_in_units = float(told[:, 0].mean()) * training.prepared.task.units[1] ** 2
+    training.journal.update(training.step, training.epoch, loss_in_units, rate, len(rows))
     training.stopped = int(told[:, 1].max())
 
 
@@ -89,22 +91,22 @@ def batch_loss(training: Training, rows: Sequence[int]) -> Tensor:
 def evaluate(training: Training) -> None:
     """Measure on the validation rows, and keep the adapter where it is the best so far; a signal ends it without a result."""
     with untouched_rng(training.accelerator.device):
-        metrics = measure(training)
-        if metrics:
+        measured = measure(training)
+        if measured:
             with training.stop.shielded():
-                training.journal.evaluation(training.step, training.epoch, metrics)
+                training.journal.evaluation(training.step, training.epoch, measured)
             training.saved = min(training.saved, training.step - 1)  # a checkpoint of this update does not know of it
 
 
-def measure(training: Training) -> dict[str, float] | None:
-    """The metrics of all validation rows, on every process; None where a signal came in between."""
+def measure(training: Training) -> Measured | None:
+    """What all validation rows say, on every process; None where a signal came in between."""
     scores = {}
     for name, encoded in training.prepared.validation.items():
         found = everyones_scores(training, encoded)
         if found is None:
             return None
         scores[name] = found
-    return training.prepared.measure(scores)
+    return training.prepared.measure(scores, calibrate=training.config.calibrate)
 
 
 def everyones_scores(training: Training, encoded: Encoded) -> list[Tensor] | None:
@@ -156,8 +158,7 @@ def save(training: Training) -> None:
                 "tracker_id": training.tracker_id,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             }
-            keep = training.config.save_total_limit
-            save_checkpoint(
-                training.run, record, training.adapter, training.optimizer, training.journal.best_state, keep
-            )
+            keep, best = training.config.save_total_limit, training.journal.best_state
+            with training.last.multiplied(training.prepared.task.units[1]):  # the folder is an adapter like any other
+                save_checkpoint(training.run, record, training.adapter, training.optimizer, best, keep)
         training.saved = training.step

@@ -31,6 +31,29 @@ from craft_cli.tasks.splits import load_splits
 from craft_cli.training.compile import compile_blocks, freeze_cache
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation found.
+
+    Attributes:
+        task: with what it found on the validation rows.
+        metrics: of all validation splits, by name.
+        scores: of the first split, divided by the temperature.
+        gold: of its rows.
+        temperature: by which the scores of the model were divided.
+    """
+
+    task: Task
+    metrics: dict[str, float]
+    scores: Sequence[Tensor]
+    gold: Sequence[Any]
+    temperature: float = 1.0
+
+    def tables(self) -> dict[str, Any]:
+        """See `Task.tables`."""
+        return self.task.tables(self.scores, self.gold)
+
+
 @dataclass
 class Prepared:
     """All that is needed before a model is built.
@@ -55,12 +78,22 @@ class Prepared:
     validation: dict[str, Encoded]
     notes: list[str]
 
-    def measure(self, scores: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-        """The metrics of all validation splits, by name."""
+    def measure(self, scores: Mapping[str, Sequence[Tensor]], *, calibrate: bool = False) -> Measured:
+        """The metrics of all validation splits.
+
+        Args:
+            scores: of every split's rows.
+            calibrate: whether one temperature is to divide them all first, which is fitted on the first split.
+        """
+        first = next(iter(self.validation))
+        gold = self.validation[first].labels or []
+        temperature = self.task.temperature(scores[first], gold) if calibrate else 1.0
+        cooled = {name: [row / temperature for row in rows] if calibrate else rows for name, rows in scores.items()}
+        task = self.task.settled(cooled[first], gold)
         metrics: dict[str, float] = {}
         for name, encoded in self.validation.items():
-            metrics |= renamed(self.task.measure(scores[name], encoded.labels or []), name, self.validation)
-        return metrics
+            metrics |= renamed(task.measure(cooled[name], encoded.labels or []), name, self.validation)
+        return Measured(task, metrics, cooled[first], gold, temperature)
 
     @property
     def eval_examples(self) -> int:

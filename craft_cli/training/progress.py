@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Plan:
     devices: str
     effective_batch: str
     updates: int
+    length: str
     done: int
     output: str | None
     notes: Sequence[str] = ()
@@ -37,24 +39,29 @@ class TrainResult:
     Attributes:
         output: the run folder; None for a dry run.
         metrics: of the best evaluation; empty where nothing was evaluated.
-        baseline: the first metric for always answering the same: the most frequent label or the mean of the training rows.
+        baselines: the metrics of what it had to beat: always the `same_answer`, the best one on the training rows; and the
+            `head_alone`, as it was fitted on the frozen base, where it starts so.
+        tables: of the best evaluation, by label, as `craft eval --report` shows them.
         epoch: of the best evaluation.
         updates: made in all.
         seconds: of the loop, evaluations included, and of what went before a resume.
         parameters: `adapter` and `head`, numbers trained.
         examples: rows of each evaluation.
         stopped_early: whether patience was over before the last update.
+        remarks: what the user should know of it, a sentence each.
     """
 
     output: str | None
     metrics: Mapping[str, float]
-    baseline: float
+    baselines: Mapping[str, Mapping[str, float]]
+    tables: Mapping[str, Any]
     epoch: float
     updates: int
     seconds: float
     parameters: Mapping[str, int]
     examples: int
     stopped_early: bool = False
+    remarks: Sequence[str] = ()
 
 
 class Listener:

@@ -9,10 +9,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from craft_cli.config import RunConfig
+from craft_cli.config import AUTO, RunConfig
 from craft_cli.data.batches import plan_epoch
+
+EPOCHS = 3
+"""Of a known task, and the fewest of own data."""
+ENOUGH_UPDATES = 1000
+"""What own data get, as far as that takes no more epochs than `MOST_EPOCHS`."""
+MOST_EPOCHS = 30
+
+
+def length_settled(config: RunConfig, rows: int, update_size: int, *, own: bool) -> RunConfig:
+    """The settings with a number of epochs, and with early stopping where that number is a bound, where it is `auto`.
+
+    Args:
+        config: of the run.
+        rows: to train on.
+        update_size: rows of one update.
+        own: whether they are the user's own; a known task is trained as its papers do.
+    """
+    if config.num_train_epochs != AUTO:
+        return config
+    if not own:
+        return replace(config, num_train_epochs=EPOCHS)
+    in_epoch = math.ceil(rows / update_size)
+    epochs = min(max(math.ceil(ENOUGH_UPDATES / in_epoch), EPOCHS), MOST_EPOCHS)
+    patience = config.early_stopping_patience
+    if patience is None and config.eval_strategy == "epoch":
+        patience = max(epochs // 4, 2)
+    return replace(config, num_train_epochs=float(epochs), early_stopping_patience=patience)
 
 
 class Timetable:
@@ -30,6 +58,7 @@ class Timetable:
     def __init__(self, config: RunConfig, lengths: Sequence[int], update_size: int) -> None:
         self._config, self._lengths, self._update_size = config, lengths, update_size
         self._in_epoch = math.ceil(len(lengths) / update_size)
+        assert not isinstance(config.num_train_epochs, str)  # see `length_settled`
         total = math.ceil(config.num_train_epochs * self._in_epoch)
         self.total = 1 if config.dry_run else min(total, config.max_steps or total)
 
@@ -45,15 +74,16 @@ class Timetable:
             yield from plan[done : self.total - epoch * self._in_epoch]
 
     def evaluates(self, step: int) -> bool:
-        """Whether an evaluation follows this update."""
+        """Whether an evaluation follows this update; before the first one it shows what training begins with."""
         return not self._config.dry_run and self._due(step, self._config.eval_strategy, self._config.eval_steps)
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is written after this update (and its evaluation)."""
-        return not self._config.dry_run and self._due(step, self._config.save_strategy, self._config.save_steps)
+        due = step > 0 and self._due(step, self._config.save_strategy, self._config.save_steps)
+        return due and not self._config.dry_run
 
     def _due(self, step: int, strategy: str, steps: int | None) -> bool:
-        if strategy == "no" or step == 0:
+        if strategy == "no":
             return False
         return step == self.total or step % (steps or self._in_epoch) == 0
 

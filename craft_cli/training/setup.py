@@ -18,18 +18,20 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
-from craft_cli.config import RunConfig
+from craft_cli.config import AUTO, RunConfig
 from craft_cli.errors import ConfigError
 from craft_cli.methods.attach import ModelAdapter
 from craft_cli.models.quantization import check_available
+from craft_cli.tasks.base import OWN
 from craft_cli.training.checkpoint import data_checksum
 from craft_cli.training.distributed import from_main, fsdp_asked, held_here, shard
+from craft_cli.training.head import FEW_ROWS, MOST_ROWS, LastLayer, probe
 from craft_cli.training.journal import Journal, chosen_metric
 from craft_cli.training.preparation import Prepared, build, describe_tokens, prepare, resolved_recipe
 from craft_cli.training.progress import Listener, Plan
 from craft_cli.training.resume import Start, check_state, find_start
 from craft_cli.training.run import Run, new_run, usable_output
-from craft_cli.training.schedule import Timetable, move
+from craft_cli.training.schedule import Timetable, length_settled, move
 from craft_cli.training.signals import StopSignals
 from craft_cli.training.trackers import start_trackers, trackers
 
@@ -45,6 +47,7 @@ class Training:
         prepared: rows, checkpoint, method and task.
         model: wrapped for its processes.
         adapter: on the model.
+        last: the last layer of the head.
         optimizer: wrapped too.
         schedule: of the learning rate.
         trainable: every parameter that is trained.
@@ -72,6 +75,7 @@ class Training:
     prepared: Prepared
     model: Any
     adapter: ModelAdapter
+    last: LastLayer
     optimizer: Any
     schedule: Any
     trainable: list[Tensor]
@@ -172,12 +176,15 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     with accelerator.main_process_first():  # the others then find the caches filled
         prepared = prepare(config, listener.preparing, start.frozen)
 
-    set_seed(config.seed)
-    model, adapter = build(config, prepared, accelerator.device)
-    adapter.load_trained_state(start.trained)
     update_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     if state:  # whatever the number of processes is now
         update_size = state.record["update_size"]
+    length = config.num_train_epochs
+    config = length_settled(config, len(prepared.train), update_size, own=prepared.task.name == OWN)
+
+    set_seed(config.seed)
+    model, adapter = build(config, prepared, accelerator.device)
+    adapter.load_trained_state(start.trained)
     timetable = Timetable(config, prepared.train.lengths, update_size)
     metric = chosen_metric(config, prepared)  # a wrong one is refused before a former run makes room
     data = data_checksum([prepared.train, *prepared.validation.values()])
@@ -187,7 +194,10 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     if not config.dry_run:
         run = Run(from_main(accelerator, lambda: _open_run(start, prepared, recipe, held, runs)), runs)
 
+    last = LastLayer(model, adapter.head)
     model, optimizer, schedule, trainable = _optimized(config, model, adapter, accelerator, timetable, sharded)
+    if state is None:
+        _start_head(config, prepared, last, accelerator, listener, sharded=sharded)
     torch.manual_seed(config.seed + 1 + accelerator.process_index)  # dropout differs between processes
     writer = run if accelerator.is_main_process else None
     training = Training(
@@ -201,7 +211,8 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
         schedule=schedule,
         trainable=trainable,
         timetable=timetable,
-        journal=Journal(config, prepared, adapter, metric, writer, listener, accelerator.log),
+        journal=Journal(config, prepared, adapter, last, metric, writer, listener, accelerator.log),
+        last=last,
         run=run,
         recipe=recipe,
         update_size=update_size,
@@ -209,7 +220,8 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
         parameters={"adapter": adapter.count_parameters(), "head": adapter.count_head_parameters()},
         sharded=sharded,
     )
-    listener.started(_plan(training, start, _devices(accelerator) + (held_here(model) if sharded else "")))
+    auto = length == AUTO and prepared.task.name == OWN
+    listener.started(_plan(training, start, _devices(accelerator) + (held_here(model) if sharded else ""), auto=auto))
     _resume(training, start)
     training.updates = timetable.updates(after=training.step)
     return training
@@ -247,6 +259,33 @@ def _optimized(
         return model, prepared, schedule, trainable
 
 
+def _start_head(
+    config: RunConfig,
+    prepared: Prepared,
+    last: LastLayer,
+    accelerator: Accelerator,
+    listener: Listener,
+    *,
+    sharded: bool,
+) -> None:
+    """Give the head's last layer its start: computed once, the same on every process."""
+    if config.head_start == "random" or last.name is None:
+        mean, scale = prepared.task.units
+        last.start_at(mean / scale)
+        return
+
+    def fitted() -> dict[str, Tensor]:
+        with accelerator.autocast():
+            size, most = config.per_device_eval_batch_size, FEW_ROWS if config.dry_run else MOST_ROWS
+            return probe(prepared, last, size, accelerator.device, listener.preparing, most)
+
+    if sharded:  # every process has a part of the base
+        own = fitted()
+        last.load(from_main(accelerator, lambda: own))
+    else:
+        last.load(from_main(accelerator, fitted))
+
+
 def _resume(training: Training, start: Start) -> None:
     """Put everything back as it was at the newest checkpoint, if there is one, and start the trackers."""
     state, accelerator = start.state, training.accelerator
@@ -261,6 +300,7 @@ def _resume(training: Training, start: Start) -> None:
     if state:  # last, so that nothing draws random numbers in between
         process, device = accelerator.process_index, accelerator.device
         state.restore(training.adapter, training.optimizer, accelerator.scaler, process, device)
+        training.last.multiply(1 / training.prepared.task.units[1])
 
 
 def _open_run(start: Start, prepared: Prepared, recipe: dict[str, Any], held: ExitStack, runs: Path) -> Path:
@@ -301,7 +341,7 @@ def _devices(accelerator: Accelerator) -> str:
     return f"{accelerator.num_processes} x {kind}{precision}"
 
 
-def _plan(training: Training, start: Start, devices: str) -> Plan:
+def _plan(training: Training, start: Start, devices: str, *, auto: bool) -> Plan:
     config, prepared, accelerator = training.config, training.prepared, training.accelerator
     update_size = training.update_size
     described = prepared.method.describe(prepared.method.settings(prepared.frozen, config.method_options))
@@ -313,6 +353,14 @@ def _plan(training: Training, start: Start, devices: str) -> Plan:
         effective += f" x {config.gradient_accumulation_steps} accumulated"
     if update_size != each * processes * config.gradient_accumulation_steps:
         effective = f"{update_size}, as before; at most {each} a device at once"
+    notes = [*start.notes, *prepared.notes]
+    if config.head_start == "probe" and training.last.name is None:
+        notes.append("the head has no linear layer at its end, so it starts at random (--head-start random)")
+    length = f"{training.timetable.total:,}"
+    if auto:
+        patience = config.early_stopping_patience
+        early = f"; ends early after {patience} evaluations in a row that are not better" if patience else ""
+        length += f" at most: {config.num_train_epochs:g} epochs, by the number of rows{early}"
     return Plan(
         model=prepared.checkpoint.name,
         task=prepared.task.name,
@@ -328,7 +376,8 @@ def _plan(training: Training, start: Start, devices: str) -> Plan:
         devices=devices,
         effective_batch=effective,
         updates=training.timetable.total,
+        length=length,
         done=start.state.step if start.state else 0,
         output=str(training.run.path) if training.run else None,
-        notes=(*start.notes, *prepared.notes),
+        notes=notes,
     )

@@ -1,0 +1,157 @@
+"""A linear probe: what scikit-learn fits on the features that a frozen base hands to the last layer of its head.
+
+Where a head starts (LP-FT, Kumar et al. 2022, arXiv 2202.10054). All fits are penalised on features of unit variance, with
+the penalty that serves rows best that were not fitted on; what is returned takes the features as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+"""Half of each times the squared norm of the weights is added to the mean loss of the rows."""
+
+_FOLDS = 5
+_MANY_ROWS = 3000
+"""From here on one part of the rows tells penalties apart as well as five."""
+
+Weights = Any  # (rows,), how much each counts
+
+
+class Linear(NamedTuple):
+    """A linear layer.
+
+    Attributes:
+        weight: (outputs, features), float64.
+        bias: (outputs,); zero where there is to be none.
+    """
+
+    weight: Any
+    bias: Any
+
+    def __call__(self, features: Any) -> Any:
+        """(rows, features) to (rows, outputs)."""
+        return features @ self.weight.T + self.bias
+
+
+def fit_labels(features: Any, gold: Any, labels: int, *, factors: Sequence[float] = (), bias: bool = True) -> Linear:
+    """Multinomial logistic regression.
+
+    Args:
+        features: (rows, features).
+        gold: (rows,), label numbers.
+        labels: how many there are; one without rows keeps a score of zero, which is never the highest.
+        factors: (labels,), of the loss of each label's rows; none without.
+        bias: whether the layer has one; without, features are scaled but not centred.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    weights = np.asarray(factors)[gold] if len(factors) else np.ones(len(gold))
+    present = np.unique(gold)
+
+    def fit(x: Any, y: Any, w: Weights, penalty: float) -> Linear:
+        model = LogisticRegression(C=1 / (penalty * w.sum()), fit_intercept=bias, max_iter=300, tol=1e-4)
+        model.fit(x, y, sample_weight=w)
+        weight, start = np.zeros((labels, x.shape[1])), np.zeros(labels)
+        if len(model.classes_) == 2:  # one output, which tells the second from the first
+            one, two = model.classes_
+            weight[two], start[two] = model.coef_[0] / 2, model.intercept_[0] / 2 if bias else 0.0
+            weight[one], start[one] = -weight[two], -start[two]
+        else:
+            weight[model.classes_] = model.coef_
+            start[model.classes_] = model.intercept_ if bias else 0.0
+        return Linear(weight, start)
+
+    def loss(layer: Linear, x: Any, y: Any, w: Weights) -> float:
+        logits = layer(x)
+        logits -= logits.max(axis=1, keepdims=True)
+        losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(y)), y]
+        return float((w * losses).sum())
+
+    if len(present) < 2:
+        return Linear(np.zeros((labels, features.shape[1])), np.zeros(labels))
+    return _fitted(features, gold, weights, fit, loss, gold, bias=bias)
+
+
+def fit_several(features: Any, gold: Any, *, factors: Sequence[float] = (), bias: bool = True) -> Linear:
+    """A logistic regression for each of several labels that can apply.
+
+    Args:
+        features: (rows, features).
+        gold: (rows, labels), 0 or 1.
+        factors: (labels,), of the loss of the rows that a label applies to; none without.
+        bias: see `fit_labels`.
+    """
+    layers = []
+    for number, column in enumerate(np.asarray(gold).T):
+        pair = (1.0, factors[number]) if len(factors) else ()
+        two = fit_labels(features, column.astype(int), 2, factors=pair, bias=bias)
+        weight, start = two.weight[1] - two.weight[0], two.bias[1] - two.bias[0]
+        if len(np.unique(column)) < 2 and bias:  # all rows or none: as likely as with one row of the other kind
+            start = np.log((column.sum() + 1) / (len(column) - column.sum() + 1))
+        layers.append((weight, start))
+    return Linear(np.stack([weight for weight, _ in layers]), np.array([start for _, start in layers]))
+
+
+def fit_numbers(features: Any, gold: Any, *, bias: bool = True) -> Linear:
+    """Ridge regression.
+
+    Args:
+        features: (rows, features).
+        gold: (rows,), real numbers.
+        bias: see `fit_labels`.
+    """
+    from sklearn.linear_model import Ridge
+
+    scale = float(np.std(gold)) or 1.0
+
+    def fit(x: Any, y: Any, w: Weights, penalty: float) -> Linear:
+        model = Ridge(alpha=penalty * len(y), fit_intercept=bias).fit(x, y)
+        return Linear(model.coef_[None], np.array([model.intercept_ if bias else 0.0]))
+
+    def loss(layer: Linear, x: Any, y: Any, w: Weights) -> float:
+        return float(((layer(x)[:, 0] - y) ** 2).sum())
+
+    ranks = np.argsort(np.argsort(gold, kind="stable"), kind="stable")
+    strata = ranks * 10 // max(len(ranks), 1)  # low and high numbers in every part
+    found = _fitted(features, np.asarray(gold) / scale, np.ones(len(gold)), fit, loss, strata, bias=bias)
+    return Linear(found.weight * scale, found.bias * scale)
+
+
+def _fitted(
+    features: Any,
+    gold: Any,
+    weights: Weights,
+    fit: Callable[[Any, Any, Weights, float], Linear],
+    loss: Callable[[Linear, Any, Any, Weights], float],
+    strata: Any,
+    *,
+    bias: bool,
+) -> Linear:
+    """The fit with the penalty that is best on rows it has not seen."""
+    x = np.asarray(features, dtype=np.float64)
+    mean = x.mean(axis=0) if bias else np.zeros(x.shape[1])
+    scale = np.sqrt(((x - mean) ** 2).mean(axis=0))
+    scale[scale < 1e-6 * max(scale.max(), 1e-30)] = 1.0  # a feature that never changes
+    x = (x - mean) / scale
+    totals = np.zeros(len(PENALTIES))
+    for train, test in _parts(strata):
+        for number, penalty in enumerate(PENALTIES):
+            layer = fit(x[train], gold[train], weights[train], penalty)
+            totals[number] += loss(layer, x[test], gold[test], weights[test])
+    weight, start = fit(x, gold, weights, PENALTIES[int(totals.argmin())])
+    weight = weight / scale
+    return Linear(weight, start - weight @ mean)
+
+
+def _parts(strata: Any) -> list[tuple[Any, Any]]:
+    """Rows to fit on and rows to judge by, of all strata alike; none where there are too few."""
+    order = np.argsort(strata, kind="stable")
+    fold = np.empty(len(order), dtype=int)
+    fold[order] = np.arange(len(order)) % _FOLDS
+    parts = [(np.flatnonzero(fold != part), np.flatnonzero(fold == part)) for part in range(_FOLDS)]
+    parts = [(train, test) for train, test in parts if len(test) and len(np.unique(strata[train])) > 1]
+    return parts[:1] if len(order) > _MANY_ROWS else parts

@@ -88,6 +88,13 @@ def command(
         content = asdict(result)
         console.print_json({name: value for name, value in content.items() if value is not None})
         return
+    _show(result, report=report, confusion=confusion)
+
+
+def _show(result: Any, *, report: bool, confusion: bool) -> None:
+    """Metrics, and the tables that were asked for."""
+    from craft_cli.cli import console
+
     console.facts(
         {
             "evaluated": result.subject,
@@ -97,18 +104,12 @@ def command(
         }
     )
     console.table(["metric", "value"], [[name, f"{value:.4f}"] for name, value in result.metrics.items()])
-    _show(result, report=report, confusion=confusion)
-
-
-def _show(result: Any, *, report: bool, confusion: bool) -> None:
-    """The tables that were asked for."""
-    from craft_cli.cli import console
-
     if report:
         console.out.print()
         console.label_table(result.by_label, result.confusion)
-        console.out.print()
-        console.facts({"expected calibration error": f"{result.ece:.4f}" if result.ece is not None else None})
+        if result.ece is not None:
+            console.out.print()
+            console.facts({"expected calibration error": f"{result.ece:.4f}"})
     if confusion:
         console.out.print()
         console.table(

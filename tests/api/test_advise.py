@@ -243,14 +243,17 @@ def test_the_page_needs_nothing_from_outside(one: str) -> None:
     assert "default-src 'none'" in text
     for title in ("Projections", "Spectra", "Change by layer", "Training", "Confusion", "Configuration"):
         assert f"<h2>{title}</h2>" in text
-    found = craft.inspect(one)
-    for row in found.projections:
+    for row in craft.inspect(one).projections:
         for value in row["change_by_layer"]:
             assert f">{value:.3g}</td>" in text
-    confusion = craft.evaluate(one).confusion
-    assert confusion is not None
-    for counts in confusion:
+    found = craft.evaluate(one)
+    assert found.confusion is not None
+    for counts in found.confusion:
         assert "".join(f"<td>{count}</td>" for count in counts) in text
+    accuracy = f"<td>{found.metrics['accuracy']:.4f}</td><td>{found.examples}</td>"
+    assert f"<tr><td>accuracy</td><td></td><td></td>{accuracy}</tr>" in text
+    assert "<td>weighted avg</td>" in text
+    assert f"Expected calibration error: {found.ece:.4f}" in text
     assert "<script>" not in text
     assert "task: sst2" in page.text
     again = invoke("inspect", one, "--html", "again.html")

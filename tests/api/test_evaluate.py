@@ -60,7 +60,10 @@ def home(pico: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         write_rows(
             Path("several.jsonl"),
-            [{"text": text, "labels": draw.choice(([], ["dull"], ["dull", "good"]))} for text, _ in texts],
+            [
+                {"text": text, "labels": draw.choice(([], ["dull"], ["dull", "good"], ["dull", "fine", "good"]))}
+                for text, _ in texts
+            ],
         )
         write_rows(Path("real.jsonl"), [{"text": text, "score": draw.random() * 5} for text, _ in texts])
         Path("words.conll").write_text(conll(sentences(23, 2)))

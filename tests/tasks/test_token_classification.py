@@ -255,6 +255,21 @@ def test_words_without_token_or_beyond_the_length_count_as_outside(tokenizer: An
     assert measured["loss"] == pytest.approx(math.log(math.exp(3) + 4))  # of the words that have a token
 
 
+def test_the_mistake_of_a_sentence_is_its_surest_wrong_word() -> None:
+    logits = torch.zeros(4, 5)
+    logits[[0, 1, 2], [0, 3, 4]] = torch.tensor([9.0, 2.0, 3.0])
+    logits[3] = -torch.inf  # no token: nothing was said of it
+    split = Split([("the", "film", "was", "good")] * 2, [[0, 1, 0, 3], [0, 3, 4, 3]], "here")
+    ((sure, row),) = task().mistakes([logits, logits], split)
+    confidence = math.exp(3) / (math.exp(3) + 4)
+    assert sure == pytest.approx(confidence)
+    assert row == {
+        "place": "here, row 1", "word": "was", "label": "O", "prediction": "I-plus",
+        "confidence": pytest.approx(confidence, abs=1e-6), "texts": ["the film was good"],
+    }  # fmt: skip
+    assert not [*task().mistakes([torch.zeros(0, 5)], Split([()], [[]], "here"))]
+
+
 def test_the_loss_is_a_sum_over_words(tokenizer: Any) -> None:
     rows = encoded(tokenizer)
     each = math.log(math.exp(3) + 4)

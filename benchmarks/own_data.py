@@ -69,6 +69,9 @@ DATA = {
     "opinions": Task(("text",), ("negative", "positive"), ("accuracy",), ("all",)),
 }
 
+EPOCHS = {"200": 10, "1000": 6, "all": 6, "5000": 3}
+"""Of the Trainer, by rows; the best one is kept."""
+
 Row = tuple[tuple[str, ...], Any]
 """Texts and gold."""
 
@@ -152,7 +155,7 @@ class Study:
             found = self.run_peer(method, peers.Job(
                 model=base_model(self.given.model), texts=[texts for texts, _ in train], gold=[gold for _, gold in train],
                 test=[texts for texts, _ in test], labels=task.labels, metrics=task.metrics, seed=cell["seed"], rates=rates,
-                epochs=1 if self.given.small else 3 if cell["size"] == "5000" else 10, rank=RANKS.get(method, 0),
+                epochs=1 if self.given.small else EPOCHS[cell["size"]], rank=RANKS.get(method, 0),
             ))  # fmt: skip
         gold, answers = [gold for _, gold in test], found.pop("found")
         metrics = peers.score(task.metrics, task.labels, gold, answers)

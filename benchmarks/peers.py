@@ -197,6 +197,7 @@ def fine_tuned(job: Job) -> dict[str, Any]:
     rate = max(tried, key=lambda rate: tried[rate][1]["choice"])
     trainer, metrics, numbers, seconds = tried[rate]
     apart = time.perf_counter() - began - sum(one[-1] for one in tried.values())
+    trainer.args.train_sampling_strategy = "random"  # or it would answer in an order of its own
     logits = trainer.predict(_encoded(job.model, job.test)).predictions
     return {
         "seconds": seconds + apart,

@@ -28,6 +28,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from craft_cli.errors import listed
+
 if TYPE_CHECKING:
     from craft_cli.training.progress import Plan
 
@@ -47,14 +49,12 @@ err = Console(stderr=True, highlight=False)
 def fail(message: str) -> None:
     """An error: one line for each thing that is wrong."""
     for line in message.splitlines():
-        err.print("[bold red]error:[/] ", end="")
-        err.print(_plain(line), markup=False, soft_wrap=True)
+        err.print(Text.assemble(("error:", "bold red"), " ", _plain(line)), soft_wrap=True)
 
 
 def note(message: str) -> None:
     """Something the user should know, on stderr."""
-    err.print("[yellow]note:[/] ", end="")
-    err.print(_plain(message), markup=False, soft_wrap=True)
+    err.print(Text.assemble(("note:", "yellow"), " ", _plain(message)), soft_wrap=True)  # one print: a bar may be drawn
 
 
 def say(message: str) -> None:
@@ -82,7 +82,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], below: Sequence
     """A table on stdout, and sums below it; all columns but the first are numbers, to the right."""
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for number, column in enumerate(columns):
-        grid.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold", no_wrap=number < 3)
+        grid.add_column(
+            escape(_plain(column)), justify="left" if number == 0 else "right", overflow="fold", no_wrap=number < 3
+        )
     for row in rows:
         grid.add_row(*[escape(show(value)) for value in row])
     if below:
@@ -231,7 +233,7 @@ class TrainingConsole:
         grid.add_column(overflow="fold")
         rows = {
             "model": plan.model,
-            "task": f"{plan.task} ({', '.join(plan.labels)})",
+            "task": f"{plan.task} ({listed(plan.labels)})",
             "data": f"{plan.train_examples:,} to train on, {plan.eval_examples:,} to evaluate on",
             "tokens": plan.tokens,
             "adapter": f"{plan.method} on {' and '.join(plan.targets)}, {plan.sizes}",
@@ -269,7 +271,7 @@ class TrainingConsole:
     def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float], *, best: bool) -> None:
         parts = [f"{name} {value:.4f}" for name, value in metrics.items()]
         self._metric = "  " + "  ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[:1])
-        lines = [f"epoch {epoch:<5.3g}"]
+        lines = [f"epoch {epoch:<5.3g}" if step else f"{'start':<11}"]
         for part in [*parts, *(["best so far"] if best else [])]:
             if err.is_terminal and len(f"{lines[-1]}  {part}") > err.width:  # no value apart from its name
                 lines.append(" " * 10)

@@ -1,7 +1,7 @@
 """A linear probe: what scikit-learn fits on the features that a frozen base hands to the last layer of its head.
 
-Where a head starts (LP-FT, Kumar et al. 2022, arXiv 2202.10054). All fits are penalised on features of unit variance, with
-the penalty that serves rows best that were not fitted on; what is returned takes the features as they are.
+Where a head starts (LP-FT, Kumar et al. 2022, arXiv 2202.10054). All fits are penalised on features whose variances have the
+mean 1, with the penalty that serves rows best that were not fitted on; what is returned takes the features as they are.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+PENALTIES = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
 """Half of each times the squared norm of the weights is added to the mean loss of the rows."""
+
+MOST_AMPLIFIED = 100.0
+"""A layer that makes more of a rounding error in the features than this is fitted with a stronger penalty."""
 
 _FOLDS = 5
 _MANY_ROWS = 3000
@@ -134,17 +137,28 @@ def _fitted(
     """The fit with the penalty that is best on rows it has not seen."""
     x = np.asarray(features, dtype=np.float64)
     mean = x.mean(axis=0) if bias else np.zeros(x.shape[1])
-    scale = np.sqrt(((x - mean) ** 2).mean(axis=0))
-    scale[scale < 1e-6 * max(scale.max(), 1e-30)] = 1.0  # a feature that never changes
+    scale = (
+        float(np.sqrt(((x - mean) ** 2).mean())) or 1.0
+    )  # one for all: a feature that hardly changes gets no large weight
     x = (x - mean) / scale
     totals = np.zeros(len(PENALTIES))
     for train, test in _parts(strata):
         for number, penalty in enumerate(PENALTIES):
             layer = fit(x[train], gold[train], weights[train], penalty)
             totals[number] += loss(layer, x[test], gold[test], weights[test])
-    weight, start = fit(x, gold, weights, PENALTIES[int(totals.argmin())])
-    weight = weight / scale
-    return Linear(weight, start - weight @ mean)
+    for penalty in PENALTIES[int(totals.argmin()) :: -1]:
+        weight, start = fit(x, gold, weights, penalty)
+        weight = weight / scale
+        layer = Linear(weight, start - weight @ mean)
+        if _amplification(layer, features) <= MOST_AMPLIFIED:
+            break
+    return layer
+
+
+def _amplification(layer: Linear, features: Any) -> float:
+    """How many times larger a relative error of the features can come out: the features' size and that of what is made of them."""
+    inside = np.linalg.norm(layer.weight, 2) * np.sqrt((np.asarray(features) ** 2).sum(axis=1).mean())
+    return float(inside / max(np.std(layer(features)), 1e-30)) if layer.weight.any() else 0.0
 
 
 def _parts(strata: Any) -> list[tuple[Any, Any]]:

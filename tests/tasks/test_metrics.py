@@ -215,12 +215,12 @@ def test_balanced_weights_are_scikit_learns() -> None:
 
 def test_the_constant_answer_is_taken_from_the_training_rows() -> None:
     single = Task("own", labels=("a", "b"), metrics=("accuracy",))
-    assert single.baseline([1, 1, 0], [0, 0, 0, 1]) == 0.25
-    assert single.baseline([1, 0], [0, 0, 0, 1]) == 0.75  # the first label of as many
+    assert single.baseline([1, 1, 0], [0, 0, 0, 1]) == {"accuracy": 0.25}
+    assert single.baseline([1, 0], [0, 0, 0, 1]) == {"accuracy": 0.75}  # the first label of as many
     real = Task("own", labels=NUMBER, metrics=("pearson",), problem_type=REGRESSION)
-    assert real.baseline([1.0, 5.0], [1.0, 2.0, 3.0]) == 0.0
+    assert real.baseline([1.0, 5.0], [1.0, 2.0, 3.0]) == {"pearson": 0.0}
     several = Task("own", labels=("a", "b"), metrics=("f1_micro",), problem_type=MULTI)
-    assert several.baseline([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]) == 1.0
+    assert several.baseline([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]) == {"f1_micro": 1.0}
 
 
 def test_measure_has_the_tasks_metrics_and_the_loss() -> None:

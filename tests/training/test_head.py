@@ -69,7 +69,8 @@ def test_it_is_scikit_learns_fit_on_what_the_base_gives(
         batch = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
         with torch.no_grad():
             features[split] = model(**batch).pooler_output.double().numpy()
-    mean, scale = features["train"].mean(axis=0), features["train"].std(axis=0)
+    mean = features["train"].mean(axis=0)
+    scale = ((features["train"] - mean) ** 2).mean() ** 0.5
     gold = {split: [row["label"] for row in rows] for split, rows in texts.items()}
     plain = LogisticRegression(C=1 / (0.01 * 45), max_iter=1000).fit((features["train"] - mean) / scale, gold["train"])
     expected = plain.score((features["validation"] - mean) / scale, gold["validation"])
@@ -257,15 +258,6 @@ def test_own_data_say_what_was_chosen(pico: Make) -> None:
     assert heard.plan is not None
     assert f"{MOST_EPOCHS} epochs, by the number of rows; ends early" in heard.plan.length
     assert result.updates <= heard.plan.updates == 6 * MOST_EPOCHS
-
-
-def test_a_loss_that_still_falls_is_told_with_the_way_on(pico: Make, data_dir: Path) -> None:
-    result = craft.train(config(pico(), data_dir, num_train_epochs=4, learning_rate=1e-2, head_learning_rate=1e-2))
-    told = [line for line in result.remarks if "still falling" in line]
-    assert told
-    command = told[0].split(": craft ")[1].split("  goes on")[0].split()
-    again = craft.train(config(pico(), data_dir, resume=True, num_train_epochs=float(command[-1]), learning_rate=1e-2, head_learning_rate=1e-2))  # fmt: skip
-    assert again.updates > result.updates
 
 
 def test_a_label_that_is_never_right_is_named_with_what_its_weight_would_be(pico: Make) -> None:

@@ -17,20 +17,22 @@ import craft_cli as craft
 from craft_cli.api.predict import predict
 from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.training import loop, setup
+from craft_cli.training.preparation import Measured
 
 Make = Callable[..., Path]
 
 
 class Script:
-    """Evaluations that come out as written: accuracy and loss of each, in turn."""
+    """Evaluations that come out as written: accuracy and loss of each after the start, in turn."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *results: tuple[float, float]) -> None:
         self.results = iter(results)
         monkeypatch.setattr(loop, "measure", self.evaluate)
 
-    def evaluate(self, *_: Any) -> dict[str, float]:
-        accuracy, loss = next(self.results)
-        return {"accuracy": accuracy, "loss": loss}
+    def evaluate(self, training: Any) -> Measured:
+        accuracy, loss = next(self.results) if training.step else (0.1, 9.0)
+        scores = [torch.zeros(2)] * 23
+        return Measured(training.prepared.task, {"accuracy": accuracy, "loss": loss}, scores, [0] * 23)
 
 
 def evaluations(run: str = "out") -> list[int]:
@@ -40,11 +42,11 @@ def evaluations(run: str = "out") -> list[int]:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, [6, 12]),
-        ({"eval_steps": 4}, [4, 8, 12]),
-        ({"eval_strategy": "steps", "eval_steps": 5}, [5, 10, 12]),
+        ({}, [0, 6, 12]),
+        ({"eval_steps": 4}, [0, 4, 8, 12]),
+        ({"eval_strategy": "steps", "eval_steps": 5}, [0, 5, 10, 12]),
         ({"eval_strategy": "no"}, []),
-        ({"num_train_epochs": 1.5}, [6, 9]),
+        ({"num_train_epochs": 1.5}, [0, 6, 9]),
     ],
 )
 def test_it_evaluates_when_it_is_told_to_and_at_the_end(
@@ -108,6 +110,19 @@ def test_early_stopping(
     assert result.stopped_early is (updates < 36)
 
 
+def test_a_loss_that_still_falls_is_told_with_the_way_on(
+    pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Script(monkeypatch, (0.5, 1.0), (0.5, 0.8), (0.5, 0.8))
+    result = craft.train(config(pico(), data_dir))
+    (told,) = [line for line in result.remarks if "still falling" in line]
+    flags = told.split(": craft train ")[1].split("  goes on")[0].split()
+    assert flags == ["--resume", "--output-dir", "out", "--num-train-epochs", "3"]
+    again = craft.train(config(pico(), data_dir, resume=True, num_train_epochs=float(flags[-1])))
+    assert again.updates == 18
+    assert not [line for line in again.remarks if "still falling" in line]
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -140,11 +155,12 @@ def test_a_flag_of_steps_overrides_a_recipe_of_epochs() -> None:
 
 def test_a_loss_that_is_not_finite_stops_with_advice_and_the_best_is_kept(pico: Make, data_dir: Path) -> None:
     class Break(Remember):
-        """Makes the head infinite after the first evaluation."""
+        """Makes the head infinite after the first epoch."""
 
         def evaluated(self, step: int, epoch: float, metrics: Any, *, best: bool) -> None:
             super().evaluated(step, epoch, metrics, best=best)
-            heads[0].data.fill_(float("inf"))
+            if step:
+                heads[0].data.fill_(float("inf"))
 
     heads: list[torch.Tensor] = []
     former = setup.build
@@ -188,7 +204,7 @@ def test_it_starts_from_the_transforms_of_another_run_with_a_new_head(pico: Make
     assert any(ours[name].any() for name in transforms)
     assert not any(plain[name].any() for name in transforms)
     assert ours["head.classifier.weight"].shape == (2, 24)
-    assert lines()[0]["loss"] != lines("plain")[0]["loss"]
+    assert lines()[0]["eval_loss"] != lines("plain")[0]["eval_loss"]
     assert Path(json.loads(Path("out/adapter/adapter_config.json").read_text())["training"]["recipe"]["init_from"]) == (
         Path("first").resolve()
     )

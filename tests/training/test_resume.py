@@ -29,7 +29,7 @@ def test_more_epochs_and_other_logging_may_follow(pico: Make, data_dir: Path) ->
     assert listener.plan is not None
     assert (listener.plan.done, result.updates) == (12, 24)
     assert [line["step"] for line in lines() if "loss" in line] == [*range(1, 13), 15, 18, 21, 24]
-    assert [line["step"] for line in lines() if "eval_loss" in line] == [6, 12, 18, 24]
+    assert [line["step"] for line in lines() if "eval_loss" in line] == [0, 6, 12, 18, 24]
     with pytest.raises(
         ConfigError, match="has made 24 updates already, but --num-train-epochs or --max-steps end it at 6"
     ):
@@ -168,13 +168,13 @@ def test_with_nothing_to_resume_it_begins(pico: Make, data_dir: Path) -> None:
     listener = Cut(0)
     craft.train(config(pico(), data_dir, resume=True, output_dir="new"), listener)
     assert listener.plan is not None
-    assert listener.plan.notes == ("nothing to resume in new: starting from the beginning",)
+    assert listener.plan.notes == ["nothing to resume in new: starting from the beginning"]
     shutil.rmtree("new/checkpoints")  # as if it had been killed before the first one
     Path("new/all_results.json").unlink()
     Path("new/notes.txt").write_text("mine")
     craft.train(config(pico(), data_dir, resume=True, output_dir="new"), listener)
     assert Path("new/notes.txt").is_file()
-    assert listener.plan.notes == ("new has no checkpoint yet: starting from the beginning",)
+    assert listener.plan.notes == ["new has no checkpoint yet: starting from the beginning"]
     with pytest.raises(ConfigError, match="--resume excludes --overwrite"):
         config(pico(), data_dir, resume=True, overwrite=True)
 
@@ -189,5 +189,5 @@ def test_two_trainings_in_one_folder_are_refused(pico: Make, data_dir: Path) -> 
 
     states: list[str] = []
     craft.train(config(pico(), data_dir, num_train_epochs=1), Second())
-    assert states == ["running"]
+    assert states == ["running", "running"]
     assert Run(Path("out")).state() == "finished"

@@ -67,7 +67,7 @@ def test_ctrl_c_does_not_cut_what_is_being_written(
     monkeypatch.setattr(journal, "training_curve", draw)
     with pytest.raises(KeyboardInterrupt):
         craft.train(config(pico(), data_dir), Hears())
-    assert (drawn, heard) == (["whole"], [(7, Path("out"), True)])
+    assert (drawn, heard) == (["whole"], [(1, Path("out"), True)])
     assert signal.getsignal(signal.SIGINT) is before
 
 

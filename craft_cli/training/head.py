@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from craft_cli.data.batches import length_sorted_batches
-from craft_cli.tasks.base import Task
 from craft_cli.tasks.inference import in_order, predict_batches
 from craft_cli.training.preparation import Prepared
 
@@ -18,6 +17,29 @@ MOST_ROWS = 10_000
 """More are not worth their time: the training sees all of them."""
 FEW_ROWS = 100
 """Enough to see that it works."""
+
+
+SOFT = 0.1
+"""A training begins with this much of a probe's weights: a head of large norm keeps the features from moving (arXiv 2405.16747).
+On 200 rows of STS-B and of SST-2 it gave lower validation losses than all of them, and than a random head."""
+
+
+class Probe(NamedTuple):
+    """A fitted last layer.
+
+    Attributes:
+        weight: (outputs, features).
+        bias: (outputs,).
+        mean: (outputs,), what it gives for the rows it was fitted on, on average.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+
+    def softened(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of outputs that differ from their mean by `SOFT` of what they did."""
+        return SOFT * self.weight, self.mean + SOFT * (self.bias - self.mean)
 
 
 class LastLayer:
@@ -33,6 +55,7 @@ class LastLayer:
 
     def __init__(self, model: Any, head: Sequence[str]) -> None:
         self._model = model
+        self._probe: Probe | None = None
         self.name: str | None = None
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and f"{name}.weight" in head:
@@ -75,23 +98,23 @@ class LastLayer:
             self._model.set_submodule(self.name, layer)
         return in_order(outputs, batches, len(part))
 
-    def fitted(self, task: Task, features: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Tensor]:
-        """The layer as a linear probe, by the names of its parameters.
-
-        Args:
-            task: that fits it.
-            features: for each row what goes into the layer.
-            gold: of each row.
-        """
-        weight, bias = task.fit_head(features, gold, bias=self.layer.bias is not None)
-        found = {f"{self.name}.weight": weight.float()}
-        return found if self.layer.bias is None else found | {f"{self.name}.bias": bias.float()}
-
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Start from these."""
-        for name, tensor in tensors.items():
-            self._model.get_parameter(name).copy_(tensor)
+    def load(self, weight: Tensor, bias: Tensor) -> None:
+        """Take these on; the bias only where the layer has one."""
+        self.layer.weight.copy_(weight)
+        if self.layer.bias is not None:
+            self.layer.bias.copy_(bias)
+
+    def start_from(self, probe: Probe) -> None:
+        """Take on a probe, as it is until `begin`."""
+        self._probe = probe
+        self.load(probe.weight, probe.bias)
+
+    def begin(self) -> None:
+        """Before the first update: what is left of a probe's size."""
+        if self._probe is not None:
+            self.load(*self._probe.softened())
+            self._probe = None
 
     @torch.no_grad()
     def start_at(self, mean: float) -> None:
@@ -129,15 +152,27 @@ def probe(
     device: torch.device,
     progress: Callable[[str, int, int], None],
     most: int = MOST_ROWS,
-) -> dict[str, Tensor]:
-    """The last layer, fitted on what the rest of the model makes of the training rows, by the names of its parameters."""
+) -> Probe:
+    """The last layer, fitted on what the rest of the model makes of the training rows.
+
+    Args:
+        prepared: rows and task.
+        last: the layer.
+        batch_size: rows at once.
+        device: where it computes.
+        progress: called with (what, done, total).
+        most: rows.
+    """
     gold = prepared.train.labels or []
     rows = share_of_rows(gold, most)
     features = last.features(prepared, rows, batch_size, device, progress)
     progress("fitting the head", 0, 1)
-    found = last.fitted(prepared.task, features, [gold[row] for row in rows])
+    weight, bias = prepared.task.fit_head(features, [gold[row] for row in rows], bias=last.layer.bias is not None)
     progress("fitting the head", 1, 1)
-    return found
+    inputs = torch.cat([row.reshape(-1, row.shape[-1]) for row in features])  # (rows, features), or of all their words
+    inputs = inputs[inputs.isfinite().all(dim=-1)]
+    mean = weight @ inputs.to(weight.dtype).mean(dim=0) + bias  # (outputs,)
+    return Probe(weight.float(), bias.float(), mean.float())
 
 
 def share_of_rows(gold: Sequence[Any], most: int) -> list[int]:

@@ -36,6 +36,8 @@ def run(training: Training) -> None:
                 save(training)
             if training.is_over:
                 return
+            if training.step == 0:
+                training.last.begin()
             update(training, next(training.updates))
 
 

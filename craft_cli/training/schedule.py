@@ -19,7 +19,7 @@ EPOCHS = 3
 """Of a known task, and the fewest of own data."""
 ENOUGH_UPDATES = 1000
 """What own data get, as far as that takes no more epochs than `MOST_EPOCHS`."""
-MOST_EPOCHS = 30
+MOST_EPOCHS = 20
 
 
 def length_settled(config: RunConfig, rows: int, update_size: int, *, own: bool) -> RunConfig:

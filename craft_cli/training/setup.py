@@ -25,7 +25,7 @@ from craft_cli.models.quantization import check_available
 from craft_cli.tasks.base import OWN
 from craft_cli.training.checkpoint import data_checksum
 from craft_cli.training.distributed import from_main, fsdp_asked, held_here, shard
-from craft_cli.training.head import FEW_ROWS, MOST_ROWS, LastLayer, probe
+from craft_cli.training.head import FEW_ROWS, MOST_ROWS, LastLayer, Probe, probe
 from craft_cli.training.journal import Journal, chosen_metric
 from craft_cli.training.preparation import Prepared, build, describe_tokens, prepare, resolved_recipe
 from craft_cli.training.progress import Listener, Plan
@@ -196,7 +196,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
 
     last = LastLayer(model, adapter.head)
     model, optimizer, schedule, trainable = _optimized(config, model, adapter, accelerator, timetable, sharded)
-    if state is None:
+    if state is None or state.step == 0:
         _start_head(config, prepared, last, accelerator, listener, sharded=sharded)
     torch.manual_seed(config.seed + 1 + accelerator.process_index)  # dropout differs between processes
     writer = run if accelerator.is_main_process else None
@@ -274,16 +274,16 @@ def _start_head(
         last.start_at(mean / scale)
         return
 
-    def fitted() -> dict[str, Tensor]:
+    def fitted() -> Probe:
         with accelerator.autocast():
             size, most = config.per_device_eval_batch_size, FEW_ROWS if config.dry_run else MOST_ROWS
             return probe(prepared, last, size, accelerator.device, listener.preparing, most)
 
     if sharded:  # every process has a part of the base
         own = fitted()
-        last.load(from_main(accelerator, lambda: own))
+        last.start_from(from_main(accelerator, lambda: own))
     else:
-        last.load(from_main(accelerator, fitted))
+        last.start_from(from_main(accelerator, fitted))
 
 
 def _resume(training: Training, start: Start) -> None:

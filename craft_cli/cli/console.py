@@ -237,7 +237,7 @@ class TrainingConsole:
             "data": f"{plan.train_examples:,} to train on, {plan.eval_examples:,} to evaluate on",
             "tokens": plan.tokens,
             "adapter": f"{plan.method} on {' and '.join(plan.targets)}, {plan.sizes}",
-            "trained": f"{plan.adapter_parameters:,} numbers in the adapter, {plan.head_parameters:,} in the head",
+            "trained": f"{plan.adapter_parameters:,} numbers in the adapter, {plan.head_parameters:,} in the head{plan.head_start}",
             "devices": plan.devices,
             "batch": plan.effective_batch,
             "updates": plan.length,

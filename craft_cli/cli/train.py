@@ -63,7 +63,7 @@ def command(
     evaluated = {}
     if result.metrics:
         if 1 < len(result.tables.get("by_label", ())) <= _MOST_LABELS:
-            console.label_table(result.tables["by_label"])
+            console.label_table(result.tables["by_label"], result.tables.get("confusion"))
             console.out.print()
         evaluated = {"best": f"{console.show(result.metrics)} after epoch {result.epoch:g}"}
         evaluated |= {name: console.show(metrics) for name, metrics in reversed(list(result.baselines.items()))}

@@ -136,6 +136,10 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         f"Licence: {licence or 'that of the base model'}. Base model: {name}"
         + (f", revision {base.revision}." if base.revision else "."),
     ]
+    if training.get("problem_type") == "multi_label_classification":
+        parts.append(f"A label applies where its probability is above {training['threshold']:g}.")
+    if training.get("temperature", 1.0) != 1.0:
+        parts.append(f"Calibrated: the head is divided by the temperature {training['temperature']:.3g}.")
     if metrics:
         baselines = training.get("baselines") or {}
         titles = [f"epoch {training.get('epoch', 0):g}", *(name.replace("_", " ") for name in baselines)]

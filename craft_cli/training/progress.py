@@ -23,6 +23,7 @@ class Plan:
     sizes: str
     adapter_parameters: int
     head_parameters: int
+    head_start: str
     devices: str
     effective_batch: str
     updates: int

@@ -39,7 +39,7 @@ def length_settled(config: RunConfig, rows: int, update_size: int, *, own: bool)
     epochs = min(max(math.ceil(ENOUGH_UPDATES / in_epoch), EPOCHS), MOST_EPOCHS)
     patience = config.early_stopping_patience
     if patience is None and config.eval_strategy == "epoch":
-        patience = max(epochs // 4, 2)
+        patience = max(epochs // 2, 2)  # on few rows an evaluation says little, and a softened head starts slowly
     return replace(config, num_train_epochs=float(epochs), early_stopping_patience=patience)
 
 

@@ -373,6 +373,7 @@ def _plan(training: Training, start: Start, devices: str, *, auto: bool) -> Plan
         sizes=described.settings,
         adapter_parameters=training.parameters["adapter"],
         head_parameters=training.parameters["head"],
+        head_start=", fitted first" if config.head_start == "probe" and training.last.name else "",
         devices=devices,
         effective_batch=effective,
         updates=training.timetable.total,

@@ -221,9 +221,35 @@ def test_a_threshold_is_found_kept_and_used(pico: Make) -> None:
     record = json.loads(Path("out/adapter/adapter_config.json").read_text())["training"]
     assert record["threshold"] != 0.5
     assert craft.evaluate("out").metrics["f1_micro"] == pytest.approx(result.metrics["f1_micro"])
+    assert f"is above {record['threshold']:g}" in Path("out/adapter/README.md").read_text()
     fixed = craft.train(own(pico(), Path("data"), output_dir="fixed", threshold=0.5))
     assert fixed.metrics["f1_micro"] <= result.metrics["f1_micro"]
     assert json.loads(Path("fixed/adapter/adapter_config.json").read_text())["training"]["threshold"] == 0.5
+
+
+def test_calibrated_scores_are_probabilities(pico: Make) -> None:
+    """One temperature, in the head's weights: no answer changes, the loss falls, and everybody sees the same."""
+    for split, count, seed in (("train", 60, 1), ("validation", 40, 2)):
+        rows = opinions(count, seed)
+        wrong = [{"text": r["sentence"], "label": "ab"[r["label"] ^ (n % 5 == 0)]} for n, r in enumerate(rows)]
+        write_rows(Path("data") / f"{split}.jsonl", wrong)
+    given = {"num_train_epochs": 8, "ranks": "24,24,3", "metric_for_best_model": "accuracy"}
+    plain = craft.train(own(pico(), Path("data"), output_dir="plain", **given))
+    result = craft.train(own(pico(), Path("data"), calibrate=True, **given))
+    record = json.loads(Path("out/adapter/adapter_config.json").read_text())["training"]
+    assert not 0.95 < record["temperature"] < 1.05
+    assert result.metrics["accuracy"] >= plain.metrics["accuracy"]
+    assert result.metrics["loss"] < plain.metrics["loss"]
+    assert result.tables["ece"] < plain.tables["ece"]
+    again = craft.evaluate("out")
+    assert again.metrics["loss"] == pytest.approx(result.metrics["loss"], abs=1e-5)
+    assert "Calibrated: the head is divided by the temperature" in Path("out/adapter/README.md").read_text()
+    merged = craft.evaluate(craft.merge("out").output, source=DataSource(data_dir="data"))
+    assert merged.metrics["loss"] == pytest.approx(result.metrics["loss"], abs=1e-5)
+    cut(own(pico(), Path("data"), calibrate=True, output_dir="cut", save_steps=4, **given), Cut(17))
+    craft.train(own(pico(), Path("data"), calibrate=True, output_dir="cut", save_steps=4, resume=True, **given))
+    first, second = tensors("out"), tensors("cut")
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 # -- how long -----------------------------------------------------------------------------------------------------------

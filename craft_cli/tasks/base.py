@@ -317,8 +317,6 @@ class Labelled:
 
     def in_head_order(self, probe: Linear) -> tuple[Tensor, Tensor]:
         """The weight and the bias of a probe, whose outputs are in the order of `labels`."""
-        import torch
-
         order = [self.labels.index(name) for name in self.head or self.labels]
         return torch.from_numpy(probe.weight[order]), torch.from_numpy(probe.bias[order])
 

@@ -21,7 +21,7 @@ FEW_ROWS = 100
 
 SOFT = 0.1
 """A training begins with this much of a probe's weights: a head of large norm keeps the features from moving (arXiv 2405.16747).
-On 200 rows of STS-B and of SST-2 it gave lower validation losses than all of them, and than a random head."""
+On 200 rows of STS-B and of SST-2 a tenth reached lower validation losses than all of them, and than a random head."""
 
 
 class Probe(NamedTuple):

@@ -348,12 +348,13 @@ def _training(folder: Path) -> tuple[State, str]:
 
 
 def _merge(folder: Path) -> tuple[State, str]:
-    """The run of `_training` merged, by what `craft merge` calls."""
-    if not (folder / "run" / "adapter").is_dir():
+    """The update of `_training` merged, by what `craft merge` calls; its best adapter may be the one before."""
+    updated = folder / "run" / "checkpoints" / "step-1"
+    if not updated.is_dir():
         return "note", "not tried: there is no run to merge"
     from craft_cli.api.merge import merge
 
-    merged = merge(folder / "run")
+    merged = merge(updated)
     return "ok", f"logits differ by {merged.difference:.1e} of the largest (allowed {merged.tolerance:.0e})"
 
 

@@ -164,7 +164,23 @@ def test_cosines_are_those_of_the_dense_changes(pico: Make) -> None:
 
 def train_runs(base: Path, data_dir: Path, *ranks: str) -> tuple[str, ...]:
     """Runs at these ranks."""
-    settings = ("--model", str(base), "--task", "sst2", "--data-dir", str(data_dir), "--use-cpu", "--max-steps", "4")
+    settings = (
+        "--model",
+        str(base),
+        "--task",
+        "sst2",
+        "--data-dir",
+        str(data_dir),
+        "--use-cpu",
+        "--max-steps",
+        "4",
+        "--metric-for-best-model",
+        "loss",
+        "--head-start",
+        "random",
+        "--head-learning-rate",
+        "0.03",
+    )
     for each in ranks:
         done = invoke("train", *settings, "--ranks", each, "--output-dir", f"run-{each}")
         assert done.exit_code == 0, done.stderr

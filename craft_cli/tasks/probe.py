@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PENALTIES = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
+PENALTIES = (1.0, 1e-1, 1e-2, 1e-3)
 """Half of each times the squared norm of the weights is added to the mean loss of the rows."""
 
 MOST_AMPLIFIED = 100.0

@@ -63,6 +63,7 @@ def command(
     evaluated = {}
     if result.metrics:
         if 1 < len(result.tables.get("by_label", ())) <= _MOST_LABELS:
+            console.out.print()
             console.label_table(result.tables["by_label"], result.tables.get("confusion"))
             console.out.print()
         evaluated = {"best": f"{console.show(result.metrics)} after epoch {result.epoch:g}"}

@@ -246,5 +246,5 @@ def test_the_command_line_goes_on_with_what_the_run_was_started_with(pico: Make,
     assert lines() == lines("uncut")
     again = invoke("train", "--resume", "--use-cpu")
     assert "all 12 updates were made before: nothing is left to train" in again.stderr
-    assert again.stdout.startswith("label ")
+    assert again.stdout.lstrip().startswith("label ")
     assert "\nbest " in again.stdout

@@ -66,7 +66,8 @@ def command(
             console.out.print()
             console.label_table(result.tables["by_label"], result.tables.get("confusion"))
             console.out.print()
-        evaluated = {"best": f"{console.show(result.metrics)} after epoch {result.epoch:g}"}
+        when = f"after epoch {result.epoch:g}" if result.epoch else "at the start"
+        evaluated = {"best": f"{console.show(result.metrics)} {when}"}
         evaluated |= {name: console.show(metrics) for name, metrics in reversed(list(result.baselines.items()))}
     early = ", stopped early" if result.stopped_early else ""
     console.facts(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from craft_cli.data.sources import DataSource, Home, Split
-from craft_cli.errors import CraftError, DataError
+from craft_cli.errors import CraftError, DataError, listed
 from craft_cli.tasks.calibration import forecast_error, temperature
 from craft_cli.tasks.checks import row_notes
 
@@ -304,8 +304,7 @@ class Labelled:
         missed = [name for name, row in tables.get("by_label", {}).items() if row["support"] and not row["f1"]]
         if not missed:
             return []
-        told = ", ".join(missed[:5]) + (f" and {len(missed) - 5} more" if len(missed) > 5 else "")
-        line = f"never right on the validation rows (F1 0): {told}"
+        line = f"never right on the validation rows (F1 0): {listed(missed, 5)}"
         if not weighted:
             factors = self.balanced(train)
             line += f"; --class-weights balanced lets rare labels weigh more, here {min(factors):.2g} to {max(factors):.2g} times"

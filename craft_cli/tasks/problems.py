@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from craft_cli.config import THRESHOLD
 from craft_cli.tasks.labels import MULTI, REGRESSION
 from craft_cli.tasks.probe import Linear, fit_labels, fit_numbers, fit_several
 
@@ -44,7 +45,7 @@ def probabilities(logits: Tensor, problem_type: str) -> Tensor:
     return torch.sigmoid(logits) if problem_type == MULTI else torch.softmax(logits, dim=-1)
 
 
-def decide(logits: Tensor, problem_type: str, threshold: float = 0.5) -> list[Any]:
+def decide(logits: Tensor, problem_type: str, threshold: float = THRESHOLD) -> list[Any]:
     """The prediction of every row: a label number, a real number, or a 0 or 1 for every label."""
     if problem_type == REGRESSION:
         return logits.squeeze(-1).tolist()

@@ -11,7 +11,7 @@ from typing import Any
 
 from craft_cli.api.evaluate import Evaluation, evaluate
 from craft_cli.api.inspect import Inspection, inspect
-from craft_cli.errors import ConfigError, CraftError
+from craft_cli.errors import ConfigError, CraftError, figure
 from craft_cli.files import write_bytes
 from craft_cli.plots import curve_figure, spectra_figure, svg
 from craft_cli.tasks.metrics import averages
@@ -171,7 +171,7 @@ def _confusion(path: str) -> str:
 
 
 def _confusion_table(result: Evaluation) -> str:
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    metrics = ", ".join(f"{name} {figure(value)}" for name, value in result.metrics.items())
     told = f"<p>{result.examples:,} examples of {escape(result.data)}: {escape(metrics)}</p>"
     if result.by_label is None:
         return told + "<p>A regression has no labels to take for one another.</p>"

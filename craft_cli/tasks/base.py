@@ -33,6 +33,10 @@ OWN = "own"
 """The name of a task on the user's own data: columns and labels are found in it."""
 
 
+_UNEVEN = 1.5
+"""Factors of labels that differ by less would change nothing that can be seen."""
+
+
 class Task(Protocol):
     """One kind of work on one set of data."""
 
@@ -305,8 +309,8 @@ class Labelled:
         if not missed:
             return []
         line = f"never right on the validation rows (F1 0): {listed(missed, 5)}"
-        if not weighted:
-            factors = self.balanced(train)
+        factors = [] if weighted else self.balanced(train)
+        if max(factors, default=0.0) > _UNEVEN * min([1.0, *factors]):
             line += f"; --class-weights balanced lets rare labels weigh more, here {min(factors):.2g} to {max(factors):.2g} times"
         return [line]
 

@@ -109,7 +109,7 @@ def fit_numbers(features: Any, gold: Any, *, bias: bool = True) -> Linear:
     """
     from sklearn.linear_model import Ridge
 
-    scale = float(np.std(gold)) or 1.0
+    scale = float(np.std(gold)) if np.ptp(gold) else 1.0
 
     def fit(x: Any, y: Any, w: Weights, penalty: float) -> Linear:
         model = Ridge(alpha=penalty * len(y), fit_intercept=bias).fit(x, y)

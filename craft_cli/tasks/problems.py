@@ -38,6 +38,14 @@ def summed_loss(logits: Tensor, gold: Tensor, problem_type: str, class_weights: 
     return (losses if class_weights is None else losses * class_weights[gold]).sum()
 
 
+def mean_loss(logits: Tensor, gold: Sequence[Any], problem_type: str) -> float:
+    """The mean over rows of `summed_loss`; of numbers in float64, or far from zero the squares would hold rounding alone."""
+    if problem_type == REGRESSION:
+        found = functional.mse_loss(logits.squeeze(-1).double(), torch.tensor(gold, dtype=torch.float64))
+        return float(found)
+    return float(summed_loss(logits, torch.tensor(gold), problem_type)) / len(gold)
+
+
 def probabilities(logits: Tensor, problem_type: str) -> Tensor:
     """Probability of every label (rows, labels): softmax, or one sigmoid a label; of a regression the number itself."""
     if problem_type == REGRESSION:
@@ -77,7 +85,7 @@ def fit_outputs(
 
 def units_of(gold: Sequence[float]) -> tuple[float, float]:
     """The mean of some numbers, and the power of two next to their standard deviation: dividing by it loses nothing."""
-    spread = float(np.std(gold))
+    spread = float(np.std(gold)) if np.ptp(gold) else 0.0  # else rounding makes one of equal numbers
     return float(np.mean(gold)), 2.0 ** round(math.log2(spread)) if spread > 0 else 1.0
 
 

@@ -19,8 +19,17 @@ from craft_cli.data.sources import TEST, DataSource, Home, Split
 from craft_cli.data.tokens import Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError
 from craft_cli.tasks.base import OWN, Labelled
-from craft_cli.tasks.checks import label_notes
-from craft_cli.tasks.labels import MULTI, NUMBER, OWN_METRICS, REGRESSION, SINGLE, label_numbers, settle_task
+from craft_cli.tasks.checks import label_notes, number_notes
+from craft_cli.tasks.labels import (
+    MULTI,
+    NUMBER,
+    OWN_METRICS,
+    REGRESSION,
+    SINGLE,
+    check_numbers,
+    label_numbers,
+    settle_task,
+)
 from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
 from craft_cli.tasks.probe import Linear
 from craft_cli.tasks.problems import (
@@ -28,6 +37,7 @@ from craft_cli.tasks.problems import (
     constant_answer,
     decide,
     fit_outputs,
+    mean_loss,
     probabilities,
     summed_loss,
     units_of,
@@ -170,12 +180,25 @@ class SequenceClassification(Labelled):
         return lambda rows: Split([texts(row) for row in rows], None, origin)
 
     def notes(self, rows: Mapping[str, Split]) -> list[str]:
-        """Of the labels too, where there are any."""
-        of_labels = [] if self.problem_type == REGRESSION else label_notes(rows, self.labels, self.label_column)
-        return [*of_labels, *super().notes(rows)]
+        """Of the labels or the numbers too."""
+        if self.problem_type == REGRESSION:
+            return [*number_notes(rows, self.label_column), *super().notes(rows)]
+        return [*label_notes(rows, self.labels, self.label_column), *super().notes(rows)]
 
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> SequenceClassification:
-        """With the threshold, weights against rare labels being drowned where they are asked for, and units of own numbers."""
+        """With the threshold, weights against rare labels being drowned where they are asked for, and units of own numbers.
+
+        Raises:
+            ConfigError: a setting without effect on this kind of problem.
+            DataError: numbers from which nothing can be learned.
+        """
+        if config.threshold != AUTO and self.problem_type != MULTI:
+            raise ConfigError("--threshold: only where several labels can apply to a row; leave it out")
+        if self.problem_type == REGRESSION:
+            if config.calibrate:
+                raise ConfigError("--calibrate: a regression answers numbers, not probabilities; leave it out")
+            if self.name == OWN:
+                check_numbers(gold, self.label_column)
         found = config.threshold == AUTO and self.problem_type == MULTI
         return replace(
             self,
@@ -262,7 +285,7 @@ class SequenceClassification(Labelled):
         """The task's metrics, and the mean loss."""
         logits = torch.stack(list(scores))  # (rows, labels)
         metrics = compute_metrics(self.metrics, gold, decide(logits, self.problem_type, self.threshold))
-        return metrics | {"loss": float(summed_loss(logits, torch.tensor(gold), self.problem_type)) / len(gold)}
+        return metrics | {"loss": mean_loss(logits, gold, self.problem_type)}
 
     def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> dict[str, float]:
         """The metrics of the answer that is best for all the training rows."""
@@ -296,7 +319,7 @@ class SequenceClassification(Labelled):
         size = "error" if self.problem_type == REGRESSION else "confidence"
         for row, (much, label, answer) in enumerate(zip(wrong.tolist(), labels, answers, strict=True)):
             if much > 0:
-                named = {"label": self._named(label), "prediction": self._named(answer), size: round(much, 6)}
+                named = {"label": self._named(label), "prediction": self._answered(answer), size: self._rounded(much)}
                 yield much, {"place": split.place_of(row), **named, "texts": list(split.texts[row])}
 
     def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
@@ -308,16 +331,23 @@ class SequenceClassification(Labelled):
         found = zip(probabilities(logits, self.problem_type).tolist(), self.decide(scores), strict=True)
         for row, (values, number) in enumerate(found):
             record: dict[str, Any] = {
-                "prediction": self._named(number),
-                "scores": {name: round(value, 6) for name, value in zip(self.labels, values, strict=True)},
+                "prediction": self._answered(number),
+                "scores": {name: self._rounded(value) for name, value in zip(self.labels, values, strict=True)},
             }
             if split.labels is not None:
                 record["label"] = self._named(split.labels[row])
             yield record
 
+    def _rounded(self, value: float) -> float:
+        """Probabilities to six decimals; numbers of any size to the seven digits that a model computes with."""
+        return float(f"{value:.7g}") if self.problem_type == REGRESSION else round(value, 6)
+
+    def _answered(self, value: Any) -> Any:
+        return self._rounded(value) if self.problem_type == REGRESSION else self._named(value)
+
     def _named(self, value: Any) -> Any:
         if self.problem_type == REGRESSION:
-            return round(float(value), 6)
+            return float(value)
         if self.problem_type == MULTI:
             return [name for name, applies in zip(self.labels, value, strict=True) if applies]
         return self.labels[value]

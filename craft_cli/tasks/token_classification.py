@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from craft_cli.config import AUTO, RunConfig
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.data.tokens import IGNORED, Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError, ModelError
@@ -28,7 +29,6 @@ from craft_cli.tasks.probe import fit_labels
 from craft_cli.tasks.tags import OUTSIDE, READ, Entity, by_kind, entities_of, entity_metrics, one_form, scheme
 
 if TYPE_CHECKING:
-    from craft_cli.config import RunConfig
     from craft_cli.data.readers import Row
     from craft_cli.data.tables import Table
 
@@ -153,7 +153,13 @@ class TokenClassification(Labelled):
         return read
 
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> TokenClassification:
-        """With scikit-learn's `balanced` weights of the tags, where they are asked for."""
+        """With scikit-learn's `balanced` weights of the tags, where they are asked for.
+
+        Raises:
+            ConfigError: a threshold, where there is none.
+        """
+        if config.threshold != AUTO:
+            raise ConfigError("--threshold: only where several labels can apply, and a word has one tag; leave it out")
         return replace(self, class_weights=tuple(self.balanced(gold)) if config.class_weights else ())
 
     def balanced(self, gold: Sequence[Any]) -> list[float]:

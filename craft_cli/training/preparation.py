@@ -111,6 +111,11 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
     """
     progress("loading data", 0, 1)
     loaded = load_splits(DataSource.of(config), [TRAIN, VALIDATION])
+    rows = {
+        name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
+        for name, split in loaded.splits.items()
+    }
+    task = loaded.task.for_training(config, rows[TRAIN].labels or [])  # what it refuses is refused before the work
     progress("loading data", 1, 1)
     checkpoint = resolve(config.model, config.revision)
     method = method_named(config.method)
@@ -124,10 +129,6 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
     else:
         frozen = replace(frozen, model=checkpoint.name, revision=checkpoint.revision)
     tokenizer = load_tokenizer(checkpoint)
-    rows = {
-        name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
-        for name, split in loaded.splits.items()
-    }
     if loaded.task.name == OWN or config.dry_run:
         notes += loaded.task.notes(rows)
     encoded = {
@@ -147,7 +148,7 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
     if config.load_in_4bit or config.load_in_8bit:
         notes.append("the base is quantised in training only: craft eval, predict and merge take it in full precision")
     train = encoded.pop(TRAIN)
-    task = loaded.task.for_training(config, train.labels or []).on_head(checkpoint.config(), strict=False)
+    task = task.on_head(checkpoint.config(), strict=False)
     return Prepared(checkpoint, method, frozen, task, tokenizer, train, encoded, notes)
 
 

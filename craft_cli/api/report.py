@@ -15,6 +15,7 @@ from craft_cli.errors import ConfigError, CraftError, figure
 from craft_cli.files import write_bytes
 from craft_cli.plots import curve_figure, spectra_figure, svg
 from craft_cli.tasks.metrics import averages
+from craft_cli.training.progress import BASELINES
 from craft_cli.training.run import Run
 
 _STYLE = """
@@ -155,7 +156,7 @@ def _training(run: Run, facts: Mapping[str, Any]) -> str:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         metric = next(iter(facts.get("metrics") or {"loss": 0}))
         told = [line for line in lines if isinstance(line, dict)]
-        baselines = {name: facts[name] for name in ("same_answer", "head_alone") if name in facts}
+        baselines = {name: facts[name] for name in BASELINES if name in facts}
         figure = curve_figure(told, metric, "", baselines, facts.get("epoch") or 0.0)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "<p>metrics.jsonl is missing or damaged.</p>"

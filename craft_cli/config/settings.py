@@ -38,6 +38,8 @@ Auto = Literal["auto"]
 """Of settings that are numbers unless they are left to craft."""
 THRESHOLD = 0.5
 """Where nothing was found on validation rows."""
+THRESHOLD_KEY = "craft_threshold"
+"""What another threshold is called in the config.json of a merged model, where no other tool looks for it."""
 
 GROUPS = (
     "Model and data", "Adapter", "Optimisation", "Evaluation and checkpoints", "Processes and precision", "This call only"
@@ -91,9 +93,10 @@ class RunConfig(MethodOptions):
         None,
         "Run or adapter to take the trained numbers from (same base, same method and ranks); the head starts anew.",
     )
-    head_start: Literal["probe", "random"] = setting(
-        "probe",
-        "Where the head's last layer starts: fitted on what the frozen base makes of the training rows, or random.",
+    head_start: Literal["auto", "probe", "random"] = setting(
+        AUTO,
+        "Where the head's last layer starts. probe: fitted on what the frozen base makes of the training rows; random; "
+        "auto: a checkpoint's own where it has the labels of the data, else a probe.",
     )
 
     learning_rate: Rate = setting(3e-3, "Of the adapter; 0 trains the head alone.")
@@ -327,6 +330,8 @@ def _contradictions(config: RunConfig) -> list[str]:
         problems.append("--train-file with --task needs --validation-file beside it")
     if config.problem_type and config.task:
         problems.append("--problem-type is for own data; --task knows its own")
+    if config.label_separator and (config.task or config.problem_type not in (None, "multi_label_classification")):
+        problems.append("--label-separator: only for own data where several labels can apply to a row; leave it out")
     if config.dataset_config_name and not config.dataset_name:
         problems.append("--dataset-config-name needs --dataset-name")
     for kind in ("eval", "save"):

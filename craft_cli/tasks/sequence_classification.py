@@ -5,7 +5,6 @@ One place for every kind of problem: what its labels are, its loss, its predicti
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,12 +30,14 @@ from craft_cli.tasks.labels import (
     settle_task,
 )
 from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
-from craft_cli.tasks.probe import Linear
+from craft_cli.tasks.probe import Linear, Progress, silent
 from craft_cli.tasks.problems import (
+    balanced_weights,
     best_threshold,
     constant_answer,
     decide,
     fit_outputs,
+    kept_threshold,
     mean_loss,
     probabilities,
     summed_loss,
@@ -122,7 +123,7 @@ class SequenceClassification(Labelled):
     @classmethod
     def of_record(cls, record: Mapping[str, Any], config: Any) -> SequenceClassification:
         """Of a checkpoint: what its configuration says, or what one output and several usually mean."""
-        threshold = float(record.get("threshold", THRESHOLD))
+        threshold = kept_threshold(record, config)
         if record.get("task", OWN) != OWN:
             from craft_cli.tasks.glue import task_named
 
@@ -209,28 +210,26 @@ class SequenceClassification(Labelled):
         )
 
     def balanced(self, gold: Sequence[Any]) -> list[float]:
-        """A weight for every label against rare ones being drowned.
-
-        Of one label a row, scikit-learn's `balanced`: rows / (labels x rows of this label). Where several labels apply,
-        the rows without a label against those with it, for the positive part of its loss.
+        """A weight for every label against rare ones being drowned, see `balanced_weights`.
 
         Raises:
             ConfigError: a regression has no labels to weigh.
         """
         if self.problem_type == REGRESSION:
             raise ConfigError("--class-weights: a regression has no labels to weigh")
-        if self.problem_type == MULTI:
-            table = torch.tensor(gold)  # (rows, labels)
-            positive = table.sum(dim=0)
-            return ((len(table) - positive) / positive.clamp(min=1)).tolist()
-        counts = Counter(gold)
-        return [len(gold) / (len(self.labels) * max(counts[number], 1)) for number in range(len(self.labels))]
+        return balanced_weights(gold, self.problem_type, len(self.labels))
 
     # -- model ----------------------------------------------------------------------------------------------------------
 
     def on_head(self, config: Any, *, strict: bool = True) -> SequenceClassification:
         """A regression has no names to go by."""
         return self if self.problem_type == REGRESSION else super().on_head(config, strict=strict)
+
+    def continues(self, config: Any) -> bool:
+        """For the same kind of problem, the same labels; of a number there is no name to go by."""
+        if self.problem_type == REGRESSION:
+            return config.num_labels == 1 and config.problem_type == REGRESSION
+        return (config.problem_type or SINGLE) == self.problem_type and super().continues(config)
 
     def model_options(self) -> dict[str, Any]:
         """The names of the outputs, and the kind of problem."""
@@ -263,10 +262,14 @@ class SequenceClassification(Labelled):
         """Nor are its numbers in other units."""
         return replace(self, head=(), units=(0.0, 1.0))
 
-    def fit_head(self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool) -> tuple[Tensor, Tensor]:
+    def fit_head(
+        self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool, progress: Progress = silent
+    ) -> tuple[Tensor, Tensor]:
         """Logistic regressions or a ridge."""
         rows, labels = torch.stack(list(features)), len(self.labels)  # (rows, features)
-        weight, start = fit_outputs(rows, gold, self.problem_type, labels, self.class_weights, bias=bias)
+        weight, start = fit_outputs(
+            rows, gold, self.problem_type, labels, self.class_weights, bias=bias, progress=progress
+        )
         return self.in_head_order(Linear(weight / self.units[1], start / self.units[1]))
 
     # -- results --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from craft_cli.data.sources import DataSource, Split
 from craft_cli.data.tokens import IGNORED, Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError, ModelError
 from craft_cli.tasks.base import OWN, Labelled
-from craft_cli.tasks.probe import fit_labels
+from craft_cli.tasks.probe import Progress, fit_labels, silent
 from craft_cli.tasks.tags import OUTSIDE, READ, Entity, by_kind, entities_of, entity_metrics, one_form, scheme
 
 if TYPE_CHECKING:
@@ -201,7 +201,9 @@ class TokenClassification(Labelled):
             found.append(scores)
         return found
 
-    def fit_head(self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool) -> tuple[Tensor, Tensor]:
+    def fit_head(
+        self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool, progress: Progress = silent
+    ) -> tuple[Tensor, Tensor]:
         """A logistic regression of the words that have a token, of every tag its share."""
         words = torch.cat(list(features))  # (words, features)
         targets = torch.tensor([number for row in gold for number in row], dtype=torch.long)
@@ -210,7 +212,8 @@ class TokenClassification(Labelled):
         order = targets.argsort(stable=True)
         order = order[torch.linspace(0, len(order) - 1, min(len(order), _WORDS_FITTED)).round().long()]
         x, y = words[order].double().numpy(), targets[order].numpy()
-        return self.in_head_order(fit_labels(x, y, len(self.labels), factors=self.class_weights, bias=bias))
+        found = fit_labels(x, y, len(self.labels), factors=self.class_weights, bias=bias, progress=progress)
+        return self.in_head_order(found)
 
     # -- results --------------------------------------------------------------------------------------------------------
 

@@ -251,6 +251,11 @@ def test_what_is_noticed_in_the_data_is_told(pico: Make) -> None:
             "there is validation data",
         ),
         ({"task": "sst2", "problem_type": "regression"}, "--problem-type is for own data"),
+        ({"task": "sst2", "label_separator": ";"}, "--label-separator: only for own data"),
+        (
+            {"train_file": "real.jsonl", "label_separator": ";", "problem_type": "regression"},
+            "--label-separator: only for",
+        ),
         ({"train_file": "a", "dataset_name": "b"}, "exclude each other"),
         ({"task": "sst2", "dataset_config_name": "b"}, "--dataset-config-name needs --dataset-name"),
     ],

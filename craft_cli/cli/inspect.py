@@ -216,6 +216,10 @@ def _table(projections: Any) -> tuple[list[str], list[list[Any]]]:
         columns += ["numbers"]
         for cells, row in zip(rows, projections, strict=True):
             cells.append(row["parameters"])
+        if any("shared" in row for row in projections):
+            columns += ["shared"]
+            for cells, row in zip(rows, projections, strict=True):
+                cells.append(row["shared"])
     return columns, rows
 
 
@@ -229,7 +233,16 @@ def _changes(projections: Any) -> None:
         )
         console.out.print()
     layers = range(len(projections[0]["change_by_layer"]))
+    columns = [title for row in projections for title in (row["name"], "directions")]
+    cells = [
+        [
+            cell
+            for row in projections
+            for cell in (f"{row['change_by_layer'][layer]:.3f}", f"{row['effective_rank_by_layer'][layer]:.1f}")
+        ]
+        for layer in layers
+    ]
     console.table(
-        ["norm of dW in layer", *[row["name"] for row in projections]],
-        [[str(layer), *[f"{row['change_by_layer'][layer]:.3f}" for row in projections]] for layer in layers],
+        ["norm of dW in layer", *columns], [[str(layer), *row] for layer, row in zip(layers, cells, strict=True)]
     )
+    console.out.print("directions: the effective rank of dW, exp of the entropy of its singular values", soft_wrap=True)

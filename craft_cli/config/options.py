@@ -16,6 +16,7 @@ Positive = Annotated[int, Gt(0)]
 
 
 Rate = Annotated[float, Ge(0.0), Lt(math.inf)]
+Alpha = Annotated[float, Gt(0.0), Le(1e6)]
 
 
 def setting(default: Any, text: str, *, free: bool = False, start: bool = False) -> Any:
@@ -45,19 +46,95 @@ class LoraOptions:
     """What `--method lora` can be told; the names are peft's."""
 
     rank: Positive = setting(8, "Rank of the change of every weight.")
-    alpha: Annotated[float, Gt(0.0), Le(1e6)] = setting(16.0, "The change is scaled by alpha / rank.")
+    alpha: Alpha = setting(16.0, "The change is scaled by alpha / rank.")
     lora_dropout: Annotated[float, Ge(0.0), Lt(1.0)] = setting(0.0, "Dropout of what goes into A.")
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(rank) instead.")
 
 
 @dataclass(frozen=True)
-class MethodOptions(LoraOptions, CraftOptions):
-    """The options of all methods, for a run that chooses one."""
+class PissaOptions:
+    """What `--method pissa` can be told."""
+
+    rank: Positive = setting(8, "Singular vectors of every weight that are trained.")
+    alpha: Alpha = setting(16.0, "The product of A and B is scaled by alpha / rank.")
+    pissa_niter: Positive | None = setting(
+        None, "Iterations of a randomised SVD, as peft's pissa_niter_N; without, the exact one."
+    )
 
 
-MethodName = Literal["craft", "lora"]
-METHOD_OPTIONS: dict[str, Any] = {"craft": CraftOptions, "lora": LoraOptions}
+@dataclass(frozen=True)
+class LoraXsOptions:
+    """What `--method lora-xs` can be told."""
+
+    rank: Positive = setting(25, "Singular vectors of every weight between which R is trained.")
+    alpha: Alpha = setting(16.0, "The change is scaled by alpha / rank.")
+
+
+@dataclass(frozen=True)
+class LotrOptions:
+    """What `--method lotr` can be told."""
+
+    rank: Positive = setting(8, "Rank of the change of every weight.")
+    alpha: Alpha = setting(1.0, "The change is scaled by alpha / rank.")
+    lotr_share: Literal["all", "projection"] = setting(
+        "all", "Which weights share A and B: all where they are of one shape, or those of a projection."
+    )
+    lotr_start: Literal["random", "svd"] = setting(
+        "random", "Where A and B start: N(0, 1), or the bases of the stacked weights (Tucker-2).", start=True
+    )
+
+
+@dataclass(frozen=True)
+class SuperloraOptions:
+    """What `--method superlora` can be told."""
+
+    rank: Positive = setting(8, "Rank of every factor.")
+    superlora_groups: Positive = setting(1, "Parts that the changes of all weights, laid end to end, are cut into.")
+    superlora_order: Annotated[int, Ge(2), Le(8)] = setting(
+        2, "Order of the tensor that a part is folded into: 2 is a product of two matrices, more is Tucker."
+    )
+    superlora_splits: Annotated[int, Gt(0), Le(8)] = setting(1, "Factors of a Kronecker product that a part is.")
+    superlora_projection: Annotated[float, Gt(0.0), Lt(1.0)] | None = setting(
+        None, "Share of a part's numbers that is built; a fixed fastfood projection makes all of these."
+    )
+    superlora_seed: Annotated[int, Ge(0), Lt(1 << 32)] = setting(0, "Of that projection.")
+
+
+METHOD_OPTIONS: dict[str, Any] = {
+    "craft": CraftOptions,
+    "lora": LoraOptions,
+    "pissa": PissaOptions,
+    "lora-xs": LoraXsOptions,
+    "lotr": LotrOptions,
+    "superlora": SuperloraOptions,
+}
 """The options of every method, by its name."""
+MethodName = Literal["craft", "lora", "pissa", "lora-xs", "lotr", "superlora"]
+
+LEARNING_RATES = {"craft": 3e-3, "lora": 1e-3, "pissa": 1e-3, "lora-xs": 3e-3, "lotr": 3e-3, "superlora": 3e-3}
+"""Of every method where none is given."""
+WITH_FACTORS = ("craft", "pissa", "lora-xs")
+"""Methods that keep tensors of the base, to which an adapter may refer."""
+
+
+def of_each(name: str) -> str:
+    """The defaults of an option that several methods have, each with its methods."""
+    found: dict[Any, list[str]] = {}
+    for method, options in METHOD_OPTIONS.items():
+        for field in dataclasses.fields(options):
+            if field.name == name:
+                found.setdefault(field.default, []).append(method)
+    return "; ".join(f"{value:g} for {', '.join(methods)}" for value, methods in found.items())
+
+
+@dataclass(frozen=True)
+class MethodOptions(CraftOptions, LoraOptions, PissaOptions, LoraXsOptions, LotrOptions, SuperloraOptions):
+    """The options of all methods, for a run that chooses one. What several have, each with a default of its own, is None."""
+
+    rank: Positive | None = setting(None, f"Rank of the change; without: {of_each('rank')}.")  # type: ignore[assignment]
+    alpha: Alpha | None = setting(  # type: ignore[assignment]
+        None, f"The change is scaled by alpha / rank; without: {of_each('alpha')}."
+    )
 
 
 def option_names(method: str, *, start: bool = True) -> list[str]:
@@ -90,3 +167,20 @@ def parse_ranks(ranks: str | Sequence[int]) -> tuple[int, int, int]:
             f"--ranks: expected three positive whole numbers OUT,IN,LAYERS such as 64,64,8, not '{ranks}'"
         ) from None
     return out, in_, layers
+
+
+def parse_budget(budget: str | int) -> int:
+    """A number of trained numbers; `50k` and `1.5m` are understood.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    text = str(budget).strip().lower()
+    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:], 1)
+    try:
+        number = int(float(text.rstrip("km")) * factor)
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1 or isinstance(budget, bool):
+        raise ConfigError(f"--budget: expected a number of trained numbers such as 50000 or 50k, not '{budget}'")
+    return number

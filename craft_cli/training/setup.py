@@ -27,7 +27,7 @@ from craft_cli.training.checkpoint import data_checksum
 from craft_cli.training.distributed import from_main, fsdp_asked, held_here, shard
 from craft_cli.training.head import FEW_ROWS, MOST_ROWS, LastLayer, Probe, probe
 from craft_cli.training.journal import Journal, chosen_metric
-from craft_cli.training.preparation import Prepared, build, describe_tokens, prepare, resolved_recipe
+from craft_cli.training.preparation import Prepared, build, describe_tokens, prepare, resolved_recipe, within_budget
 from craft_cli.training.progress import Listener, Plan
 from craft_cli.training.resume import Start, check_state, find_start
 from craft_cli.training.run import Run, new_run, usable_output
@@ -171,6 +171,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     config = _as_launched(config, accelerator)
     sharded = fsdp_asked()
     _check_devices(config, sharded)
+    config = within_budget(config, listener.preparing)
     start = from_main(accelerator, lambda: find_start(config, processes, held, runs))
     config, state = start.config, start.state
     with accelerator.main_process_first():  # the others then find the caches filled
@@ -198,7 +199,6 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     model, optimizer, schedule, trainable = _optimized(config, model, adapter, accelerator, timetable, sharded)
     if state is None or state.step == 0:
         _start_head(config, prepared, last, accelerator, listener, sharded=sharded)
-    torch.manual_seed(config.seed + 1 + accelerator.process_index)  # dropout differs between processes
     writer = run if accelerator.is_main_process else None
     training = Training(
         config=config,
@@ -222,6 +222,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     )
     auto = length == AUTO and prepared.task.name == OWN
     listener.started(_plan(training, start, _devices(accelerator) + (held_here(model) if sharded else ""), auto=auto))
+    set_seed(config.seed + 1 + accelerator.process_index)  # again: imports draw too; and dropout differs between processes
     _resume(training, start)
     training.updates = timetable.updates(after=training.step)
     return training
@@ -325,7 +326,7 @@ def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str
     head = dict(adapter.model.named_parameters())
     tensors = [head[name] for name in adapter.head]
     return [
-        {"params": list(adapter.parameters()), "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": list(adapter.parameters()), "lr": config.adapter_rate, "weight_decay": config.weight_decay},
         {
             "params": [t for t in tensors if t.ndim > 1],
             "lr": config.head_learning_rate,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import craft_cli as craft
+from craft_cli.methods import METHODS
 
 PACKAGE = Path(__file__).parent.parent / "craft_cli"
 
@@ -128,7 +129,10 @@ def test_a_method_and_a_kind_of_work_are_spoken_of_where_they_live(word: str) ->
             assert path.relative_to(PACKAGE).as_posix().startswith(WORDS[word]), path
 
 
-@pytest.mark.parametrize("owner", ["methods.lora", "tasks.token_classification"])
+OTHERS = [path.removeprefix("craft_cli.") for name, path in METHODS.items() if name != "craft"]
+
+
+@pytest.mark.parametrize("owner", [*OTHERS, "tasks.token_classification"])
 def test_the_second_tenant_of_a_seam_is_imported_by_its_registry_only(owner: str) -> None:
     """By its name, when it is asked for: nothing else knows that it is there."""
     for path in PACKAGE.rglob("*.py"):
@@ -143,7 +147,7 @@ def test_craft_is_known_by_the_commands_about_factors_only() -> None:
             assert path.relative_to(PACKAGE).as_posix().startswith(allowed), path
 
 
-COMMANDS = ("decompose", "train", "eval", "predict", "merge", "inspect", "doctor", "recipes")
+COMMANDS = ("decompose", "train", "eval", "predict", "merge", "inspect", "methods", "doctor", "recipes")
 
 
 def test_help_imports_nothing_heavy_and_both_spellings_work() -> None:

@@ -24,7 +24,7 @@ zero. The change of a layer is dense: its chain is one matrix (d_in, d_out).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -156,8 +156,14 @@ class SuperloraChange(Change):
 
     def chains(self, projection: str, dtype: torch.dtype | None = None) -> Sequence[Chain]:
         """dW_l^T (d_in, d_out) of every layer; where no gradient is wanted each is made when it is asked for."""
-        layers = _Layers(self, projection, dtype)
-        return list(layers) if torch.is_grad_enabled() else layers
+
+        def made(number: int) -> Chain:
+            return (self.layer(projection, number).T.to(dtype),)
+
+        layers = self.shapes[projection][0]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return [made(number) for number in range(layers)]
+        return _Layers(layers, made, next(self.parameters()).device.type)
 
     def layer(self, projection: str, number: int) -> Tensor:
         """dW_l (d_out, d_in)."""
@@ -204,22 +210,19 @@ class SuperloraChange(Change):
 
 
 class _Layers(Sequence[Chain]):
-    """The chains of a projection, each made when it is asked for."""
+    """The chains of a projection, each made when it is asked for, without a gradient."""
 
-    def __init__(self, change: SuperloraChange, projection: str, dtype: torch.dtype | None) -> None:
-        self._of = (change, projection, dtype, torch.is_grad_enabled())
+    def __init__(self, layers: int, made: Callable[[int], Chain], device: str) -> None:
+        self._layers, self._made, self._device = layers, made, device
 
     def __len__(self) -> int:
-        change, projection, *_ = self._of
-        return change.shapes[projection][0]
+        return self._layers
 
     def __getitem__(self, number: Any) -> Any:
-        change, projection, dtype, graded = self._of
-        if not 0 <= number < len(self):
+        if not 0 <= number < self._layers:
             raise IndexError(number)
-        device = next(change.parameters()).device.type
-        with torch.set_grad_enabled(graded), torch.autocast(device, enabled=False):
-            return (change.layer(projection, number).T.to(dtype),)
+        with torch.no_grad(), torch.autocast(self._device, enabled=False):
+            return self._made(number)
 
 
 class Superlora(Method):

@@ -222,7 +222,9 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     )
     auto = length == AUTO and prepared.task.name == OWN
     listener.started(_plan(training, start, _devices(accelerator) + (held_here(model) if sharded else ""), auto=auto))
-    set_seed(config.seed + 1 + accelerator.process_index)  # again: imports draw too; and dropout differs between processes
+    set_seed(
+        config.seed + 1 + accelerator.process_index
+    )  # again: imports draw too; and dropout differs between processes
     _resume(training, start)
     training.updates = timetable.updates(after=training.step)
     return training

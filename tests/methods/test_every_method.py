@@ -23,6 +23,7 @@ from craft_cli.methods import METHODS, method_named
 from craft_cli.methods.adapter_folder import read_adapter
 from craft_cli.methods.base import delta, inner
 from craft_cli.models.hub import resolve
+from craft_cli.models.loading import load_quantised
 from craft_cli.models.stacks import read_weights
 
 pytestmark = [  # peft asks for it
@@ -98,6 +99,22 @@ def test_so_does_every_variant_on_every_family(method: str, options: dict[str, A
 
 def test_it_works_in_bfloat16(method: str, pico: Make) -> None:
     check(method, options_of(method), pico(dtype=torch.bfloat16), torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_is_known_again_on_a_quantised_base(bits: int, method: str, pico: Make) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = pico(hidden_size=64, intermediate_size=128)
+    adapter = craft.attach(classifier(folder), method=method, **options_of(method))
+    adapter.save("saved")
+    kind, cpu = "AutoModelForSequenceClassification", torch.device("cpu")
+    model, _ = load_quantised(resolve(str(folder)), kind, {"num_labels": 2}, bits, torch.float32, cpu)
+    craft.load(model, "saved")
+    other = resolve(str(pico(hidden_size=64, intermediate_size=128, initializer_range=0.03)))
+    wrong, _ = load_quantised(other, kind, {"num_labels": 2}, bits, torch.float32, cpu)
+    with pytest.raises(ModelError, match="has other weights"):
+        craft.load(wrong, "saved")
 
 
 def test_only_what_is_named_gets_a_gradient_and_checkpointing_changes_none(method: str, pico: Make) -> None:
@@ -309,6 +326,7 @@ def test_a_damaged_adapter_is_refused(method: str, pico: Make) -> None:
     file = Path("saved/adapter_config.json")
     record = json.loads(file.read_text())
     for name in method_named(method).settings(read_adapter(Path("saved")).frozen, read_adapter(Path("saved")).options):
+        wrong: Any
         for wrong in ("x", -1, {}, 10**9):
             file.write_text(json.dumps(record | {name: wrong}))
             if wrong == 10**9 and name in ("alpha", "superlora_seed", "pissa_niter"):

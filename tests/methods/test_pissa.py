@@ -98,7 +98,7 @@ def test_lora_xs_is_the_authors_formula(pico: Make) -> None:
     base = pico("llama")
     model = classifier(base)
     weights = {
-        name: [view.read(view.module_of(model.base_model).weight.detach()).double() for view in views]
+        name: [view.read(view.module_of(model.base_model).get_parameter("weight").detach()).double() for view in views]
         for name, views in craft.attach(classifier(base), method="lora-xs", rank=4)._views.items()
     }
     adapter = craft.attach(model, method="lora-xs", rank=4, alpha=6.0)

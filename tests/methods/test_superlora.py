@@ -147,7 +147,12 @@ def test_layers_are_made_one_at_a_time_where_no_gradient_is_wanted(monkeypatch: 
     change = SuperloraChange(SHAPES, SuperloraOptions())
     made: list[int] = []
     layer = SuperloraChange.layer
-    monkeypatch.setattr(SuperloraChange, "layer", lambda self, name, n: made.append(n) or layer(self, name, n))
+
+    def counted(self: SuperloraChange, name: str, number: int) -> torch.Tensor:
+        made.append(number)
+        return layer(self, name, number)
+
+    monkeypatch.setattr(SuperloraChange, "layer", counted)
     with torch.no_grad():
         chains = change.chains("query")
         assert made == []

@@ -113,7 +113,7 @@ def at_import(path: Path) -> set[str]:
 WORDS = {
     # what is said in these places only
     "classif": ("tasks/", "config/", "cli/", "api/doctor.py", "models/cards.py"),
-    "hosvd": ("methods/craft/", "tucker/", "cli/", "config/", "api/decompose.py", "api/advise.py", "api/inspect.py",
+    "hosvd": ("methods/craft/", "methods/lotr.py", "tucker/", "cli/", "config/", "api/decompose.py", "api/advise.py", "api/inspect.py",
               "api/doctor.py", "__init__.py"),
     "u_layer": ("methods/craft/", "tucker/"),
     "k_out": ("methods/craft/", "tucker/"),

@@ -138,17 +138,10 @@ def merge(
         write_json(folder / CERTIFICATE, _certificate(adapted, adapter_path, written, folder, difference, allowed))
         files = tuple(sorted(file.name for file in folder.iterdir()))
     result = Merged(
-        output=str(destination),
-        format=format,
-        files=files,
-        dtype=str(written.dtype).removeprefix("torch."),
-        tensors_changed=len(written.changed),
-        difference=difference["relative"],
-        tolerance=allowed,
-        rank=written.rank,
-        serve=serve_command(adapted, written.rank, str(destination)),
-        hint=None if written.rank is None else vllm_hint(adapted, written.rank),
-    )
+        str(destination), format, files, str(written.dtype).removeprefix("torch."), len(written.changed),
+        difference["relative"], allowed, written.rank, serve_command(adapted, written.rank, str(destination)),
+        None if written.rank is None else vllm_hint(adapted, written.rank),
+    )  # fmt: skip
     if push_to_hub:
         progress("uploading")
         upload(destination, push_to_hub, private=private)

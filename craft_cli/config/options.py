@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -35,6 +35,9 @@ def setting(default: Any, text: str, *, free: bool = False, start: bool = False)
 class CraftOptions:
     """What `--method craft` can be told."""
 
+    own_rate: ClassVar[float] = 3e-3
+    keeps_factors: ClassVar[bool] = True
+
     ranks: tuple[int, int, int] = setting((64, 64, 8), "OUT,IN,LAYERS; a rank above its dimension is lowered.")
     init_noise: bool = setting(
         False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.", start=True
@@ -45,6 +48,9 @@ class CraftOptions:
 class LoraOptions:
     """What `--method lora` can be told; the names are peft's."""
 
+    own_rate: ClassVar[float] = 1e-3
+    keeps_factors: ClassVar[bool] = False
+
     rank: Positive = setting(8, "Rank of the change of every weight.")
     alpha: Alpha = setting(16.0, "The change is scaled by alpha / rank.")
     lora_dropout: Annotated[float, Ge(0.0), Lt(1.0)] = setting(0.0, "Dropout of what goes into A.")
@@ -54,6 +60,9 @@ class LoraOptions:
 @dataclass(frozen=True)
 class PissaOptions:
     """What `--method pissa` can be told."""
+
+    own_rate: ClassVar[float] = 1e-3
+    keeps_factors: ClassVar[bool] = True
 
     rank: Positive = setting(8, "Singular vectors of every weight that are trained.")
     alpha: Alpha = setting(16.0, "The product of A and B is scaled by alpha / rank.")
@@ -66,6 +75,9 @@ class PissaOptions:
 class LoraXsOptions:
     """What `--method lora-xs` can be told."""
 
+    own_rate: ClassVar[float] = 3e-3
+    keeps_factors: ClassVar[bool] = True
+
     rank: Positive = setting(25, "Singular vectors of every weight between which R is trained.")
     alpha: Alpha = setting(16.0, "The change is scaled by alpha / rank.")
 
@@ -73,6 +85,9 @@ class LoraXsOptions:
 @dataclass(frozen=True)
 class LotrOptions:
     """What `--method lotr` can be told."""
+
+    own_rate: ClassVar[float] = 3e-3
+    keeps_factors: ClassVar[bool] = False
 
     rank: Positive = setting(8, "Rank of the change of every weight.")
     alpha: Alpha = setting(1.0, "The change is scaled by alpha / rank.")
@@ -87,6 +102,9 @@ class LotrOptions:
 @dataclass(frozen=True)
 class SuperloraOptions:
     """What `--method superlora` can be told."""
+
+    own_rate: ClassVar[float] = 3e-3
+    keeps_factors: ClassVar[bool] = False
 
     rank: Positive = setting(8, "Rank of every factor.")
     superlora_groups: Positive = setting(1, "Parts that the changes of all weights, laid end to end, are cut into.")
@@ -111,9 +129,9 @@ METHOD_OPTIONS: dict[str, Any] = {
 """The options of every method, by its name."""
 MethodName = Literal["craft", "lora", "pissa", "lora-xs", "lotr", "superlora"]
 
-LEARNING_RATES = {"craft": 3e-3, "lora": 1e-3, "pissa": 1e-3, "lora-xs": 3e-3, "lotr": 3e-3, "superlora": 3e-3}
-"""Of every method where none is given."""
-WITH_FACTORS = ("craft", "pissa", "lora-xs")
+LEARNING_RATES: dict[str, float] = {name: options.own_rate for name, options in METHOD_OPTIONS.items()}
+"""Of every method where none is given: the best one for most tasks of benchmarks/methods.py."""
+WITH_FACTORS = [name for name, options in METHOD_OPTIONS.items() if options.keeps_factors]
 """Methods that keep tensors of the base, to which an adapter may refer."""
 
 

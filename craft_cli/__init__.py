@@ -28,6 +28,7 @@ _HOME = {
     "merge": "api.merge",
     "predict": "api.predict",
     "submit": "api.submit",
+    "sweep": "api.sweep",
     "train": "api.train",
 }
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from craft_cli.api.merge import merge as merge
     from craft_cli.api.predict import predict as predict
     from craft_cli.api.submit import submit as submit
+    from craft_cli.api.sweep import sweep as sweep
     from craft_cli.api.train import train as train
     from craft_cli.config import RunConfig as RunConfig
     from craft_cli.errors import CraftError as CraftError

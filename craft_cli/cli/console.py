@@ -31,6 +31,7 @@ from rich.text import Text
 from craft_cli.errors import listed
 
 if TYPE_CHECKING:
+    from craft_cli.sweeps.table import Results
     from craft_cli.training.progress import Plan
 
 for _stream in (sys.stdout, sys.stderr):  # a code page or an ASCII pipe must not end a run
@@ -291,3 +292,110 @@ class TrainingConsole:
             if (run / "adapter").is_dir():
                 say(f"the best adapter so far is in {run}/adapter")
             say(f"resume with  craft train --resume --output-dir {shlex.quote(str(run))}")
+
+
+class SweepConsole:
+    """Shows a sweep: what is compared, a line for each trial, a bar of trials with the best so far and the time left."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"), console=err, transient=True, disable=not err.is_terminal, expand=True,
+        )  # fmt: skip
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> SweepConsole:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def _bar(self, done: int, total: int | None, detail: str) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task("trials", total=total)
+        self._progress.update(self._task, completed=done, total=total, detail=detail)
+
+    def started(self, results: Results, trials: int | None, jobs: int) -> None:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold")
+        grid.add_column(overflow="fold")
+        many = "as many as there is time for" if trials is None else f"{trials:,}"
+        for name, value in {
+            "methods": ", ".join(results.methods),
+            "varied": ", ".join(results.varied) or "the method alone",
+            "trials": f"{many} of a {results.sampler}" if results.sampler == "grid" else f"{many} by {results.sampler}",
+            "seeds": ",".join(map(str, results.seeds)),
+            "chosen by": f"{results.metric}, the {'lowest' if results.lower_is_better else 'highest'} mean",
+            "pruning": None if results.pruner == "none" else results.pruner,
+            "at once": f"{jobs}",
+            "sweep": results.output,
+        }.items():
+            if value is not None:
+                grid.add_row(name, escape(value))
+        err.print(Panel(grid, title="craft sweep", title_align="left", expand=False))
+        if results.done:
+            say(f"going on after {results.done:,} trials")
+        self._bar(results.done, trials, _best(results))
+
+    def tried(self, done: int, total: int) -> None:
+        self._bar(done, total, "one real step of each")
+
+    def ended(self, results: Results, trial: str, trials: int | None, seconds_left: float | None) -> None:
+        row = next(row for row in results.rows if row.trial == trial)
+        score = (
+            f"{results.metric} {spread(row.mean, row.std)}" if row.state == "complete" else f"{row.state}: {row.reason}"
+        )
+        parts = [
+            *(f"{name} {setting(value)}" for name, value in row.setting.items() if name in results.varied),
+            score,
+            *([f"{row.numbers:,} numbers"] if row.numbers is not None else []),
+            *([f"{row.seconds:.0f} s"] if row.seconds is not None else []),
+            *(["best so far"] if row.chosen == "best" else []),
+        ]
+        lines = [row.trial]
+        for part in parts:
+            if err.is_terminal and len(f"{lines[-1]}  {part}") > err.width:  # no value apart from its name
+                lines.append(" " * 4)
+            lines[-1] += f"  {part}"
+        text = Text("\n".join(map(_plain, lines)))
+        text.highlight_words(["best so far"], "green")
+        err.print(text, soft_wrap=True)
+        left = "" if seconds_left is None else f"{duration(seconds_left)} left"
+        self._bar(results.done, trials, "  ".join(part for part in (_best(results), left) if part))
+
+    def noticed(self, what: str) -> None:
+        note(what)
+
+    def stopping(self) -> None:
+        say("stopping: the running trials write their checkpoints")
+
+    def interrupted(self, output: Path) -> None:
+        self._progress.stop()
+        say(f"interrupted; the tables are in {output}")
+        say(f"resume with  craft sweep --resume --output-dir {shlex.quote(str(output))}")
+
+
+def _best(results: Results) -> str:
+    best = results.best
+    return f"best {results.metric} {best.mean:.4f} ({best.trial})" if best and best.mean is not None else ""
+
+
+def spread(mean: float | None, std: float | None) -> str:
+    """A mean, with its standard deviation where there is one."""
+    if mean is None:
+        return ""
+    return f"{mean:.4f}" if std is None else f"{mean:.4f} \N{PLUS-MINUS SIGN} {std:.4f}"
+
+
+def setting(value: Any) -> str:
+    """The value of a setting as it may be given again."""
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """`2 h 5 min`, `12 min` or `40 s`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -19,7 +19,7 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[PATH]...",
-            help="Model, file of factors, run, adapter, or a folder of runs; several with --compare.",
+            help="Model, file of factors, run, adapter, sweep, or a folder of runs; several with --compare.",
             show_default="the latest run",
         ),
     ] = None,
@@ -37,7 +37,7 @@ def command(
     html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page, to be read offline.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Look into a model, a file of factors, a run or an adapter; list runs, compare them; propose ranks."""
+    """Look into a model, a file of factors, a run, an adapter or a sweep; list runs, compare them; propose ranks."""
     from craft_cli.cli import console
 
     asked = {
@@ -65,6 +65,14 @@ def command(
 
             advice = advise(path, energy=energy, budget=budget, progress=progress)
         return console.print_json(asdict(advice)) if json else _advice(advice)
+    if path and (Path(path).expanduser() / "sweep.json").is_file():
+        if ranks or plot or html:
+            raise ConfigError(f"--ranks, --plot and --html: {path} is a sweep; name one of its runs")
+        from craft_cli.cli.sweep import show
+        from craft_cli.sweeps.table import read_results
+
+        results = read_results(Path(path).expanduser())
+        return console.print_json({"kind": "sweep", **asdict(results)}) if json else show(results)
     with console.status("reading"):
         from craft_cli.api.compare import list_runs
         from craft_cli.api.inspect import inspect

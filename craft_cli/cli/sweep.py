@@ -1,0 +1,213 @@
+"""`craft sweep`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
+from craft_cli.config import GROUPS, RunConfig
+from craft_cli.errors import ConfigError
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_SHARED = [name for name, group in RunConfig.groups().items() if group != GROUPS[-1] and name != "seed"]
+"""The settings of all trials; the others are about one run, or are the sweep's own."""
+
+
+@reports_errors
+@with_settings(*_SHARED)
+def command(
+    recipe: Annotated[
+        str | None, typer.Option(help="A shipped recipe's name or a YAML file; flags override it.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUES",
+            help="What is tried: learning_rate=1e-3,3e-3; ranks=64,64,8/32,32,4; learning_rate=1e-4..1e-2 with --trials. "
+            "An option of one method is for its trials only.",
+            show_default="the default space of the method",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Of each setting; its score is their mean.", show_default="one")
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="Settings to sample.", show_default="all combinations; 20 of a default space"),
+    ] = None,
+    timeout: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Begin no trial after this long: 90s, 30m, 2h, 1d.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="grid, random or tpe.", show_default="grid; tpe with --trials or a range")
+    ] = None,
+    pruner: Annotated[
+        str | None,
+        typer.Option(
+            help="End trials early that look worse than others: none, median or hyperband.",
+            show_default="median; none for a grid",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Trials at once.", show_default="one for each GPU, or one")
+    ] = None,
+    test_file: Annotated[
+        str | None, typer.Option(help="Score the best of each method, once, on rows that nothing was chosen on.")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A database that machines share.", show_default="SQLite in the folder"),
+    ] = None,
+    cache_dir: Annotated[
+        str | None, typer.Option(help="Folder of the factor files.", show_default="~/.cache/craft")
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option(help="Folder of the sweep.", show_default="sweeps/TASK-MODEL-TIME")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the sweep in --output-dir, or with the latest, or take part in it."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the trials, their numbers and the time, from one real step each.")
+    ] = False,
+    json: JsonFlag = False,
+    **settings: Any,
+) -> None:
+    """Compare settings and methods over seeds, on Optuna: a grid, or sampled ones; a table and pictures at the end."""
+    from craft_cli.cli import console
+    from craft_cli.config import load_recipe
+
+    if dry_run and resume:
+        raise ConfigError("--dry-run excludes --resume")
+    options: dict[str, Any] = {
+        "settings": {name: value for name, value in settings.items() if value is not None},
+        "recipe": load_recipe(recipe) if recipe else {},
+        "sets": sets or [],
+        "seeds": None if seeds is None else _seeds(seeds),
+        "trials": trials,
+        "timeout": None if timeout is None else _seconds(timeout),
+        "sampler": sampler,
+        "pruner": pruner,
+        "storage": storage,
+        "jobs": jobs,
+        "test_file": test_file,
+        "output_dir": output_dir,
+        "cache_dir": cache_dir,
+        "resume": resume,
+    }
+    with console.status("starting"):
+        from craft_cli.api.sweep import Asked, rehearse
+        from craft_cli.api.sweep import sweep as run_sweep
+
+        asked = Asked(**options)
+    with console.SweepConsole() as listener:
+        if dry_run:
+            rehearsed = rehearse(asked, listener)  # type: ignore[arg-type]  # a Listener in all but import
+        else:
+            results = run_sweep(asked, listener)  # type: ignore[arg-type]
+    if dry_run:
+        if json:
+            console.print_json(rehearsed)
+        else:
+            _show_rehearsal(rehearsed)
+    elif json:
+        console.print_json(asdict(results))
+    else:
+        show(results)
+
+
+def show(results: Any) -> None:
+    """The table of a sweep, what was chosen, and what must be said beside it."""
+    from craft_cli.cli import console
+
+    tested = any(row.test for row in results.rows)
+    columns = ["trial", "numbers", *results.varied, results.metric, "n", "seconds", *(["test"] if tested else [])]
+    rows = [
+        [
+            row.trial,
+            row.numbers if row.numbers is not None else "",
+            *(console.setting(row.setting[name]) if name in row.setting else "" for name in results.varied),
+            console.spread(row.mean, row.std) if row.state == "complete" else row.state,
+            row.n,
+            "" if row.seconds is None else f"{row.seconds:.0f}",
+            *([console.spread(row.test["mean"], row.test["std"]) if row.test else ""] if tested else []),
+        ]
+        for row in results.rows
+    ]
+    console.table(columns, rows)
+    seeds = f"over the seeds {','.join(map(str, results.seeds))}" if len(results.seeds) > 1 else "one seed"
+    console.out.print(f"{results.metric} on the validation rows, which chose; {seeds}", soft_wrap=True)
+    if tested:
+        console.out.print(
+            f"test: the best of each method on {results.test_file}, on which nothing was chosen", soft_wrap=True
+        )
+    for row in results.rows:
+        if row.reason and row.state != "complete":
+            console.out.print(f"{row.trial}: {row.reason}", markup=False, soft_wrap=True)
+    console.out.print()
+    best = results.best
+    output = Path(results.output)
+    console.facts(
+        {
+            "best": best and f"{best.trial}, {results.metric} {console.spread(best.mean, best.std)}",
+            "repeat": best and f"craft train --recipe {output / 'best.yaml'}",
+            "tables": f"{output}/table.csv, trials.csv, results.json",
+            "pictures": ", ".join(str(path) for path in sorted(output.glob("score_by_*.png"))) or None,
+        }
+    )
+    for note in results.notes:
+        console.note(note)
+
+
+def _show_rehearsal(rehearsed: Any) -> None:
+    from craft_cli.cli import console
+
+    names = list(dict.fromkeys(name for row in rehearsed["rows"] for name in row["setting"]))
+    console.table(
+        ["method", "numbers", *names, "seconds a run"],
+        [
+            [
+                row["method"],
+                row["reason"] or row["numbers"],
+                *(console.setting(row["setting"][name]) if name in row["setting"] else "" for name in names),
+                "" if row["seconds"] is None else f"{row['seconds']:.0f}",
+            ]
+            for row in rehearsed["rows"]
+        ],
+    )
+    console.out.print()
+    if rehearsed["sampler"] != "grid":
+        for method, space in rehearsed["spaces"].items():
+            console.facts({f"space of {method}": ", ".join(f"{name} {values}" for name, values in space.items())})
+    seeds = len(rehearsed["seeds"])
+    console.facts(
+        {
+            "trials": f"{rehearsed['trials'] or 'until the time is over'}, {seeds} seed{'s' if seeds > 1 else ''} each, "
+            f"{rehearsed['jobs']} at once, {rehearsed['sampler']}",
+            "chosen by": rehearsed["metric"],
+            "time": rehearsed["seconds"]
+            and f"about {console.duration(rehearsed['seconds'])}, by one real step of each",
+            "dry run": "nothing was written",
+        }
+    )
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--seeds: expected whole numbers such as 1,2,3, not '{text}'") from None
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if not found:
+        raise ConfigError(f"--timeout: expected a number with s, m, h or d, such as 90s or 2h, not '{text}'")
+    return float(found[1]) * _UNITS[found[2]]

@@ -16,6 +16,7 @@ _HOME = {
     "ModelAdapter": "methods.attach",
     "Ranks": "methods.craft.ranks",
     "RunConfig": "config",
+    "SweepOptions": "api.sweep",
     "TuckerTensor": "tucker",
     "advise": "api.advise",
     "attach": "methods.attach",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from craft_cli.api.merge import merge as merge
     from craft_cli.api.predict import predict as predict
     from craft_cli.api.submit import submit as submit
+    from craft_cli.api.sweep import SweepOptions as SweepOptions
     from craft_cli.api.sweep import sweep as sweep
     from craft_cli.api.train import train as train
     from craft_cli.config import RunConfig as RunConfig

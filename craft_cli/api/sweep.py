@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +23,7 @@ from craft_cli.sweeps.plan import Header, Plan, make_plan, read_header, shown, t
 from craft_cli.sweeps.space import parse_sets
 from craft_cli.sweeps.studies import Studies, find_plan, import_optuna
 from craft_cli.sweeps.table import Results, is_sweep, write_tables
-from craft_cli.sweeps.work import RUNS, child_environment, reason_of, recipe_text, run_name
+from craft_cli.sweeps.work import RUNS, one_step, run_name
 from craft_cli.training.signals import end_by
 
 SWEEPS = Path("sweeps")
@@ -35,7 +32,7 @@ STORAGE_FILE = "study.db"
 
 
 @dataclass(frozen=True)
-class Asked:
+class SweepOptions:
     """What a sweep is asked for; what may be left out is chosen.
 
     Attributes:
@@ -81,7 +78,7 @@ class Asked:
         return plan
 
 
-def sweep(asked: Asked, listener: Listener | None = None) -> Results:
+def sweep(asked: SweepOptions, listener: Listener | None = None) -> Results:
     """Train every setting of a grid, or sampled ones, with every seed, and compare them.
 
     Raises:
@@ -114,7 +111,7 @@ def sweep(asked: Asked, listener: Listener | None = None) -> Results:
     return results
 
 
-def rehearse(asked: Asked, listener: Listener | None = None) -> dict[str, Any]:
+def rehearse(asked: SweepOptions, listener: Listener | None = None) -> dict[str, Any]:
     """What a sweep would try: its trials with their numbers, and the time, from one real step each. Nothing is written.
 
     Of a sampled sweep the first trial of each method is tried, and the spaces are told.
@@ -132,7 +129,7 @@ def rehearse(asked: Asked, listener: Listener | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for number, (method, setting) in enumerate(settings):
             listener.tried(number, len(settings))
-            found = _one_step(Path(folder), plan, method, setting, asked.cache_dir, places[0])
+            found = one_step(Path(folder), plan, method, setting, asked.cache_dir, places[0])
             rows.append({"method": method, "setting": setting, **found})
     trials = trials_wanted(plan, asked.trials, asked.timeout is not None)
     times = [row["seconds"] for row in rows if row["seconds"] is not None]
@@ -148,25 +145,6 @@ def rehearse(asked: Asked, listener: Listener | None = None) -> dict[str, Any]:
     }
 
 
-def _one_step(
-    folder: Path, plan: Plan, method: str, setting: Mapping[str, Any], cache_dir: str | None, place: Mapping[str, str]
-) -> dict[str, Any]:
-    """Numbers trained and seconds of a run, by `craft train --dry-run` in a process of its own."""
-    recipe, log = folder / "recipe.yaml", folder / "log"
-    recipe.write_text(recipe_text(plan, method, setting, plan.seeds[0], ""), encoding="utf-8")
-    cache = ["--cache-dir", str(Path(cache_dir).expanduser().resolve())] if cache_dir else []
-    with open(log, "wb") as errors:
-        done = subprocess.run(
-            [sys.executable, "-m", "craft_cli", "train", "--recipe", str(recipe), "--dry-run", "--json", *cache],
-            cwd=folder, env=child_environment() | dict(place), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=errors, check=False,
-        )  # fmt: skip
-    if done.returncode:
-        return {"numbers": None, "seconds": None, "reason": reason_of(log, done.returncode)}
-    result = json.loads(done.stdout)
-    return {"numbers": result["parameters"]["adapter"], "seconds": result["estimate"], "reason": ""}
-
-
 def _first_run(plan: Plan) -> Any:
     method = plan.methods[0]
     return plan.run(method, plan.settings()[0][1] if plan.sampler == "grid" else plan.start_of(method), plan.seeds[0])
@@ -175,7 +153,7 @@ def _first_run(plan: Plan) -> Any:
 # -- where a sweep lies ----------------------------------------------------------------------------------------------------
 
 
-def _open(asked: Asked, listener: Listener) -> tuple[Path, Header, Studies]:
+def _open(asked: SweepOptions, listener: Listener) -> tuple[Path, Header, Studies]:
     """The sweep that begins, or the one that goes on, with its trials queued."""
     folder = _folder(asked)
     if asked.resume and folder and not is_sweep(folder) and asked.storage:
@@ -195,7 +173,7 @@ def _open(asked: Asked, listener: Listener) -> tuple[Path, Header, Studies]:
     return folder, header, studies
 
 
-def _folder(asked: Asked) -> Path | None:
+def _folder(asked: SweepOptions) -> Path | None:
     """The folder given, or of the latest sweep to go on with; None for a new one."""
     if asked.output_dir:
         return Path(asked.output_dir).expanduser()
@@ -203,11 +181,11 @@ def _folder(asked: Asked) -> Path | None:
     return max(found, key=lambda path: (path / STORAGE_FILE).stat().st_mtime, default=None)
 
 
-def _storage(asked: Asked, folder: Path) -> str:
+def _storage(asked: SweepOptions, folder: Path) -> str:
     return asked.storage or f"sqlite:///{folder.resolve() / STORAGE_FILE}"
 
 
-def _wanted(plan: Plan, asked: Asked) -> int | None:
+def _wanted(plan: Plan, asked: SweepOptions) -> int | None:
     return trials_wanted(plan, asked.trials, asked.timeout is not None)
 
 
@@ -216,6 +194,8 @@ def _begin(folder: Path, header: Header, storage: str) -> Studies:
     if is_sweep(folder):
         raise ConfigError(f"{folder} is a sweep already: --resume goes on with it; or choose another --output-dir")
     check_free(folder, overwrite=False)
+    # A database that cannot be used leaves nothing behind.
+    studies = Studies(folder, header.plan, storage, header.name) if header.elsewhere else None
     try:
         (folder / RUNS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -223,7 +203,7 @@ def _begin(folder: Path, header: Header, storage: str) -> Studies:
     with FileLock(folder / LOCK_FILE):
         if is_sweep(folder):
             raise ConfigError(f"{folder} was just begun by another process: --resume takes part in it")
-        studies = Studies(folder, header.plan, storage, header.name)
+        studies = studies or Studies(folder, header.plan, storage, header.name)
         studies.create()
         write_header(folder, header)
     return studies
@@ -240,7 +220,7 @@ def _join(storage: str, folder: Path) -> None:
     write_header(folder, Header(name, found[0], True, found[1]))
 
 
-def _former(asked: Asked, folder: Path) -> Header:
+def _former(asked: SweepOptions, folder: Path) -> Header:
     """The sweep in a folder, if it is the one asked for; more trials may be."""
     header = read_header(folder)
     if header.elsewhere and not asked.storage:

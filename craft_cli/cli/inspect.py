@@ -68,7 +68,7 @@ def command(
     if path and (Path(path).expanduser() / "sweep.json").is_file():
         if ranks or plot or html:
             raise ConfigError(f"--ranks, --plot and --html: {path} is a sweep; name one of its runs")
-        from craft_cli.cli.sweep import show
+        from craft_cli.cli.sweep_console import show
         from craft_cli.sweeps.table import read_results
 
         results = read_results(Path(path).expanduser())

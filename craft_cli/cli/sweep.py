@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -81,7 +80,7 @@ def command(
     **settings: Any,
 ) -> None:
     """Compare settings and methods over seeds, on Optuna: a grid, or sampled ones; a table and pictures at the end."""
-    from craft_cli.cli import console
+    from craft_cli.cli import console, sweep_console
     from craft_cli.config import load_recipe
 
     if dry_run and resume:
@@ -103,11 +102,11 @@ def command(
         "resume": resume,
     }
     with console.status("starting"):
-        from craft_cli.api.sweep import Asked, rehearse
+        from craft_cli.api.sweep import SweepOptions, rehearse
         from craft_cli.api.sweep import sweep as run_sweep
 
-        asked = Asked(**options)
-    with console.SweepConsole() as listener:
+        asked = SweepOptions(**options)
+    with sweep_console.SweepConsole() as listener:
         if dry_run:
             rehearsed = rehearse(asked, listener)  # type: ignore[arg-type]  # a Listener in all but import
         else:
@@ -116,87 +115,11 @@ def command(
         if json:
             console.print_json(rehearsed)
         else:
-            _show_rehearsal(rehearsed)
+            sweep_console.show_rehearsal(rehearsed)
     elif json:
         console.print_json(asdict(results))
     else:
-        show(results)
-
-
-def show(results: Any) -> None:
-    """The table of a sweep, what was chosen, and what must be said beside it."""
-    from craft_cli.cli import console
-
-    tested = any(row.test for row in results.rows)
-    columns = ["trial", "numbers", *results.varied, results.metric, "n", "seconds", *(["test"] if tested else [])]
-    rows = [
-        [
-            row.trial,
-            row.numbers if row.numbers is not None else "",
-            *(console.setting(row.setting[name]) if name in row.setting else "" for name in results.varied),
-            console.spread(row.mean, row.std) if row.state == "complete" else row.state,
-            row.n,
-            "" if row.seconds is None else f"{row.seconds:.0f}",
-            *([console.spread(row.test["mean"], row.test["std"]) if row.test else ""] if tested else []),
-        ]
-        for row in results.rows
-    ]
-    console.table(columns, rows)
-    seeds = f"over the seeds {','.join(map(str, results.seeds))}" if len(results.seeds) > 1 else "one seed"
-    console.out.print(f"{results.metric} on the validation rows, which chose; {seeds}", soft_wrap=True)
-    if tested:
-        console.out.print(
-            f"test: the best of each method on {results.test_file}, on which nothing was chosen", soft_wrap=True
-        )
-    for row in results.rows:
-        if row.reason and row.state != "complete":
-            console.out.print(f"{row.trial}: {row.reason}", markup=False, soft_wrap=True)
-    console.out.print()
-    best = results.best
-    output = Path(results.output)
-    console.facts(
-        {
-            "best": best and f"{best.trial}, {results.metric} {console.spread(best.mean, best.std)}",
-            "repeat": best and f"craft train --recipe {output / 'best.yaml'}",
-            "tables": f"{output}/table.csv, trials.csv, results.json",
-            "pictures": ", ".join(str(path) for path in sorted(output.glob("score_by_*.png"))) or None,
-        }
-    )
-    for note in results.notes:
-        console.note(note)
-
-
-def _show_rehearsal(rehearsed: Any) -> None:
-    from craft_cli.cli import console
-
-    names = list(dict.fromkeys(name for row in rehearsed["rows"] for name in row["setting"]))
-    console.table(
-        ["method", "numbers", *names, "seconds a run"],
-        [
-            [
-                row["method"],
-                row["reason"] or row["numbers"],
-                *(console.setting(row["setting"][name]) if name in row["setting"] else "" for name in names),
-                "" if row["seconds"] is None else f"{row['seconds']:.0f}",
-            ]
-            for row in rehearsed["rows"]
-        ],
-    )
-    console.out.print()
-    if rehearsed["sampler"] != "grid":
-        for method, space in rehearsed["spaces"].items():
-            console.facts({f"space of {method}": ", ".join(f"{name} {values}" for name, values in space.items())})
-    seeds = len(rehearsed["seeds"])
-    console.facts(
-        {
-            "trials": f"{rehearsed['trials'] or 'until the time is over'}, {seeds} seed{'s' if seeds > 1 else ''} each, "
-            f"{rehearsed['jobs']} at once, {rehearsed['sampler']}",
-            "chosen by": rehearsed["metric"],
-            "time": rehearsed["seconds"]
-            and f"about {console.duration(rehearsed['seconds'])}, by one real step of each",
-            "dry run": "nothing was written",
-        }
-    )
+        sweep_console.show(results)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

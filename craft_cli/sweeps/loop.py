@@ -6,6 +6,7 @@ they die.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from craft_cli.sweeps.work import Work, recipe_text
 from craft_cli.training.signals import StopSignals
 
 BEST_FILE = "best.yaml"
-_PAUSE = 0.1
+_PAUSE = 0.05
 _LOOK = 1.0
 """Seconds between two looks at what waits, and between two signs of life."""
 
@@ -75,7 +76,7 @@ class Sweep:
     works: dict[int, Work] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
     _ended: int = 0
-    _looked: float = 0.0
+    _looked: float = -math.inf
 
     def results(self) -> Results:
         """The tables of now."""
@@ -105,6 +106,7 @@ class Sweep:
             if work.poll():
                 del self.works[device]
                 self._settle(work)
+                self._looked = -math.inf  # its device is free
         if time.monotonic() - self._looked < _LOOK:
             return False
         for work in self.works.values():

@@ -306,7 +306,7 @@ def _connect(optuna: Any, url: str, stale: Any) -> Any:
             )
     except Exception as error:  # every database has errors of its own
         reason = " ".join(str(error).split())[:200]
-        raise CraftError(f"--storage {url}: cannot be used: {reason}") from error
+        raise CraftError(f"--storage: cannot be used: {reason}") from error
 
 
 def _sampler(optuna: Any, kind: str, number: int) -> Any:

@@ -132,7 +132,7 @@ def collect(output: str, plan: Plan, trials: Sequence[Tried], tests: Mapping[str
         pruner=plan.pruner,
         methods=plan.methods,
         varied=plan.varied,
-        seeds=plan.seeds,
+        seeds=list(plan.seeds),
         rows=marked,
         runs=runs,
         notes=_notes(plan, marked),
@@ -177,7 +177,7 @@ def _notes(plan: Plan, rows: Sequence[Row]) -> list[str]:
         )
     for row in rows:
         if row.chosen and rate in row.setting and plan.sampler == "grid":
-            tried = sorted({other.setting[rate] for other in rows if other.method == row.method and other.n})
+            tried = sorted({other.setting[rate] for other in rows if other.method == row.method})
             levels = {other.mean for other in rows if other.method == row.method and other.n}
             if len(tried) > 1 and len(levels) > 1 and row.setting[rate] in (tried[0], tried[-1]):
                 edge = "lowest" if row.setting[rate] == tried[0] else "highest"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -20,6 +21,8 @@ from craft_cli.training.resume import comparable
 from craft_cli.training.run import Run, checkpoints
 from craft_cli.training.signals import LAUNCHER
 
+TRAIN = (sys.executable, "-m", "craft_cli", "train", "--json")
+"""The command of a run."""
 RUNS = "runs"
 """Folder of the runs, inside that of the sweep."""
 _LONGEST_REASON = 160
@@ -119,11 +122,9 @@ class Work:
         recipe = run.path.with_name(f"{name}.yaml")
         write_recipe(recipe, self._plan, self.taken, self._seed)
         again = ["--resume"] if checkpoints(run) else ["--overwrite"] if run.is_run() else []
-        cache = ["--cache-dir", str(Path(self._cache_dir).expanduser().resolve())] if self._cache_dir else []
         with open(run.path.with_name(f"{name}.log"), "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "craft_cli", "train", "--recipe", str(recipe), "--output-dir", f"{RUNS}/{name}",
-                 *again, *cache, "--json"],
+                [*TRAIN, "--recipe", str(recipe), "--output-dir", f"{RUNS}/{name}", *again, *_cache(self._cache_dir)],
                 cwd=self._folder,  # its runs/latest is the sweep's own
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -181,6 +182,44 @@ class Work:
             return {"state": "failed", "score": None, "reason": f"its {self._plan.metric} is {score}"}
         kept = ("metrics", "parameters", "epoch", "updates", "seconds")
         return {"state": "finished", "score": score, "reason": ""} | {name: results[name] for name in kept}
+
+
+def one_step(
+    folder: Path, plan: Plan, method: str, setting: Mapping[str, Any], cache_dir: str | None, place: Mapping[str, str]
+) -> dict[str, Any]:
+    """Numbers trained and seconds of a run, by `craft train --dry-run` in a process of its own.
+
+    Args:
+        folder: for its files.
+        plan: of the sweep.
+        method: of the trial.
+        setting: of the trial.
+        cache_dir: of the factors.
+        place: environment of its process, beside this one's.
+
+    Returns:
+        `numbers`, `seconds`, and where it failed the `reason`.
+    """
+    recipe, log = folder / "recipe.yaml", folder / "log"
+    recipe.write_text(recipe_text(plan, method, setting, plan.seeds[0], ""), encoding="utf-8")
+    with open(log, "wb") as errors:
+        done = subprocess.run(
+            [*TRAIN, "--recipe", str(recipe), "--dry-run", *_cache(cache_dir)],
+            cwd=folder,
+            env=child_environment() | dict(place),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            check=False,
+        )
+    if done.returncode:
+        return {"numbers": None, "seconds": None, "reason": reason_of(log, done.returncode)}
+    result = json.loads(done.stdout)
+    return {"numbers": result["parameters"]["adapter"], "seconds": result["estimate"], "reason": ""}
+
+
+def _cache(folder: str | None) -> list[str]:
+    return ["--cache-dir", str(Path(folder).expanduser().resolve())] if folder else []
 
 
 def write_recipe(path: Path, plan: Plan, taken: Taken, seed: int) -> None:

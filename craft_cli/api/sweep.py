@@ -97,14 +97,16 @@ def sweep(asked: SweepOptions, listener: Listener | None = None) -> Results:
         None if asked.timeout is None else began + asked.timeout, asked.cache_dir,
     )  # fmt: skip
     stopped = work.run()
-    if asked.test_file and not stopped:
-        _score_on_test_rows(work, Path(asked.test_file).expanduser().resolve())
     results = work.results()
     write_tables(folder, results)
     draw(folder, results)
     if stopped:
         listener.interrupted(folder)
         raise end_by(stopped)
+    if asked.test_file:
+        _score_on_test_rows(work, Path(asked.test_file).expanduser().resolve())
+        results = work.results()
+        write_tables(folder, results)
     if results.best is None:
         reason = next((row.reason for row in results.rows if row.reason), "none was begun")
         raise CraftError(f"{folder}: no setting was trained to its end: {reason}")

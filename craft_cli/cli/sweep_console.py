@@ -148,12 +148,12 @@ def show(results: Any) -> None:
                 [f"{name} {console.show(cell)}" for name, cell in zip(columns[1:], row[1:], strict=True) if cell != ""],
             )
     seeds = f"over the seeds {','.join(map(str, results.seeds))}" if len(results.seeds) > 1 else "one seed"
-    out.print(f"{results.metric} on the validation rows, which chose; {seeds}", soft_wrap=True)
+    below = [f"{results.metric} on the validation rows, which chose; {seeds}"]
     if tested:
-        out.print(f"test: the best of each method on {results.test_file}, on which nothing was chosen", soft_wrap=True)
-    for row in results.rows:
-        if row.reason and row.state != "complete":
-            out.print(f"{row.trial}: {console.show(row.reason)}", markup=False, soft_wrap=True)
+        below.append(f"test: the best of each method on {results.test_file}, on which nothing was chosen")
+    below += [f"{row.trial}: {row.reason}" for row in results.rows if row.reason and row.state != "complete"]
+    for line in below:
+        out.print(console.show(line), markup=False, soft_wrap=True)
     out.print()
     best = results.best
     output = Path(results.output)

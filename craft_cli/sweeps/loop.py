@@ -185,7 +185,8 @@ def devices(config: RunConfig, jobs: int | None) -> list[dict[str, str]]:
     import torch
 
     asked = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number]
-    gpus = [] if config.use_cpu else asked or [str(number) for number in range(torch.cuda.device_count())]
+    there = 0 if config.use_cpu else torch.cuda.device_count()
+    gpus = (asked or [str(number) for number in range(there)])[:there]
     each = config.num_processes or 1
     groups = [gpus[start : start + each] for start in range(0, len(gpus) - each + 1, each)]
     count = jobs or max(1, len(groups))

@@ -158,8 +158,9 @@ def make_plan(
         if asked is not None and asked not in known:
             raise ConfigError(f"{kind}: there is no '{asked}'{nearest(asked, known)}")
     if former and not (flags or recipe):
-        recipes = former.recipes
         methods = methods_of(sets, former.methods[0]) if "method" in sets else tuple(former.methods)
+        first = next(iter(former.recipes.values()))
+        recipes = {method: dict(former.recipes.get(method, own(first, method))) for method in methods}
     else:
         methods = methods_of(sets, str(flags.get("method") or recipe.get("method") or RunConfig.method))
         recipes = {method: _shared(flags, recipe, method) for method in methods}
@@ -179,8 +180,8 @@ def make_plan(
         spaces = {method: space_of(method, sets) for method in methods}
     else:
         spaces = {method: default_space(recipes[method]) for method in methods}
-    first = next(iter(recipes.values()))
-    seeds = seeds or (former.seeds if former else (first.get("seed", RunConfig.seed),))
+    one_seed = next(iter(recipes.values())).get("seed", RunConfig.seed)
+    seeds = seeds or (former.seeds if former else (one_seed,))
     recipes = {method: {n: value for n, value in it.items() if n != "seed"} for method, it in recipes.items()}
     plan = Plan(recipes, spaces, tuple(dict.fromkeys(seeds)), sampler, pruner)
     _check(plan, trials)

@@ -210,9 +210,11 @@ class Studies:
 
     def should_prune(self, taken: Taken, evaluation: int, score: float) -> bool:
         """Report an evaluation; whether the trial is to end."""
-        if evaluation not in self._storage.get_trial(taken.trial._trial_id).intermediate_values:
-            taken.trial.report(score, evaluation)
-        return bool(taken.trial.should_prune())
+        with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):  # it was taken over
+            if evaluation not in self._storage.get_trial(taken.trial._trial_id).intermediate_values:
+                taken.trial.report(score, evaluation)
+            return bool(taken.trial.should_prune())
+        return False
 
     def end(self, taken: Taken, state: str, score: float | None = None) -> None:
         """It is `complete`, `pruned` or `failed`."""

@@ -194,6 +194,7 @@ def test_no_trial_begins_after_the_time(asked: Any, monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("pretend")
 def test_each_trial_at_once_has_a_gpu_of_its_own(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("PRETEND_SECONDS", "0.1")
     sweep(asked(RATES, settings={"use_cpu": False}))
     assert {gpu for *_, gpu in starts()} == {"4", "6"}

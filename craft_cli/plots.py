@@ -144,12 +144,15 @@ def scores(
         best = {x: choose(it["mean"] for it in settings if it["x"] == x) for x in sorted({it["x"] for it in settings})}
         if envelope and len(best) > 1:
             axis.plot(list(best), list(best.values()), color=style["color"], linewidth=1.2, alpha=0.6)
-        axis.errorbar(
-            [it["x"] for it in settings],
-            [it["mean"] for it in settings],
-            yerr=[it["std"] or 0.0 for it in settings],
-            **style, linestyle="", markersize=5, capsize=2.5, elinewidth=1.0, alpha=0.85, label=method,
-        )  # fmt: skip
+        for strong in (False, True):  # the best at each x above the others
+            shown = [it for it in settings if (it["mean"] == best[it["x"]]) == strong]
+            axis.errorbar(
+                [it["x"] for it in shown],
+                [it["mean"] for it in shown],
+                yerr=[it["std"] or 0.0 for it in shown],
+                **style, linestyle="", markersize=5 if strong else 4, capsize=2.5 if strong else 0, elinewidth=1.0,
+                alpha=0.9 if strong else 0.3, label=method if strong else None,
+            )  # fmt: skip
         for it in settings:
             if it["chosen"]:
                 axis.plot([it["x"]], [it["mean"]], "o", markersize=12, markerfacecolor="none", color=_INK)
@@ -168,18 +171,16 @@ def scores(
 
 
 def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
-    """Of few values, name those on a logarithmic axis; powers of ten say little of them."""
-    from matplotlib.ticker import NullFormatter, NullLocator
+    """Plain numbers on a logarithmic axis: the values themselves where they are few and apart."""
+    from matplotlib.ticker import NullLocator
 
-    if len(values) > 6 or any(high < 1.3 * low for low, high in pairwise(values)):
-        if values[-1] < 30 * values[0]:
-            axis.xaxis.set_minor_formatter(lambda value, _: _tick(value) if f"{value:e}"[0] in "235" else "")
-            axis.xaxis.set_major_formatter(lambda value, _: _tick(value))
-        else:
-            axis.xaxis.set_minor_formatter(NullFormatter())
+    if len(values) <= 6 and all(high >= 1.3 * low for low, high in pairwise(values)):
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks(values, [_tick(value) for value in values])
         return
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xticks(values, [_tick(value) for value in values])
+    narrow = values[-1] < 30 * values[0]
+    axis.xaxis.set_major_formatter(lambda value, _: _tick(value))
+    axis.xaxis.set_minor_formatter(lambda value, _: _tick(value) if narrow and f"{value:e}"[0] in "235" else "")
 
 
 def _tick(value: float) -> str:

@@ -45,5 +45,5 @@ def _draw(path: Path, results: Results, rows: list[Row], across: str) -> None:
         up=f"validation {results.metric}",
         title=f"{Path(results.output).name}: {over}",
         lower_is_better=results.lower_is_better,
-        envelope=rate,
+        envelope=rate and results.sampler == "grid",  # sampled ones have no rates in common
     )

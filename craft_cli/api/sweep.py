@@ -67,6 +67,11 @@ class SweepOptions:
     cache_dir: str | None = None
     resume: bool = False
 
+    @property
+    def factors(self) -> str | None:
+        """Folder of the factors: a recipe may name it too."""
+        return self.cache_dir or {**(self.recipe or {}), **(self.settings or {})}.get("cache_dir")
+
     def plan(self, former: Plan | None = None) -> Plan:
         """What is asked for, checked; what is not given is as in a former plan."""
         plan = make_plan(
@@ -94,7 +99,7 @@ def sweep(asked: SweepOptions, listener: Listener | None = None) -> Results:
     plan = header.plan
     work = Sweep(
         folder, plan, studies, header.trials, devices(_first_run(plan), asked.jobs), listener,
-        None if asked.timeout is None else began + asked.timeout, asked.cache_dir,
+        None if asked.timeout is None else began + asked.timeout, asked.factors,
     )  # fmt: skip
     stopped = work.run()
     results = work.results()
@@ -131,7 +136,7 @@ def rehearse(asked: SweepOptions, listener: Listener | None = None) -> dict[str,
     with tempfile.TemporaryDirectory() as folder:
         for number, (method, setting) in enumerate(settings):
             listener.tried(number, len(settings))
-            found = one_step(Path(folder), plan, method, setting, asked.cache_dir, places[0])
+            found = one_step(Path(folder), plan, method, setting, asked.factors, places[0])
             rows.append({"method": method, "setting": setting, **found})
     trials = trials_wanted(plan, asked.trials, asked.timeout is not None)
     times = [row["seconds"] for row in rows if row["seconds"] is not None]
@@ -180,7 +185,7 @@ def _folder(asked: SweepOptions) -> Path | None:
     if asked.output_dir:
         return Path(asked.output_dir).expanduser()
     found = [path for path in SWEEPS.glob("*") if is_sweep(path)] if asked.resume else []
-    return max(found, key=lambda path: (path / STORAGE_FILE).stat().st_mtime, default=None)
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _storage(asked: SweepOptions, folder: Path) -> str:

@@ -116,6 +116,12 @@ def test_sampled_trials_begin_with_the_recipe_and_each_method_gets_as_many(asked
         assert ("rank" in row.setting) == (row.method == "lora")
 
 
+def test_a_recipe_may_say_where_the_factors_lie(asked: Any) -> None:
+    assert asked(recipe={"cache_dir": "factors"}).factors == "factors"
+    assert asked(recipe={"cache_dir": "factors"}, cache_dir="others").factors == "others"
+    assert asked().factors is None
+
+
 # -- failures, pruning ---------------------------------------------------------------------------------------------------
 
 

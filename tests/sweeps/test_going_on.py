@@ -214,3 +214,12 @@ def test_a_killed_sweep_of_real_trainings_ends_with_the_same_adapters(pico: Make
     assert "going on after update" in Path("out/runs/craft-001-seed42.log").read_text()
     for row in results.rows:
         same(f"out/runs/{row.trial}-seed42", f"uncut/runs/{row.trial}-seed42")
+
+
+@pytest.mark.usefixtures("pretend")
+def test_without_a_folder_there_is_a_new_one_and_resume_takes_the_latest(asked: Any) -> None:
+    first = sweep(asked("learning_rate=1e-3", output_dir=None))
+    assert Path(first.output).parent == Path("sweeps")
+    assert Path(first.output).name.startswith("sst2-base-")
+    second = sweep(asked("learning_rate=1e-2", output_dir=None))
+    assert sweep(SweepOptions(resume=True)).output == second.output != first.output

@@ -28,8 +28,9 @@ MAY_IMPORT = {
     "methods": BELOW | {"models"},
     "tasks": BELOW | {"data"},
     "training": BELOW | {"methods", "models", "tasks", "data", "plots"},
-    "api": BELOW | {"training", "methods", "models", "tasks", "data", "plots"},
-    "cli": BELOW | {"api", "training", "methods", "models", "tasks", "data"},
+    "sweeps": BELOW | {"training", "tasks", "data", "plots"},
+    "api": BELOW | {"sweeps", "training", "methods", "models", "tasks", "data", "plots"},
+    "cli": BELOW | {"api", "sweeps", "training", "methods", "models", "tasks", "data"},
 }
 
 
@@ -147,7 +148,7 @@ def test_craft_is_known_by_the_commands_about_factors_only() -> None:
             assert path.relative_to(PACKAGE).as_posix().startswith(allowed), path
 
 
-COMMANDS = ("decompose", "train", "eval", "predict", "merge", "inspect", "methods", "doctor", "recipes")
+COMMANDS = ("decompose", "train", "sweep", "eval", "predict", "merge", "inspect", "methods", "doctor", "recipes")
 
 
 def test_help_imports_nothing_heavy_and_both_spellings_work() -> None:
@@ -159,7 +160,7 @@ for arguments in json.loads(sys.argv[1]):
         app(arguments, prog_name="craft")
     except SystemExit as end:
         assert end.code == 0, arguments
-heavy = {"torch", "transformers", "datasets", "accelerate", "sklearn", "matplotlib", "safetensors", "pydantic"}
+heavy = {"torch", "transformers", "datasets", "accelerate", "sklearn", "matplotlib", "safetensors", "pydantic", "optuna"}
 sys.exit(f"imported: {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0)
 """
     calls = [

@@ -187,7 +187,8 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     model, adapter = build(config, prepared, accelerator.device)
     adapter.load_trained_state(start.trained)
     timetable = Timetable(config, prepared.train.lengths, update_size)
-    metric = chosen_metric(config, prepared)  # a wrong one is refused before a former run makes room
+    # A wrong metric is refused before a former run makes room.
+    metric = chosen_metric(config, prepared.task, prepared.validation)
     data = data_checksum([prepared.train, *prepared.validation.values()])
     check_state(start, timetable, data)
     recipe = resolved_recipe(config, prepared)

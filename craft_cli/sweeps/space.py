@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from craft_cli.config import GROUPS, METHOD_OPTIONS, RunConfig, flag, parse_settings
-from craft_cli.config.options import owners
+from craft_cli.config.options import LEARNING_RATES, owners
 from craft_cli.errors import ConfigError, nearest
 
 _AROUND = 10.0
@@ -142,12 +142,14 @@ def default_space(recipe: Mapping[str, Any]) -> Space:
     Args:
         recipe: the settings given, method among them. What cannot be combined with them is left out.
     """
-    config = RunConfig.build(recipe=recipe)
+    given = RunConfig.build(recipe=recipe)
+    config = given.completed()
+    usual = {"learning_rate": LEARNING_RATES[config.method], "head_learning_rate": RunConfig.head_learning_rate}
     space: Space = {}
     for name in DEFAULT_RATES:
-        rate = getattr(config, name) or getattr(RunConfig, name)
+        rate = getattr(config, name) or usual[name]
         space[name] = Range(rate / _AROUND, rate * _AROUND)
-    for name, choices in DEFAULT_CHOICES.items():
+    for name, choices in () if given.budget else DEFAULT_CHOICES.items():
         if name not in {field.name for field in dataclasses.fields(METHOD_OPTIONS[config.method])}:
             continue
         mine = plain(getattr(config, name))

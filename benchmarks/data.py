@@ -76,7 +76,7 @@ def loader(config: RunConfig, folder: Path, rounds: int, steps: int, *, small: b
     prepared = prepare(config, lambda what, done, total: None)
     every = load(prepared, config)
     some = every[:steps]
-    demo, _ = build(config, prepared, torch.device("cpu"))
+    demo, *_ = build(config, prepared, torch.device("cpu"))
     arms: dict[str, Callable[[], object]] = {"loader": lambda: load(prepared, config)}
     for name, model in {"demo": demo, "RoBERTa-base": roberta(folder, small=small)}.items():
         optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])

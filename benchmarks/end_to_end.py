@@ -184,9 +184,9 @@ def with_craft(watch: Watch, config: Any) -> dict[str, Any]:
                 self.accuracy.append(metrics["accuracy"])
 
     def build(config: Any, prepared: Any, device: Any) -> Any:
-        model, adapter = built(config, prepared, device)
+        model, *others = built(config, prepared, device)
         watch.model(model, prepared.tokenizer, config)
-        return model, adapter
+        return model, *others
 
     built, ears = setup.build, Ears()
     with mock.patch.object(setup, "build", build):

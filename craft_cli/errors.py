@@ -37,6 +37,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
 
 
+def figure(value: float) -> str:
+    """A number as it is read best, however small or large: 0.6686, 3.142, 2.1e-09, 12,346, 1.7e+15."""
+    size = abs(value)
+    if 1e-4 <= size < 1:
+        return f"{value:.4f}"
+    return f"{value:,.0f}" if 1e4 <= size < 1e12 else f"{value:.4g}"
+
+
 def listed(names: Sequence[str], most: int = 20) -> str:
     """`a, b, c and 7 more`: names in a line, however many and however long they are."""
     shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in names[:most])

@@ -20,8 +20,10 @@ import torch
 from conftest import (
     WORDS,
     classifier,
+    opinions,
     shake,
     token_batch,
+    write_rows,
 )
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
@@ -47,6 +49,22 @@ def config(base: Path, data: Path, **settings: Any) -> RunConfig:
     if settings.get("method", "craft") != "craft":
         del given["ranks"]
     return RunConfig.build(given | settings)
+
+
+def numbers(path: Path, count: int, seed: int, *, times: float = 1.0, plus: float = 0.0) -> Path:
+    """Rows with a number that follows from one word."""
+    rows = opinions(count, seed)
+    values = [times * (row["label"] + 0.25 * (number % 3)) + plus for number, row in enumerate(rows)]
+    return write_rows(path, [{"text": row["sentence"], "score": v} for row, v in zip(rows, values, strict=True)])
+
+
+def own_config(base: Path, folder: Path, **changed: Any) -> RunConfig:
+    """The settings of `config` for rows of one's own."""
+    given = {
+        "model": str(base), "data_dir": str(folder), "ranks": "6,5,2", "use_cpu": True, "output_dir": "out",
+        "per_device_train_batch_size": 8, "num_train_epochs": 2, "logging_steps": 1, "learning_rate": 3e-2,
+    }  # fmt: skip
+    return RunConfig.build(given | changed)
 
 
 def lines(run: str = "out") -> list[dict[str, Any]]:

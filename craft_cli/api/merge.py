@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from craft_cli import __version__
+from craft_cli.config import THRESHOLD
 from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.files import cannot_write, holds_something, whole_folder, write_bytes, write_json
 from craft_cli.methods.adapter_folder import TENSOR_FILE, read_adapter
@@ -49,6 +50,7 @@ class Merged:
         tensors_changed: weights that differ from the base's.
         difference: largest difference between merged and adapted logits, relative to the largest logit.
         tolerance: what was allowed.
+        threshold: above which a label applies where several can; None where it is the usual one, 0.5.
         rank: of a LoRA.
         serve: the command that serves what was written with vLLM, where that takes it.
         hint: which ranks vLLM accepts, and why it does not take this LoRA where it does not.
@@ -62,6 +64,7 @@ class Merged:
     tensors_changed: int
     difference: float
     tolerance: float
+    threshold: float | None = None
     rank: int | None = None
     serve: str | None = None
     hint: str | None = None
@@ -136,17 +139,30 @@ def merge(
         card = model_card(record, adapted.saved.method.describe(record), adapted.checkpoint, form=format)
         write_bytes(folder / "README.md", card.encode())
         write_json(folder / CERTIFICATE, _certificate(adapted, adapter_path, written, folder, difference, allowed))
-        files = tuple(sorted(file.name for file in folder.iterdir()))
-    result = Merged(
-        str(destination), format, files, str(written.dtype).removeprefix("torch."), len(written.changed),
-        difference["relative"], allowed, written.rank, serve_command(adapted, written.rank, str(destination)),
-        None if written.rank is None else vllm_hint(adapted, written.rank),
-    )  # fmt: skip
+    result = _told(adapted, written, destination, format, difference["relative"], allowed)
     if push_to_hub:
         progress("uploading")
         upload(destination, push_to_hub, private=private)
         result = Merged(**(vars(result) | {"repository": push_to_hub}))
     return result
+
+
+def _told(
+    adapted: AdaptedBase, written: Dense | LoraWriter, destination: Path, format: str, difference: float, allowed: float
+) -> Merged:
+    return Merged(
+        output=str(destination),
+        format=format,
+        files=tuple(sorted(file.name for file in destination.iterdir())),
+        dtype=str(written.dtype).removeprefix("torch."),
+        tensors_changed=len(written.changed),
+        difference=difference,
+        tolerance=allowed,
+        threshold=None if adapted.threshold == THRESHOLD else adapted.threshold,
+        rank=written.rank,
+        serve=serve_command(adapted, written.rank, str(destination)),
+        hint=None if written.rank is None else vllm_hint(adapted, written.rank),
+    )
 
 
 def _destination(output: str | Path | None, adapter: Path, format: str) -> Path:

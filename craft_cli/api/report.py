@@ -11,10 +11,11 @@ from typing import Any
 
 from craft_cli.api.evaluate import Evaluation, evaluate
 from craft_cli.api.inspect import Inspection, inspect
-from craft_cli.errors import ConfigError, CraftError
+from craft_cli.errors import ConfigError, CraftError, figure
 from craft_cli.files import write_bytes
 from craft_cli.plots import curve_figure, spectra_figure, svg
 from craft_cli.tasks.metrics import averages
+from craft_cli.training.progress import BASELINES
 from craft_cli.training.run import Run
 
 _STYLE = """
@@ -155,7 +156,7 @@ def _training(run: Run, facts: Mapping[str, Any]) -> str:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         metric = next(iter(facts.get("metrics") or {"loss": 0}))
         told = [line for line in lines if isinstance(line, dict)]
-        baselines = {name: facts[name] for name in ("same_answer", "head_alone") if name in facts}
+        baselines = {name: facts[name] for name in BASELINES if name in facts}
         figure = curve_figure(told, metric, "", baselines, facts.get("epoch") or 0.0)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "<p>metrics.jsonl is missing or damaged.</p>"
@@ -171,7 +172,7 @@ def _confusion(path: str) -> str:
 
 
 def _confusion_table(result: Evaluation) -> str:
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    metrics = ", ".join(f"{name} {figure(value)}" for name, value in result.metrics.items())
     told = f"<p>{result.examples:,} examples of {escape(result.data)}: {escape(metrics)}</p>"
     if result.by_label is None:
         return told + "<p>A regression has no labels to take for one another.</p>"

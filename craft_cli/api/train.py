@@ -104,8 +104,13 @@ def _remarks(training: Training) -> list[str]:
     config, journal, task = training.config, training.journal, training.prepared.task
     found = task.remarks(journal.tables, training.prepared.train.labels or [], weighted=bool(config.class_weights))
     if journal.best_step == 0 < training.step:
+        adapter = "changes nothing"
+        if config.init_from:
+            adapter = f"is that of {config.init_from}"
+        elif config.init_noise:
+            adapter = "holds the noise it began with (--init-noise)"
         found.append(
-            "no update was better on the validation rows than the start: the adapter changes nothing, the head is kept"
+            f"no update was better on the validation rows than the start: the adapter {adapter}, the head is the first one"
         )
     if training.step == training.timetable.total and training.run and journal.is_falling:
         more = f"craft train --resume --output-dir {shlex.quote(str(training.run.path))}"

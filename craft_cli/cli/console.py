@@ -28,7 +28,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from craft_cli.errors import listed
+from craft_cli.errors import figure, listed
 
 if TYPE_CHECKING:
     from craft_cli.training.progress import Plan
@@ -117,10 +117,7 @@ def mistakes_table(rows: Sequence[Mapping[str, Any]]) -> None:
     one_file = len({row["place"].rpartition(", ")[0] for row in rows}) == 1
     names = [name for name in rows[0] if name != "texts"]
     titles = [{"place": "row", "label": "gold", "prediction": "predicted"}.get(name, name) for name in names]
-    cells = [
-        [f"{row[name]:.4f}" if isinstance(row[name], float) else show(row[name]) or "-" for name in names]
-        for row in rows
-    ]
+    cells = [[show(row[name]) or "-" for name in names] for row in rows]
     for line in cells:
         line[0] = line[0].rpartition(", " if one_file else "/")[2]
     texts = [
@@ -152,7 +149,7 @@ def show(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.4g}" if value == 0 or not 1e-4 <= abs(value) < 1 else f"{value:.4f}"
+        return figure(value)
     if isinstance(value, Path):
         return f"~/{value.relative_to(Path.home())}" if value.is_relative_to(Path.home()) else str(value)
     if isinstance(value, Mapping):
@@ -255,12 +252,12 @@ class TrainingConsole:
 
     def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
         self._seen += examples
-        self._bar("training", step, self._updates, f"loss {loss:.3f}  {self._speed()}{self._metric}")
+        self._bar("training", step, self._updates, f"loss {figure(loss)}  {self._speed()}{self._metric}")
 
     def logged(self, step: int, epoch: float, loss: float, rate: float) -> None:
         if not err.is_terminal:  # a file gets lines where a terminal has its bar
             width = len(f"{self._updates:,}")
-            say(f"update {step:>{width},}/{self._updates:,}  loss {loss:.4f}  lr {rate:.1e}  {self._speed()}")
+            say(f"update {step:>{width},}/{self._updates:,}  loss {figure(loss)}  lr {rate:.1e}  {self._speed()}")
 
     def _speed(self) -> str:
         return f"{self._seen / max(time.perf_counter() - self._began, 1e-9):,.0f} examples/s"
@@ -269,8 +266,8 @@ class TrainingConsole:
         self._bar("evaluating", done, total)
 
     def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float], *, best: bool) -> None:
-        parts = [f"{name} {value:.4f}" for name, value in metrics.items()]
-        self._metric = "  " + "  ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[:1])
+        parts = [f"{name} {figure(value)}" for name, value in metrics.items()]
+        self._metric = "".join(f"  {part}" for part in parts[:1])
         lines = [f"epoch {epoch:<5.3g}" if step else f"{'start':<11}"]
         for part in [*parts, *(["best so far"] if best else [])]:
             if err.is_terminal and len(f"{lines[-1]}  {part}") > err.width:  # no value apart from its name

@@ -103,7 +103,7 @@ def _show(result: Any, *, report: bool, confusion: bool) -> None:
             "predictions": result.predictions,
         }
     )
-    console.table(["metric", "value"], [[name, f"{value:.4f}"] for name, value in result.metrics.items()])
+    console.table(["metric", "value"], list(result.metrics.items()))
     if report:
         console.out.print()
         console.label_table(result.by_label, result.confusion)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from craft_cli.cli.options import JsonFlag, reports_errors
-from craft_cli.errors import ConfigError
+from craft_cli.errors import ConfigError, figure
 
 
 @reports_errors
@@ -181,7 +181,7 @@ def _comparison(compared: Any) -> None:
 
     def metric(row: Any, name: str) -> str | None:
         value = (row["metrics"] or {}).get(name)
-        return None if value is None else f"{value:.4f}"
+        return None if value is None else figure(value)
 
     rows: list[tuple[str, list[Any]]] = [
         ("base model", [row["base_model"].rstrip("/").rpartition("/")[2] for row in compared.runs]),

@@ -81,9 +81,15 @@ def command(
             "weights": f"{result.tensors_changed} changed, "
             + (f"as a LoRA of rank {result.rank}" if lora else result.dtype),
             "verified": f"logits differ by {result.difference:.1e} of the largest (allowed {result.tolerance:.0e})",
+            "threshold": result.threshold and _threshold(result.threshold, lora=lora),
             "vLLM": result.serve,
             "uploaded": result.repository,
         }
     )
     if result.hint:
         console.note(result.hint)
+
+
+def _threshold(value: float, *, lora: bool) -> str:
+    kept = "other tools assume 0.5" if lora else "craft eval and predict know it, other tools assume 0.5"
+    return f"a label applies above {value:g} ({kept})"

@@ -33,6 +33,8 @@ def contradictions(config: RunConfig) -> list[str]:
         problems.append("--train-file with --task needs --validation-file beside it")
     if config.problem_type and config.task:
         problems.append("--problem-type is for own data; --task knows its own")
+    if config.label_separator and (config.task or config.problem_type not in (None, "multi_label_classification")):
+        problems.append("--label-separator: only for own data where several labels can apply to a row; leave it out")
     if config.dataset_config_name and not config.dataset_name:
         problems.append("--dataset-config-name needs --dataset-name")
     for kind in ("eval", "save"):

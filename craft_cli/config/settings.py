@@ -41,6 +41,8 @@ Auto = Literal["auto"]
 """Of settings that are numbers unless they are left to craft."""
 THRESHOLD = 0.5
 """Where nothing was found on validation rows."""
+THRESHOLD_KEY = "craft_threshold"
+"""What another threshold is called in the config.json of a merged model, where no other tool looks for it."""
 
 GROUPS = (
     "Model and data", "Adapter", "Optimisation", "Evaluation and checkpoints", "Processes and precision", "This call only"
@@ -97,9 +99,10 @@ class RunConfig(MethodOptions):
         None,
         "Run or adapter to take the trained numbers from (same base, same method and ranks); the head starts anew.",
     )
-    head_start: Literal["probe", "random"] = setting(
-        "probe",
-        "Where the head's last layer starts: fitted on what the frozen base makes of the training rows, or random.",
+    head_start: Literal["auto", "probe", "random"] = setting(
+        AUTO,
+        "Where the head's last layer starts. probe: fitted on what the frozen base makes of the training rows; random; "
+        "auto: a checkpoint's own where it has the labels of the data, else a probe.",
     )
 
     learning_rate: Rate | None = setting(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from craft_cli.data.sources import Split
-from craft_cli.errors import FileError, ModelError
+from craft_cli.errors import DataError, FileError, ModelError
 from craft_cli.files import read_tensors, write_tensors
 
 KIND = "token ids"
@@ -117,6 +117,7 @@ def encode(
         of_words: a row is the words of a sentence, not one text or two.
 
     Raises:
+        DataError: so few tokens leave no room for any text.
         ModelError: the tokenizer cannot tell which tokens a word became.
     """
     limit = min(max_seq_length, tokenizer.model_max_length)
@@ -128,6 +129,7 @@ def encode(
             return _encoded(features, split, cut, limit, of_words=of_words)
         except (FileError, KeyError, RuntimeError):
             pass  # not there, or damaged: made again
+    _check_room(tokenizer, limit, pair=not of_words and any(len(row) > 1 for row in split.texts[:1]))
     features, cut = [], 0
     for start in range(0, len(split), 1000):
         found, longer = _tokenise(split.texts[start : start + 1000], tokenizer, limit, of_words=of_words)
@@ -137,6 +139,14 @@ def encode(
     if kept is not None:
         write_tensors(kept, KIND, _pack(features, cut), {"rows": len(features)})
     return _encoded(features, split, cut, limit, of_words=of_words)
+
+
+def _check_room(tokenizer: Any, limit: int, *, pair: bool) -> None:
+    around = tokenizer.num_special_tokens_to_add(pair=pair)
+    if limit <= around:
+        raise DataError(
+            f"--max-seq-length {limit} leaves no room for text: this tokenizer puts {around} tokens of its own into every row"
+        )
 
 
 def _tokenise(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from craft_cli.config import THRESHOLD, THRESHOLD_KEY
 from craft_cli.errors import ModelError
 from craft_cli.files import quoted
 from craft_cli.methods.adapter import Adapter
@@ -53,6 +54,11 @@ class AdaptedBase:
     def checkpoint(self) -> Checkpoint:
         """Of the base."""
         return self.base.checkpoint
+
+    @property
+    def threshold(self) -> float:
+        """Above which a label applies, where several can."""
+        return float(self.saved.record.get("training", {}).get("threshold", THRESHOLD))
 
     def changes(self) -> dict[str, list[tuple[View, str, int]]]:
         """Which views, of which projection and layer, the adapter changes in a tensor, by the tensor's name."""
@@ -135,6 +141,9 @@ class Dense:
         config = adapted.base.model.config
         config.architectures = [type(adapted.base.model).__name__]
         config.dtype = self.dtype
+        vars(config).pop(THRESHOLD_KEY, None)  # of a base that was merged too
+        if adapted.threshold != THRESHOLD:
+            setattr(config, THRESHOLD_KEY, adapted.threshold)
         config.save_pretrained(folder)
         for file in adapted.checkpoint.tokenizer_files():
             shutil.copyfile(file, folder / file.name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from craft_cli.errors import figure
 from craft_cli.models.checkpoint import CARD, Checkpoint
 from craft_cli.models.hub import DEMO
 
@@ -124,7 +125,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
     if metrics:
         data["model_name"] = f"{name.rpartition('/')[2]}-{task}"
         data["eval_results"] = [
-            EvalResult(pipeline, task, task, metric, round(float(value), 6)) for metric, value in metrics.items()
+            EvalResult(pipeline, task, task, metric, float(f"{value:.6g}")) for metric, value in metrics.items()
         ]
     labels = ", ".join(model["id2label"].values())
     parts = [
@@ -144,7 +145,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         baselines = training.get("baselines") or {}
         titles = [f"epoch {training.get('epoch', 0):g}", *(name.replace("_", " ") for name in baselines)]
         rows = [
-            [metric, f"{value:.4f}", *(f"{row[metric]:.4f}" if metric in row else "" for row in baselines.values())]
+            [metric, figure(value), *(figure(row[metric]) if metric in row else "" for row in baselines.values())]
             for metric, value in metrics.items()
         ]
         lines = [["validation", *titles], ["---"] * (len(titles) + 1), *rows]

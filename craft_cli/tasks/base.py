@@ -27,10 +27,14 @@ if TYPE_CHECKING:
     from craft_cli.data.readers import Row
     from craft_cli.data.tables import Table
     from craft_cli.data.tokens import Batch, Encoded
-    from craft_cli.tasks.probe import Linear
+    from craft_cli.tasks.probe import Linear, Progress
 
 OWN = "own"
 """The name of a task on the user's own data: columns and labels are found in it."""
+
+
+_UNEVEN = 1.5
+"""Factors of labels that differ by less would change nothing that can be seen."""
 
 
 class Task(Protocol):
@@ -142,6 +146,9 @@ class Task(Protocol):
             DataError: it names others (without `strict` the head is to be trained for ours).
         """
 
+    def continues(self, config: Any) -> bool:
+        """Whether a trained head of a checkpoint with this configuration answers what this task asks."""
+
     def model_options(self) -> dict[str, Any]:
         """What `from_pretrained` needs to know for a head of this task, in the order of the head."""
 
@@ -164,13 +171,16 @@ class Task(Protocol):
     def in_own_order(self) -> Self:
         """The same for what a model gives in the place of its head's outputs: `scores` leaves its order alone."""
 
-    def fit_head(self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool) -> tuple[Tensor, Tensor]:
+    def fit_head(
+        self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool, progress: Progress
+    ) -> tuple[Tensor, Tensor]:
         """A linear probe for the last layer of the head, in the order of the head.
 
         Args:
             features: for each row what goes into that layer, as `scores` gives it.
             gold: of each row.
             bias: whether the layer has one.
+            progress: called with (fits done, fits in all).
 
         Returns:
             Its weight (outputs, features) and its bias (outputs,).
@@ -286,6 +296,11 @@ class Labelled:
                 return replace(self, head=align_labels(self.labels, config.id2label))
         return self
 
+    def continues(self, config: Any) -> bool:
+        """See `Task`; a head whose labels have no names may be another's."""
+        theirs = {str(name).lower() for name in (config.id2label or {}).values()}
+        return bool(self.head) and theirs == {label.lower() for label in self.labels}
+
     def model_options(self) -> dict[str, Any]:
         """See `Task`."""
         names = self.head or self.labels
@@ -305,8 +320,8 @@ class Labelled:
         if not missed:
             return []
         line = f"never right on the validation rows (F1 0): {listed(missed, 5)}"
-        if not weighted:
-            factors = self.balanced(train)
+        factors = [] if weighted else self.balanced(train)
+        if max(factors, default=0.0) > _UNEVEN * min([1.0, *factors]):
             line += f"; --class-weights balanced lets rare labels weigh more, here {min(factors):.2g} to {max(factors):.2g} times"
         return [line]
 

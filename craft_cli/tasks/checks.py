@@ -14,6 +14,8 @@ from craft_cli.errors import listed
 
 _FEW = 2
 """A label with fewer rows to train on is named."""
+_FAR = 1e5
+"""Numbers so many times farther from zero than from each other are named: float32 has seven digits."""
 _SHOWN = 3
 """So many labels, or groups of labels, are named in a note."""
 
@@ -79,6 +81,23 @@ def label_notes(rows: Mapping[str, Split], labels: Sequence[str], column: str) -
     apart = _counts([split for name, split in rows.items() if name != TRAIN], len(labels))
     notes = [_many(rows[TRAIN], labels, column), _alike(labels, train + apart), _rare(labels, train, apart)]
     return [note for note in notes if note]
+
+
+def number_notes(rows: Mapping[str, Split], column: str) -> list[str]:
+    """Numbers that are far from zero beside how far they are apart.
+
+    Args:
+        rows: of every split, by its name; `train` is among them. Gold is a number.
+        column: where they stand.
+    """
+    gold = rows[TRAIN].labels or [0.0]
+    mean, spread = float(np.mean(gold)), float(np.std(gold))
+    if not spread or abs(mean) <= _FAR * spread:
+        return []
+    return [
+        f"the numbers in '{column}' lie around {mean:.7g} and only {spread:.2g} from each other, which float32 hardly tells "
+        "apart: subtract a constant from all of them first"
+    ]
 
 
 def _many(train: Split, labels: Sequence[str], column: str) -> str:

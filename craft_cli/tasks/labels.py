@@ -35,6 +35,9 @@ Place = Callable[[int], str]
 ALL_DIFFERENT = 10
 """So many labels, each in one row only, are no labels; fewer may be an example of each."""
 
+_LARGEST = 1e30
+"""Squares of numbers in their own units are far from it; float32 ends at 3e38."""
+
 HIDDEN = (None, -1, "-1")
 """GLUE's test sets keep their labels to themselves."""
 
@@ -96,6 +99,25 @@ def label_numbers(values: Sequence[Any], task: Task, place: Place) -> list[Any] 
         else:
             found.append(chosen.pop())
     return found
+
+
+def check_numbers(gold: Sequence[float], column: str) -> None:
+    """Refuse numbers to train on from which nothing can be learned.
+
+    Raises:
+        DataError: all are the same but for rounding, or float32 cannot hold them or what is between them.
+    """
+    if not gold:
+        return
+    lowest, highest = min(gold), max(gold)
+    largest, between = max(abs(lowest), abs(highest)), highest - lowest
+    if between <= 1e-12 * largest:
+        raise DataError(
+            f"column '{column}' holds one number only ({lowest:.7g}) in the rows to train on; nothing can be learned from it"
+        )
+    if largest > _LARGEST or between < 1 / _LARGEST:
+        what = f"numbers up to {largest:.3g}" if largest > _LARGEST else f"numbers no more than {between:.3g} apart"
+        raise DataError(f"column '{column}' holds {what}, which float32 cannot hold; give them in another unit")
 
 
 def _problem_of(values: Sequence[Any], task: Task) -> str:

@@ -6,6 +6,7 @@ mean 1, with the penalty that serves rows best that were not fitted on; what is 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,13 @@ _MANY_ROWS = 3000
 """From here on one part of the rows tells penalties apart as well as five."""
 
 Weights = Any  # (rows,), how much each counts
+
+Progress = Callable[[int, int], None]
+"""Called with (fits done, fits in all)."""
+
+
+def silent(done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 class Linear(NamedTuple):
@@ -40,7 +48,15 @@ class Linear(NamedTuple):
         return features @ self.weight.T + self.bias
 
 
-def fit_labels(features: Any, gold: Any, labels: int, *, factors: Sequence[float] = (), bias: bool = True) -> Linear:
+def fit_labels(
+    features: Any,
+    gold: Any,
+    labels: int,
+    *,
+    factors: Sequence[float] = (),
+    bias: bool = True,
+    progress: Progress = silent,
+) -> Linear:
     """Multinomial logistic regression.
 
     Args:
@@ -49,6 +65,7 @@ def fit_labels(features: Any, gold: Any, labels: int, *, factors: Sequence[float
         labels: how many there are; one without rows keeps a score of zero, which is never the highest.
         factors: (labels,), of the loss of each label's rows; none without.
         bias: whether the layer has one; without, features are scaled but not centred.
+        progress: see `Progress`.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -76,10 +93,12 @@ def fit_labels(features: Any, gold: Any, labels: int, *, factors: Sequence[float
 
     if len(present) < 2:
         return Linear(np.zeros((labels, features.shape[1])), np.zeros(labels))
-    return _fitted(features, gold, weights, fit, loss, gold, bias=bias)
+    return _fitted(features, gold, weights, fit, loss, gold, bias=bias, progress=progress)
 
 
-def fit_several(features: Any, gold: Any, *, factors: Sequence[float] = (), bias: bool = True) -> Linear:
+def fit_several(
+    features: Any, gold: Any, *, factors: Sequence[float] = (), bias: bool = True, progress: Progress = silent
+) -> Linear:
     """A logistic regression for each of several labels that can apply.
 
     Args:
@@ -87,11 +106,17 @@ def fit_several(features: Any, gold: Any, *, factors: Sequence[float] = (), bias
         gold: (rows, labels), 0 or 1.
         factors: (labels,), of the loss of the rows that a label applies to; none without.
         bias: see `fit_labels`.
+        progress: see `Progress`.
     """
-    layers = []
+    layers: list[tuple[Any, Any]] = []
+    labels = np.asarray(gold).shape[1]
+
+    def of_all(done: int, total: int) -> None:
+        progress(len(layers) * total + done, labels * total)
+
     for number, column in enumerate(np.asarray(gold).T):
         pair = (1.0, factors[number]) if len(factors) else ()
-        two = fit_labels(features, column.astype(int), 2, factors=pair, bias=bias)
+        two = fit_labels(features, column.astype(int), 2, factors=pair, bias=bias, progress=of_all)
         weight, start = two.weight[1] - two.weight[0], two.bias[1] - two.bias[0]
         if len(np.unique(column)) < 2 and bias:  # all rows or none: as likely as with one row of the other kind
             start = np.log((column.sum() + 1) / (len(column) - column.sum() + 1))
@@ -99,17 +124,18 @@ def fit_several(features: Any, gold: Any, *, factors: Sequence[float] = (), bias
     return Linear(np.stack([weight for weight, _ in layers]), np.array([start for _, start in layers]))
 
 
-def fit_numbers(features: Any, gold: Any, *, bias: bool = True) -> Linear:
+def fit_numbers(features: Any, gold: Any, *, bias: bool = True, progress: Progress = silent) -> Linear:
     """Ridge regression.
 
     Args:
         features: (rows, features).
         gold: (rows,), real numbers.
         bias: see `fit_labels`.
+        progress: see `Progress`.
     """
     from sklearn.linear_model import Ridge
 
-    scale = float(np.std(gold)) or 1.0
+    scale = float(np.std(gold)) if np.ptp(gold) else 1.0
 
     def fit(x: Any, y: Any, w: Weights, penalty: float) -> Linear:
         model = Ridge(alpha=penalty * len(y), fit_intercept=bias).fit(x, y)
@@ -120,7 +146,9 @@ def fit_numbers(features: Any, gold: Any, *, bias: bool = True) -> Linear:
 
     ranks = np.argsort(np.argsort(gold, kind="stable"), kind="stable")
     strata = ranks * 10 // max(len(ranks), 1)  # low and high numbers in every part
-    found = _fitted(features, np.asarray(gold) / scale, np.ones(len(gold)), fit, loss, strata, bias=bias)
+    found = _fitted(
+        features, np.asarray(gold) / scale, np.ones(len(gold)), fit, loss, strata, bias=bias, progress=progress
+    )
     return Linear(found.weight * scale, found.bias * scale)
 
 
@@ -133,6 +161,7 @@ def _fitted(
     strata: Any,
     *,
     bias: bool,
+    progress: Progress,
 ) -> Linear:
     """The fit with the penalty that is best on rows it has not seen."""
     x = np.asarray(features, dtype=np.float64)
@@ -141,17 +170,22 @@ def _fitted(
         float(np.sqrt(((x - mean) ** 2).mean())) or 1.0
     )  # one for all: a feature that hardly changes gets no large weight
     x = (x - mean) / scale
-    totals = np.zeros(len(PENALTIES))
-    for train, test in _parts(strata):
-        for number, penalty in enumerate(PENALTIES):
-            layer = fit(x[train], gold[train], weights[train], penalty)
-            totals[number] += loss(layer, x[test], gold[test], weights[test])
-    for penalty in PENALTIES[int(totals.argmin()) :: -1]:
-        weight, start = fit(x, gold, weights, penalty)
-        weight = weight / scale
-        layer = Linear(weight, start - weight @ mean)
-        if _amplification(layer, features) <= MOST_AMPLIFIED:
-            break
+    parts, totals = _parts(strata), np.zeros(len(PENALTIES))
+    fits = len(parts) * len(PENALTIES) + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of many labels, of a fit that stops a little early: no user can mend them
+        for part, (train, test) in enumerate(parts):
+            for number, penalty in enumerate(PENALTIES):
+                layer = fit(x[train], gold[train], weights[train], penalty)
+                totals[number] += loss(layer, x[test], gold[test], weights[test])
+                progress(part * len(PENALTIES) + number + 1, fits)
+        for penalty in PENALTIES[int(totals.argmin()) :: -1]:
+            weight, start = fit(x, gold, weights, penalty)
+            weight = weight / scale
+            layer = Linear(weight, start - weight @ mean)
+            if _amplification(layer, features) <= MOST_AMPLIFIED:
+                break
+    progress(fits, fits)
     return layer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from craft_cli.config import THRESHOLD
+from craft_cli.config import THRESHOLD, THRESHOLD_KEY
+from craft_cli.errors import ModelError
 from craft_cli.tasks.labels import MULTI, REGRESSION
-from craft_cli.tasks.probe import Linear, fit_labels, fit_numbers, fit_several
+from craft_cli.tasks.probe import Linear, Progress, fit_labels, fit_numbers, fit_several
 
 
 def summed_loss(logits: Tensor, gold: Tensor, problem_type: str, class_weights: Tensor | None = None) -> Tensor:
@@ -38,6 +39,14 @@ def summed_loss(logits: Tensor, gold: Tensor, problem_type: str, class_weights: 
     return (losses if class_weights is None else losses * class_weights[gold]).sum()
 
 
+def mean_loss(logits: Tensor, gold: Sequence[Any], problem_type: str) -> float:
+    """The mean over rows of `summed_loss`; of numbers in float64, or far from zero the squares would hold rounding alone."""
+    if problem_type == REGRESSION:
+        found = functional.mse_loss(logits.squeeze(-1).double(), torch.tensor(gold, dtype=torch.float64))
+        return float(found)
+    return float(summed_loss(logits, torch.tensor(gold), problem_type)) / len(gold)
+
+
 def probabilities(logits: Tensor, problem_type: str) -> Tensor:
     """Probability of every label (rows, labels): softmax, or one sigmoid a label; of a regression the number itself."""
     if problem_type == REGRESSION:
@@ -55,7 +64,14 @@ def decide(logits: Tensor, problem_type: str, threshold: float = THRESHOLD) -> l
 
 
 def fit_outputs(
-    features: Tensor, gold: Sequence[Any], problem_type: str, labels: int, factors: Sequence[float], *, bias: bool
+    features: Tensor,
+    gold: Sequence[Any],
+    problem_type: str,
+    labels: int,
+    factors: Sequence[float],
+    *,
+    bias: bool,
+    progress: Progress,
 ) -> Linear:
     """A linear probe (see `tasks.probe`) for a head of these labels.
 
@@ -66,19 +82,48 @@ def fit_outputs(
         labels: how many there are.
         factors: (labels,), of the loss of each label's rows; none without.
         bias: whether the layer has one.
+        progress: see `tasks.probe`.
     """
     x, y = features.double().numpy(), np.array(gold)
     if problem_type == REGRESSION:
-        return fit_numbers(x, y, bias=bias)
+        return fit_numbers(x, y, bias=bias, progress=progress)
     if problem_type == MULTI:
-        return fit_several(x, y, factors=factors, bias=bias)
-    return fit_labels(x, y, labels, factors=factors, bias=bias)
+        return fit_several(x, y, factors=factors, bias=bias, progress=progress)
+    return fit_labels(x, y, labels, factors=factors, bias=bias, progress=progress)
 
 
 def units_of(gold: Sequence[float]) -> tuple[float, float]:
     """The mean of some numbers, and the power of two next to their standard deviation: dividing by it loses nothing."""
-    spread = float(np.std(gold))
+    spread = float(np.std(gold)) if np.ptp(gold) else 0.0  # else rounding makes one of equal numbers
     return float(np.mean(gold)), 2.0 ** round(math.log2(spread)) if spread > 0 else 1.0
+
+
+def balanced_weights(gold: Sequence[Any], problem_type: str, labels: int) -> list[float]:
+    """A factor for every label against rare ones being drowned.
+
+    Of one label a row, scikit-learn's `balanced`: rows / (labels x rows of this label). Where several labels apply, the
+    rows without a label against those with it, for the positive part of its loss.
+    """
+    if problem_type == MULTI:
+        table = torch.tensor(gold)  # (rows, labels)
+        positive = table.sum(dim=0)
+        return ((len(table) - positive) / positive.clamp(min=1)).tolist()
+    counts = Counter(gold)
+    return [len(gold) / (labels * max(counts[number], 1)) for number in range(labels)]
+
+
+def kept_threshold(record: Mapping[str, Any], config: Any) -> float:
+    """The threshold that an adapter's record tells, or the configuration of a merged model.
+
+    Raises:
+        ModelError: it is none.
+    """
+    told = record.get("threshold", getattr(config, THRESHOLD_KEY, THRESHOLD))
+    if not isinstance(told, (int, float)) or not 0 < told < 1:
+        raise ModelError(
+            f"the model's threshold ({THRESHOLD_KEY}) is {told!r}, not a number between 0 and 1: correct it"
+        )
+    return float(told)
 
 
 def best_threshold(logits: Tensor, gold: Sequence[Any]) -> float:

@@ -5,7 +5,6 @@ One place for every kind of problem: what its labels are, its loss, its predicti
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,15 +18,27 @@ from craft_cli.data.sources import TEST, DataSource, Home, Split
 from craft_cli.data.tokens import Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError
 from craft_cli.tasks.base import OWN, Labelled
-from craft_cli.tasks.checks import label_notes
-from craft_cli.tasks.labels import MULTI, NUMBER, OWN_METRICS, REGRESSION, SINGLE, label_numbers, settle_task
+from craft_cli.tasks.checks import label_notes, number_notes
+from craft_cli.tasks.labels import (
+    MULTI,
+    NUMBER,
+    OWN_METRICS,
+    REGRESSION,
+    SINGLE,
+    check_numbers,
+    label_numbers,
+    settle_task,
+)
 from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
-from craft_cli.tasks.probe import Linear
+from craft_cli.tasks.probe import Linear, Progress, silent
 from craft_cli.tasks.problems import (
+    balanced_weights,
     best_threshold,
     constant_answer,
     decide,
     fit_outputs,
+    kept_threshold,
+    mean_loss,
     probabilities,
     summed_loss,
     units_of,
@@ -112,7 +123,7 @@ class SequenceClassification(Labelled):
     @classmethod
     def of_record(cls, record: Mapping[str, Any], config: Any) -> SequenceClassification:
         """Of a checkpoint: what its configuration says, or what one output and several usually mean."""
-        threshold = float(record.get("threshold", THRESHOLD))
+        threshold = kept_threshold(record, config)
         if record.get("task", OWN) != OWN:
             from craft_cli.tasks.glue import task_named
 
@@ -170,12 +181,25 @@ class SequenceClassification(Labelled):
         return lambda rows: Split([texts(row) for row in rows], None, origin)
 
     def notes(self, rows: Mapping[str, Split]) -> list[str]:
-        """Of the labels too, where there are any."""
-        of_labels = [] if self.problem_type == REGRESSION else label_notes(rows, self.labels, self.label_column)
-        return [*of_labels, *super().notes(rows)]
+        """Of the labels or the numbers too."""
+        if self.problem_type == REGRESSION:
+            return [*number_notes(rows, self.label_column), *super().notes(rows)]
+        return [*label_notes(rows, self.labels, self.label_column), *super().notes(rows)]
 
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> SequenceClassification:
-        """With the threshold, weights against rare labels being drowned where they are asked for, and units of own numbers."""
+        """With the threshold, weights against rare labels being drowned where they are asked for, and units of own numbers.
+
+        Raises:
+            ConfigError: a setting without effect on this kind of problem.
+            DataError: numbers from which nothing can be learned.
+        """
+        if config.threshold != AUTO and self.problem_type != MULTI:
+            raise ConfigError("--threshold: only where several labels can apply to a row; leave it out")
+        if self.problem_type == REGRESSION:
+            if config.calibrate:
+                raise ConfigError("--calibrate: a regression answers numbers, not probabilities; leave it out")
+            if self.name == OWN:
+                check_numbers(gold, self.label_column)
         found = config.threshold == AUTO and self.problem_type == MULTI
         return replace(
             self,
@@ -186,28 +210,26 @@ class SequenceClassification(Labelled):
         )
 
     def balanced(self, gold: Sequence[Any]) -> list[float]:
-        """A weight for every label against rare ones being drowned.
-
-        Of one label a row, scikit-learn's `balanced`: rows / (labels x rows of this label). Where several labels apply,
-        the rows without a label against those with it, for the positive part of its loss.
+        """A weight for every label against rare ones being drowned, see `balanced_weights`.
 
         Raises:
             ConfigError: a regression has no labels to weigh.
         """
         if self.problem_type == REGRESSION:
             raise ConfigError("--class-weights: a regression has no labels to weigh")
-        if self.problem_type == MULTI:
-            table = torch.tensor(gold)  # (rows, labels)
-            positive = table.sum(dim=0)
-            return ((len(table) - positive) / positive.clamp(min=1)).tolist()
-        counts = Counter(gold)
-        return [len(gold) / (len(self.labels) * max(counts[number], 1)) for number in range(len(self.labels))]
+        return balanced_weights(gold, self.problem_type, len(self.labels))
 
     # -- model ----------------------------------------------------------------------------------------------------------
 
     def on_head(self, config: Any, *, strict: bool = True) -> SequenceClassification:
         """A regression has no names to go by."""
         return self if self.problem_type == REGRESSION else super().on_head(config, strict=strict)
+
+    def continues(self, config: Any) -> bool:
+        """For the same kind of problem, the same labels; of a number there is no name to go by."""
+        if self.problem_type == REGRESSION:
+            return config.num_labels == 1 and config.problem_type == REGRESSION
+        return (config.problem_type or SINGLE) == self.problem_type and super().continues(config)
 
     def model_options(self) -> dict[str, Any]:
         """The names of the outputs, and the kind of problem."""
@@ -240,10 +262,14 @@ class SequenceClassification(Labelled):
         """Nor are its numbers in other units."""
         return replace(self, head=(), units=(0.0, 1.0))
 
-    def fit_head(self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool) -> tuple[Tensor, Tensor]:
+    def fit_head(
+        self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool, progress: Progress = silent
+    ) -> tuple[Tensor, Tensor]:
         """Logistic regressions or a ridge."""
         rows, labels = torch.stack(list(features)), len(self.labels)  # (rows, features)
-        weight, start = fit_outputs(rows, gold, self.problem_type, labels, self.class_weights, bias=bias)
+        weight, start = fit_outputs(
+            rows, gold, self.problem_type, labels, self.class_weights, bias=bias, progress=progress
+        )
         return self.in_head_order(Linear(weight / self.units[1], start / self.units[1]))
 
     # -- results --------------------------------------------------------------------------------------------------------
@@ -262,7 +288,7 @@ class SequenceClassification(Labelled):
         """The task's metrics, and the mean loss."""
         logits = torch.stack(list(scores))  # (rows, labels)
         metrics = compute_metrics(self.metrics, gold, decide(logits, self.problem_type, self.threshold))
-        return metrics | {"loss": float(summed_loss(logits, torch.tensor(gold), self.problem_type)) / len(gold)}
+        return metrics | {"loss": mean_loss(logits, gold, self.problem_type)}
 
     def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> dict[str, float]:
         """The metrics of the answer that is best for all the training rows."""
@@ -296,7 +322,7 @@ class SequenceClassification(Labelled):
         size = "error" if self.problem_type == REGRESSION else "confidence"
         for row, (much, label, answer) in enumerate(zip(wrong.tolist(), labels, answers, strict=True)):
             if much > 0:
-                named = {"label": self._named(label), "prediction": self._named(answer), size: round(much, 6)}
+                named = {"label": self._named(label), "prediction": self._answered(answer), size: self._rounded(much)}
                 yield much, {"place": split.place_of(row), **named, "texts": list(split.texts[row])}
 
     def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
@@ -308,16 +334,23 @@ class SequenceClassification(Labelled):
         found = zip(probabilities(logits, self.problem_type).tolist(), self.decide(scores), strict=True)
         for row, (values, number) in enumerate(found):
             record: dict[str, Any] = {
-                "prediction": self._named(number),
-                "scores": {name: round(value, 6) for name, value in zip(self.labels, values, strict=True)},
+                "prediction": self._answered(number),
+                "scores": {name: self._rounded(value) for name, value in zip(self.labels, values, strict=True)},
             }
             if split.labels is not None:
                 record["label"] = self._named(split.labels[row])
             yield record
 
+    def _rounded(self, value: float) -> float:
+        """Probabilities to six decimals; numbers of any size to the seven digits that a model computes with."""
+        return float(f"{value:.7g}") if self.problem_type == REGRESSION else round(value, 6)
+
+    def _answered(self, value: Any) -> Any:
+        return self._rounded(value) if self.problem_type == REGRESSION else self._named(value)
+
     def _named(self, value: Any) -> Any:
         if self.problem_type == REGRESSION:
-            return round(float(value), 6)
+            return float(value)
         if self.problem_type == MULTI:
             return [name for name, applies in zip(self.labels, value, strict=True) if applies]
         return self.labels[value]

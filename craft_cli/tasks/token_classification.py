@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from craft_cli.config import AUTO, RunConfig
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.data.tokens import IGNORED, Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError, ModelError
 from craft_cli.tasks.base import OWN, Labelled
-from craft_cli.tasks.probe import fit_labels
+from craft_cli.tasks.probe import Progress, fit_labels, silent
 from craft_cli.tasks.tags import OUTSIDE, READ, Entity, by_kind, entities_of, entity_metrics, one_form, scheme
 
 if TYPE_CHECKING:
-    from craft_cli.config import RunConfig
     from craft_cli.data.readers import Row
     from craft_cli.data.tables import Table
 
@@ -153,7 +153,13 @@ class TokenClassification(Labelled):
         return read
 
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> TokenClassification:
-        """With scikit-learn's `balanced` weights of the tags, where they are asked for."""
+        """With scikit-learn's `balanced` weights of the tags, where they are asked for.
+
+        Raises:
+            ConfigError: a threshold, where there is none.
+        """
+        if config.threshold != AUTO:
+            raise ConfigError("--threshold: only where several labels can apply, and a word has one tag; leave it out")
         return replace(self, class_weights=tuple(self.balanced(gold)) if config.class_weights else ())
 
     def balanced(self, gold: Sequence[Any]) -> list[float]:
@@ -195,7 +201,9 @@ class TokenClassification(Labelled):
             found.append(scores)
         return found
 
-    def fit_head(self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool) -> tuple[Tensor, Tensor]:
+    def fit_head(
+        self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool, progress: Progress = silent
+    ) -> tuple[Tensor, Tensor]:
         """A logistic regression of the words that have a token, of every tag its share."""
         words = torch.cat(list(features))  # (words, features)
         targets = torch.tensor([number for row in gold for number in row], dtype=torch.long)
@@ -204,7 +212,8 @@ class TokenClassification(Labelled):
         order = targets.argsort(stable=True)
         order = order[torch.linspace(0, len(order) - 1, min(len(order), _WORDS_FITTED)).round().long()]
         x, y = words[order].double().numpy(), targets[order].numpy()
-        return self.in_head_order(fit_labels(x, y, len(self.labels), factors=self.class_weights, bias=bias))
+        found = fit_labels(x, y, len(self.labels), factors=self.class_weights, bias=bias, progress=progress)
+        return self.in_head_order(found)
 
     # -- results --------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The last layer of the head: where it starts (as a linear probe, LP-FT, arXiv 2202.10054), and in which units it is kept."""
+"""The last layer of the head: where it starts (a linear probe, LP-FT, arXiv 2202.10054), and in which units it is kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from craft_cli.config import AUTO, RunConfig
 from craft_cli.data.batches import length_sorted_batches
+from craft_cli.errors import ModelError
 from craft_cli.tasks.inference import in_order, predict_batches
 from craft_cli.training.preparation import Prepared
 
@@ -18,6 +20,12 @@ MOST_ROWS = 10_000
 FEW_ROWS = 100
 """Enough to see that it works."""
 
+
+KEPT, PROBE, RANDOM = "kept", "probe", "random"
+"""Where a last layer starts."""
+
+WHY_NOT_FINITE = "check its weights, or leave out --fp16, --load-in-4bit and --load-in-8bit"
+"""What to do about a model that computes no finite numbers before anything was trained."""
 
 SOFT = 0.3
 """A training begins with this much of a probe's weights: a head of large norm keeps the features from moving (arXiv 2405.16747),
@@ -48,18 +56,33 @@ class LastLayer:
     Args:
         model: with a task's head.
         head: names of the parameters that are trained in full.
+        fresh: names of those that no checkpoint holds.
 
     Attributes:
         name: path of the layer; None where there is none.
+        start: one of `KEPT`, `PROBE` and `RANDOM`; see `settle`.
     """
 
-    def __init__(self, model: Any, head: Sequence[str]) -> None:
-        self._model = model
+    def __init__(self, model: Any, head: Sequence[str], fresh: Sequence[str] = ()) -> None:
+        self._model, self._fresh = model, fresh
         self._probe: Probe | None = None
         self.name: str | None = None
+        self.start = RANDOM
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and f"{name}.weight" in head:
                 self.name = name if module.out_features == model.config.num_labels else self.name
+
+    def settle(self, config: RunConfig, prepared: Prepared) -> None:
+        """Find out where it is to start.
+
+        A checkpoint's head that answers the task's question already is where a training goes on. It does not fit what
+        another run's adapter makes of the base.
+        """
+        answers = not self._fresh and not config.init_from and prepared.task.continues(prepared.checkpoint.config())
+        if config.head_start == AUTO and answers:
+            self.start = KEPT
+        elif config.head_start != RANDOM and self.name is not None:
+            self.start = PROBE
 
     @property
     def layer(self) -> nn.Linear:
@@ -117,6 +140,15 @@ class LastLayer:
             self._probe = None
 
     @torch.no_grad()
+    def draw(self, seed: int) -> None:
+        """Start at random where a checkpoint's layer was loaded, as transformers starts those that none holds."""
+        if self.name is None or f"{self.name}.weight" in self._fresh:
+            return
+        spread = getattr(self._model.config, "initializer_range", 0.02)
+        weight = torch.randn(self.layer.weight.shape, generator=torch.Generator().manual_seed(seed)) * spread
+        self.load(weight, torch.zeros(len(weight)))
+
+    @torch.no_grad()
     def start_at(self, mean: float) -> None:
         """Start from outputs around this number, where there is a bias."""
         if mean and self.name is not None and self.layer.bias is not None:
@@ -162,17 +194,42 @@ def probe(
         device: where it computes.
         progress: called with (what, done, total).
         most: rows.
+
+    Raises:
+        ModelError: the model computes what is not finite.
     """
     gold = prepared.train.labels or []
     rows = share_of_rows(gold, most)
     features = last.features(prepared, rows, batch_size, device, progress)
-    progress("fitting the head", 0, 1)
-    weight, bias = prepared.task.fit_head(features, [gold[row] for row in rows], bias=last.layer.bias is not None)
-    progress("fitting the head", 1, 1)
-    inputs = torch.cat([row.reshape(-1, row.shape[-1]) for row in features])  # (rows, features), or of all their words
-    inputs = inputs[inputs.isfinite().all(dim=-1)]
-    mean = weight @ inputs.to(weight.dtype).mean(dim=0) + bias  # (outputs,)
+    inputs = _inputs(features, prepared.checkpoint.name)
+
+    def told(done: int, total: int) -> None:
+        progress("fitting the head", done, total)
+
+    told(0, 1)
+    targets, with_bias = [gold[row] for row in rows], last.layer.bias is not None
+    weight, bias = prepared.task.fit_head(features, targets, bias=with_bias, progress=told)
+    told(1, 1)
+    mean = bias  # (outputs,)
+    if len(inputs):
+        mean = weight @ inputs.to(weight.dtype).mean(dim=0) + bias
     return Probe(weight.float(), bias.float(), mean.float())
+
+
+def _inputs(features: Sequence[Tensor], name: str) -> Tensor:
+    """What goes into the layer (rows, features), or of all words that have a token; `features` of the others are -inf.
+
+    Raises:
+        ModelError: some are not finite.
+    """
+    seen = [row[~row.isneginf().all(dim=-1)] if row.ndim > 1 else row[None] for row in features]
+    odd = sum(not row.isfinite().all() for row in seen)
+    if odd:
+        raise ModelError(
+            f"{name} gives numbers that are not finite for {odd:,} of {len(seen):,} training rows, so no head can be fitted: "
+            f"{WHY_NOT_FINITE}"
+        )
+    return torch.cat(seen)
 
 
 def share_of_rows(gold: Sequence[Any], most: int) -> list[int]:

@@ -18,9 +18,9 @@ from craft_cli.models.cards import model_card
 from craft_cli.plots import training_curve
 from craft_cli.tasks.base import Task
 from craft_cli.tasks.metrics import lower_is_better, renamed
-from craft_cli.training.head import LastLayer
+from craft_cli.training.head import KEPT, RANDOM, WHY_NOT_FINITE, LastLayer
 from craft_cli.training.preparation import Measured, Prepared, data_record, resolved_recipe
-from craft_cli.training.progress import Listener
+from craft_cli.training.progress import CHECKPOINT, HEAD_ALONE, SAME_ANSWER, START, Listener
 from craft_cli.training.run import Run
 
 
@@ -67,8 +67,7 @@ class Journal:
         best_epoch: the same in epochs.
         best_state: adapter and head of that evaluation, where there is a run.
         tables: what `Task.tables` said of it.
-        baselines: metrics of what this run has to beat: `same_answer` to all rows, and the `head_alone`, where it starts as
-            a probe.
+        baselines: metrics of what this run has to beat, see `BASELINES`.
         evaluated: the last update that was evaluated; -1 before the first.
     """
 
@@ -96,7 +95,7 @@ class Journal:
         self.tables: dict[str, Any] = {}
         self._found: dict[str, Any] = {}  # with the best: what the adapter's record says of it
         gold = next(iter(prepared.validation.values())).labels or []
-        self.baselines = {"same_answer": prepared.task.baseline(prepared.train.labels or [], gold)}
+        self.baselines = {SAME_ANSWER: prepared.task.baseline(prepared.train.labels or [], gold)}
         self.evaluated = -1
 
     def update(self, step: int, epoch: float, loss: float, rate: float, examples: int) -> None:
@@ -106,7 +105,7 @@ class Journal:
             CraftError: its loss is not finite.
         """
         if not math.isfinite(loss):
-            raise CraftError(f"the loss is {loss} at update {step}{self._too_fast}")
+            raise CraftError(f"the loss is {loss} at update {step}{self._advice(step - 1)}")
         self._since.append(loss)
         told = step % self._config.logging_steps == 0 or step == 1
         if told:
@@ -124,9 +123,11 @@ class Journal:
         """
         metrics = measured.metrics
         if not math.isfinite(metrics["loss"]):
-            raise CraftError(f"the validation loss is {metrics['loss']} after update {step}{self._too_fast}")
-        if step == 0 and self._config.head_start == "probe" and self._last.name is not None:
-            self.baselines["head_alone"] = dict(metrics)
+            when = f"after update {step}" if step else "before the first update"
+            raise CraftError(f"the validation loss is {metrics['loss']} {when}{self._advice(step)}")
+        if step == 0 and self._last.start != RANDOM:
+            changed = self._config.init_from or self._config.init_noise
+            self.baselines[START if changed else CHECKPOINT if self._last.start == KEPT else HEAD_ALONE] = dict(metrics)
         gain = self._gain(metrics)
         better = gain > 0 or (gain == 0 and metrics["loss"] < self.best["loss"])
         missed = gain <= self._config.early_stopping_threshold if self._config.early_stopping_threshold else not better
@@ -194,8 +195,10 @@ class Journal:
 
     # -------------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _too_fast(self) -> str:
+    def _advice(self, updates: int) -> str:
+        """What to do about a loss that is not finite after so many updates."""
+        if not updates:
+            return f": {self._prepared.checkpoint.name} gives numbers that are not finite: {WHY_NOT_FINITE}"
         kept = f"; the best adapter so far is in {self._run.adapter}" if self._run and self.best else ""
         return f": start again with a lower --learning-rate or --head-learning-rate{kept}"
 

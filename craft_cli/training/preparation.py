@@ -15,7 +15,7 @@ from craft_cli.config import RunConfig
 from craft_cli.data.batches import plan_epoch
 from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
 from craft_cli.data.tokens import Encoded, padding
-from craft_cli.errors import ModelError
+from craft_cli.errors import DataError, ModelError
 from craft_cli.files import cache_folder
 from craft_cli.methods import method_named
 from craft_cli.methods.attach import ModelAdapter, attach_prepared
@@ -124,6 +124,11 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
     """
     progress("loading data", 0, 1)
     loaded = load_splits(DataSource.of(config), [TRAIN, VALIDATION])
+    rows = {
+        name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
+        for name, split in loaded.splits.items()
+    }
+    task = loaded.task.for_training(config, rows[TRAIN].labels or [])  # what it refuses is refused before the work
     progress("loading data", 1, 1)
     checkpoint = resolve(config.model, config.revision)
     method = method_named(config.method)
@@ -137,10 +142,6 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
     else:
         frozen = replace(frozen, model=checkpoint.name, revision=checkpoint.revision)
     tokenizer = load_tokenizer(checkpoint)
-    rows = {
-        name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
-        for name, split in loaded.splits.items()
-    }
     if loaded.task.name == OWN or config.dry_run:
         notes += loaded.task.notes(rows)
     encoded = {
@@ -160,7 +161,11 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
     if config.load_in_4bit or config.load_in_8bit:
         notes.append("the base is quantised in training only: craft eval, predict and merge take it in full precision")
     train = encoded.pop(TRAIN)
-    task = loaded.task.for_training(config, train.labels or []).on_head(checkpoint.config(), strict=False)
+    if not any(train.weights):
+        raise DataError(
+            f"{rows[TRAIN].origin}: no row has a word of which the tokenizer makes a token: nothing can be learned"
+        )
+    task = task.on_head(checkpoint.config(), strict=False)
     return Prepared(checkpoint, method, frozen, task, tokenizer, train, encoded, notes)
 
 
@@ -176,8 +181,8 @@ def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> 
     )
 
 
-def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[Any, ModelAdapter]:
-    """The adapted model with the head of its task.
+def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[Any, ModelAdapter, list[str]]:
+    """The adapted model with the head of its task, and the names of its parameters that are no checkpoint's but random.
 
     Args:
         config: of the run.
@@ -202,7 +207,7 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
         recompute_activations(model)
     if config.torch_compile:
         compile_blocks(adapter)
-    return model, adapter
+    return model, adapter, fresh
 
 
 def data_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SAME_ANSWER, HEAD_ALONE, CHECKPOINT, START = BASELINES = ("same_answer", "head_alone", "checkpoint", "start")
+"""What a run has to beat: always the same answer, the best one on the training rows; and what its first update begins with,
+which is a head that was fitted on the frozen base, or the checkpoint as it is; or either with an adapter that changes something."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -41,8 +45,7 @@ class TrainResult:
         output: the run folder; None for a dry run.
         metric: that chooses the best evaluation.
         metrics: of the best evaluation; empty where nothing was evaluated.
-        baselines: the metrics of what it had to beat: always the `same_answer`, the best one on the training rows; and the
-            `head_alone`, as it was fitted on the frozen base, where it starts so.
+        baselines: the metrics of what it had to beat, see `BASELINES`.
         tables: of the best evaluation, by label, as `craft eval --report` shows them.
         epoch: of the best evaluation.
         updates: made in all.

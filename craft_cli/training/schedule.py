@@ -73,6 +73,11 @@ class Timetable:
             done = max(after - epoch * self._in_epoch, 0)
             yield from plan[done : self.total - epoch * self._in_epoch]
 
+    @property
+    def evaluations(self) -> int:
+        """How many there are after the first update and before the last."""
+        return sum(map(self.evaluates, range(1, self.total)))
+
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation follows this update; before the first one it shows what training begins with."""
         return not self._config.dry_run and self._due(step, self._config.eval_strategy, self._config.eval_steps)

@@ -24,11 +24,12 @@ from craft_cli.methods.attach import ModelAdapter
 from craft_cli.models.quantization import check_available
 from craft_cli.tasks.base import OWN
 from craft_cli.training.checkpoint import data_checksum
-from craft_cli.training.distributed import from_main, fsdp_asked, held_here, shard
-from craft_cli.training.head import FEW_ROWS, MOST_ROWS, LastLayer, Probe, probe
+from craft_cli.training.distributed import from_main, fsdp_asked, shard
+from craft_cli.training.head import FEW_ROWS, KEPT, MOST_ROWS, RANDOM, LastLayer, Probe, probe
 from craft_cli.training.journal import Journal, chosen_metric
-from craft_cli.training.preparation import Prepared, build, describe_tokens, prepare, resolved_recipe, within_budget
-from craft_cli.training.progress import Listener, Plan
+from craft_cli.training.plan import plan_of
+from craft_cli.training.preparation import Prepared, build, prepare, resolved_recipe, within_budget
+from craft_cli.training.progress import Listener
 from craft_cli.training.resume import Start, check_state, find_start
 from craft_cli.training.run import Run, new_run, usable_output
 from craft_cli.training.schedule import Timetable, length_settled, move
@@ -184,7 +185,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     config = length_settled(config, len(prepared.train), update_size, own=prepared.task.name == OWN)
 
     set_seed(config.seed)
-    model, adapter = build(config, prepared, accelerator.device)
+    model, adapter, fresh = build(config, prepared, accelerator.device)
     adapter.load_trained_state(start.trained)
     timetable = Timetable(config, prepared.train.lengths, update_size)
     # A wrong metric is refused before a former run makes room.
@@ -192,14 +193,15 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     data = data_checksum([prepared.train, *prepared.validation.values()])
     check_state(start, timetable, data)
     recipe = resolved_recipe(config, prepared)
-    run = None
-    if not config.dry_run:
-        run = Run(from_main(accelerator, lambda: _open_run(start, prepared, recipe, held, runs)), runs)
 
-    last = LastLayer(model, adapter.head)
+    last = LastLayer(model, adapter.head, fresh)
+    last.settle(config, prepared)
     model, optimizer, schedule, trainable = _optimized(config, model, adapter, accelerator, timetable, sharded)
     if state is None or state.step == 0:
         _start_head(config, prepared, last, accelerator, listener, sharded=sharded)
+    run = None
+    if not config.dry_run:  # no sooner: what cannot begin leaves no run behind
+        run = Run(from_main(accelerator, lambda: _open_run(start, prepared, recipe, held, runs)), runs)
     writer = run if accelerator.is_main_process else None
     training = Training(
         config=config,
@@ -222,10 +224,8 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
         sharded=sharded,
     )
     auto = length == AUTO and prepared.task.name == OWN
-    listener.started(_plan(training, start, _devices(accelerator) + (held_here(model) if sharded else ""), auto=auto))
-    set_seed(
-        config.seed + 1 + accelerator.process_index
-    )  # again: imports draw too; and dropout differs between processes
+    listener.started(plan_of(training, start, auto=auto))
+    set_seed(config.seed + 1 + accelerator.process_index)  # again: imports draw too; dropout differs between processes
     _resume(training, start)
     training.updates = timetable.updates(after=training.step)
     return training
@@ -273,8 +273,12 @@ def _start_head(
     sharded: bool,
 ) -> None:
     """Give the head's last layer its start: computed once, the same on every process."""
-    if config.head_start == "random" or last.name is None:
-        mean, scale = prepared.task.units
+    mean, scale = prepared.task.units
+    if last.start == KEPT:
+        last.multiply(1 / scale)
+        return
+    if last.start == RANDOM:
+        last.draw(config.seed)
         last.start_at(mean / scale)
         return
 
@@ -337,52 +341,3 @@ def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str
         },
         {"params": [t for t in tensors if t.ndim <= 1], "lr": config.head_learning_rate, "weight_decay": 0.0},
     ]
-
-
-def _devices(accelerator: Accelerator) -> str:
-    kind = "GPU" if accelerator.device.type == "cuda" else accelerator.device.type.upper()
-    precision = "" if accelerator.mixed_precision == "no" else f", {accelerator.mixed_precision}"
-    return f"{accelerator.num_processes} x {kind}{precision}"
-
-
-def _plan(training: Training, start: Start, devices: str, *, auto: bool) -> Plan:
-    config, prepared, accelerator = training.config, training.prepared, training.accelerator
-    update_size = training.update_size
-    described = prepared.method.describe(prepared.method.settings(prepared.frozen, config.method_options))
-    each, processes = config.per_device_train_batch_size, accelerator.num_processes
-    effective = f"{update_size} = {each} a device"
-    if processes > 1:
-        effective += f" x {processes} processes"
-    if config.gradient_accumulation_steps > 1:
-        effective += f" x {config.gradient_accumulation_steps} accumulated"
-    if update_size != each * processes * config.gradient_accumulation_steps:
-        effective = f"{update_size}, as before; at most {each} a device at once"
-    notes = [*start.notes, *prepared.notes]
-    if config.head_start == "probe" and training.last.name is None:
-        notes.append("the head has no linear layer at its end, so it starts at random (--head-start random)")
-    length = f"{training.timetable.total:,}"
-    if auto:
-        patience = config.early_stopping_patience
-        early = f"; ends early after {patience} evaluations in a row that are not better" if patience else ""
-        length += f" at most: {config.num_train_epochs:g} epochs, by the number of rows{early}"
-    return Plan(
-        model=prepared.checkpoint.name,
-        task=prepared.task.name,
-        labels=prepared.task.answers,
-        train_examples=len(prepared.train),
-        eval_examples=prepared.eval_examples,
-        tokens=describe_tokens(config, prepared, update_size),
-        method=described.title,
-        targets=prepared.frozen.targets,
-        sizes=described.settings,
-        adapter_parameters=training.parameters["adapter"],
-        head_parameters=training.parameters["head"],
-        head_start=", fitted first" if config.head_start == "probe" and training.last.name else "",
-        devices=devices,
-        effective_batch=effective,
-        updates=training.timetable.total,
-        length=length,
-        done=start.state.step if start.state else 0,
-        output=str(training.run.path) if training.run else None,
-        notes=notes,
-    )

@@ -19,6 +19,7 @@ import craft_cli as craft
 from craft_cli.config import RunConfig
 from craft_cli.data.readers import read_rows
 from craft_cli.data.sources import DataSource
+from craft_cli.errors import figure
 
 Make = Callable[..., Path]
 ROW = ("place", "label", "prediction", "confidence", "texts")
@@ -194,7 +195,7 @@ def test_the_worst_of_a_regression_are_farthest_off(home: Path) -> None:
     for row in worst:
         assert row["error"] == pytest.approx(abs(row["prediction"] - row["label"]), abs=2e-6)
     text = shown(home, "real", "--worst", "3")
-    assert f"{worst[0]['label']:.4f}" in text
+    assert figure(worst[0]["label"]) in text
     assert "error" in text
     assert "confidence" not in text
 

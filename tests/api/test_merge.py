@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PICO, build_pico, classifier, shake, token_batch
+from conftest import PICO, build_pico, classifier, invoke, opinions, shake, token_batch, write_rows
+from helpers import own_config
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -169,3 +170,62 @@ def test_a_streamed_file_is_what_safetensors_reads_and_every_tensor_is_aligned()
     for name, entry in json.loads(data[8 : 8 + size]).items():
         if name != "__metadata__":
             assert entry["data_offsets"][0] % tensors[name].dtype.itemsize == 0
+
+
+# -- several labels ------------------------------------------------------------------------------------------------------
+
+
+def several_labels(folder: Path) -> Path:
+    """Rows where the best threshold is far from the usual one."""
+    for split, count, seed in (("train", 60, 1), ("validation", 30, 2)):
+        rows = [
+            {"text": row["sentence"], "labels": ["good"] * (row["label"] and n % 3 == 0) + ["short"] * (len(row["sentence"]) < 40)}
+            for n, row in enumerate(opinions(count, seed))
+        ]  # fmt: skip
+        write_rows(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+def test_a_threshold_goes_with_the_merged_model(pico: Make) -> None:
+    data = several_labels(Path("data"))
+    craft.train(own_config(pico(), data, threshold=0.23))
+    result = craft.merge("out")
+    assert result.threshold == 0.23
+    assert json.loads(Path(result.output, "config.json").read_text())["craft_threshold"] == 0.23
+    run = craft.evaluate("out", predictions="run.jsonl")
+    merged = craft.evaluate(result.output, source=DataSource(data_dir="data"), predictions="merged.jsonl")
+    assert merged.metrics == pytest.approx(dict(run.metrics), abs=1e-5)
+    answers = [
+        [json.loads(line)["prediction"] for line in Path(f"{name}.jsonl").read_text().splitlines()]
+        for name in ("run", "merged")
+    ]
+    assert answers[0] == answers[1]
+    usual = [n for n, row in enumerate(map(json.loads, Path("run.jsonl").read_text().splitlines()))
+             if row["prediction"] != [name for name, score in row["scores"].items() if score > 0.5]]  # fmt: skip
+    assert usual  # the threshold matters
+    said = invoke("predict", result.output, "--input", "data/validation.jsonl").stdout.splitlines()
+    assert [json.loads(line)["prediction"] for line in said] == answers[0]
+    said = invoke("merge", "out", "--output-dir", "again").stdout
+    assert "a label applies above 0.23 (craft eval and predict know it, other tools assume 0.5)" in said
+    said = invoke("merge", "out", "--format", "peft", "--output-dir", "lora").stdout
+    assert "a label applies above 0.23 (other tools assume 0.5)" in said
+
+
+def test_a_threshold_of_the_base_does_not_outlive_its_model(pico: Make) -> None:
+    data = several_labels(Path("data"))
+    craft.train(own_config(pico(), data, threshold=0.23, output_dir="first", num_train_epochs=1))
+    craft.train(own_config(Path(craft.merge("first").output), data, threshold=0.5, num_train_epochs=1))
+    result = craft.merge("out")
+    assert result.threshold is None
+    assert "craft_threshold" not in json.loads(Path(result.output, "config.json").read_text())
+    assert "threshold" not in invoke("merge", "out", "--output-dir", "again").stdout
+
+
+@pytest.mark.parametrize("value", ["0.3; rm", 2.0, None, True])
+def test_a_threshold_that_is_none_is_refused(value: object, pico: Make) -> None:
+    data = several_labels(Path("data"))
+    craft.train(own_config(pico(), data, threshold=0.23, num_train_epochs=1))
+    config = Path(craft.merge("out").output, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"craft_threshold": value}))
+    with pytest.raises(ModelError, match="not a number between 0 and 1"):
+        craft.evaluate(config.parent, source=DataSource(data_dir="data"))

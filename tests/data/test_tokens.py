@@ -76,6 +76,9 @@ class Unused:
     def __init__(self, tokenizer: Any) -> None:
         self.backend_tokenizer, self.model_max_length = tokenizer.backend_tokenizer, tokenizer.model_max_length
 
+    def num_special_tokens_to_add(self, pair: bool) -> int:
+        return 2
+
 
 Unused.__name__ = "PreTrainedTokenizerFast"
 

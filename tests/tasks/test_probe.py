@@ -148,3 +148,63 @@ def test_units_are_a_power_of_two() -> None:
     assert units_of([1000.0, 1006.0]) == (1003.0, 4.0)
     assert units_of([0.25, 0.75]) == (0.5, 0.25)
     assert units_of([3.0, 3.0]) == (3.0, 1.0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_scikit_learns_warnings_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more labels than half the rows, and of a fit that ends before it converges."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    one_penalty(monkeypatch, 1e-9)
+    features = rows()[0] * 1e3
+    gold = np.arange(60) % 40
+    with pytest.warns(UserWarning, match="greater than 50%"), pytest.warns(ConvergenceWarning):
+        LogisticRegression(C=1e7, max_iter=2).fit(features, gold)
+    found = fit_labels(features, gold, 40)
+    assert np.isfinite(found.weight).all()
+
+
+@pytest.mark.parametrize("kind", ["labels", "several", "numbers"])
+def test_the_fits_are_told_one_by_one(kind: str) -> None:
+    features, gold = rows()
+    told: list[tuple[int, int]] = []
+    hear = lambda done, total: told.append((done, total))  # noqa: E731
+    fits = 5 * len(probe.PENALTIES) + 1
+    if kind == "several":
+        fit_several(features, np.stack([gold == 0, np.ones(60), gold == 1], axis=1).astype(float), progress=hear)
+        expected = [*range(1, fits + 1), *range(2 * fits + 1, 3 * fits + 1)]  # none of a label that all rows have
+        assert told == [(done, 3 * fits) for done in expected]
+        return
+    fit_labels(features, gold, 3, progress=hear) if kind == "labels" else fit_numbers(
+        features, gold * 1.0, progress=hear
+    )
+    assert told == [(done, fits) for done in range(1, fits + 1)]
+
+
+def test_a_training_shows_them() -> None:
+    from craft_cli.training.head import LastLayer, Prepared
+    from craft_cli.training.head import probe as fit_head
+
+    features, gold = rows()
+    told: list[tuple[str, int, int]] = []
+
+    class Rows:
+        labels = gold.tolist()
+
+    class Last(LastLayer):
+        layer = torch.nn.Linear(7, 3)
+
+        def __init__(self) -> None:
+            pass
+
+        def features(self, *arguments: Any) -> Any:
+            return [torch.tensor(row) for row in features]
+
+    prepared = Prepared.__new__(Prepared)
+    prepared.train, prepared.task = Rows(), Task(labels=("a", "b", "c"))  # type: ignore[assignment]
+    prepared.checkpoint = type("Base", (), {"name": "base"})()
+    fit_head(prepared, Last(), 8, torch.device("cpu"), lambda *what: told.append(what))
+    assert {what for what, _, _ in told} == {"fitting the head"}
+    assert len(told) == 5 * len(probe.PENALTIES) + 3
+    assert told[-1][1] == told[-1][2]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PICO, invoke, opinions, write_rows
-from helpers import Cut, Remember, config, craft_command, cut, flags, lines, same, tensors
+from helpers import Cut, Remember, config, craft_command, cut, flags, lines, numbers, own_config, same, tensors
 from sklearn.linear_model import LogisticRegression
 
 import craft_cli as craft
@@ -24,21 +24,6 @@ from craft_cli.training.schedule import ENOUGH_UPDATES, MOST_EPOCHS, length_sett
 
 Make = Callable[..., Path]
 PROBE = {"head_start": "probe"}
-
-
-def numbers(path: Path, count: int, seed: int, *, times: float = 1.0, plus: float = 0.0) -> Path:
-    """Rows with a number that follows from one word."""
-    rows = opinions(count, seed)
-    values = [times * (row["label"] + 0.25 * (number % 3)) + plus for number, row in enumerate(rows)]
-    return write_rows(path, [{"text": row["sentence"], "score": v} for row, v in zip(rows, values, strict=True)])
-
-
-def own(base: Path, folder: Path, **changed: Any) -> RunConfig:
-    given = {
-        "model": str(base), "data_dir": str(folder), "ranks": "6,5,2", "use_cpu": True, "output_dir": "out",
-        "per_device_train_batch_size": 8, "num_train_epochs": 2, "logging_steps": 1, "learning_rate": 3e-2,
-    }  # fmt: skip
-    return RunConfig.build(given | changed)
 
 
 @pytest.mark.parametrize("family", [*PICO])
@@ -162,7 +147,9 @@ def test_numbers_of_any_size_are_learned_alike(start: str, pico: Make) -> None:
         for split, count, seed in (("train", 45, 1), ("validation", 23, 2)):
             numbers(Path(name) / f"{split}.jsonl", count, seed, times=times, plus=7 * times)
         craft.train(
-            own(pico(), Path(name), output_dir=f"run-{name}", head_start=start, save_steps=4, problem_type="regression")
+            own_config(
+                pico(), Path(name), output_dir=f"run-{name}", head_start=start, save_steps=4, problem_type="regression"
+            )
         )
     small, large = tensors("run-small"), tensors("run-large")
     for key in small:
@@ -184,16 +171,16 @@ def test_numbers_of_any_size_are_learned_alike(start: str, pico: Make) -> None:
 def test_numbers_are_resumed_to_the_bit(pico: Make) -> None:
     for split, count, seed in (("train", 45, 1), ("validation", 23, 2)):
         numbers(Path("data") / f"{split}.jsonl", count, seed, times=900.0, plus=-3000.0)
-    craft.train(own(pico(), Path("data"), output_dir="uncut", save_steps=4))
-    cut(own(pico(), Path("data"), save_steps=4), Cut(9))
-    craft.train(own(pico(), Path("data"), save_steps=4, resume=True))
+    craft.train(own_config(pico(), Path("data"), output_dir="uncut", save_steps=4))
+    cut(own_config(pico(), Path("data"), save_steps=4), Cut(9))
+    craft.train(own_config(pico(), Path("data"), save_steps=4, resume=True))
     same("out", "uncut")
 
 
 def test_own_numbers_choose_by_loss_and_a_known_task_by_its_metric(pico: Make, data_dir: Path) -> None:
     for split, count, seed in (("train", 45, 1), ("validation", 23, 2)):
         numbers(Path("data") / f"{split}.jsonl", count, seed)
-    result = craft.train(own(pico(), Path("data"), num_train_epochs=6))
+    result = craft.train(own_config(pico(), Path("data"), num_train_epochs=6))
     assert result.metrics["loss"] == min(line["eval_loss"] for line in lines() if "eval_loss" in line)
 
 
@@ -217,12 +204,12 @@ def test_a_threshold_is_found_kept_and_used(pico: Make) -> None:
         write_rows(Path("data") / f"{split}.jsonl", [
             {"text": row["sentence"], "labels": cell} for row, cell in zip(rows, table, strict=True)
         ])  # fmt: skip
-    result = craft.train(own(pico(), Path("data")))
+    result = craft.train(own_config(pico(), Path("data")))
     record = json.loads(Path("out/adapter/adapter_config.json").read_text())["training"]
     assert record["threshold"] != 0.5
     assert craft.evaluate("out").metrics["f1_micro"] == pytest.approx(result.metrics["f1_micro"])
     assert f"is above {record['threshold']:g}" in Path("out/adapter/README.md").read_text()
-    fixed = craft.train(own(pico(), Path("data"), output_dir="fixed", threshold=0.5))
+    fixed = craft.train(own_config(pico(), Path("data"), output_dir="fixed", threshold=0.5))
     assert fixed.metrics["f1_micro"] <= result.metrics["f1_micro"]
     assert json.loads(Path("fixed/adapter/adapter_config.json").read_text())["training"]["threshold"] == 0.5
 
@@ -234,8 +221,8 @@ def test_calibrated_scores_are_probabilities(pico: Make) -> None:
         wrong = [{"text": r["sentence"], "label": "ab"[r["label"] ^ (n % 5 == 0)]} for n, r in enumerate(rows)]
         write_rows(Path("data") / f"{split}.jsonl", wrong)
     given = {"num_train_epochs": 8, "ranks": "24,24,3", "metric_for_best_model": "accuracy"}
-    plain = craft.train(own(pico(), Path("data"), output_dir="plain", **given))
-    result = craft.train(own(pico(), Path("data"), calibrate=True, **given))
+    plain = craft.train(own_config(pico(), Path("data"), output_dir="plain", **given))
+    result = craft.train(own_config(pico(), Path("data"), calibrate=True, **given))
     record = json.loads(Path("out/adapter/adapter_config.json").read_text())["training"]
     assert not 0.95 < record["temperature"] < 1.05
     assert result.metrics["accuracy"] >= plain.metrics["accuracy"]
@@ -245,8 +232,8 @@ def test_calibrated_scores_are_probabilities(pico: Make) -> None:
     assert "Calibrated: the head is divided by the temperature" in Path("out/adapter/README.md").read_text()
     merged = craft.evaluate(craft.merge("out").output, source=DataSource(data_dir="data"))
     assert merged.metrics["loss"] == pytest.approx(result.metrics["loss"], abs=1e-5)
-    cut(own(pico(), Path("data"), calibrate=True, output_dir="cut", save_steps=4, **given), Cut(17))
-    craft.train(own(pico(), Path("data"), calibrate=True, output_dir="cut", save_steps=4, resume=True, **given))
+    cut(own_config(pico(), Path("data"), calibrate=True, output_dir="cut", save_steps=4, **given), Cut(17))
+    craft.train(own_config(pico(), Path("data"), calibrate=True, output_dir="cut", save_steps=4, resume=True, **given))
     first, second = tensors("out"), tensors("cut")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -278,7 +265,9 @@ def test_own_data_say_what_was_chosen(pico: Make) -> None:
         rows = [{"text": row["sentence"], "label": "ab"[row["label"]]} for row in opinions(count, seed)]
         write_rows(Path("data") / f"{split}.jsonl", rows)
     heard = Remember()
-    given = {name: value for name, value in own(pico(), Path("data")).recipe().items() if name != "num_train_epochs"}
+    given = {
+        name: value for name, value in own_config(pico(), Path("data")).recipe().items() if name != "num_train_epochs"
+    }
     result = craft.train(RunConfig.build(given | {"use_cpu": True, "output_dir": "out"}), heard)
     assert heard.plan is not None
     assert f"{MOST_EPOCHS} epochs, by the number of rows; ends early" in heard.plan.length
@@ -290,7 +279,7 @@ def test_a_label_that_is_never_right_is_named_with_what_its_weight_would_be(pico
     rare = [{"text": "the quite never", "label": "rare"}, {"text": "always book the", "label": "rare"}]
     write_rows(Path("data/train.jsonl"), [*rows, *rare])
     write_rows(Path("data/validation.jsonl"), [*rows[:9], {"text": "good good film", "label": "rare"}])
-    result = craft.train(own(pico(), Path("data"), num_train_epochs=1))
+    result = craft.train(own_config(pico(), Path("data"), num_train_epochs=1))
     assert result.tables["by_label"]["rare"]["f1"] == 0
     told = next(line for line in result.remarks if "F1 0" in line)
     assert "rare" in told

@@ -25,7 +25,7 @@ from craft_cli.config import RunConfig
 from craft_cli.data.batches import plan_epoch
 from craft_cli.data.sources import DataSource
 from craft_cli.data.tokens import Encoded, collate, encode
-from craft_cli.errors import ConfigError, CraftError, DataError, FileError
+from craft_cli.errors import ConfigError, CraftError, DataError, FileError, figure
 from craft_cli.tasks.splits import load_splits
 from craft_cli.training.progress import Plan, TrainResult
 from craft_cli.training.run import Run
@@ -59,7 +59,7 @@ def test_a_run_leaves_what_it_promises_and_learns(pico: Make, data_dir: Path) ->
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     card = Path("out/adapter/README.md").read_text()
     assert "2,322 in the transforms" in card
-    assert f"{result.metrics['accuracy']:.4f}" in card
+    assert f"| accuracy | {figure(result.metrics['accuracy'])} |" in card
 
 
 def test_the_recipe_it_wrote_repeats_the_run_bit_for_bit(pico: Make, data_dir: Path) -> None:
@@ -251,6 +251,11 @@ def test_what_is_noticed_in_the_data_is_told(pico: Make) -> None:
             "there is validation data",
         ),
         ({"task": "sst2", "problem_type": "regression"}, "--problem-type is for own data"),
+        ({"task": "sst2", "label_separator": ";"}, "--label-separator: only for own data"),
+        (
+            {"train_file": "real.jsonl", "label_separator": ";", "problem_type": "regression"},
+            "--label-separator: only for",
+        ),
         ({"train_file": "a", "dataset_name": "b"}, "exclude each other"),
         ({"task": "sst2", "dataset_config_name": "b"}, "--dataset-config-name needs --dataset-name"),
     ],
@@ -348,7 +353,7 @@ def test_labels_of_a_checkpoint_are_aligned_by_name(pico: Make, data_dir: Path) 
     model.save_pretrained("finetuned")
     AutoTokenizer.from_pretrained(pico()).save_pretrained("finetuned")
     before = craft.evaluate("finetuned", source=DataSource(task="sst2", data_dir=str(data_dir)))
-    result = craft.train(config(Path("finetuned"), data_dir, num_train_epochs=12, ranks="24,24,3"))
+    result = craft.train(config(Path("finetuned"), data_dir, num_train_epochs=12, ranks="24,24,3", head_start="auto"))
     assert result.metrics["accuracy"] > 0.8
     record = json.loads(Path("out/adapter/adapter_config.json").read_text())
     assert record["model"]["id2label"] == {"0": "positive", "1": "negative"}

@@ -1,0 +1,91 @@
+"""The header of a training: what is about to happen, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+
+from craft_cli.errors import listed
+from craft_cli.training.distributed import held_here
+from craft_cli.training.head import KEPT, PROBE, RANDOM
+from craft_cli.training.preparation import describe_tokens
+from craft_cli.training.progress import Plan
+
+if TYPE_CHECKING:
+    from craft_cli.training.resume import Start
+    from craft_cli.training.setup import Training
+
+
+def _devices(accelerator: Accelerator) -> str:
+    kind = "GPU" if accelerator.device.type == "cuda" else accelerator.device.type.upper()
+    precision = "" if accelerator.mixed_precision == "no" else f", {accelerator.mixed_precision}"
+    return f"{accelerator.num_processes} x {kind}{precision}"
+
+
+def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
+    """The header of a training.
+
+    Args:
+        training: set up.
+        start: of it.
+        auto: whether its length was left to craft.
+    """
+    config, prepared, accelerator = training.config, training.prepared, training.accelerator
+    update_size = training.update_size
+    described = prepared.method.describe(prepared.method.settings(prepared.frozen, config.method_options))
+    each, processes = config.per_device_train_batch_size, accelerator.num_processes
+    effective = f"{update_size} = {each} a device"
+    if processes > 1:
+        effective += f" x {processes} processes"
+    if config.gradient_accumulation_steps > 1:
+        effective += f" x {config.gradient_accumulation_steps} accumulated"
+    if update_size != each * processes * config.gradient_accumulation_steps:
+        effective = f"{update_size}, as before; at most {each} a device at once"
+    notes = [*start.notes, *prepared.notes]
+    if config.head_start != RANDOM and training.last.start == RANDOM:
+        notes.append("the head has no linear layer at its end, so no probe is fitted (--head-start random)")
+    if training.last.start == KEPT:
+        known = listed(prepared.task.answers, 3)
+        notes.append(
+            f"the checkpoint's own head is kept, since it tells {known} already; --head-start probe fits it anew"
+        )
+    return Plan(
+        model=prepared.checkpoint.name,
+        task=prepared.task.name,
+        labels=prepared.task.answers,
+        train_examples=len(prepared.train),
+        eval_examples=prepared.eval_examples,
+        tokens=describe_tokens(config, prepared, update_size),
+        method=described.title,
+        targets=prepared.frozen.targets,
+        sizes=described.settings,
+        adapter_parameters=training.parameters["adapter"],
+        head_parameters=training.parameters["head"],
+        head_start={PROBE: ", fitted first", KEPT: ", the checkpoint's own"}.get(training.last.start, ""),
+        devices=_devices(accelerator) + (held_here(training.model) if training.sharded else ""),
+        effective_batch=effective,
+        updates=training.timetable.total,
+        length=_length(training, auto=auto),
+        done=start.state.step if start.state else 0,
+        output=str(training.run.path) if training.run else None,
+        notes=notes,
+    )
+
+
+def _length(training: Training, *, auto: bool) -> str:
+    """How many updates there will be, and why so many."""
+    config, timetable = training.config, training.timetable
+    if config.dry_run:
+        return f"{timetable.total:,}"
+    patience, epochs = config.early_stopping_patience or 0, config.num_train_epochs
+    why = []
+    if config.max_steps and timetable.epoch(timetable.total) < float(epochs):
+        why.append(f"--max-steps, before {epochs:g} epochs are over")
+    elif auto:
+        why.append(f"{epochs:g} epochs, by the number of rows")
+    early = 0 < patience <= timetable.evaluations
+    if early:
+        misses = f"{patience} evaluations in a row that are" if patience > 1 else "an evaluation that is"
+        why.append(f"ends early after {misses} not better")
+    return f"{timetable.total:,}{' at most' if early else ''}{': ' if why else ''}{'; '.join(why)}"

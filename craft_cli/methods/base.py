@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
@@ -208,8 +208,8 @@ class Method(ABC):
         """
         from pydantic import TypeAdapter, ValidationError
 
-        values = {}
-        for name, hint in get_type_hints(self.Options, include_extras=True).items():
+        values, hints = {}, get_type_hints(self.Options, include_extras=True)
+        for name, hint in [(field.name, hints[field.name]) for field in fields(self.Options)]:
             if name not in settings:
                 raise ValueError(f"it has no {name}")
             try:

@@ -1,11 +1,12 @@
 """One training step, and inference, of CRAFT beside LoRA (peft), full fine-tuning and the floor. RoBERTa-base shape.
 
-    python benchmarks/training_step.py [--batches 4x32,16x64,32x128] [--rounds 12] [--bf16] [--small] [--json FILE]
+    python benchmarks/training_step.py [--batches 4x32,16x64,32x128] [--rounds 12] [--methods] [--bf16] [--small] [--json FILE]
 
 The floor is what nobody who trains anything in the lowest adapted layer can go below: forward and backward through the
 frozen model down to there, where the bias of query and value is trained. CRAFT has ranks 64,64,8 on query and value, LoRA
 rank 8 on the same. Heads are frozen in all arms but the full one. A step is zero_grad, forward, backward, AdamW, in
-training mode with the dropout of the configuration; random weights do for speed.
+training mode with the dropout of the configuration; random weights do for speed. `--methods` takes craft's own LoRA and PiSSA
+beside peft's, and the other methods at about as many numbers as CRAFT, instead of full fine-tuning.
 
 Memory is what tensors needed at most at once during a step above what was there before it, counted by the allocator.
 Operations (kernels, on a GPU) for each adapted module are those of forward and backward beyond the floor's, over the 24
@@ -30,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from craft_cli.methods.adapter import Adapter
+from craft_cli.methods.attach import attach
 from craft_cli.methods.craft.change import CraftChange
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.models.families import layer_views
@@ -76,12 +78,34 @@ def lora(model: Model) -> Model:
     return get_peft_model(model, settings)
 
 
+def pissa(model: Model) -> Model:
+    """Trained: A and B of rank 8, from the leading singular vectors."""
+    start: Any = "pissa_niter_4"
+    settings = LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS), init_lora_weights=start)
+    return get_peft_model(model, settings)
+
+
+def own(method: str, **options: Any) -> Callable[[Model], Model]:
+    """Trained: by a method of craft's."""
+
+    def attached(model: Model) -> Model:
+        attach(model, method=method, head=[], **options)
+        return model
+
+    return attached
+
+
 def full(model: Model) -> Model:
     """Trained: everything."""
     return model.requires_grad_(True)
 
 
 ARMS: dict[str, Callable[[Model], Model]] = {FLOOR: floor, CRAFT: craft, LORA: lora, FULL: full}
+METHOD_ARMS: dict[str, Callable[[Model], Model]] = {
+    FLOOR: floor, CRAFT: craft, "LoRA r=8, peft": lora, "LoRA r=8": own("lora", rank=8), "PiSSA r=8, peft": pissa,
+    "PiSSA r=8": own("pissa", rank=8, pissa_niter=4), "LoRA-XS r=26": own("lora-xs", rank=26),
+    "LoTR r=9": own("lotr", rank=9), "SuperLoRA r=2": own("superlora", rank=2),
+}  # fmt: skip
 
 
 def gradients_of(model: Model, batch: dict[str, Tensor], bf16: bool) -> Step:
@@ -178,10 +202,18 @@ def operations(step: Step, device: torch.device) -> int:
 # -- what is reported ---------------------------------------------------------------------------------------------------
 
 
-def compare(base: Model, rows: int, tokens: int, rounds: int, device: torch.device, bf16: bool) -> list[dict[str, Any]]:
+def compare(
+    arms: dict[str, Callable[[Model], Model]],
+    base: Model,
+    rows: int,
+    tokens: int,
+    rounds: int,
+    device: torch.device,
+    bf16: bool,
+) -> list[dict[str, Any]]:
     """All arms on one batch size."""
     batch = random_batch(rows, tokens, base.config.vocab_size, device)
-    models = {name: make(copy.deepcopy(base).to(device)) for name, make in ARMS.items()}
+    models = {name: make(copy.deepcopy(base).to(device)) for name, make in arms.items()}
     gradients = {name: gradients_of(model, batch, bf16) for name, model in models.items()}
     steps = {name: step_of(models[name], gradients[name]) for name in models}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -237,8 +269,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = "32x128,64x256" if device.type == "cuda" else "4x32,16x64,32x128"
     given = arguments(
-        __doc__, batches={"default": None}, rounds={"type": int, "default": None}, bf16={"action": "store_true"}
-    )
+        __doc__, batches={"default": None}, rounds={"type": int, "default": None}, bf16={"action": "store_true"},
+        methods={"action": "store_true"},
+    )  # fmt: skip
+    arms = METHOD_ARMS if given.methods else ARMS
     warnings.filterwarnings("ignore", module="peft")
     base, bf16 = base_model(given.small), given.bf16 or device.type == "cuda"
     if bf16:
@@ -247,8 +281,8 @@ def main() -> None:
     found, answered = [], []
     for rows, tokens in [(int(rows), int(tokens)) for rows, tokens in batches]:
         rounds = given.rounds or (2 if given.small else max(5, min(50, 16_000 // (rows * tokens))))
-        found += compare(base, rows, tokens, rounds, device, bf16)
-        answered += inference(base, rows, tokens, rounds, device, bf16)
+        found += compare(arms, base, rows, tokens, rounds, device, bf16)
+        answered += [] if given.methods else inference(base, rows, tokens, rounds, device, bf16)
     print("A training step; ratio to the floor within one run\n")
     table(
         ("batch", "trained", "numbers", "seconds", "ratio", "peak memory", "ratio", "operations per adapted module"),
@@ -260,14 +294,11 @@ def main() -> None:
             for row in found
         ],
     )  # fmt: skip
-    print("\nInference; ratio to the base\n")
-    table(
-        ("batch", "model", "seconds", "ratio", "operations"),
-        [
-            (row["batch"], row["model"], f"{row['seconds']:.3f}", f"{row['ratio']:.3f}", row["operations"])
-            for row in answered
-        ],
-    )
+    if answered:
+        print("\nInference; ratio to the base\n")
+        columns = ("batch", "model", "seconds", "ratio", "operations")
+        lines = [(row[name] for name in columns) for row in answered]
+        table(columns, [[f"{it:.3f}" if isinstance(it, float) else it for it in line] for line in lines])
     write(given.json, {"steps": found, "inference": answered})
 
 

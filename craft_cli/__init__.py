@@ -16,6 +16,7 @@ _HOME = {
     "ModelAdapter": "methods.attach",
     "Ranks": "methods.craft.ranks",
     "RunConfig": "config",
+    "SweepOptions": "api.sweep",
     "TuckerTensor": "tucker",
     "advise": "api.advise",
     "attach": "methods.attach",
@@ -28,6 +29,7 @@ _HOME = {
     "merge": "api.merge",
     "predict": "api.predict",
     "submit": "api.submit",
+    "sweep": "api.sweep",
     "train": "api.train",
 }
 
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from craft_cli.api.merge import merge as merge
     from craft_cli.api.predict import predict as predict
     from craft_cli.api.submit import submit as submit
+    from craft_cli.api.sweep import SweepOptions as SweepOptions
+    from craft_cli.api.sweep import sweep as sweep
     from craft_cli.api.train import train as train
     from craft_cli.config import RunConfig as RunConfig
     from craft_cli.errors import CraftError as CraftError

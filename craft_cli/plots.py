@@ -1,9 +1,10 @@
-"""The pictures: training curve and spectra. matplotlib without a window, files only."""
+"""The pictures: training curve, spectra, sweeps. matplotlib without a window, files only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from craft_cli.errors import ConfigError
 from craft_cli.files import write_bytes
 
 _INK, _BLUE, _ORANGE, _GREY = "#222222", "#2563a8", "#d9730d", "#9a9a9a"
+_COLOURS = (_BLUE, _ORANGE, "#3a8f4d", "#8a4fa3", "#b3323c", "#4a4a4a", "#a07d1c", "#2a9d9d")
+_MARKERS = "osD^vPX*"
 
 
 def training_curve(
@@ -85,9 +88,8 @@ def spectra(decompositions: Mapping[str, Any], path: Path, title: str) -> None:
 def spectra_figure(decompositions: Mapping[str, Any], title: str) -> Any:
     """The same as a figure."""
     figure, axes = _figure(3)
-    colours = [_BLUE, _ORANGE, "#3a8f4d", "#8a4fa3"]
     for mode, (name, axis) in enumerate(zip(("layer", "out", "in"), axes, strict=True)):
-        for colour, (target, decomposition) in zip(colours, decompositions.items(), strict=False):
+        for colour, (target, decomposition) in zip(_COLOURS, decompositions.items(), strict=False):
             values = decomposition.spectra[mode] / max(float(decomposition.spectra[mode][0]), 1e-30)
             rank = decomposition.ranks[mode]
             numbers = range(1, len(values) + 1)
@@ -107,6 +109,82 @@ def spectra_figure(decompositions: Mapping[str, Any], title: str) -> Any:
     axes[2].legend(frameon=False, title="projection (dot: rank kept)", alignment="left")
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK)
     return figure
+
+
+def scores(
+    points: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: Path,
+    *,
+    across: str,
+    up: str,
+    title: str,
+    lower_is_better: bool,
+    envelope: bool = False,
+) -> None:
+    """Scores of settings, one colour a method, with their standard deviations.
+
+    Args:
+        points: by method; each has `x`, `mean`, `std` (None of one seed) and `chosen`.
+        path: of the picture.
+        across: what x is; its axis is logarithmic.
+        up: what the scores are.
+        title: above it.
+        lower_is_better: which of several at one x is the best.
+        envelope: join the best at each x by a line.
+    """
+    figure, axes = _figure(1)
+    axis = axes[0]
+    axis.set_xscale("log")
+    choose = min if lower_is_better else max
+    places = sorted({it["x"] for settings in points.values() for it in settings})
+    aside = (places[-1] / places[0]) ** 0.012 if envelope else 1.0  # methods at one rate, beside each other
+    for number, (method, settings) in enumerate(points.items()):
+        settings = [{**it, "x": it["x"] * aside ** (number - (len(points) - 1) / 2)} for it in settings]
+        style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+        best = {x: choose(it["mean"] for it in settings if it["x"] == x) for x in sorted({it["x"] for it in settings})}
+        if envelope and len(best) > 1:
+            axis.plot(list(best), list(best.values()), color=style["color"], linewidth=1.2, alpha=0.6)
+        for strong in (False, True):  # the best at each x above the others
+            shown = [it for it in settings if (it["mean"] == best[it["x"]]) == strong]
+            axis.errorbar(
+                [it["x"] for it in shown],
+                [it["mean"] for it in shown],
+                yerr=[it["std"] or 0.0 for it in shown],
+                **style, linestyle="", markersize=5 if strong else 4, capsize=2.5 if strong else 0, elinewidth=1.0,
+                alpha=0.9 if strong else 0.3, label=method if strong else None,
+            )  # fmt: skip
+        for it in settings:
+            if it["chosen"]:
+                axis.plot([it["x"]], [it["mean"]], "o", markersize=12, markerfacecolor="none", color=_INK)
+    axis.margins(x=0.08, y=0.12)
+    if len(places) == 1:
+        axis.set_xlim(places[0] / 2, places[0] * 2)
+    _plain_ticks(axis, places)
+    axis.set_xlabel(across)
+    axis.set_ylabel(up)
+    handles, labels = axis.get_legend_handles_labels()
+    handles += axis.plot([], [], "o", markersize=9, markerfacecolor="none", color=_INK, linestyle="")
+    labels += ["best of its method" if len(points) > 1 else "best"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    axis.set_title(title, loc="left", fontsize=10, color=_INK)
+    _save(figure, path)
+
+
+def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
+    """Plain numbers on a logarithmic axis: the values themselves where they are few and apart."""
+    from matplotlib.ticker import NullLocator
+
+    if len(values) <= 6 and all(high >= 1.3 * low for low, high in pairwise(values)):
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks(values, [_tick(value) for value in values])
+        return
+    narrow = values[-1] < 30 * values[0]
+    axis.xaxis.set_major_formatter(lambda value, _: _tick(value))
+    axis.xaxis.set_minor_formatter(lambda value, _: _tick(value) if narrow and f"{value:e}"[0] in "235" else "")
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:g}"
 
 
 def svg(figure: Any) -> bytes:

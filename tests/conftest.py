@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -285,3 +286,23 @@ def half(halves: Path, tmp_path: Path, pico: Callable[..., Path], data_dir: Path
         shutil.copytree(halves / name, tmp_path / name)
     base = pico(**DROPOUT)
     return lambda **changed: config(base, data_dir, **({"resume": True, "save_steps": 4} | changed))
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The runs of sweeps cost next to nothing, and no pictures are drawn."""
+    script = str(Path(__file__).parent / "pretend_training.py")
+    monkeypatch.setattr("craft_cli.sweeps.work.TRAIN", (sys.executable, script, "--json"))
+    monkeypatch.setattr("craft_cli.api.sweep.draw", lambda folder, results: None)
+    monkeypatch.setenv("PRETEND_LOG", str(tmp_path / "starts"))
+
+
+@pytest.fixture
+def asked(data_dir: Path) -> Callable[..., Any]:
+    """A function of (what is tried, **options) that asks for a sweep of short runs."""
+
+    def ask(*sets: str, settings: dict[str, Any] | None = None, **options: Any) -> craft.SweepOptions:
+        given = {"model": "base", "task": "sst2", "data_dir": str(data_dir), "use_cpu": True, "max_steps": 12}
+        return craft.SweepOptions(given | (settings or {}), sets=sets, **{"output_dir": "out", **options})
+
+    return ask

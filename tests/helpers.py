@@ -32,6 +32,7 @@ import craft_cli as craft
 from craft_cli.config import RunConfig
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.errors import DataError
+from craft_cli.sweeps.table import Results
 from craft_cli.tasks.sequence_classification import SequenceClassification as Task
 from craft_cli.tasks.splits import load_splits
 from craft_cli.training.checkpoint import read_checkpoint
@@ -280,3 +281,21 @@ def sentences(count: int, seed: int) -> list[tuple[list[str], list[str]]]:
                 words, tags = [*words, more], [*tags, f"I-{kind}"]
         made.append((words, tags))
     return made
+
+
+def starts() -> list[list[str]]:
+    """Of the pretended trainings of a sweep: run, update it went on from and GPUs of every process started."""
+    return [line.split(" ") for line in Path("starts").read_text().splitlines()] if Path("starts").exists() else []
+
+
+def table_of(results: Results) -> list[Any]:
+    """What must be the same, however often a sweep was cut."""
+    return [
+        (row.trial, row.state, row.setting, row.numbers, row.mean, row.std, row.n, row.chosen) for row in results.rows
+    ]
+
+
+def real_runs(pico: Callable[..., Path], **settings: Any) -> dict[str, Any]:
+    """Settings of a sweep's runs that take a moment."""
+    few = {"per_device_train_batch_size": 8, "logging_steps": 1, "head_start": "random", "max_steps": 4}
+    return {"model": str(pico()), **few, **settings}

@@ -97,7 +97,7 @@ def test_a_key_which_is_no_text_is_unknown_like_any_other() -> None:
         ("learning_rate", "fast"),
         ("learning_rate", [1e-3]),
         ("learning_rate", -1e-3),
-        ("learning_rate", None),
+        ("head_learning_rate", None),
         ("seed", "x"),
         ("seed", 1.5),
         ("seed", -1),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import craft_cli as craft
+from craft_cli.methods import METHODS
 
 PACKAGE = Path(__file__).parent.parent / "craft_cli"
 
@@ -27,8 +28,9 @@ MAY_IMPORT = {
     "methods": BELOW | {"models"},
     "tasks": BELOW | {"data"},
     "training": BELOW | {"methods", "models", "tasks", "data", "plots"},
-    "api": BELOW | {"training", "methods", "models", "tasks", "data", "plots"},
-    "cli": BELOW | {"api", "training", "methods", "models", "tasks", "data"},
+    "sweeps": BELOW | {"training", "tasks", "data", "plots"},
+    "api": BELOW | {"sweeps", "training", "methods", "models", "tasks", "data", "plots"},
+    "cli": BELOW | {"api", "sweeps", "training", "methods", "models", "tasks", "data"},
 }
 
 
@@ -112,7 +114,7 @@ def at_import(path: Path) -> set[str]:
 WORDS = {
     # what is said in these places only
     "classif": ("tasks/", "config/", "cli/", "api/doctor.py", "models/cards.py"),
-    "hosvd": ("methods/craft/", "tucker/", "cli/", "config/", "api/decompose.py", "api/advise.py", "api/inspect.py",
+    "hosvd": ("methods/craft/", "methods/lotr.py", "tucker/", "cli/", "config/", "api/decompose.py", "api/advise.py", "api/inspect.py",
               "api/doctor.py", "__init__.py"),
     "u_layer": ("methods/craft/", "tucker/"),
     "k_out": ("methods/craft/", "tucker/"),
@@ -128,7 +130,10 @@ def test_a_method_and_a_kind_of_work_are_spoken_of_where_they_live(word: str) ->
             assert path.relative_to(PACKAGE).as_posix().startswith(WORDS[word]), path
 
 
-@pytest.mark.parametrize("owner", ["methods.lora", "tasks.token_classification"])
+OTHERS = [path.removeprefix("craft_cli.") for name, path in METHODS.items() if name != "craft"]
+
+
+@pytest.mark.parametrize("owner", [*OTHERS, "tasks.token_classification"])
 def test_the_second_tenant_of_a_seam_is_imported_by_its_registry_only(owner: str) -> None:
     """By its name, when it is asked for: nothing else knows that it is there."""
     for path in PACKAGE.rglob("*.py"):
@@ -143,7 +148,7 @@ def test_craft_is_known_by_the_commands_about_factors_only() -> None:
             assert path.relative_to(PACKAGE).as_posix().startswith(allowed), path
 
 
-COMMANDS = ("decompose", "train", "eval", "predict", "merge", "inspect", "doctor", "recipes")
+COMMANDS = ("decompose", "train", "sweep", "eval", "predict", "merge", "inspect", "methods", "doctor", "recipes")
 
 
 def test_help_imports_nothing_heavy_and_both_spellings_work() -> None:
@@ -155,7 +160,7 @@ for arguments in json.loads(sys.argv[1]):
         app(arguments, prog_name="craft")
     except SystemExit as end:
         assert end.code == 0, arguments
-heavy = {"torch", "transformers", "datasets", "accelerate", "sklearn", "matplotlib", "safetensors", "pydantic"}
+heavy = {"torch", "transformers", "datasets", "accelerate", "sklearn", "matplotlib", "safetensors", "pydantic", "optuna"}
 sys.exit(f"imported: {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0)
 """
     calls = [

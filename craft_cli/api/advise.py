@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from craft_cli.config import RunConfig
-from craft_cli.errors import ConfigError, ModelError
+from craft_cli.config import RunConfig, parse_budget
+from craft_cli.errors import ConfigError
 from craft_cli.methods.adapter_folder import read_record
 from craft_cli.methods.craft.factors import Factors
-from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.methods.craft.proposal import propose
 from craft_cli.models.stacks import find_checkpoint, read_stacks
 from craft_cli.training.run import find_adapter, find_run
-from craft_cli.tucker import MODES, EnergyTable, energy_table, stack_shape
+from craft_cli.tucker import MODES, EnergyTable
 from craft_cli.tucker.chance import random_by_mode, random_energy
 
 
@@ -66,30 +64,22 @@ def advise(
         raise ConfigError("--energy and --budget exclude each other: give one")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"--energy: expected a part above 0 and up to 1, not {energy:g}")
-    most = None if budget is None else _numbers(budget)
+    most = None if budget is None else parse_budget(budget)
     model, revision, targets = _whose(path)
     checkpoint = find_checkpoint(model, targets, revision)
     stacks = read_stacks(checkpoint, checkpoint.config(), targets)
-    shapes = {target: stack_shape(stack) for target, stack in stacks.items()}
-    ranks_out, ranks_in = (_grid(max(shape[mode] for shape in shapes.values())) for mode in (1, 2))
-    tables = {}
-    for target, stack in stacks.items():
-        progress(f"decomposing {target} in full")
-        try:
-            tables[target] = energy_table(stack, ranks_out, ranks_in)
-        except (ValueError, RuntimeError) as error:
-            raise ModelError(f"{checkpoint.name}: cannot decompose {target}: {error}") from error
-    chosen = _choose(tables, ranks_out, ranks_in, energy, most)
+    found = propose(stacks, checkpoint.name, energy=energy, most=most, progress=progress)
+    tables = found.tables
     progress("comparing with random tensors")
     rows: list[dict[str, Any]] = []
     for target, table in tables.items():
-        ranks = chosen.lowered(table.shape)
+        ranks = found.ranks.lowered(table.shape)
         rows.append(
             {
                 "name": target,
                 "shape": list(table.shape),
                 "parameters": ranks.count_parameters(),
-                "energy": _at(table, chosen, ranks_out, ranks_in),
+                "energy": found.energy(target),
                 "energy_random": random_energy(table.shape, ranks.by_mode),
                 "curve": _curve(table),
             }
@@ -98,14 +88,7 @@ def advise(
     weights = {target: table.norm2 / whole if whole else 1 / len(tables) for target, table in tables.items()}
     return Advice(
         base_model=checkpoint.name,
-        ranks=str(
-            Ranks(
-                *(
-                    min(rank, max(s[mode] for s in shapes.values()))
-                    for rank, mode in zip(chosen, (1, 2, 0), strict=True)
-                )
-            )
-        ),
+        ranks=str(found.ranks),
         parameters=sum(row["parameters"] for row in rows),
         energy=sum(weights[row["name"]] * row["energy"] for row in rows),
         energy_random=sum(weights[row["name"]] * row["energy_random"] for row in rows),
@@ -124,59 +107,6 @@ def _whose(path: str | Path | None) -> tuple[str, str | None, tuple[str, ...]]:
         factors = Factors.load(found)
         return factors.model, factors.revision, factors.targets
     return str(path), None, RunConfig.targets
-
-
-def _numbers(budget: str | int) -> int:
-    text = str(budget).strip().lower()
-    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:], 1)
-    try:
-        number = int(float(text.rstrip("km")) * factor)
-    except (ValueError, OverflowError):
-        number = 0
-    if number < 1:
-        raise ConfigError(f"--budget: expected a number of trained numbers such as 50000 or 50k, not '{budget}'")
-    return number
-
-
-def _grid(size: int) -> list[int]:
-    """Ranks to consider: every one up to 128, then some 200 more up to the dimension."""
-    return sorted(
-        {*range(1, min(size, 128) + 1), *range(128, size, max(1, size // 200)), size} & set(range(1, size + 1))
-    )
-
-
-def _choose(
-    tables: Mapping[str, EnergyTable], ranks_out: Sequence[int], ranks_in: Sequence[int],
-    energy: float | None, most: int | None,
-) -> Ranks:  # fmt: skip
-    """The ranks of the grid that keep `energy` with the fewest numbers, or the most energy with at most `most`."""
-    deepest = max(table.shape[0] for table in tables.values())
-    layers, out, in_ = (torch.tensor(ranks) for ranks in (list(range(1, deepest + 1)), ranks_out, ranks_in))
-    numbers = torch.zeros(deepest, len(out), len(in_), dtype=torch.int64)
-    kept = torch.zeros(numbers.shape, dtype=torch.float64)
-    for table in tables.values():
-        count, d_out, d_in = table.shape
-        squares = (layers.clamp(max=count) ** 2, out.clamp(max=d_out) ** 2, in_.clamp(max=d_in) ** 2)
-        numbers += squares[0][:, None, None] + squares[1][:, None] + squares[2]
-        kept += table.norm2 * table.joint[layers.clamp(max=count) - 1]
-    kept /= max(sum(table.norm2 for table in tables.values()), torch.finfo(torch.float64).tiny)
-    if energy is not None:
-        allowed = kept >= min(energy, float(kept.max()))
-        best = int(
-            torch.where(allowed, numbers.double() - kept, torch.inf).argmin()
-        )  # of equal numbers the most energy
-    else:
-        allowed = numbers <= (most or 0)
-        if not allowed.any():
-            raise ConfigError(f"--budget: {most} is below {int(numbers.min())}, the numbers of ranks 1,1,1")
-        best = int(torch.where(allowed, kept, -torch.inf).argmax())
-    layer, rest = divmod(best, len(out) * len(in_))
-    return Ranks(int(out[rest // len(in_)]), int(in_[rest % len(in_)]), int(layers[layer]))
-
-
-def _at(table: EnergyTable, ranks: Ranks, ranks_out: Sequence[int], ranks_in: Sequence[int]) -> float:
-    layer = min(ranks.layers, table.shape[0]) - 1
-    return float(table.joint[layer, list(ranks_out).index(ranks.out), list(ranks_in).index(ranks.in_)])
 
 
 def _curve(table: EnergyTable) -> list[dict[str, Any]]:

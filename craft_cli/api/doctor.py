@@ -34,7 +34,7 @@ State = Literal["ok", "note", "broken"]
 
 DISTRIBUTION = "craft-cli"
 SHOWN = ("transformers", "accelerate", "datasets", "safetensors", "huggingface-hub")
-OPTIONAL = ("tensorboard", "wandb", "mlflow", "bitsandbytes", "peft")
+OPTIONAL = ("tensorboard", "wandb", "mlflow", "bitsandbytes", "peft", "optuna")
 HUB_SECONDS = 3.0
 """How long the hub may take to answer, whatever it is that takes so long."""
 LITTLE_SPACE = 10**9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.methods.adapter_folder import read_adapter
-from craft_cli.methods.base import inners
+from craft_cli.methods.base import effective_rank, singular_values
 from craft_cli.methods.craft.factors import Factors
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.models.families import TARGETS
@@ -129,9 +128,12 @@ def _adapter(path: Path, folder: Path) -> Inspection:
         row = {"name": name, "shape": list(shape)} | saved.facts(name)
         if isinstance(frozen, Factors):
             row |= _kept(name, frozen.decompositions[name])
-        squares = inners((chain, chain) for chain in saved.chains(name))
-        norms = [math.sqrt(max(square, 0.0)) for square in squares]  # of dW_l
-        projections.append(row | {"change_by_layer": norms})
+        norms, directions = [], []
+        for chain in saved.chains(name):
+            values = singular_values(chain)
+            norms.append(float(values.norm()))  # of dW_l
+            directions.append(effective_rank(values))
+        projections.append(row | {"change_by_layer": norms, "effective_rank_by_layer": directions})
     decompositions = frozen.decompositions if isinstance(frozen, Factors) else {}
     return Inspection("run" if run else "adapter", str(path), facts, projections, decompositions)
 

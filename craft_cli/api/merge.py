@@ -23,7 +23,7 @@ from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.files import cannot_write, holds_something, whole_folder, write_bytes, write_json
 from craft_cli.methods.adapter_folder import TENSOR_FILE, read_adapter
 from craft_cli.methods.as_dense import AdaptedBase, Dense
-from craft_cli.methods.as_lora import LoraWriter, serve_command, vllm_hint
+from craft_cli.methods.as_lora import EXACT, LoraWriter, serve_command, vllm_hint
 from craft_cli.models.cards import model_card
 from craft_cli.models.hub import upload
 from craft_cli.models.shards import shard_bytes
@@ -80,6 +80,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     trim: bool = False,
+    tolerance: float | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
     progress: Callable[[str], None] = lambda what: None,
@@ -99,6 +100,8 @@ def merge(
         dtype: of a checkpoint's weights: `float32`, `float16` or `bfloat16`; as the base's without.
         max_shard_size: a checkpoint larger than this, `5GB` without, is written as several files.
         trim: of a LoRA, leave out directions that are zero to numerical precision.
+        tolerance: of a LoRA, the error allowed where the method changes a weight by a dense matrix (superlora), relative to
+            the norm of that change; 1e-6 without. The logits may then differ by as much.
         push_to_hub: upload to this repository of the hub too.
         private: make the repository a private one, if it is made.
         progress: called with what is being done.
@@ -110,7 +113,9 @@ def merge(
         CraftError: the adapter changes no weight, what was written does not compute what the adapted model does, or the
             upload failed.
     """
-    _check_options(format, dtype, max_shard_size, trim=trim, push_to_hub=push_to_hub, private=private)
+    _check_options(
+        format, dtype, max_shard_size, trim=trim, tolerance=tolerance, push_to_hub=push_to_hub, private=private
+    )
     found = find_run(None if path is None else str(path))
     adapter_path = find_adapter(found)
     if adapter_path is None:
@@ -126,31 +131,38 @@ def merge(
         progress("computing with the adapter")
         expected = adapted.logits(probe)
         progress("writing")
-        written = _write(adapted, folder, format, dtype, max_shard_size, trim=trim)
+        written = _write(adapted, folder, format, dtype, max_shard_size, trim=trim, tolerance=tolerance)
+        allowed = max(TOLERANCE[written.dtype], tolerance or 0.0)
         progress("verifying")
-        difference = _verified(adapted.base.logits(written.read, probe), expected, TOLERANCE[written.dtype])
+        difference = _verified(adapted.base.logits(written.read, probe), expected, allowed)
         record = adapted.saved.record
         card = model_card(record, adapted.saved.method.describe(record), adapted.checkpoint, form=format)
         write_bytes(folder / "README.md", card.encode())
-        write_json(folder / CERTIFICATE, _certificate(adapted, adapter_path, written, folder, difference))
-    result = Merged(
-        output=str(destination),
-        format=format,
-        files=tuple(sorted(file.name for file in destination.iterdir())),
-        dtype=str(written.dtype).removeprefix("torch."),
-        tensors_changed=len(written.changed),
-        difference=difference["relative"],
-        tolerance=TOLERANCE[written.dtype],
-        threshold=None if adapted.threshold == THRESHOLD else adapted.threshold,
-        rank=written.rank,
-        serve=serve_command(adapted, written.rank, str(destination)),
-        hint=None if written.rank is None else vllm_hint(adapted, written.rank),
-    )
+        write_json(folder / CERTIFICATE, _certificate(adapted, adapter_path, written, folder, difference, allowed))
+    result = _told(adapted, written, destination, format, difference["relative"], allowed)
     if push_to_hub:
         progress("uploading")
         upload(destination, push_to_hub, private=private)
         result = Merged(**(vars(result) | {"repository": push_to_hub}))
     return result
+
+
+def _told(
+    adapted: AdaptedBase, written: Dense | LoraWriter, destination: Path, format: str, difference: float, allowed: float
+) -> Merged:
+    return Merged(
+        output=str(destination),
+        format=format,
+        files=tuple(sorted(file.name for file in destination.iterdir())),
+        dtype=str(written.dtype).removeprefix("torch."),
+        tensors_changed=len(written.changed),
+        difference=difference,
+        tolerance=allowed,
+        threshold=None if adapted.threshold == THRESHOLD else adapted.threshold,
+        rank=written.rank,
+        serve=serve_command(adapted, written.rank, str(destination)),
+        hint=None if written.rank is None else vllm_hint(adapted, written.rank),
+    )
 
 
 def _destination(output: str | Path | None, adapter: Path, format: str) -> Path:
@@ -164,7 +176,14 @@ def _destination(output: str | Path | None, adapter: Path, format: str) -> Path:
 
 
 def _write(
-    adapted: AdaptedBase, folder: Path, format: str, dtype: str | None, max_shard_size: str | int | None, *, trim: bool
+    adapted: AdaptedBase,
+    folder: Path,
+    format: str,
+    dtype: str | None,
+    max_shard_size: str | int | None,
+    *,
+    trim: bool,
+    tolerance: float | None,
 ) -> Dense | LoraWriter:
     """The adapter in one of the two formats, as files in `folder`.
 
@@ -175,7 +194,7 @@ def _write(
         if format == CHECKPOINT:
             written: Dense | LoraWriter = Dense(adapted, folder, DTYPES.get(dtype or ""), max_shard_size)
         else:
-            written = LoraWriter(adapted, folder, trim=trim)
+            written = LoraWriter(adapted, folder, trim=trim, tolerance=EXACT if tolerance is None else tolerance)
     except OSError as error:
         raise cannot_write(folder, error) from error
     trained_head = bool(adapted.saved.head and adapted.saved.record.get("training"))
@@ -202,6 +221,7 @@ def _check_options(
     max_shard_size: str | int | None,
     *,
     trim: bool,
+    tolerance: float | None,
     push_to_hub: str | None,
     private: bool,
 ) -> None:
@@ -220,6 +240,10 @@ def _check_options(
         raise ConfigError("--private needs --push-to-hub")
     if format == CHECKPOINT and trim:
         raise ConfigError("--trim is for --format peft: a checkpoint has no rank")
+    if format == CHECKPOINT and tolerance is not None:
+        raise ConfigError("--tolerance is for --format peft: a checkpoint holds the whole change")
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ConfigError(f"--tolerance: expected a part above 0 and below 1, not {tolerance:g}")
     if push_to_hub is not None:  # before the work
         try:
             validate_repo_id(push_to_hub)
@@ -247,7 +271,12 @@ def _verified(actual: Tensor, expected: Tensor, tolerance: float) -> dict[str, f
 
 
 def _certificate(
-    adapted: AdaptedBase, adapter: Path, written: Dense | LoraWriter, folder: Path, difference: Mapping[str, float]
+    adapted: AdaptedBase,
+    adapter: Path,
+    written: Dense | LoraWriter,
+    folder: Path,
+    difference: Mapping[str, float],
+    allowed: float,
 ) -> dict[str, Any]:
     import safetensors
     import transformers
@@ -267,7 +296,7 @@ def _certificate(
         "tensors_changed": sorted(written.changed),
         "head": list(adapted.saved.head),
         "largest_logit_difference": dict(difference),
-        "tolerance": {"relative": TOLERANCE[written.dtype]},
+        "tolerance": {"relative": allowed},
         "sha256": {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))},
         "versions": {
             "craft": __version__,

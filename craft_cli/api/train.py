@@ -6,7 +6,7 @@ import contextlib
 import math
 import shlex
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, is_initialized
@@ -17,6 +17,7 @@ from craft_cli.training import loop
 from craft_cli.training.compile import refusal
 from craft_cli.training.progress import Listener, TrainResult
 from craft_cli.training.run import RUNS
+from craft_cli.training.schedule import Timetable
 from craft_cli.training.setup import Training, make_accelerator, set_up
 from craft_cli.training.signals import end_by
 from craft_cli.training.trackers import finish_trackers
@@ -66,7 +67,7 @@ def _close(training: Training) -> TrainResult:
         journal.keep_last(training.step, training.epoch)
     result = _result(training)
     if training.config.dry_run:
-        _evaluate_a_batch(training)
+        result = replace(result, estimate=_estimate(training, result.seconds))
     elif training.stopped:
         listener.interrupted(training.step, training.run_folder, resumable=True)
     elif run and main:
@@ -84,6 +85,7 @@ def _result(training: Training) -> TrainResult:
     prepared, journal = training.prepared, training.journal
     return TrainResult(
         output=str(training.run.path) if training.run else None,
+        metric=journal.metric,
         metrics=journal.best,
         baselines=journal.baselines,
         tables=journal.tables,
@@ -115,6 +117,18 @@ def _remarks(training: Training) -> list[str]:
         longer = f"--num-train-epochs {math.ceil(1.5 * training.epoch)}"
         found.append(f"the validation loss was still falling: {more} {longer}  goes on")
     return found
+
+
+def _estimate(training: Training, update: float) -> float:
+    """Evaluate one batch; the seconds of the whole loop, where an update takes as many as the one that was made."""
+    began = time.perf_counter()
+    _evaluate_a_batch(training)
+    batch = time.perf_counter() - began
+    config = replace(training.config, dry_run=False)
+    timetable = Timetable(config, training.prepared.train.lengths, training.update_size)
+    evaluations = sum(timetable.evaluates(step) for step in range(timetable.total + 1))
+    batches = sum(-(-len(part) // config.per_device_eval_batch_size) for part in training.prepared.validation.values())
+    return update * timetable.total + batch * batches * evaluations / training.accelerator.num_processes
 
 
 def _evaluate_a_batch(training: Training) -> None:

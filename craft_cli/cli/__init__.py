@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from craft_cli.cli import decompose, doctor, evaluate, inspect, merge, predict, recipes, train
+from craft_cli.cli import decompose, doctor, evaluate, inspect, merge, methods, predict, recipes, sweep, train
 
 
 class _Group(TyperGroup):
@@ -34,10 +34,12 @@ app = typer.Typer(
 )
 app.command("decompose")(decompose.command)
 app.command("train")(train.command)
+app.command("sweep")(sweep.command)
 app.command("eval")(evaluate.command)
 app.command("predict")(predict.command)
 app.command("merge")(merge.command)
 app.command("inspect")(inspect.command)
+app.command("methods")(methods.command)
 app.command("doctor")(doctor.command)
 app.add_typer(recipes.app, name="recipes")
 

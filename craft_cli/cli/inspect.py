@@ -19,7 +19,7 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[PATH]...",
-            help="Model, file of factors, run, adapter, or a folder of runs; several with --compare.",
+            help="Model, file of factors, run, adapter, sweep, or a folder of runs; several with --compare.",
             show_default="the latest run",
         ),
     ] = None,
@@ -37,7 +37,7 @@ def command(
     html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page, to be read offline.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Look into a model, a file of factors, a run or an adapter; list runs, compare them; propose ranks."""
+    """Look into a model, a file of factors, a run, an adapter or a sweep; list runs, compare them; propose ranks."""
     from craft_cli.cli import console
 
     asked = {
@@ -65,6 +65,8 @@ def command(
 
             advice = advise(path, energy=energy, budget=budget, progress=progress)
         return console.print_json(asdict(advice)) if json else _advice(advice)
+    if path and (Path(path).expanduser() / "sweep.json").is_file():
+        return _sweep(Path(path).expanduser(), other=bool(ranks or plot or html), json=json)
     with console.status("reading"):
         from craft_cli.api.compare import list_runs
         from craft_cli.api.inspect import inspect
@@ -79,8 +81,7 @@ def command(
         if not runs and (plot or not html):
             found = inspect(path, ranks=ranks, plot=plot)
     if runs:
-        _list(str(path), runs, json=json)
-        return
+        return _list(str(path), runs, json=json)
     if json:
         console.print_json({"kind": found.kind, "path": found.path, **found.facts, "projections": found.projections})
         return
@@ -93,6 +94,19 @@ def command(
     if any("change_by_layer" in row for row in found.projections):
         console.out.print()
         _changes(found.projections)
+
+
+def _sweep(path: Path, *, other: bool, json: bool) -> None:
+    from craft_cli.cli import console, sweep_console
+    from craft_cli.sweeps.table import read_results
+
+    if other:
+        raise ConfigError(f"--ranks, --plot and --html: {path} is a sweep; name one of its runs")
+    results = read_results(path)
+    if json:
+        console.print_json({"kind": "sweep", **asdict(results)})
+    else:
+        sweep_console.show(results)
 
 
 def _list(path: str, runs: Sequence[Any], *, json: bool) -> None:
@@ -216,6 +230,10 @@ def _table(projections: Any) -> tuple[list[str], list[list[Any]]]:
         columns += ["numbers"]
         for cells, row in zip(rows, projections, strict=True):
             cells.append(row["parameters"])
+        if any("shared" in row for row in projections):
+            columns += ["shared"]
+            for cells, row in zip(rows, projections, strict=True):
+                cells.append(row["shared"])
     return columns, rows
 
 
@@ -229,7 +247,16 @@ def _changes(projections: Any) -> None:
         )
         console.out.print()
     layers = range(len(projections[0]["change_by_layer"]))
+    columns = [title for row in projections for title in (row["name"], "directions")]
+    cells = [
+        [
+            cell
+            for row in projections
+            for cell in (f"{row['change_by_layer'][layer]:.3f}", f"{row['effective_rank_by_layer'][layer]:.1f}")
+        ]
+        for layer in layers
+    ]
     console.table(
-        ["norm of dW in layer", *[row["name"] for row in projections]],
-        [[str(layer), *[f"{row['change_by_layer'][layer]:.3f}" for row in projections]] for layer in layers],
+        ["norm of dW in layer", *columns], [[str(layer), *row] for layer, row in zip(layers, cells, strict=True)]
     )
+    console.out.print("directions: the effective rank of dW, exp of the entropy of its singular values", soft_wrap=True)

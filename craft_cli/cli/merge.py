@@ -35,6 +35,14 @@ def command(
     trim: Annotated[
         bool, typer.Option("--trim", help="Of a LoRA: leave out directions that are zero to numerical precision.")
     ] = False,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PART",
+            help="Of a LoRA: error allowed of each change that is dense (superlora).",
+            show_default="1e-6",
+        ),
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this repository of the hub too.")
     ] = None,
@@ -57,6 +65,7 @@ def command(
             dtype=dtype,
             max_shard_size=max_shard_size,
             trim=trim,
+            tolerance=tolerance,
             push_to_hub=push_to_hub,
             private=private,
             progress=progress,

@@ -1,10 +1,16 @@
 """Settings, the options of the methods among them, and recipes. Nothing here needs torch, so that `--help` stays fast."""
 
+from craft_cli.config.contradictions import TRACKERS, flag
 from craft_cli.config.options import (
     METHOD_OPTIONS,
     CraftOptions,
     LoraOptions,
+    LoraXsOptions,
+    LotrOptions,
+    PissaOptions,
+    SuperloraOptions,
     option_names,
+    parse_budget,
     parse_ranks,
 )
 from craft_cli.config.recipes import describe_recipe, load_recipe, recipe_path, shipped_recipes
@@ -14,11 +20,9 @@ from craft_cli.config.settings import (
     LISTS,
     THRESHOLD,
     THRESHOLD_KEY,
-    TRACKERS,
     ProblemType,
     RunConfig,
     TaskType,
-    flag,
     free_settings,
     parse_settings,
 )
@@ -33,14 +37,19 @@ __all__ = [
     "TRACKERS",
     "CraftOptions",
     "LoraOptions",
+    "LoraXsOptions",
+    "LotrOptions",
+    "PissaOptions",
     "ProblemType",
     "RunConfig",
+    "SuperloraOptions",
     "TaskType",
     "describe_recipe",
     "flag",
     "free_settings",
     "load_recipe",
     "option_names",
+    "parse_budget",
     "parse_ranks",
     "parse_settings",
     "recipe_path",

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -16,6 +16,7 @@ Positive = Annotated[int, Gt(0)]
 
 
 Rate = Annotated[float, Ge(0.0), Lt(math.inf)]
+Alpha = Annotated[float, Gt(0.0), Le(1e6)]
 
 
 def setting(default: Any, text: str, *, free: bool = False, start: bool = False) -> Any:
@@ -34,6 +35,9 @@ def setting(default: Any, text: str, *, free: bool = False, start: bool = False)
 class CraftOptions:
     """What `--method craft` can be told."""
 
+    own_rate: ClassVar[float] = 3e-3
+    keeps_factors: ClassVar[bool] = True
+
     ranks: tuple[int, int, int] = setting((64, 64, 8), "OUT,IN,LAYERS; a rank above its dimension is lowered.")
     init_noise: bool = setting(
         False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.", start=True
@@ -44,20 +48,111 @@ class CraftOptions:
 class LoraOptions:
     """What `--method lora` can be told; the names are peft's."""
 
+    own_rate: ClassVar[float] = 1e-3
+    keeps_factors: ClassVar[bool] = False
+
     rank: Positive = setting(8, "Rank of the change of every weight.")
-    alpha: Annotated[float, Gt(0.0), Le(1e6)] = setting(16.0, "The change is scaled by alpha / rank.")
+    alpha: Alpha = setting(16.0, "The change is scaled by alpha / rank.")
     lora_dropout: Annotated[float, Ge(0.0), Lt(1.0)] = setting(0.0, "Dropout of what goes into A.")
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(rank) instead.")
 
 
 @dataclass(frozen=True)
-class MethodOptions(LoraOptions, CraftOptions):
-    """The options of all methods, for a run that chooses one."""
+class PissaOptions:
+    """What `--method pissa` can be told."""
+
+    own_rate: ClassVar[float] = 1e-3
+    keeps_factors: ClassVar[bool] = True
+
+    rank: Positive = setting(8, "Singular vectors of every weight that are trained.")
+    alpha: Alpha = setting(16.0, "The product of A and B is scaled by alpha / rank.")
+    pissa_niter: Positive | None = setting(
+        None, "Iterations of a randomised SVD, as peft's pissa_niter_N; without, the exact one."
+    )
 
 
-MethodName = Literal["craft", "lora"]
-METHOD_OPTIONS: dict[str, Any] = {"craft": CraftOptions, "lora": LoraOptions}
+@dataclass(frozen=True)
+class LoraXsOptions:
+    """What `--method lora-xs` can be told."""
+
+    own_rate: ClassVar[float] = 3e-3
+    keeps_factors: ClassVar[bool] = True
+
+    rank: Positive = setting(25, "Singular vectors of every weight between which R is trained.")
+    alpha: Alpha = setting(16.0, "The change is scaled by alpha / rank.")
+
+
+@dataclass(frozen=True)
+class LotrOptions:
+    """What `--method lotr` can be told."""
+
+    own_rate: ClassVar[float] = 3e-3
+    keeps_factors: ClassVar[bool] = False
+
+    rank: Positive = setting(8, "Rank of the change of every weight.")
+    alpha: Alpha = setting(1.0, "The change is scaled by alpha / rank.")
+    lotr_share: Literal["all", "projection"] = setting(
+        "all", "Which weights share A and B: all where they are of one shape, or those of a projection."
+    )
+    lotr_start: Literal["random", "svd"] = setting(
+        "random", "Where A and B start: N(0, 1), or the bases of the stacked weights (Tucker-2).", start=True
+    )
+
+
+@dataclass(frozen=True)
+class SuperloraOptions:
+    """What `--method superlora` can be told."""
+
+    own_rate: ClassVar[float] = 3e-3
+    keeps_factors: ClassVar[bool] = False
+
+    rank: Positive = setting(8, "Rank of every factor.")
+    superlora_groups: Positive = setting(1, "Parts that the changes of all weights, laid end to end, are cut into.")
+    superlora_order: Annotated[int, Ge(2), Le(8)] = setting(
+        2, "Order of the tensor that a part is folded into: 2 is a product of two matrices, more is Tucker."
+    )
+    superlora_splits: Annotated[int, Gt(0), Le(8)] = setting(1, "Factors of a Kronecker product that a part is.")
+    superlora_projection: Annotated[float, Gt(0.0), Lt(1.0)] | None = setting(
+        None, "Share of a part's numbers that is built; a fixed fastfood projection makes all of these."
+    )
+    superlora_seed: Annotated[int, Ge(0), Lt(1 << 32)] = setting(0, "Of that projection.")
+
+
+METHOD_OPTIONS: dict[str, Any] = {
+    "craft": CraftOptions,
+    "lora": LoraOptions,
+    "pissa": PissaOptions,
+    "lora-xs": LoraXsOptions,
+    "lotr": LotrOptions,
+    "superlora": SuperloraOptions,
+}
 """The options of every method, by its name."""
+MethodName = Literal["craft", "lora", "pissa", "lora-xs", "lotr", "superlora"]
+
+LEARNING_RATES: dict[str, float] = {name: options.own_rate for name, options in METHOD_OPTIONS.items()}
+"""Of every method where none is given: the best one for most tasks of benchmarks/methods.py."""
+WITH_FACTORS = [name for name, options in METHOD_OPTIONS.items() if options.keeps_factors]
+"""Methods that keep tensors of the base, to which an adapter may refer."""
+
+
+def of_each(name: str) -> str:
+    """The defaults of an option that several methods have, each with its methods."""
+    found: dict[Any, list[str]] = {}
+    for method, options in METHOD_OPTIONS.items():
+        for field in dataclasses.fields(options):
+            if field.name == name:
+                found.setdefault(field.default, []).append(method)
+    return "; ".join(f"{value:g} for {', '.join(methods)}" for value, methods in found.items())
+
+
+@dataclass(frozen=True)
+class MethodOptions(CraftOptions, LoraOptions, PissaOptions, LoraXsOptions, LotrOptions, SuperloraOptions):
+    """The options of all methods, for a run that chooses one. What several have, each with a default of its own, is None."""
+
+    rank: Positive | None = setting(None, f"Rank of the change; without: {of_each('rank')}.")  # type: ignore[assignment]
+    alpha: Alpha | None = setting(  # type: ignore[assignment]
+        None, f"The change is scaled by alpha / rank; without: {of_each('alpha')}."
+    )
 
 
 def option_names(method: str, *, start: bool = True) -> list[str]:
@@ -90,3 +185,20 @@ def parse_ranks(ranks: str | Sequence[int]) -> tuple[int, int, int]:
             f"--ranks: expected three positive whole numbers OUT,IN,LAYERS such as 64,64,8, not '{ranks}'"
         ) from None
     return out, in_, layers
+
+
+def parse_budget(budget: str | int) -> int:
+    """A number of trained numbers; `50k` and `1.5m` are understood.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    text = str(budget).strip().lower()
+    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:], 1)
+    try:
+        number = int(float(text.rstrip("km")) * factor)
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1 or isinstance(budget, bool):
+        raise ConfigError(f"--budget: expected a number of trained numbers such as 50000 or 50k, not '{budget}'")
+    return number

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from craft_cli.config.contradictions import TRACKERS, contradictions, flag
 from craft_cli.config.options import (
+    LEARNING_RATES,
     METHOD_OPTIONS,
     MethodName,
     MethodOptions,
@@ -22,6 +24,7 @@ from craft_cli.config.options import (
     Rate,
     option_names,
     owners,
+    parse_budget,
     parse_ranks,
     setting,
 )
@@ -44,8 +47,6 @@ THRESHOLD_KEY = "craft_threshold"
 GROUPS = (
     "Model and data", "Adapter", "Optimisation", "Evaluation and checkpoints", "Processes and precision", "This call only"
 )  # fmt: skip
-
-TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,13 @@ class RunConfig(MethodOptions):
     max_eval_samples: Positive | None = setting(None, "Use only the first rows for evaluation.")
     max_seq_length: Positive = setting(128, "Tokens kept of each example.")
 
-    method: MethodName = setting("craft", f"How the change of the weights is written: {' or '.join(METHOD_OPTIONS)}.")
+    method: MethodName = setting(
+        "craft", f"How the change of the weights is written: {', '.join(METHOD_OPTIONS)}; see craft methods."
+    )
     targets: tuple[str, ...] = setting(("query", "value"), "Projections to adapt: query,key,value,output.")
+    budget: str | int | None = setting(
+        None, "Numbers the adapter may train, such as 16k: the rank (of craft the ranks) that fits is chosen."
+    )
     adapter_factors: Literal["include", "reference"] = setting(
         "include",
         "reference: the adapter's folder only names its factors, and they are looked for in the cache.",
@@ -99,7 +105,10 @@ class RunConfig(MethodOptions):
         "auto: a checkpoint's own where it has the labels of the data, else a probe.",
     )
 
-    learning_rate: Rate = setting(3e-3, "Of the adapter; 0 trains the head alone.")
+    learning_rate: Rate | None = setting(
+        None,
+        f"Of the adapter; 0 trains the head alone. Without: {', '.join(f'{n} {r:g}' for n, r in LEARNING_RATES.items())}.",
+    )
     head_learning_rate: Rate = setting(2e-3, "Of the task head.")
     weight_decay: Rate = setting(0.0, "Pulls K (and the head's matrices) to zero: towards the base model.")
     warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = setting(0.06, "Share of the steps with a rising rate.")
@@ -173,26 +182,42 @@ class RunConfig(MethodOptions):
     def settings(cls) -> list[dataclasses.Field[Any]]:
         """Every field, in the order in which they are shown: the options of the methods follow the choice of one."""
         inherited = {name for method in METHOD_OPTIONS for name in option_names(method)}
-        own = [field for field in dataclasses.fields(cls) if field.name not in inherited]
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        own = [field for name, field in fields.items() if name not in inherited]
         at = [field.name for field in own].index("targets") + 1
-        options = [field for kind in METHOD_OPTIONS.values() for field in dataclasses.fields(kind)]
-        return [*own[:at], *{field.name: field for field in options}.values(), *own[at:]]
+        options = dict.fromkeys(name for method in METHOD_OPTIONS for name in option_names(method))
+        return [*own[:at], *(fields[name] for name in options), *own[at:]]
 
     @classmethod
     def groups(cls) -> dict[str, str]:
-        """The group of every field; each begins with a certain one."""
+        """The group of every field; each begins with a certain one, and options of methods stand by their owners."""
         begin = ("model", "method", "learning_rate", "eval_strategy", "num_processes", "cache_dir")
         first = dict(zip(begin, GROUPS, strict=True))
         group, found = GROUPS[0], {}
         for field in cls.settings():
             group = first.get(field.name, group)
-            found[field.name] = group
+            found[field.name] = f"Adapter by {', '.join(owners(field.name))}" if owners(field.name) else group
         return found
 
     @property
     def method_options(self) -> Any:
-        """The options of the method chosen."""
-        return METHOD_OPTIONS[self.method](**{name: getattr(self, name) for name in option_names(self.method)})
+        """The options of the method chosen, completed by its defaults."""
+        given = {name: getattr(self, name) for name in option_names(self.method)}
+        return METHOD_OPTIONS[self.method](**{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def adapter_rate(self) -> float:
+        """The learning rate of the adapter: as given, or the method's own."""
+        return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
+
+    def completed(self, options: Any = None) -> RunConfig:
+        """The same run with nothing of its method left to a default.
+
+        Args:
+            options: the method's, as they were chosen within the budget; those of this run without.
+        """
+        options = options or self.method_options
+        return replace(self, budget=None, learning_rate=self.adapter_rate, **dataclasses.asdict(options))
 
     @classmethod
     def build(
@@ -217,27 +242,33 @@ class RunConfig(MethodOptions):
             dict(recipe or {}),
             {name: value for name, value in (flags or {}).items() if value is not None},
         ):
+            if "budget" in layer:  # it chooses what those below did
+                given = {name: value for name, value in given.items() if name not in _SIZES}
+            elif any(name in layer for name in _SIZES):
+                given.pop("budget", None)
             if layer.get("method", given.get("method")) != given.get("method"):  # another than below: its options go
-                given = {name: value for name, value in given.items() if not owners(name)}
+                given = {name: value for name, value in given.items() if not owners(name) and name != "learning_rate"}
             given |= layer | _strategies(layer, given)
         names = [field.name for field in dataclasses.fields(cls)]
         for key in given:
             if key not in names:
                 raise ConfigError(f"unknown key '{key}'{nearest(str(key), names)}")
         config = cls(**parse_settings(given))
-        problems = _contradictions(config)
+        problems = contradictions(config)
         for name in given:
             if owners(name) and config.method not in owners(name):
                 problems.append(f"{flag(name)} is for --method {' or '.join(owners(name))}, not {config.method}")
+            if name in _SIZES and given.get("budget"):
+                problems.append(f"{flag(name)} and --budget exclude each other")
         if problems:
             raise ConfigError("\n".join(problems))
         return config
 
     def recipe(self) -> dict[str, Any]:
         """The settings that make a recipe which repeats this run: all that matter and are not None."""
-        kept = {}
+        kept, whole = {}, self if self.budget else self.completed()
         for name, group in self.groups().items():
-            value = getattr(self, name)
+            value = getattr(whole, name)
             if owners(name) and self.method not in owners(name):
                 continue
             if group != GROUPS[-1] and value is not None:
@@ -245,8 +276,13 @@ class RunConfig(MethodOptions):
         return kept
 
 
+_SIZES = ("rank", "ranks")
+"""What a budget chooses."""
 LISTS = ("targets", "text_columns", "report_to")
 """Settings that hold several names, on the command line with commas between them."""
+
+
+_PARSED: dict[str, Callable[[Any], Any]] = {"ranks": parse_ranks, "budget": parse_budget}
 
 
 def free_settings() -> set[str]:
@@ -268,11 +304,6 @@ def _strategies(layer: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str,
     return implied
 
 
-def flag(name: str) -> str:
-    """The command-line flag of a field."""
-    return "--" + name.replace("_", "-")
-
-
 def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by field name, each converted to its type and checked by itself.
 
@@ -286,8 +317,8 @@ def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, raw in given.items():
         value: Any = raw
         try:
-            if name == "ranks":
-                values[name] = parse_ranks(value)
+            if name in _PARSED:
+                values[name] = _PARSED[name](value)
                 continue
             if name in LISTS and isinstance(value, str):
                 value = tuple(part.strip() for part in value.split(","))
@@ -314,52 +345,3 @@ def _hint_of(hint: Any, value: Any) -> Any:
 
 def _expected(hint: Any) -> str:
     return "a number" if "int" in str(hint) or "float" in str(hint) else "text"
-
-
-def _contradictions(config: RunConfig) -> list[str]:
-    problems = []
-    if config.bf16 and config.fp16:
-        problems.append("--bf16 and --fp16 exclude each other")
-    if bool(config.data_dir) + bool(config.train_file or config.validation_file) + bool(config.dataset_name) > 1:
-        problems.append("--data-dir, --train-file/--validation-file and --dataset-name exclude each other")
-    if not (config.task or config.data_dir or config.train_file or config.validation_file or config.dataset_name):
-        problems.append("nothing to train on: give --task, --data-dir or --train-file (or --recipe quickstart)")
-    if config.validation_file and not config.train_file and not config.task:
-        problems.append("--validation-file needs --train-file beside it")
-    if config.train_file and config.task and not config.validation_file:
-        problems.append("--train-file with --task needs --validation-file beside it")
-    if config.problem_type and config.task:
-        problems.append("--problem-type is for own data; --task knows its own")
-    if config.label_separator and (config.task or config.problem_type not in (None, "multi_label_classification")):
-        problems.append("--label-separator: only for own data where several labels can apply to a row; leave it out")
-    if config.dataset_config_name and not config.dataset_name:
-        problems.append("--dataset-config-name needs --dataset-name")
-    for kind in ("eval", "save"):
-        strategy, steps = getattr(config, f"{kind}_strategy"), getattr(config, f"{kind}_steps")
-        if strategy == "steps" and steps is None:
-            problems.append(f"--{kind}-strategy steps needs --{kind}-steps")
-        if strategy != "steps" and steps is not None:
-            problems.append(f"--{kind}-steps needs --{kind}-strategy steps")
-    if config.eval_strategy == "no":
-        problems += [
-            f"{flag(name)} needs evaluations: --eval-strategy epoch or steps"
-            for name in ("metric_for_best_model", "early_stopping_patience", "calibrate")
-            if getattr(config, name)
-        ]
-    if config.early_stopping_threshold is not None and config.early_stopping_patience is None:
-        problems.append("--early-stopping-threshold needs --early-stopping-patience")
-    if config.load_in_4bit and config.load_in_8bit:
-        problems.append("--load-in-4bit and --load-in-8bit exclude each other")
-    if config.resume and (config.overwrite or config.dry_run):
-        problems.append("--resume excludes --overwrite and --dry-run")
-    if config.adapter_factors == "reference" and config.method != "craft":
-        problems.append(f"--adapter-factors reference: --method {config.method} has no factors to refer to")
-    if config.init_from and config.init_noise:
-        problems.append("--init-from and --init-noise exclude each other")
-    unknown = [name for name in config.report_to if name not in (*TRACKERS, "none")]
-    problems += [f"--report-to: unknown tracker '{name}'{nearest(name, (*TRACKERS, 'none'))}" for name in unknown]
-    if "none" in config.report_to and len(config.report_to) > 1:
-        problems.append("--report-to: none excludes the others")
-    if config.text_columns is not None and not 1 <= len(config.text_columns) <= 2:
-        problems.append("--text-columns: one or two columns")
-    return problems

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 METHODS = {
     "craft": "craft_cli.methods.craft.method",
     "lora": "craft_cli.methods.lora",
+    "pissa": "craft_cli.methods.pissa",
+    "lora-xs": "craft_cli.methods.lora_xs",
+    "lotr": "craft_cli.methods.lotr",
+    "superlora": "craft_cli.methods.superlora",
 }
 """The module of every method, by its name after `--method`. Each has one object `METHOD`."""
 

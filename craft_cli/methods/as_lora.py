@@ -10,6 +10,7 @@ layers get the same rank, as servers want it: smaller ones are filled with zeros
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from craft_cli.errors import CraftError
 from craft_cli.files import write_json
 from craft_cli.methods.as_dense import AdaptedBase
 from craft_cli.methods.base import low_rank
@@ -35,16 +37,30 @@ VLLM_FAMILIES = ("llama",)
 
 _ROOT = "base_model.model."  # PEFT's names start with its own wrappers
 _EPSILON = 1e-6
+EXACT = 1e-6
+"""Error of a dense change that is none: the rounding of float32."""
 
 
-def lora_pairs(adapted: AdaptedBase, *, trim: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+def lora_pairs(
+    adapted: AdaptedBase, *, trim: bool = False, tolerance: float = EXACT
+) -> dict[str, tuple[Tensor, Tensor]]:
     """A (r, d_in) and B (d_out, r) of every adapted module, by its path in the model; float32.
 
     Args:
         adapted: the adapter and its base.
         trim: leave out directions whose singular value is below 1e-6 of the largest one of all.
+        tolerance: error allowed of a dense change, relative to its norm.
+
+    Raises:
+        CraftError: a dense change has no low rank within the tolerance.
     """
-    factored = {target: [low_rank(chain) for chain in adapted.saved.chains(target)] for target in adapted.views}
+    factored = {
+        target: [
+            _approximated(chain[0], tolerance, f"{target} of layer {layer}") if len(chain) == 1 else low_rank(chain)
+            for layer, chain in enumerate(adapted.saved.chains(target))
+        ]
+        for target in adapted.views
+    }
     if trim:
         spectral = [_singular(a, b)[1] for pairs in factored.values() for a, b in pairs]
         floor = _EPSILON * max(float(values.max()) for values in spectral)
@@ -60,6 +76,26 @@ def lora_pairs(adapted: AdaptedBase, *, trim: bool = False) -> dict[str, tuple[T
         pairs[name.removesuffix(".weight")] = a, b
     rank = max(max(len(a) for a, _ in pairs.values()), 1)
     return {name: (_filled(a, 0, rank).float(), _filled(b, 1, rank).float()) for name, (a, b) in pairs.items()}
+
+
+def _approximated(change: Tensor, tolerance: float, what: str) -> tuple[Tensor, Tensor]:
+    """A (r, d_in) and B (d_out, r) with ||dW - B A|| <= tolerance ||dW|| for dW^T (d_in, d_out), at the smallest r.
+
+    Raises:
+        CraftError: A and B would be as large as dW.
+    """
+    u, values, vh = torch.linalg.svd(change.T, full_matrices=False)
+    left_out = values.square().flip(0).cumsum(0).flip(0).sqrt()  # by ranks 0, 1, ...
+    rank = int((left_out > tolerance * left_out[0]).sum())
+    d_in, d_out = change.shape
+    most = d_in * d_out // (d_in + d_out)
+    if rank > most:
+        error = float(left_out[most] / left_out[0])
+        raise CraftError(
+            f"the change of {what} is dense: a LoRA smaller than it has an error of {error:.2g} of its norm, more than "
+            f"{tolerance:g}; merge it into a checkpoint, or allow the error: --tolerance {math.ceil(error * 1e3) / 1e3:g}"
+        )
+    return vh[:rank], u[:, :rank] * values[:rank]
 
 
 def _singular(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,10 +235,10 @@ class LoraWriter:
 
     dtype = torch.float32
 
-    def __init__(self, adapted: AdaptedBase, folder: Path, *, trim: bool) -> None:
+    def __init__(self, adapted: AdaptedBase, folder: Path, *, trim: bool, tolerance: float) -> None:
         from safetensors.torch import load_file
 
-        pairs = lora_pairs(adapted, trim=trim)
+        pairs = lora_pairs(adapted, trim=trim, tolerance=tolerance)
         config = peft_config(adapted, pairs)
         tensors = peft_tensors(adapted, pairs)
         self.rank: int | None = config["r"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
@@ -42,6 +42,22 @@ def low_rank(chain: Chain) -> tuple[Tensor, Tensor]:
         return torch.eye(len(chain[0]), dtype=chain[0].dtype), chain[0].T
     narrowest = min(range(1, len(chain)), key=lambda place: chain[place].shape[0])
     return delta(chain[:narrowest]), delta(chain[narrowest:])
+
+
+def singular_values(chain: Chain) -> Tensor:
+    """Of dW_l, descending; those that a low rank makes zero are left out."""
+    if len(chain) == 1:
+        return torch.linalg.svdvals(chain[0])
+    a, b = low_rank(chain)
+    return torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
+
+
+def effective_rank(values: Tensor) -> float:
+    """How many directions these singular values use: exp of the entropy of their shares (Roy and Vetterli 2007); 0 of zero."""
+    if not values.any():
+        return 0.0
+    shares = values / values.sum()
+    return float(torch.special.entr(shares).sum().exp())
 
 
 def inner(one: Chain, other: Chain) -> float:
@@ -110,6 +126,15 @@ class Method(ABC):
     name: ClassVar[str]
     """After `--method`, and in adapter_config.json."""
 
+    title: ClassVar[str]
+    """Its name as people write it."""
+
+    idea: ClassVar[str]
+    """What is trained, in a line."""
+
+    paper: ClassVar[str]
+    """Where it comes from: `arXiv NUMBER`."""
+
     Options: ClassVar[Any]
     """Its frozen dataclass of options, from `config`."""
 
@@ -124,6 +149,10 @@ class Method(ABC):
     def describe(self, settings: Mapping[str, Any]) -> Description:
         """The method in words; `settings` may also be those of a recipe."""
 
+    @abstractmethod
+    def count(self, shapes: Mapping[str, Shape], options: Any) -> int:
+        """The numbers that are trained for stacks of these shapes (L, d_out, d_in)."""
+
     def prepare(
         self, weights: Weights, options: Any, cache_dir: str | None, progress: Progress
     ) -> tuple[Frozen, Sequence[str]]:
@@ -133,6 +162,24 @@ class Method(ABC):
             What the method keeps, and notes for the user.
         """
         return Sketch.of(weights), ()
+
+    def within(self, weights: Weights, options: Any, budget: int, progress: Progress) -> Any:
+        """These options at the largest rank that trains at most `budget` numbers, where a larger one trains more.
+
+        Raises:
+            ConfigError: rank 1 trains more.
+        """
+        numbers = lambda rank: self.count(weights.shapes, replace(options, rank=rank))  # noqa: E731
+        if numbers(1) > budget:
+            raise ConfigError(f"--budget: {budget:,} is below {numbers(1):,}, the numbers of {self.name} at rank 1")
+        rank, beyond = 1, 2
+        while numbers(beyond) <= budget and numbers(beyond) > numbers(rank):
+            rank, beyond = beyond, 2 * beyond
+        while beyond - rank > 1:
+            middle = (rank + beyond) // 2
+            fits = numbers(rank) < numbers(middle) <= budget
+            rank, beyond = (middle, beyond) if fits else (rank, middle)
+        return replace(options, rank=rank)
 
     def fit(self, frozen: Any, targets: Sequence[str] | None, options: Mapping[str, Any]) -> tuple[Any, Any]:
         """What was prepared before, cut down to what is asked for, and complete options that fit it.
@@ -161,8 +208,8 @@ class Method(ABC):
         """
         from pydantic import TypeAdapter, ValidationError
 
-        values = {}
-        for name, hint in get_type_hints(self.Options, include_extras=True).items():
+        values, hints = {}, get_type_hints(self.Options, include_extras=True)
+        for name, hint in [(field.name, hints[field.name]) for field in fields(self.Options)]:
             if name not in settings:
                 raise ValueError(f"it has no {name}")
             try:
@@ -212,10 +259,11 @@ class Method(ABC):
         self, frozen: Any, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str
     ) -> Iterator[Chain]:
         """The chain of every layer of a saved adapter in float64, one at a time: it may be a stranger's."""
-        change = self.build(frozen, self.options(settings))
+        change = self.build(frozen, self.options(settings)).double().requires_grad_(False)
         change.load(trained)
-        for chain in change.chains(projection):
-            yield tuple(tensor.detach().double() for tensor in chain)
+        with torch.no_grad():
+            chains = change.chains(projection)
+        yield from chains
 
     def facts(
         self, frozen: Any, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str
@@ -223,3 +271,14 @@ class Method(ABC):
         """What is shown of a projection of a saved adapter: the method's own, and `parameters`, its numbers trained."""
         own = [tensor.numel() for name, tensor in trained.items() if f".{projection}." in f".{name}."]
         return {"parameters": sum(own)}
+
+    def described(self, settings: Mapping[str, Any], more: str, trained: str) -> Description:
+        """The words of a method whose size is a rank.
+
+        Args:
+            settings: with the rank.
+            more: what else decides, after the rank.
+            trained: where the trained numbers are, for a sentence.
+        """
+        rank = settings["rank"]
+        return Description(self.title, str(rank), f"rank {rank}, {more}", trained, f"{self.idea} ({self.paper})")

@@ -57,7 +57,8 @@ def _scale(options: LoraOptions) -> float:
 class Lora(Method):
     """LoRA as a method; it keeps nothing of the base's weights."""
 
-    name = "lora"
+    name, title, paper = "lora", "LoRA", "arXiv 2106.09685"
+    idea = "a trained product of two thin matrices for every adapted weight"
     Options = LoraOptions
     training_only = ("lora_dropout",)
 
@@ -65,16 +66,14 @@ class Lora(Method):
         """A at random, B zero."""
         return LoraChange(frozen.shapes, options)
 
+    def count(self, shapes: Mapping[str, Shape], options: LoraOptions) -> int:
+        """L r (d_in + d_out) a projection."""
+        return sum(n * options.rank * (d_out + d_in) for n, d_out, d_in in shapes.values())
+
     def describe(self, settings: Mapping[str, Any]) -> Description:
         """Rank and alpha."""
-        rank, alpha = settings["rank"], settings["alpha"]
-        return Description(
-            title="LoRA",
-            size=str(rank),
-            settings=f"rank {rank}, alpha {alpha:g}" + (", rsLoRA" if settings["use_rslora"] else ""),
-            trained="in A and B of",
-            source="a trained product of two thin matrices for every adapted weight (arXiv 2106.09685)",
-        )
+        rslora = ", rsLoRA" if settings["use_rslora"] else ""
+        return self.described(settings, f"alpha {settings['alpha']:g}{rslora}", "in A and B of")
 
 
 METHOD = Lora()

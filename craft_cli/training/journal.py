@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +16,7 @@ from craft_cli.files import write_bytes
 from craft_cli.methods.attach import ModelAdapter
 from craft_cli.models.cards import model_card
 from craft_cli.plots import training_curve
+from craft_cli.tasks.base import Task
 from craft_cli.tasks.metrics import lower_is_better, renamed
 from craft_cli.training.head import KEPT, RANDOM, WHY_NOT_FINITE, LastLayer
 from craft_cli.training.preparation import Measured, Prepared, data_record, resolved_recipe
@@ -23,20 +24,26 @@ from craft_cli.training.progress import CHECKPOINT, HEAD_ALONE, SAME_ANSWER, STA
 from craft_cli.training.run import Run
 
 
-def chosen_metric(config: RunConfig, prepared: Prepared) -> str:
+def chosen_metric(config: RunConfig, task: Task, splits: Iterable[str]) -> str:
     """The metric that chooses the best adapter.
+
+    Args:
+        config: of the run.
+        task: what is trained for.
+        splits: names of those to evaluate on.
 
     Raises:
         ConfigError: this task has no such metric.
     """
     if config.metric_for_best_model is None:
-        return prepared.task.chooser
+        return task.chooser
     known: list[str] = []
-    for split in prepared.validation:
-        known += renamed(dict.fromkeys((*prepared.task.metrics, "loss"), 0.0), split, prepared.validation)
+    splits = list(splits)
+    for split in splits:
+        known += renamed(dict.fromkeys((*task.metrics, "loss"), 0.0), split, splits)
     name = config.metric_for_best_model.removeprefix("eval_")
     if name not in known:
-        raise ConfigError(f"--metric-for-best-model: no metric '{name}' of {prepared.task.name}{nearest(name, known)}")
+        raise ConfigError(f"--metric-for-best-model: no metric '{name}' of {task.name}{nearest(name, known)}")
     return name
 
 
@@ -54,6 +61,7 @@ class Journal:
         track: a tracker's function of (values, step).
 
     Attributes:
+        metric: as given.
         best: metrics of the best evaluation so far; empty before the first.
         best_step: update of that evaluation.
         best_epoch: the same in epochs.
@@ -76,7 +84,7 @@ class Journal:
     ) -> None:
         self._config, self._prepared, self._adapter, self._last = config, prepared, adapter, last
         self._run, self._listener, self._track = run, listener, track
-        self._metric = metric
+        self.metric = metric
         self._lines: list[dict[str, Any]] = []
         self._misses = 0
         self._since: list[float] = []  # losses of the updates that no line tells of yet
@@ -198,13 +206,13 @@ class Journal:
         """By how much this evaluation is better than the best so far."""
         if not self.best:
             return math.inf
-        gain = metrics[self._metric] - self.best[self._metric]
-        return -gain if lower_is_better(self._metric) else gain
+        gain = metrics[self.metric] - self.best[self.metric]
+        return -gain if lower_is_better(self.metric) else gain
 
     def _draw(self) -> None:
         if self._run:
             title = f"{self._prepared.task.name} on {self._prepared.checkpoint.name}"
-            training_curve(self._lines, self._metric, self._run.curve, title, self.baselines, self.best_epoch)
+            training_curve(self._lines, self.metric, self._run.curve, title, self.baselines, self.best_epoch)
 
     def _append(self, line: dict[str, Any]) -> None:
         self._lines.append(line)

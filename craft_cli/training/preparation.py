@@ -101,6 +101,19 @@ class Prepared:
         return sum(map(len, self.validation.values()))
 
 
+def within_budget(config: RunConfig, progress: Callable[[str, int, int], None]) -> RunConfig:
+    """The settings with the rank that the budget allows, where there is one; the same on every process.
+
+    Raises:
+        CraftError: the model cannot be read, or rank 1 trains more.
+    """
+    if config.budget is None:
+        return config
+    method = method_named(config.method)
+    weights = read_weights(resolve(config.model, config.revision), config.targets)
+    return config.completed(method.within(weights, config.method_options, int(config.budget), progress))
+
+
 def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen: Frozen | None = None) -> Prepared:
     """Data, checkpoint and what the method keeps of it; the same on every process.
 

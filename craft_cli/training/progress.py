@@ -43,6 +43,7 @@ class TrainResult:
 
     Attributes:
         output: the run folder; None for a dry run.
+        metric: that chooses the best evaluation.
         metrics: of the best evaluation; empty where nothing was evaluated.
         baselines: the metrics of what it had to beat, see `BASELINES`.
         tables: of the best evaluation, by label, as `craft eval --report` shows them.
@@ -53,9 +54,11 @@ class TrainResult:
         examples: rows of each evaluation.
         stopped_early: whether patience was over before the last update.
         remarks: what the user should know of it, a sentence each.
+        estimate: of a dry run, the seconds that the whole loop would take, by its one update and its one batch of evaluation.
     """
 
     output: str | None
+    metric: str
     metrics: Mapping[str, float]
     baselines: Mapping[str, Mapping[str, float]]
     tables: Mapping[str, Any]
@@ -66,6 +69,7 @@ class TrainResult:
     examples: int
     stopped_early: bool = False
     remarks: Sequence[str] = ()
+    estimate: float | None = None
 
 
 class Listener:

@@ -114,7 +114,7 @@ def continued(config: RunConfig, run: Run, state: TrainingState | None, processe
             own[name] = then
         elif state and name in _DATA:
             continue
-        elif _comparable(name, now) != _comparable(name, then):
+        elif comparable(name, now) != comparable(name, then):
             differing.append(f"{flag(name)} was {_shown(then)}, is {_shown(now)}")
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     if state and batch * processes == state.record["update_size"]:
@@ -154,7 +154,8 @@ def check_state(start: Start, timetable: Timetable, data: str) -> None:
         )
 
 
-def _comparable(name: str, value: Any) -> Any:
+def comparable(name: str, value: Any) -> Any:
+    """A setting in one spelling: paths absolute, tasks by their own names."""
     if value is None:
         return None
     if name in _PATHS or (name == "model" and Path(value).expanduser().is_dir()):

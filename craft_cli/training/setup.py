@@ -28,7 +28,7 @@ from craft_cli.training.distributed import from_main, fsdp_asked, shard
 from craft_cli.training.head import FEW_ROWS, KEPT, MOST_ROWS, RANDOM, LastLayer, Probe, probe
 from craft_cli.training.journal import Journal, chosen_metric
 from craft_cli.training.plan import plan_of
-from craft_cli.training.preparation import Prepared, build, prepare, resolved_recipe
+from craft_cli.training.preparation import Prepared, build, prepare, resolved_recipe, within_budget
 from craft_cli.training.progress import Listener
 from craft_cli.training.resume import Start, check_state, find_start
 from craft_cli.training.run import Run, new_run, usable_output
@@ -172,6 +172,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     config = _as_launched(config, accelerator)
     sharded = fsdp_asked()
     _check_devices(config, sharded)
+    config = within_budget(config, listener.preparing)
     start = from_main(accelerator, lambda: find_start(config, processes, held, runs))
     config, state = start.config, start.state
     with accelerator.main_process_first():  # the others then find the caches filled
@@ -187,7 +188,8 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     model, adapter, fresh = build(config, prepared, accelerator.device)
     adapter.load_trained_state(start.trained)
     timetable = Timetable(config, prepared.train.lengths, update_size)
-    metric = chosen_metric(config, prepared)  # a wrong one is refused before a former run makes room
+    # A wrong metric is refused before a former run makes room.
+    metric = chosen_metric(config, prepared.task, prepared.validation)
     data = data_checksum([prepared.train, *prepared.validation.values()])
     check_state(start, timetable, data)
     recipe = resolved_recipe(config, prepared)
@@ -200,7 +202,6 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     run = None
     if not config.dry_run:  # no sooner: what cannot begin leaves no run behind
         run = Run(from_main(accelerator, lambda: _open_run(start, prepared, recipe, held, runs)), runs)
-    torch.manual_seed(config.seed + 1 + accelerator.process_index)  # dropout differs between processes
     writer = run if accelerator.is_main_process else None
     training = Training(
         config=config,
@@ -224,6 +225,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     )
     auto = length == AUTO and prepared.task.name == OWN
     listener.started(plan_of(training, start, auto=auto))
+    set_seed(config.seed + 1 + accelerator.process_index)  # again: imports draw too; dropout differs between processes
     _resume(training, start)
     training.updates = timetable.updates(after=training.step)
     return training
@@ -331,7 +333,7 @@ def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str
     head = dict(adapter.model.named_parameters())
     tensors = [head[name] for name in adapter.head]
     return [
-        {"params": list(adapter.parameters()), "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": list(adapter.parameters()), "lr": config.adapter_rate, "weight_decay": config.weight_decay},
         {
             "params": [t for t in tensors if t.ndim > 1],
             "lr": config.head_learning_rate,

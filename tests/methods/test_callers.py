@@ -19,12 +19,18 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import craft_cli as craft
 from craft_cli.errors import ModelError
+from craft_cli.methods import METHODS as registered
 
 Make = Callable[..., Path]
-METHODS: dict[str, dict[str, Any]] = {"craft": {"ranks": (6, 5, 2)}, "lora": {"rank": 3}}
+METHODS: dict[str, dict[str, Any]] = {name: {"rank": 3} for name in registered} | {
+    "craft": {"ranks": (6, 5, 2)},
+    "superlora": {"rank": 3, "superlora_groups": 2},
+}
+SLOW = [name for name in METHODS if name not in ("craft", "superlora")]
+"""Low-rank chains of numbers of their own are one kind, a dense change is the other."""
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS])
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

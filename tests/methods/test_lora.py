@@ -191,13 +191,15 @@ def test_options_of_another_method_are_refused(pico: Make) -> None:
     assert "--ranks is for --method craft, not lora" in failure(
         "train", "--task", "sst2", "--method", "lora", "--ranks", "4,4,2"
     )
-    assert "--rank is for --method lora, not craft" in failure("train", "--task", "sst2", "--rank", "4")
+    assert "--rank is for --method lora or pissa or lora-xs or lotr or superlora, not craft" in failure(
+        "train", "--task", "sst2", "--rank", "4"
+    )
     told = failure("train", "--task", "sst2", "--method", "lora", "--adapter-factors", "reference")
     assert "--method lora has no factors to refer to" in told
     with pytest.raises(ConfigError, match="--method lora has no option 'ranks'; did you mean 'rank'"):
         craft.attach(classifier(pico()), method="lora", ranks=(4, 4, 2))
-    with pytest.raises(ConfigError, match="--method: unknown method 'lore'; did you mean 'lora'"):
-        craft.attach(classifier(pico()), method="lore")
+    with pytest.raises(ConfigError, match="--method: unknown method 'lorra'; did you mean 'lora'"):
+        craft.attach(classifier(pico()), method="lorra")
 
 
 def test_damaged_numbers_of_it_are_noticed(pico: Make) -> None:

@@ -224,6 +224,7 @@ def test_a_byte_level_tokenizer_sees_every_word_after_a_blank(form: str) -> None
 
 def test_a_slow_tokenizer_is_refused() -> None:
     slow = type("Slow", (), {"is_fast": False, "name_or_path": "somewhere", "model_max_length": 9})()
+    slow.num_special_tokens_to_add = lambda pair: 2
     with pytest.raises(ModelError, match=r"somewhere: its tokenizer cannot tell .* tokenizer\.json"):
         task().encode(Split([("a",)], None, "here"), slow, 9)
 

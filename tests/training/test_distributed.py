@@ -22,6 +22,7 @@ from conftest import opinions, write_rows
 from helpers import config, craft_command, flags, lines, tensors
 
 import craft_cli as craft
+from craft_cli.methods import METHODS
 from craft_cli.training.run import Run, checkpoints
 
 Make = Callable[..., Path]
@@ -146,8 +147,8 @@ def test_fsdp_shards_the_base_and_computes_the_same(pico: Make, data_dir: Path) 
     # Without AVX-512 two halves of a batch round further from the whole: 1.08e-6 in one number, at a learning rate of 0.03.
     alike("two", "a", tolerance=3e-6)
     assert json.loads(Path("two/adapter/adapter_config.json").read_text())["model"]["architecture"].startswith("Bert")
-    FSDP["fsdp_config"]["fsdp_version"] = 1
-    Path("fsdp.yaml").write_text(yaml.safe_dump(FSDP))
+    older = FSDP | {"fsdp_config": FSDP["fsdp_config"] | {"fsdp_version": 1}}
+    Path("fsdp.yaml").write_text(yaml.safe_dump(older))
     code, err = settle(start(*command, *flags(pico(), data_dir, **settings), "--overwrite"))
     assert code != 0
     assert "error: FSDP version 1 cannot shard a part of a module: set fsdp_version: 2" in err
@@ -265,9 +266,17 @@ def test_a_loss_that_is_not_finite_ends_two_processes(pico: Make, data_dir: Path
 
 
 @pytest.mark.slow
-def test_two_processes_train_a_lora_as_one_does(pico: Make, data_dir: Path) -> None:
-    craft.train(config(pico(), data_dir, method="lora", rank=3, output_dir="one"))
-    given = {"method": "lora", "rank": 3, "num_processes": 2, "per_device_train_batch_size": 4, "output_dir": "two"}
-    done = craft_command("train", *flags(pico(), data_dir, **given))
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "craft"])
+def test_two_processes_train_every_method_as_one_does(method: str, pico: Make, data_dir: Path) -> None:
+    """Each with the whole base, and sharded."""
+    given = {"method": method, "rank": 3, "num_train_epochs": 1, "per_device_eval_batch_size": 8}
+    craft.train(config(pico(), data_dir, output_dir="one", **given))
+    given |= {"per_device_train_batch_size": 4}
+    done = craft_command("train", *flags(pico(), data_dir, num_processes=2, output_dir="two", **given))
     assert done.returncode == 0, done.stderr
     alike("two", "one")
+    Path("fsdp.yaml").write_text(yaml.safe_dump(FSDP))
+    command = ["accelerate.commands.launch", "--config_file", "fsdp.yaml", "-m", "craft_cli", "train"]
+    code, err = settle(start(*command, *flags(pico(), data_dir, output_dir="sharded", **given)))
+    assert code == 0, err
+    alike("sharded", "one", tolerance=3e-6)

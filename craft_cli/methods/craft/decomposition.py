@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from craft_cli.errors import CraftError, FileError, ModelError
-from craft_cli.methods.craft.factors import FactorCache, Factors
+from craft_cli.methods.craft.factors import FactorCache, Factors, serving
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.models.hub import resolve
 from craft_cli.models.stacks import Weights, read_weights
@@ -68,7 +68,7 @@ def decompose_weights(
     ]
     cache = FactorCache(cache_dir)
     if not force:
-        found, damaged = cache.find(prints, ranks)
+        found, damaged = cache.find(prints, serving(prints, ranks))
         if found:
             return Decomposition(_named(found, weights).select(targets, ranks), notes=notes)
         notes += [f"{line}; decomposing again" for line in damaged]
@@ -76,7 +76,7 @@ def decompose_weights(
     path = cache.path_for(weights.model, prints)
     with cache.lock(path):
         if not force:  # another process may have made it while we waited
-            found, _ = cache.find(prints, ranks)
+            found, _ = cache.find(prints, serving(prints, ranks))
             if found:
                 return Decomposition(_named(found, weights).select(targets, ranks), notes=notes)
             kept = cache.ranks_at(path, prints)
@@ -116,7 +116,7 @@ def recall(record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make
     wanted: str = record["factors"]["sha256"]
     base, targets = record["base_model"], tuple(record["targets"])
     ranks = Ranks(*(max(sizes) for sizes in zip(*record["ranks"].values(), strict=True)))
-    for found in FactorCache(cache_dir).all_that_serve(base["sha256"], ranks):
+    for found in FactorCache(cache_dir).all_that_serve(serving(base["sha256"], ranks)):
         try:
             factors = found.select(targets, ranks)
         except (KeyError, ValueError):  # it holds less than its header promises

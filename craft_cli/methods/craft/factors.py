@@ -6,12 +6,8 @@ entry serves every request for some of its projections at the same or smaller ra
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,8 @@ import torch
 from torch import Tensor
 
 from craft_cli.errors import FileError
-from craft_cli.files import cache_folder, checksum, read_header, read_tensors, write_tensors
+from craft_cli.files import checksum, read_header, read_tensors, write_tensors
+from craft_cli.methods.cache import FrozenCache, Serves
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.methods.frozen import Frozen
 from craft_cli.models.stacks import MOST_LAYERS, Shape, check_identity
@@ -163,38 +160,15 @@ def _by_mode(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor
     return layer, out, in_
 
 
-class FactorCache:
-    """A folder of factor files.
+class FactorCache(FrozenCache[Factors]):
+    """The cached factors.
 
     Args:
         folder: `~/.cache/craft` (or below XDG_CACHE_HOME) without.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = cache_folder(folder)
-
-    def all_that_serve(self, fingerprints: Mapping[str, str], ranks: Ranks) -> Iterator[Factors]:
-        """Every whole entry that holds these projections of these very weights at these ranks or larger."""
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with suppress(FileError):
-                if _serves(read_header(path, KIND), fingerprints, ranks):
-                    yield Factors.load(path)
-
-    def find(self, fingerprints: Mapping[str, str], ranks: Ranks) -> tuple[Factors | None, list[str]]:
-        """An entry that holds these projections of these very weights at these ranks or larger.
-
-        Returns:
-            The entry, untruncated, or None; and a line for each damaged entry passed over.
-        """
-        damaged: list[str] = []
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                if _serves(read_header(path, KIND), fingerprints, ranks):
-                    return Factors.load(path), damaged
-            except FileError as error:
-                if _key(fingerprints) in path.name:  # another model's is made again when that is decomposed
-                    damaged.append(str(error))
-        return None, damaged
+        super().__init__(folder, KIND, Factors.load)
 
     def ranks_at(self, path: Path, fingerprints: Mapping[str, str]) -> dict[str, Ranks]:
         """The ranks of the entry at `path`, which a larger one is to replace; empty if there is none to keep."""
@@ -206,46 +180,17 @@ class FactorCache:
         except (FileError, KeyError, TypeError):
             return {}
 
-    def path_for(self, model: str, fingerprints: Mapping[str, str]) -> Path:
-        """Where the entry for these projections is written: readable name, then what the weights are."""
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or "model").strip(".-") or "model"
-        return self.folder / f"{slug}-{_key(fingerprints)}.safetensors"
 
-    @contextmanager
-    def lock(self, path: Path) -> Iterator[None]:
-        """Held while an entry is made, so that a second process waits for it and then finds it.
+def serving(fingerprints: Mapping[str, str], ranks: Ranks) -> Serves:
+    """Whether a cache entry's header promises these projections of these very weights at these ranks or larger."""
 
-        Raises:
-            FileError: the cache folder cannot be written.
-        """
-        from filelock import FileLock
-
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_suffix(".lock"))
-            lock.acquire()
-        except OSError as error:
-            raise FileError(f"cannot use the cache folder {self.folder}: {error.strerror}; give --cache-dir") from error
-        try:
-            yield
-        finally:
-            lock.release()
-
-
-def _key(fingerprints: Mapping[str, str]) -> str:
-    """What the weights are, for the name of an entry."""
-    return sha256(json.dumps(sorted(fingerprints.items())).encode()).hexdigest()[:16]
-
-
-def _serves(header: Mapping[str, Any], fingerprints: Mapping[str, str], ranks: Ranks) -> bool:
-    """Whether a cache entry's header promises these projections at these ranks."""
-    try:
+    def serves(header: Mapping[str, Any]) -> bool:
         for target, fingerprint in fingerprints.items():
             if header["sha256"].get(target) != fingerprint:
                 return False
             shape, kept = header["shapes"][target], header["ranks"][target]
             if any(need > have for need, have in zip(ranks.lowered(tuple(shape)).by_mode, kept, strict=True)):
                 return False
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return False
-    return True
+        return True
+
+    return serves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from craft_cli.methods.base import Chain, Method, Progress
 from craft_cli.methods.craft.change import PAPER_NOISE, CraftChange, slices_in_turn
 from craft_cli.methods.craft.decomposition import decompose_weights, recall
 from craft_cli.methods.craft.factors import Factors, from_tensors
+from craft_cli.methods.craft.proposal import propose
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.models.cards import Description
-from craft_cli.models.stacks import Weights
+from craft_cli.models.stacks import Shape, Weights
 from craft_cli.tucker import MODES
 
 
 class Craft(Method):
     """CRAFT keeps the factors of the stacked weights; its settings are the ranks of every projection."""
 
-    name = "craft"
+    name, title, paper = "craft", "CRAFT", "arXiv 2602.17510"
+    idea = "frozen Tucker factors of the stacked attention weights, one small trained matrix for each mode"
     Options = CraftOptions
 
     def prepare(
@@ -62,6 +65,20 @@ class Craft(Method):
     def build(self, frozen: Factors, options: CraftOptions) -> CraftChange:
         """K = 0, or as the paper starts."""
         return CraftChange(frozen.decompositions, PAPER_NOISE * options.init_noise)
+
+    def count(self, shapes: Mapping[str, Shape], options: CraftOptions) -> int:
+        """Of each projection r_layer^2 + r_out^2 + r_in^2, no rank above its dimension."""
+        return sum(Ranks.parse(options.ranks).lowered(shape).count_parameters() for shape in shapes.values())
+
+    def within(self, weights: Weights, options: CraftOptions, budget: int, progress: Progress) -> CraftOptions:
+        """The ranks that keep the most energy of the weights with at most `budget` numbers.
+
+        Raises:
+            ConfigError: ranks 1,1,1 train more.
+            ModelError: the weights cannot be decomposed.
+        """
+        found = propose(weights.stacks, weights.model, most=budget, progress=lambda what: progress(what, 0, 1))
+        return replace(options, ranks=(found.ranks.out, found.ranks.in_, found.ranks.layers))
 
     def settings(self, frozen: Factors, options: CraftOptions) -> dict[str, Any]:
         """The ranks of every projection, OUT,IN,LAYERS."""
@@ -123,12 +140,11 @@ class Craft(Method):
         each = ranks.values() if isinstance(ranks, Mapping) else [Ranks.parse(ranks)]
         size = " | ".join(dict.fromkeys(",".join(map(str, one)) for one in each))
         return Description(
-            title="CRAFT",
+            title=self.title,
             size=size,
             settings=f"ranks {size} (OUT,IN,LAYERS)",
             trained="in the transforms of",
-            source="frozen Tucker factors of the stacked attention weights, one small trained matrix for each mode "
-            "(arXiv 2602.17510)",
+            source=f"{self.idea} ({self.paper})",
         )
 
 

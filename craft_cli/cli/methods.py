@@ -1,0 +1,47 @@
+"""`craft methods`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from craft_cli.cli.options import JsonFlag, reports_errors
+from craft_cli.config import RunConfig
+
+
+@reports_errors
+def command(
+    model: Annotated[str | None, typer.Option(help="Count the numbers each trains: hub id, folder or 'demo'.")] = None,
+    targets: Annotated[str, typer.Option(metavar="NAMES", help="Projections to adapt.")] = ",".join(RunConfig.targets),
+    budget: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="With --model: the settings that train at most these: 16k.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """List the methods of `craft train --method`, with their papers and the numbers they train."""
+    from craft_cli.cli import console
+
+    with console.status("reading") as progress:
+        from craft_cli.api.methods import list_methods
+
+        names = tuple(part.strip() for part in targets.split(","))
+        found = list_methods(model, targets=names, budget=budget, progress=progress)
+    if json:
+        console.print_json([asdict(method) for method in found])
+        return
+    console.facts({method.name: f"{method.idea} ({method.paper})" for method in found})
+    if model is None:
+        return
+    console.out.print()
+    columns = ["method", "rank", "numbers"]
+    rows = [[method.name, method.size, method.parameters or 0] for method in found]
+    if budget:
+        columns += [f"within {budget}", "numbers"]
+        for row, method in zip(rows, found, strict=True):
+            row += [method.budget_size or "-", "" if method.budget_parameters is None else method.budget_parameters]
+    console.table(columns, rows)
+    for method in found:
+        if method.problem:
+            console.note(method.problem)

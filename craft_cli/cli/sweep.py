@@ -1,0 +1,127 @@
+"""`craft sweep`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
+from craft_cli.config import GROUPS, RunConfig
+from craft_cli.errors import ConfigError
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_SHARED = [name for name, group in RunConfig.groups().items() if group != GROUPS[-1] and name != "seed"]
+"""The settings of all trials; the others are about one run, or are the sweep's own."""
+
+
+SetsFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUES",
+        help="What is tried: learning_rate=1e-3,3e-3; ranks=64,64,8/32,32,4; learning_rate=1e-4..1e-2 with --trials. "
+        "An option of one method is for its trials only.",
+        show_default="the default space of the method",
+    ),
+]
+SamplerFlag = Annotated[
+    str | None, typer.Option(help="grid, random or tpe.", show_default="grid; tpe with --trials or a range")
+]
+PrunerFlag = Annotated[
+    str | None,
+    typer.Option(
+        help="End trials early that look worse than others: none, median or hyperband.",
+        show_default="median; none for a grid",
+    ),
+]
+TrialsFlag = Annotated[
+    int | None, typer.Option(min=1, help="Settings to sample.", show_default="all combinations; 20 of a default space")
+]
+StorageFlag = Annotated[
+    str | None, typer.Option(metavar="URL", help="A database that machines share.", show_default="SQLite in the folder")
+]
+ResumeFlag = Annotated[
+    bool, typer.Option("--resume", help="Go on with the sweep in --output-dir, or with the latest, or take part in it.")
+]
+
+
+@reports_errors
+@with_settings(*_SHARED)
+def command(
+    recipe: Annotated[
+        str | None, typer.Option(help="A shipped recipe's name or a YAML file; flags override it.")
+    ] = None,
+    sets: SetsFlag = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Of each setting; its score is their mean.", show_default="one")
+    ] = None,
+    trials: TrialsFlag = None,
+    timeout: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Begin no trial after this long: 90s, 30m, 2h, 1d.")
+    ] = None,
+    sampler: SamplerFlag = None,
+    pruner: PrunerFlag = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Trials at once.", show_default="one for each GPU, or one")
+    ] = None,
+    test_file: Annotated[
+        str | None, typer.Option(help="Score the best of each method, once, on rows that nothing was chosen on.")
+    ] = None,
+    storage: StorageFlag = None,
+    cache_dir: Annotated[
+        str | None, typer.Option(help="Folder of the factor files.", show_default="~/.cache/craft")
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option(help="Folder of the sweep.", show_default="sweeps/TASK-MODEL-TIME")
+    ] = None,
+    resume: ResumeFlag = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the trials, their numbers and the time, from one real step each.")
+    ] = False,
+    json: JsonFlag = False,
+    **settings: Any,
+) -> None:
+    """Compare settings and methods over seeds, on Optuna: a grid, or sampled ones; a table and pictures at the end."""
+    from craft_cli.cli import console, sweep_console
+    from craft_cli.config import load_recipe
+
+    if dry_run and resume:
+        raise ConfigError("--dry-run excludes --resume")
+    asked: dict[str, Any] = {
+        "settings": {name: value for name, value in settings.items() if value is not None},
+        "recipe": load_recipe(recipe) if recipe else {},
+        "seeds": None if seeds is None else _seeds(seeds),
+        "timeout": None if timeout is None else _seconds(timeout),
+    }
+    with console.status("starting"):
+        from craft_cli.api.sweep import SweepOptions, rehearse, sweep
+
+        options = SweepOptions(
+            **asked, sets=sets or [], trials=trials, sampler=sampler, pruner=pruner, jobs=jobs, test_file=test_file,
+            storage=storage, cache_dir=cache_dir, output_dir=output_dir, resume=resume,
+        )  # fmt: skip
+    with sweep_console.SweepConsole() as listener:
+        result: Any = (rehearse if dry_run else sweep)(options, listener)  # type: ignore[arg-type]  # a Listener but for import
+    if json:
+        console.print_json(result if dry_run else asdict(result))
+    elif dry_run:
+        sweep_console.show_rehearsal(result)
+    else:
+        sweep_console.show(result)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--seeds: expected whole numbers such as 1,2,3, not '{text}'") from None
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if not found:
+        raise ConfigError(f"--timeout: expected a number with s, m, h or d, such as 90s or 2h, not '{text}'")
+    return float(found[1]) * _UNITS[found[2]]

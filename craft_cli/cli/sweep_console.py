@@ -1,0 +1,218 @@
+"""What a sweep shows: a line for each trial and a bar while it works, its table, and what it would try."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from craft_cli.cli import console
+from craft_cli.cli.console import err, out
+
+if TYPE_CHECKING:
+    from craft_cli.sweeps.table import Results
+
+
+class SweepConsole:
+    """Shows a sweep: what is compared, a line for each trial, a bar of trials with the best so far and the time left."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"), console=err, transient=True, disable=not err.is_terminal, expand=True,
+        )  # fmt: skip
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> SweepConsole:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def _bar(self, done: int, total: int | None, detail: str) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task("trials", total=total, detail=detail)
+        self._progress.update(self._task, completed=done, total=total, detail=detail)
+
+    def started(self, results: Results, trials: int | None, jobs: int) -> None:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold")
+        grid.add_column(overflow="fold")
+        many = "as many as there is time for" if trials is None else f"{trials:,}"
+        for name, value in {
+            "methods": ", ".join(results.methods),
+            "varied": ", ".join(results.varied) or "the method alone",
+            "trials": f"{many} of a {results.sampler}" if results.sampler == "grid" else f"{many} by {results.sampler}",
+            "seeds": ",".join(map(str, results.seeds)),
+            "chosen by": f"{results.metric}, the {'lowest' if results.lower_is_better else 'highest'} mean",
+            "pruning": None if results.pruner == "none" else results.pruner,
+            "at once": f"{jobs}",
+            "sweep": results.output,
+        }.items():
+            if value is not None:
+                grid.add_row(name, escape(value))
+        err.print(Panel(grid, title="craft sweep", title_align="left", expand=False))
+        if results.done:
+            console.say(f"going on after {results.done:,} trials")
+        self._bar(results.done, trials, _best(results))
+
+    def tried(self, done: int, total: int) -> None:
+        self._bar(done, total, "one real step of each")
+
+    def ended(self, results: Results, trial: str, trials: int | None, seconds_left: float | None) -> None:
+        row = next(row for row in results.rows if row.trial == trial)
+        score = (
+            f"{results.metric} {spread(row.mean, row.std)}" if row.state == "complete" else f"{row.state}: {row.reason}"
+        )
+        parts = [
+            *(f"{name} {setting(value)}" for name, value in row.setting.items() if name in results.varied),
+            score,
+            *([f"{row.numbers:,} numbers"] if row.numbers is not None else []),
+            *([f"{row.seconds:.0f} s"] if row.seconds is not None else []),
+            *(["best so far"] if row.chosen == "best" else []),
+        ]
+        _line(err, row.trial, parts)
+        left = "" if seconds_left is None else f"{duration(seconds_left)} left"
+        self._bar(results.done, trials, "  ".join(part for part in (_best(results), left) if part))
+
+    def noticed(self, what: str) -> None:
+        console.note(what)
+
+    def stopping(self) -> None:
+        console.say("stopping: the running trials write their checkpoints")
+
+    def interrupted(self, output: Path) -> None:
+        self._progress.stop()
+        console.say(f"interrupted; the tables are in {output}")
+        console.say(f"resume with  craft sweep --resume --output-dir {shlex.quote(str(output))}")
+
+
+def _best(results: Results) -> str:
+    best = results.best
+    return f"best {results.metric} {best.mean:.4f} ({best.trial})" if best and best.mean is not None else ""
+
+
+def spread(mean: float | None, std: float | None) -> str:
+    """A mean, with its standard deviation where there is one."""
+    if mean is None:
+        return ""
+    return f"{mean:.4f}" if std is None else f"{mean:.4f} \N{PLUS-MINUS SIGN} {std:.4f}"
+
+
+def setting(value: Any) -> str:
+    """The value of a setting as it may be given again."""
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """`2 h 5 min`, `12 min` or `40 s`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def show(results: Any) -> None:
+    """The table of a sweep, what was chosen, and what must be said beside it."""
+    tested = any(row.test for row in results.rows)
+    columns = ["trial", "numbers", *results.varied, results.metric, "n", "seconds", *(["test"] if tested else [])]
+    rows = [
+        [
+            row.trial,
+            row.numbers if row.numbers is not None else "",
+            *(setting(row.setting[name]) if name in row.setting else "" for name in results.varied),
+            spread(row.mean, row.std) if row.state == "complete" else row.state,
+            row.n,
+            "" if row.seconds is None else f"{row.seconds:.0f}",
+            *([spread(row.test["mean"], row.test["std"]) if row.test else ""] if tested else []),
+        ]
+        for row in results.rows
+    ]
+    if _width(columns, rows) <= out.width:
+        console.table(columns, rows)
+    else:  # a line each, so that no number is broken
+        for row in rows:
+            _line(
+                out,
+                row[0],
+                [f"{name} {console.show(cell)}" for name, cell in zip(columns[1:], row[1:], strict=True) if cell != ""],
+            )
+    seeds = f"over the seeds {','.join(map(str, results.seeds))}" if len(results.seeds) > 1 else "one seed"
+    below = [f"{results.metric} on the validation rows, which chose; {seeds}"]
+    if tested:
+        below.append(f"test: the best of each method on {results.test_file}, on which nothing was chosen")
+    below += [f"{row.trial}: {row.reason}" for row in results.rows if row.reason and row.state != "complete"]
+    for line in below:
+        out.print(console.show(line), markup=False, soft_wrap=True)
+    out.print()
+    best = results.best
+    output = Path(results.output)
+    console.facts(
+        {
+            "best": best and f"{best.trial}, {results.metric} {spread(best.mean, best.std)}",
+            "repeat": best and f"craft train --recipe {output / 'best.yaml'}",
+            "tables": f"{output}/table.csv, trials.csv, results.json",
+            "pictures": ", ".join(str(path) for path in sorted(output.glob("score_by_*.png"))) or None,
+        }
+    )
+    for note in results.notes:
+        console.note(note)
+
+
+def show_rehearsal(rehearsed: Any) -> None:
+    """The trials that there would be, their numbers and their time."""
+    names = list(dict.fromkeys(name for row in rehearsed["rows"] for name in row["setting"]))
+    console.table(
+        ["method", "numbers", *names, "seconds a run"],
+        [
+            [
+                row["method"],
+                row["reason"] or row["numbers"],
+                *(setting(row["setting"][name]) if name in row["setting"] else "" for name in names),
+                "" if row["seconds"] is None else f"{row['seconds']:.0f}",
+            ]
+            for row in rehearsed["rows"]
+        ],
+    )
+    out.print()
+    if rehearsed["sampler"] != "grid":
+        for method, space in rehearsed["spaces"].items():
+            console.facts({f"space of {method}": ", ".join(f"{name} {values}" for name, values in space.items())})
+    seeds = len(rehearsed["seeds"])
+    console.facts(
+        {
+            "trials": f"{rehearsed['trials'] or 'until the time is over'}, {seeds} seed{'s' if seeds > 1 else ''} each, "
+            f"{rehearsed['jobs']} at once, {rehearsed['sampler']}",
+            "chosen by": rehearsed["metric"],
+            "time": rehearsed["seconds"] and f"about {duration(rehearsed['seconds'])}, by one real step of each",
+            "dry run": "nothing was written",
+        }
+    )
+
+
+def _line(to: Console, head: str, parts: Sequence[str]) -> None:
+    """A name and what is told of it; on a narrow terminal on several lines, no value apart from its name."""
+    lines = [head]
+    for part in parts:
+        if to.is_terminal and cell_len(f"{lines[-1]}  {part}") > to.width:
+            lines.append("  ")
+        lines[-1] += f"  {part}"
+    text = Text("\n".join(lines))
+    text.highlight_words(["best so far"], "green")
+    to.print(text, soft_wrap=True)
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:
+    """Of a table."""
+    cells = zip(columns, *([console.show(cell) for cell in row] for row in rows), strict=True)
+    return sum(max(map(cell_len, column)) + 3 for column in cells) - 3

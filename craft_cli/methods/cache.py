@@ -1,0 +1,86 @@
+"""The cache of what methods keep of a base: a folder of files, each found by what the weights are, never by a name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from craft_cli.errors import FileError
+from craft_cli.files import cache_folder, read_header
+
+Kept = TypeVar("Kept")
+Serves = Callable[[Mapping[str, Any]], bool]
+"""Whether an entry with this header serves a request; the header is a stranger's."""
+
+
+class FrozenCache(Generic[Kept]):
+    """The entries of one kind.
+
+    Args:
+        folder: `~/.cache/craft` (or below XDG_CACHE_HOME) without.
+        kind: of the files.
+        load: reads one.
+    """
+
+    def __init__(self, folder: str | Path | None, kind: str, load: Callable[[Path], Kept]) -> None:
+        self.folder, self.kind, self._load = cache_folder(folder), kind, load
+
+    def all_that_serve(self, serves: Serves) -> Iterator[Kept]:
+        """Every whole entry that serves a request."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with suppress(FileError):
+                if _asked(serves, read_header(path, self.kind)):
+                    yield self._load(path)
+
+    def find(self, fingerprints: Mapping[str, str], serves: Serves) -> tuple[Kept | None, list[str]]:
+        """An entry that serves a request, or None; and a line for each damaged entry of these weights passed over."""
+        damaged: list[str] = []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                if _asked(serves, read_header(path, self.kind)):
+                    return self._load(path), damaged
+            except FileError as error:
+                if self._key(fingerprints) in path.name:  # another model's is made again when that is asked for
+                    damaged.append(str(error))
+        return None, damaged
+
+    def path_for(self, model: str, fingerprints: Mapping[str, str]) -> Path:
+        """Where the entry for these weights is written: readable name, then what the weights are."""
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or "model").strip(".-") or "model"
+        return self.folder / f"{slug}-{self._key(fingerprints)}.safetensors"
+
+    @contextmanager
+    def lock(self, path: Path) -> Iterator[None]:
+        """Held while an entry is made, so that a second process waits for it and then finds it.
+
+        Raises:
+            FileError: the cache folder cannot be written.
+        """
+        from filelock import FileLock
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_suffix(".lock"))
+            lock.acquire()
+        except OSError as error:
+            raise FileError(f"cannot use the cache folder {self.folder}: {error.strerror}; give --cache-dir") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _key(self, fingerprints: Mapping[str, str]) -> str:
+        """What the weights are, and what is kept of them, for the name of an entry."""
+        return sha256(json.dumps([self.kind, *sorted(fingerprints.items())]).encode()).hexdigest()[:16]
+
+
+def _asked(serves: Serves, header: Mapping[str, Any]) -> bool:
+    try:
+        return serves(header)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False

@@ -1,0 +1,145 @@
+"""LoTR (Bershatsky et al. 2024, arXiv 2402.01376): the changes of all layers as one tensor of low rank (Tucker-2).
+
+    dW_l = s A G_l B        A (d_out, r) and B (r, d_in) of all layers, G_l (r, r) of layer l, all trained; s = alpha / r
+
+The authors' code (daskol/lotr) shares one pair A, B over query and value too; here over all projections that are adapted,
+where they are of one shape (`all`), or over the layers of a projection. G starts at zero; A and B at N(0, 1), or at the
+bases of the stacked weights, orthonormal as the authors leave them (`svd`: Tucker-2 by HOSVD; their variant with the core
+of the weights in G does not start at the base model). The chain of a layer is B^T (d_in, r), s G_l^T (r, r), A^T (r, d_out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from craft_cli.config import LotrOptions
+from craft_cli.errors import ConfigError, ModelError
+from craft_cli.methods.base import Chain, Change, Method, Progress
+from craft_cli.methods.frozen import Frozen, Sketch
+from craft_cli.models.cards import Description
+from craft_cli.models.stacks import Shape, Weights
+from craft_cli.tucker import hosvd
+
+Bases = tuple[Tensor, Tensor]
+"""U_out (d_out, r) and U_in (d_in, r)."""
+
+
+def sharing(shapes: Mapping[str, Shape], options: LotrOptions) -> dict[str, list[str]]:
+    """The projections that share one A and B, by the name of the pair."""
+    if options.lotr_share == "all" and len({shape[1:] for shape in shapes.values()}) == 1:
+        return {"all": list(shapes)}
+    return {name: [name] for name in shapes}
+
+
+@dataclass(frozen=True, eq=False)
+class Start(Sketch):
+    """Whose weights they are, and the bases that A and B start at; these are no part of an adapter.
+
+    Attributes:
+        bases: of every pair, where it starts so.
+    """
+
+    bases: Mapping[str, Bases] = field(default_factory=dict)
+
+
+class LotrChange(Change):
+    """A and B of every pair, G of every projection.
+
+    Args:
+        frozen: shapes, and perhaps bases to start at.
+        options: rank, alpha, sharing.
+    """
+
+    def __init__(self, frozen: Frozen, options: LotrOptions) -> None:
+        super().__init__()
+        self.shapes, self.scale = frozen.shapes, options.alpha / options.rank
+        self.lotr_A, self.lotr_B, self.lotr_G = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.pair_of: dict[str, str] = {}
+        bases = frozen.bases if isinstance(frozen, Start) else {}
+        for pair, projections in sharing(self.shapes, options).items():
+            _, d_out, d_in = self.shapes[projections[0]]
+            self.lotr_A[pair] = nn.Parameter(bases[pair][0].contiguous() if bases else torch.randn(d_out, options.rank))
+            self.lotr_B[pair] = nn.Parameter(
+                bases[pair][1].T.contiguous() if bases else torch.randn(options.rank, d_in)
+            )
+            for name in projections:
+                self.pair_of[name] = pair
+                self.lotr_G[name] = nn.Parameter(torch.zeros(self.shapes[name][0], options.rank, options.rank))
+
+    def chains(self, projection: str, dtype: torch.dtype | None = None) -> list[Chain]:
+        """B^T (d_in, r), s G_l^T (r, r), A^T (r, d_out) of every layer."""
+        pair = self.pair_of[projection]
+        b, a = self.lotr_B[pair].T.to(dtype), self.lotr_A[pair].T.to(dtype)
+        return [(b, g, a) for g in (self.scale * self.lotr_G[projection].mT).to(dtype).unbind(0)]
+
+
+class Lotr(Method):
+    """LoTR as a method; it keeps nothing of the base's weights."""
+
+    name, title, paper = "lotr", "LoTR", "arXiv 2402.01376"
+    idea = "trained bases shared by all layers, one small trained matrix for every adapted weight"
+    Options = LotrOptions
+
+    def prepare(
+        self, weights: Weights, options: LotrOptions, cache_dir: str | None, progress: Progress
+    ) -> tuple[Start, Sequence[str]]:
+        """The bases of the stacked weights, where A and B start at these.
+
+        Raises:
+            ConfigError: a rank above the dimensions of the weights.
+            ModelError: a weight is not finite.
+        """
+        pairs = sharing(weights.shapes, options)
+        notes = []
+        if options.lotr_share == "all" and len(pairs) > 1:
+            notes.append("the projections differ in shape, so each has its own A and B (--lotr-share projection)")
+        bases: dict[str, Bases] = {}
+        if options.lotr_start == "svd":
+            for pair, projections in pairs.items():
+                stack = [layer for name in projections for layer in weights.stacks[name]]
+                most = min(weights.shapes[projections[0]][1:])
+                if options.rank > most:
+                    raise ConfigError(f"--rank {options.rank}: --lotr-start svd has {most} at most here")
+                progress(f"bases of {' and '.join(projections)}", 0, 1)
+                try:
+                    _, u_out, u_in = hosvd(stack, (1, options.rank, options.rank)).factors
+                except (ValueError, RuntimeError) as error:
+                    raise ModelError(
+                        f"{weights.model}: cannot decompose {' and '.join(projections)}: {error}"
+                    ) from error
+                progress(f"bases of {' and '.join(projections)}", 1, 1)
+                bases[pair] = (u_out, u_in)
+        start = Start.of(weights)
+        return Start(**{**vars(start), "bases": bases}), notes
+
+    def build(self, frozen: Frozen, options: LotrOptions) -> LotrChange:
+        """G zero."""
+        return LotrChange(frozen, options)
+
+    def count(self, shapes: Mapping[str, Shape], options: LotrOptions) -> int:
+        """Of each pair r (d_in + d_out), of each projection L r^2."""
+        r = options.rank
+        pairs = (shapes[projections[0]] for projections in sharing(shapes, options).values())
+        return sum(r * (d_out + d_in) for _, d_out, d_in in pairs) + sum(n * r * r for n, _, _ in shapes.values())
+
+    def facts(
+        self, frozen: Any, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str
+    ) -> dict[str, Any]:
+        """Its own numbers, and those of the pair, which others may share."""
+        options = self.options(settings)
+        pair = next(name for name, them in sharing(frozen.shapes, options).items() if projection in them)
+        shared = sum(trained[f"lotr_{part}.{pair}"].numel() for part in "AB")
+        return {"parameters": trained[f"lotr_G.{projection}"].numel(), "shared": shared}
+
+    def describe(self, settings: Mapping[str, Any]) -> Description:
+        """Rank, alpha, sharing."""
+        share = "over all projections" if settings["lotr_share"] == "all" else "by projection"
+        return self.described(settings, f"alpha {settings['alpha']:g}, shared {share}", "in A, B and G of")
+
+
+METHOD = Lotr()

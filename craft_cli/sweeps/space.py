@@ -1,0 +1,200 @@
+"""What a sweep tries: values of `--set`, a range, or the default space; for each method its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from craft_cli.config import GROUPS, METHOD_OPTIONS, RunConfig, flag, parse_settings
+from craft_cli.config.options import LEARNING_RATES, owners
+from craft_cli.errors import ConfigError, nearest
+
+_AROUND = 10.0
+"""The default space reaches from a tenth of a rate to ten times it."""
+DEFAULT_RATES = ("learning_rate", "head_learning_rate")
+"""What every method's default space holds, each around its own value."""
+DEFAULT_CHOICES: dict[str, tuple[Any, ...]] = {"ranks": ("32,32,4", "64,64,8", "128,128,8"), "rank": (2, 4, 8, 16)}
+"""What the default space of a method holds besides, of the options that it has; its own value is one more choice."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """All numbers from `low` to `high`; on a logarithmic scale where `low` is above zero."""
+
+    low: float
+    high: float
+    whole: bool = False
+
+    @property
+    def log(self) -> bool:
+        """Whether its scale is logarithmic."""
+        return self.low > 0
+
+    def __contains__(self, value: Any) -> bool:
+        return isinstance(value, (int, float)) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.low:g}..{self.high:g}"
+
+
+Values = tuple[Any, ...] | Range
+"""What one setting may be, each value as it stands in a recipe."""
+Space = dict[str, Values]
+"""Values by the name of the setting."""
+
+
+def parse_sets(words: Sequence[str]) -> Space:
+    """What is to be tried, from `learning_rate=1e-3,3e-3`, `ranks=64,64,8/32,32,4` or `learning_rate=1e-4..1e-2`.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each.
+    """
+    space: Space = {}
+    problems = []
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.strip().removeprefix("--").replace("-", "_")
+        try:
+            if not equals or not text.strip():
+                raise ConfigError(f"--set {word}: expected NAME=VALUE,VALUE such as learning_rate=1e-3,3e-3")
+            if name in space:
+                raise ConfigError(f"--set {name}: it is there twice; put all its values into one")
+            space[name] = _parse(name, text)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return space
+
+
+def _parse(name: str, text: str) -> Values:
+    groups = RunConfig.groups()
+    if name not in groups:
+        raise ConfigError(f"--set {name}: no such setting{nearest(name, groups)}")
+    if name == "seed":
+        raise ConfigError("--set seed: give --seeds, whose runs are averaged")
+    if groups[name] == GROUPS[-1]:
+        raise ConfigError(f"--set {name}: it is not part of what is compared; give {flag(name)}, or leave it out")
+    hint = str(get_type_hints(RunConfig)[name])
+    low, dots, high = text.partition("..")
+    if dots and ("int" in hint or "float" in hint) and "tuple" not in hint:
+        ends = [_value(name, end) for end in (low, high)]
+        if not all(isinstance(end, (int, float)) and math.isfinite(end) for end in ends) or ends[0] >= ends[1]:
+            raise ConfigError(f"--set {name}={text}: expected two numbers LOW..HIGH, the lower one first")
+        return Range(ends[0], ends[1], whole="float" not in hint)
+    parts = text.split("/" if "tuple" in hint else ",")
+    return tuple(dict.fromkeys(_value(name, part) for part in parts))
+
+
+def _value(name: str, text: str) -> Any:
+    """One value as it stands in a recipe; None for `none` of a setting that may be left out."""
+    default = next(field.default for field in dataclasses.fields(RunConfig) if field.name == name)
+    if text.strip() == "none" and default is None:
+        return None
+    try:
+        value = parse_settings({name: text.strip()})[name]
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(flag(name), f"--set {name}", 1)) from None
+    return plain(value)
+
+
+def plain(value: Any) -> Any:
+    """A setting as it stands in a recipe."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def methods_of(space: Space, base: str) -> tuple[str, ...]:
+    """The methods that are tried.
+
+    Args:
+        space: of `parse_sets`.
+        base: the method where none is named in it.
+
+    Raises:
+        ConfigError: an option is named that none of them has.
+    """
+    named = space.get("method", (base,))
+    methods = named if isinstance(named, tuple) else (base,)
+    for name in space:
+        if owners(name) and not set(owners(name)) & set(methods):
+            raise ConfigError(f"--set {name} is for --method {' or '.join(owners(name))}, not {' or '.join(methods)}")
+    return methods
+
+
+def own(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Settings without the options of other methods, and of this one."""
+    kept = {name: value for name, value in settings.items() if not owners(name) or method in owners(name)}
+    return kept | {"method": method}
+
+
+def space_of(method: str, sets: Space) -> Space:
+    """What is tried of one method: an option of another one is left out."""
+    return {name: values for name, values in own(sets, method).items() if name != "method"}
+
+
+def default_space(recipe: Mapping[str, Any]) -> Space:
+    """The space of a method where nothing is named: its rates, and what decides how many numbers it trains.
+
+    Args:
+        recipe: the settings given, method among them. What cannot be combined with them is left out.
+    """
+    given = RunConfig.build(recipe=recipe)
+    config = given.completed()
+    usual = {"learning_rate": LEARNING_RATES[config.method], "head_learning_rate": RunConfig.head_learning_rate}
+    space: Space = {}
+    for name in DEFAULT_RATES:
+        rate = getattr(config, name) or usual[name]
+        space[name] = Range(rate / _AROUND, rate * _AROUND)
+    for name, choices in () if given.budget else DEFAULT_CHOICES.items():
+        if name not in {field.name for field in dataclasses.fields(METHOD_OPTIONS[config.method])}:
+            continue
+        mine = plain(getattr(config, name))
+        found = choices if mine in choices else (mine, *choices)
+        if all(_fits(recipe, {name: value}) for value in found):
+            space[name] = found
+    return space
+
+
+def _fits(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    try:
+        RunConfig.build(recipe=recipe, flags=settings)
+    except ConfigError:
+        return False
+    return True
+
+
+def grid(space: Space) -> Iterator[dict[str, Any]]:
+    """All combinations of the values, the last setting changing fastest.
+
+    Raises:
+        ConfigError: a range has no end of values.
+    """
+    for name, values in space.items():
+        if isinstance(values, Range):
+            raise ConfigError(f"--set {name}={values}: a grid needs values; name them, or give --trials")
+    for combination in itertools.product(*space.values()):  # type: ignore[arg-type]
+        yield dict(zip(space, combination, strict=True))
+
+
+def size(space: Space) -> float:
+    """How many combinations there are."""
+    return math.prod(math.inf if isinstance(values, Range) else len(values) for values in space.values())
+
+
+def build(recipe: Mapping[str, Any], settings: Mapping[str, Any], seed: int) -> RunConfig:
+    """The run of a setting and a seed.
+
+    Args:
+        recipe: what all trials of its method share.
+        settings: of the trial; None takes a setting of the recipe away.
+        seed: of the run.
+
+    Raises:
+        ConfigError: they cannot be combined.
+    """
+    shared = {name: value for name, value in recipe.items() if name not in settings}
+    return RunConfig.build(recipe=shared, flags={**settings, "seed": seed})

@@ -1,0 +1,340 @@
+"""The trials of a sweep, shared by all who work on it: Optuna's storage, with one study for each method.
+
+A trial waits, is taken by one worker, and ends as complete, pruned or failed. Workers record that they live; the trial of
+one that no longer does waits again, under its former name, so that it goes on in its former folder. Methods have studies of
+their own, so that sampling and pruning compare a setting with others of its method only, and each gets as many trials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from craft_cli.errors import ConfigError, CraftError
+from craft_cli.files import LOCK_FILE
+from craft_cli.sweeps.plan import Plan
+from craft_cli.sweeps.space import Range
+from craft_cli.tasks.metrics import lower_is_better
+
+if TYPE_CHECKING:
+    import optuna
+
+HEARTBEAT = 10
+"""Seconds between two signs of life of a trial."""
+GRACE = 60
+"""Seconds without one after which a trial's worker counts as dead; on the same machine it is noticed at once."""
+_STARTUP_TRIALS = 5
+"""Random ones of a method, before TPE and pruning have something to go by."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A trial that this process works on.
+
+    Attributes:
+        name: the same if another worker takes it over; its runs' folders are called after it.
+        method: whose it is.
+        setting: what it tries.
+        trial: Optuna's.
+    """
+
+    name: str
+    method: str
+    setting: Mapping[str, Any]
+    trial: optuna.Trial
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial as the storage knows it.
+
+    Attributes:
+        name: of the trial.
+        method: whose it is.
+        state: `waiting`, `running`, `complete`, `pruned` or `failed`.
+        setting: what it tries; empty before it was sampled.
+        runs: what is known of its runs, one a seed.
+    """
+
+    name: str
+    method: str
+    state: str
+    setting: Mapping[str, Any]
+    runs: Sequence[Mapping[str, Any]]
+
+
+def import_optuna() -> Any:
+    """Optuna, which says on its own screen only what fails.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError("craft sweep needs Optuna: pip install 'craft-cli[sweep]'") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+class Studies:
+    """All trials of a sweep.
+
+    Args:
+        folder: of the sweep.
+        plan: of the sweep.
+        storage: URL of a database.
+        name: of the sweep in this database.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, storage: str, name: str) -> None:
+        self._optuna, self._plan, self._name = import_optuna(), plan, name
+        self._lock = FileLock(folder / LOCK_FILE)
+        self._storage = _connect(self._optuna, storage, self._wait_again)
+        self._studies: dict[str, optuna.Study] = {}
+
+    def create(self) -> None:
+        """Make the studies.
+
+        Raises:
+            ConfigError: the storage has a sweep of this name.
+        """
+        direction = "minimize" if lower_is_better(self._plan.metric) else "maximize"
+        try:
+            for method in self._plan.methods:
+                study = self._optuna.create_study(
+                    storage=self._storage, study_name=f"{self._name}/{method}", direction=direction
+                )
+                study.set_user_attr("plan", json.dumps(self._plan.record()))
+        except self._optuna.exceptions.DuplicatedStudyError:
+            raise ConfigError(
+                f"--storage: it has a sweep '{self._name}' already: --resume takes part in it, another --output-dir is another"
+            ) from None
+        self.open()
+
+    def open(self) -> None:
+        """Find the studies that were made."""
+        for method in self._plan.methods:
+            study = self._optuna.load_study(storage=self._storage, study_name=f"{self._name}/{method}")
+            study.pruner = _pruner(self._optuna, self._plan.pruner)
+            self._studies[method] = study
+
+    # -- the queue ------------------------------------------------------------------------------------------------------
+
+    def queue(self, trials: int | None) -> None:
+        """Let so many trials wait in all, those of the methods in turn; without a number one, if none waits."""
+        with self._lock:
+            for study in self._studies.values() if trials else ():
+                study.set_user_attr("trials", trials)  # for those who take part from elsewhere
+            if self._plan.sampler == "grid":
+                if not any(study.get_trials(deepcopy=False) for study in self._studies.values()):
+                    for method, setting in self._plan.settings():
+                        self._studies[method].enqueue_trial(dict(setting), user_attrs={"queued": True})
+                return
+            there = {method: len(self._originals(study)) for method, study in self._studies.items()}
+            while sum(there.values()) < trials if trials else not self._waiting():
+                method = min(there, key=lambda method: there[method])
+                first = {} if there[method] else self._plan.start_of(method)
+                self._studies[method].enqueue_trial(first, user_attrs={"queued": True})
+                there[method] += 1
+
+    def take(self) -> Taken | None:
+        """The next trial that waits; None where none does."""
+        with self._lock:  # SQLite would let two workers take the same one
+            self._reclaim()
+            waiting = self._waiting()
+            if not waiting:
+                return None
+            _, _, method = waiting[0]
+            study = self._studies[method]
+            with _quiet():
+                trial = study.ask()
+            if not trial.user_attrs.get("queued"):  # a worker without this folder was faster: this one is made up
+                study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+                return None
+            self._storage.record_heartbeat(trial._trial_id)
+            trial.set_user_attr("worker", _worker())
+        number = int(trial.user_attrs.get("first", trial.number))
+        study.sampler = _sampler(self._optuna, self._plan.sampler, number)
+        setting = {name: self._suggest(trial, name, values) for name, values in self._plan.spaces[method].items()}
+        return Taken(_name(method, number), method, setting, trial)
+
+    def _suggest(self, trial: optuna.Trial, name: str, values: Any) -> Any:
+        if not isinstance(values, Range):
+            return trial.suggest_categorical(name, values)
+        if values.whole:
+            return trial.suggest_int(name, int(values.low), int(values.high), log=values.log)
+        return float(
+            f"{trial.suggest_float(name, values.low, values.high, log=values.log):.4g}"
+        )  # it is read by people
+
+    def _originals(self, study: optuna.Study) -> list[Any]:
+        """The trials that are no others' continuation."""
+        return [
+            t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("queued") and "first" not in t.user_attrs
+        ]
+
+    def _waiting(self) -> list[tuple[int, int, str]]:
+        """Number, place of the method, method: of all that wait, the next one first."""
+        state = (self._optuna.trial.TrialState.WAITING,)
+        return sorted(
+            (trial.user_attrs.get("first", trial.number), place, method)
+            for place, (method, study) in enumerate(self._studies.items())
+            for trial in study.get_trials(deepcopy=False, states=state)
+        )
+
+    def running(self) -> bool:
+        """Whether anybody has a trial at work."""
+        state = (self._optuna.trial.TrialState.RUNNING,)
+        return any(study.get_trials(deepcopy=False, states=state) for study in self._studies.values())
+
+    # -- at work --------------------------------------------------------------------------------------------------------
+
+    def lives(self, taken: Taken) -> None:
+        """A sign of life of a trial."""
+        self._storage.record_heartbeat(taken.trial._trial_id)
+
+    def runs(self, taken: Taken, runs: Sequence[Mapping[str, Any]]) -> None:
+        """What is known of its runs now."""
+        with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):  # it was taken over
+            taken.trial.set_user_attr("runs", list(runs))
+
+    def should_prune(self, taken: Taken, evaluation: int, score: float) -> bool:
+        """Report an evaluation; whether the trial is to end."""
+        with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):  # it was taken over
+            if evaluation not in self._storage.get_trial(taken.trial._trial_id).intermediate_values:
+                taken.trial.report(score, evaluation)
+            return bool(taken.trial.should_prune())
+        return False
+
+    def end(self, taken: Taken, state: str, score: float | None = None) -> None:
+        """It is `complete`, `pruned` or `failed`."""
+        study, states = self._studies[taken.method], self._optuna.trial.TrialState
+        kind = {"complete": None, "pruned": states.PRUNED, "failed": states.FAIL}[state]
+        study.tell(taken.trial, score if kind is None else None, state=kind, skip_if_finished=True)
+
+    def give_back(self, taken: Taken) -> None:
+        """It waits again, for whoever takes it next."""
+        with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):
+            self._storage.set_trial_state_values(taken.trial._trial_id, self._optuna.trial.TrialState.WAITING)
+
+    # -- workers that died ----------------------------------------------------------------------------------------------
+
+    def _reclaim(self) -> None:
+        """Let the trials of dead workers wait again: those without a sign of life, and those of processes that are gone."""
+        import psutil
+
+        states = self._optuna.trial.TrialState
+        for study in self._studies.values():
+            with _quiet():
+                self._optuna.storages.fail_stale_trials(study)
+            for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+                host, _, process = str(trial.user_attrs.get("worker", "")).rpartition(":")
+                if host != socket.gethostname() or psutil.pid_exists(int(process)):
+                    continue
+                with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):
+                    self._storage.set_trial_state_values(trial._trial_id, states.FAIL)
+                    self._wait_again(study, trial)
+
+    def _wait_again(self, study: optuna.Study, trial: Any) -> None:
+        """Queue what a dead worker began: the same setting under the same name."""
+        study.add_trial(
+            self._optuna.trial.create_trial(
+                state=self._optuna.trial.TrialState.WAITING,
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs={"first": trial.number} | trial.user_attrs,
+                system_attrs=trial.system_attrs,
+            )
+        )
+
+    # -- what is known --------------------------------------------------------------------------------------------------
+
+    def trials(self) -> list[Tried]:
+        """Every trial once, method by method; what a dead worker left is told by the one that goes on with it."""
+        found: dict[str, Tried] = {}
+        for method, study in self._studies.items():
+            for trial in study.get_trials(deepcopy=False):
+                if not trial.user_attrs.get("queued"):
+                    continue
+                name = _name(method, trial.user_attrs.get("first", trial.number))
+                state = {"fail": "failed"}.get(trial.state.name.lower(), trial.state.name.lower())
+                fixed = trial.system_attrs.get("fixed_params", {}) if self._plan.sampler == "grid" else {}
+                setting = fixed | {
+                    key: float(f"{value:.4g}") if isinstance(value, float) and key not in fixed else value
+                    for key, value in trial.params.items()
+                }
+                order = {key: setting[key] for key in self._plan.spaces[method] if key in setting}
+                found[name] = Tried(name, method, state, order, trial.user_attrs.get("runs", []))
+        return sorted(found.values(), key=lambda trial: (self._plan.methods.index(trial.method), trial.name))
+
+    def tests(self, method: str) -> dict[str, Any]:
+        """What the chosen setting of a method reached on the test rows; empty before."""
+        return dict(self._studies[method].user_attrs.get("test", {}))
+
+    def write_tests(self, method: str, found: Mapping[str, Any]) -> None:
+        """Keep it."""
+        self._studies[method].set_user_attr("test", dict(found))
+
+
+def find_plan(storage: str, name: str) -> tuple[Plan, int | None] | None:
+    """The plan of a sweep that others began in this storage, and how many trials there are to be."""
+    optuna = import_optuna()
+    for study in optuna.get_all_study_summaries(_connect(optuna, storage, None)):
+        if study.study_name.startswith(f"{name}/") and "plan" in study.user_attrs:
+            return Plan.of(json.loads(study.user_attrs["plan"])), study.user_attrs.get("trials")
+    return None
+
+
+def _connect(optuna: Any, url: str, stale: Any) -> Any:
+    sqlite = url.startswith("sqlite")
+    try:
+        with _quiet():
+            return optuna.storages.RDBStorage(
+                url,
+                engine_kwargs={"connect_args": {"timeout": 100}} if sqlite else {"pool_pre_ping": True},
+                heartbeat_interval=HEARTBEAT,
+                grace_period=GRACE,
+                heartbeat_stale_trial_callback=stale,
+            )
+    except Exception as error:  # every database has errors of its own
+        reason = " ".join(str(error).split())[:200]
+        raise CraftError(f"--storage: cannot be used: {reason}") from error
+
+
+def _sampler(optuna: Any, kind: str, number: int) -> Any:
+    """A sampler that depends on the trial's number and on those before it only, so that a sweep that was cut goes on alike."""
+    if kind == "tpe":
+        return optuna.samplers.TPESampler(seed=number, n_startup_trials=_STARTUP_TRIALS)
+    return optuna.samplers.RandomSampler(seed=number)
+
+
+def _pruner(optuna: Any, kind: str) -> Any:
+    if kind == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
+    return optuna.pruners.HyperbandPruner() if kind == "hyperband" else optuna.pruners.NopPruner()
+
+
+def _name(method: str, number: int) -> str:
+    return f"{method}-{number + 1:03d}"
+
+
+def _worker() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Optuna's warnings that heartbeats are experimental, and meant for its own loop."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

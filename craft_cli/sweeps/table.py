@@ -1,0 +1,256 @@
+"""What came of a sweep: a row for each setting, a row for each run, the best ones, and what must be said beside them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from craft_cli.errors import FileError
+from craft_cli.files import read_json, write_bytes, write_json
+from craft_cli.sweeps.plan import PLAN_FILE, Plan
+from craft_cli.sweeps.studies import Tried
+from craft_cli.tasks.metrics import lower_is_better
+
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting.
+
+    Attributes:
+        trial: its name; the folders of its runs begin with it.
+        method: as after `--method`.
+        state: `complete`, `failed`, `pruned`, `running` or `waiting`.
+        setting: what it tries.
+        numbers: trained in the adapter.
+        mean: of the metric that chooses, over the seeds that finished; of a pruned one its best evaluation.
+        std: standard deviation over these seeds (n - 1 below); None of one.
+        n: how many seeds finished.
+        seconds: of a run, the mean.
+        chosen: `best`, `best of METHOD`, or nothing.
+        test: `mean`, `std` and `n` on the test rows, of those that were chosen.
+        reason: why it failed or was pruned.
+    """
+
+    trial: str
+    method: str
+    state: str
+    setting: Mapping[str, Any]
+    numbers: int | None = None
+    mean: float | None = None
+    std: float | None = None
+    n: int = 0
+    seconds: float | None = None
+    chosen: str = ""
+    test: Mapping[str, Any] | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a sweep found so far.
+
+    Attributes:
+        output: folder of the sweep.
+        metric: on the validation rows, chose.
+        lower_is_better: whether that metric is an error.
+        sampler: `grid`, `random` or `tpe`.
+        pruner: `none`, `median` or `hyperband`.
+        methods: compared.
+        varied: the settings that differ, the method apart.
+        seeds: of each setting.
+        rows: a setting each, the best first, those without a score last.
+        runs: a run each.
+        notes: what the user should know.
+        test_file: on whose rows the chosen settings were scored.
+    """
+
+    output: str
+    metric: str
+    lower_is_better: bool
+    sampler: str
+    pruner: str
+    methods: Sequence[str]
+    varied: Sequence[str]
+    seeds: Sequence[int]
+    rows: Sequence[Row]
+    runs: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = field(default_factory=list)
+    test_file: str | None = None
+
+    @property
+    def best(self) -> Row | None:
+        """The best setting; None before the first is complete."""
+        return next((row for row in self.rows if row.chosen == "best"), None)
+
+    @property
+    def done(self) -> int:
+        """Settings that are complete, failed or pruned."""
+        return sum(row.state not in ("running", "waiting") for row in self.rows)
+
+
+def collect(output: str, plan: Plan, trials: Sequence[Tried], tests: Mapping[str, Mapping[str, Any]]) -> Results:
+    """The tables.
+
+    Args:
+        output: folder of the sweep.
+        plan: of the sweep.
+        trials: all there are.
+        tests: for each method what its chosen setting reached on test rows, as `test_record` gives it.
+    """
+    lower = lower_is_better(plan.metric)
+    sign = 1 if lower else -1
+    rows = sorted(
+        map(_row, trials),
+        key=lambda row: (row.state != "complete", row.mean is None, sign * (row.mean or 0), row.numbers or 0),
+    )
+    seen: set[str] = set()
+    marked = []
+    for row in rows:
+        if row.state == "complete" and row.method not in seen:
+            row = _with(row, chosen=f"best of {row.method}" if seen else "best")
+            seen.add(row.method)
+            if tests.get(row.method, {}).get("trial") == row.trial:
+                row = _with(row, test=_spread(tests[row.method]["scores"].values()))
+        marked.append(row)
+    runs = [{"trial": trial.name, "method": trial.method, "setting": dict(trial.setting), **run}
+            for trial in trials for run in trial.runs]  # fmt: skip
+    files = [test["file"] for test in tests.values() if test]
+    return Results(
+        output=output,
+        metric=plan.metric,
+        lower_is_better=lower,
+        sampler=plan.sampler,
+        pruner=plan.pruner,
+        methods=plan.methods,
+        varied=plan.varied,
+        seeds=list(plan.seeds),
+        rows=marked,
+        runs=runs,
+        notes=_notes(plan, marked),
+        test_file=files[0] if files else None,
+    )
+
+
+def _row(trial: Tried) -> Row:
+    finished = [run for run in trial.runs if run["state"] == "finished"]
+    scored = finished or [run for run in trial.runs if run["score"] is not None]
+    spread = _spread(run["score"] for run in scored) if scored else {}
+    return Row(
+        trial.name,
+        trial.method,
+        trial.state,
+        trial.setting,
+        numbers=finished[0]["parameters"]["adapter"] if finished else None,
+        mean=spread.get("mean"),
+        std=spread.get("std"),
+        n=len(finished),
+        seconds=fmean(run["seconds"] for run in finished) if finished else None,
+        reason=next((run["reason"] for run in trial.runs if run["reason"]), ""),
+    )
+
+
+def _with(row: Row, **changes: Any) -> Row:
+    return Row(**{**vars(row), **changes})
+
+
+def _spread(scores: Iterable[float]) -> dict[str, Any]:
+    scores = list(scores)
+    return {"mean": fmean(scores), "std": stdev(scores) if len(scores) > 1 else None, "n": len(scores)}
+
+
+def _notes(plan: Plan, rows: Sequence[Row]) -> list[str]:
+    notes = []
+    rate = "learning_rate"
+    if len(rows) > 1 and rate not in plan.varied and (len(plan.methods) > 1 or plan.varied):
+        notes.append(
+            "all settings were trained at one learning rate: tuned rates decide such comparisons (arXiv 2602.04998); "
+            "add --set learning_rate=..."
+        )
+    for row in rows:
+        if row.chosen and rate in row.setting and plan.sampler == "grid":
+            tried = sorted({other.setting[rate] for other in rows if other.method == row.method})
+            levels = {other.mean for other in rows if other.method == row.method and other.n}
+            if len(tried) > 1 and len(levels) > 1 and row.setting[rate] in (tried[0], tried[-1]):
+                edge = "lowest" if row.setting[rate] == tried[0] else "highest"
+                notes.append(
+                    f"the best rate of {row.method}, {row.setting[rate]:g}, is the {edge} tried: try beyond it"
+                )
+    failed = sum(row.state == "failed" for row in rows)
+    if failed:
+        notes.append(f"{failed} of {len(rows)} settings failed; their rows say why, and the logs are beside their runs")
+    return notes
+
+
+# -- files -----------------------------------------------------------------------------------------------------------------
+
+
+def write_tables(folder: Path, results: Results) -> None:
+    """Write trials.csv (a row a run), table.csv (a row a setting) and results.json."""
+    names = list(dict.fromkeys(name for row in results.rows for name in row.setting))
+    metrics = list(dict.fromkeys(name for run in results.runs for name in run.get("metrics", {})))
+    table = [
+        {
+            **{name: getattr(row, name) for name in ("trial", "method", "state", "numbers")},
+            **{name: row.setting.get(name) for name in names},
+            f"{results.metric}_mean": row.mean,
+            f"{results.metric}_std": row.std,
+            **{name: getattr(row, name) for name in ("n", "seconds", "chosen", "reason")},
+            **{f"test_{name}": (row.test or {}).get(name) for name in ("mean", "std", "n")},
+        }
+        for row in results.rows
+    ]
+    trials = [
+        {
+            **{name: run[name] for name in ("trial", "seed", "method", "state")},
+            **{name: run["setting"].get(name) for name in names},
+            "score": run["score"],
+            **{name: run.get("metrics", {}).get(name) for name in metrics},
+            **{f"numbers_{part}": run.get("parameters", {}).get(part) for part in ("adapter", "head")},
+            **{name: run.get(name) for name in ("epoch", "updates", "seconds", "reason", "run")},
+        }
+        for run in results.runs
+    ]
+    _write_csv(folder / "table.csv", table)
+    _write_csv(folder / "trials.csv", trials)
+    write_json(folder / RESULTS_FILE, json.loads(json.dumps(asdict(results))))
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether there is a sweep in this folder."""
+    return (folder / PLAN_FILE).is_file()
+
+
+def read_results(folder: Path) -> Results:
+    """What a sweep's folder says of it.
+
+    Raises:
+        FileError: nothing is written yet, or it is damaged.
+    """
+    if not (folder / RESULTS_FILE).is_file():
+        raise FileError(f"{folder}: none of its trials has ended yet")
+    content = read_json(folder / RESULTS_FILE)
+    try:
+        results = Results(**{**content, "rows": [Row(**row) for row in content["rows"]]})
+        if any(row.mean is not None and not math.isfinite(row.mean) for row in results.rows):
+            raise ValueError("a score is not finite")
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileError(f"{folder / RESULTS_FILE} is damaged: {error}") from error
+    return results

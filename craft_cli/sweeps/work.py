@@ -1,0 +1,259 @@
+"""A trial at work: the run of each seed in a process of its own, so that what ends one ends neither the others nor the sweep."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import craft_cli
+from craft_cli.files import write_bytes
+from craft_cli.sweeps.plan import Plan
+from craft_cli.sweeps.studies import Studies, Taken
+from craft_cli.tasks.metrics import lower_is_better
+from craft_cli.training.resume import comparable
+from craft_cli.training.run import Run, checkpoints
+from craft_cli.training.signals import LAUNCHER
+
+TRAIN = (sys.executable, "-m", "craft_cli", "train", "--json")
+"""The command of a run."""
+RUNS = "runs"
+"""Folder of the runs, inside that of the sweep."""
+_LONGEST_REASON = 160
+
+
+def run_name(trial: str, seed: int) -> str:
+    """The folder of a run, inside that of the runs."""
+    return f"{trial}-seed{seed}"
+
+
+class Work:
+    """One trial, from its first seed to its last. `poll` is called until it says that all is done.
+
+    Args:
+        folder: of the sweep.
+        plan: of the sweep.
+        studies: to which it reports.
+        taken: the trial.
+        environment: of its processes, beside this one's.
+        cache_dir: of the factors.
+
+    Attributes:
+        taken: the trial.
+        runs: what is known of each run, in the order of the seeds.
+        state: `complete`, `pruned` or `failed`; empty before its end, or where it was stopped.
+        stopped: whether it was told to stop.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        studies: Studies,
+        taken: Taken,
+        environment: Mapping[str, str],
+        cache_dir: str | None = None,
+    ) -> None:
+        self.taken, self.runs, self.state, self.stopped = taken, list[dict[str, Any]](), "", False
+        self._folder, self._plan, self._studies, self._cache_dir = folder.resolve(), plan, studies, cache_dir
+        self._environment = child_environment() | dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._read, self._pruned = 0, False
+
+    @property
+    def score(self) -> float | None:
+        """Mean over the seeds; None where one is missing."""
+        scores = [run["score"] for run in self.runs if run["state"] == "finished"]
+        return math.fsum(scores) / len(scores) if len(scores) == len(self._plan.seeds) else None
+
+    @property
+    def _seed(self) -> int:
+        return self._plan.seeds[len(self.runs)]
+
+    @property
+    def _run(self) -> Run:
+        return Run(self._folder / RUNS / run_name(self.taken.name, self._seed))
+
+    def poll(self) -> bool:
+        """Start, watch or end the run whose turn it is; whether the trial is over."""
+        if self._process is None:
+            if self.state or self.stopped:
+                return True
+            if self._run.is_running():  # by a worker that was thought dead, or that dies just now
+                return False
+            if not self._run.results():
+                self._start()
+                return False
+        elif self._process.poll() is None:
+            self._watch()
+            return False
+        return self._ended()
+
+    def repeat(self, runs: Sequence[Mapping[str, Any]]) -> None:
+        """Take over the runs of another trial with the same setting, if there are any."""
+        if runs:
+            self.runs, self.state = [dict(run) for run in runs], "complete"
+            self._studies.runs(self.taken, self.runs)
+
+    def stop(self) -> None:
+        """End the run that is at work, with a checkpoint."""
+        self.stopped = True
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.stopped = True
+        self._signal(signal.SIGKILL)
+        if self._process:
+            self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def _start(self) -> None:
+        run, name = self._run, run_name(self.taken.name, self._seed)
+        recipe = run.path.with_name(f"{name}.yaml")
+        write_recipe(recipe, self._plan, self.taken, self._seed)
+        again = ["--resume"] if checkpoints(run) else ["--overwrite"] if run.is_run() else []
+        with open(run.path.with_name(f"{name}.log"), "ab") as log:
+            self._process = subprocess.Popen(
+                [*TRAIN, "--recipe", str(recipe), "--output-dir", f"{RUNS}/{name}", *again, *_cache(self._cache_dir)],
+                cwd=self._folder,  # its runs/latest is the sweep's own
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches the sweep, which tells its runs
+            )  # fmt: skip
+        self._read = 0
+
+    def _watch(self) -> None:
+        """Report the evaluations of the first seed, by which a trial is pruned."""
+        if self._plan.pruner == "none" or self.runs or self._pruned or self.stopped:
+            return
+        file = self._run.metrics_file
+        if not file.is_file() or file.stat().st_size == self._read:
+            return
+        self._read = file.stat().st_size
+        scores = self._evaluations()
+        for number, score in enumerate(scores[1:], start=1):  # the start is the same for all
+            if self._studies.should_prune(self.taken, number, score):
+                self._pruned = True
+                self._signal(signal.SIGTERM)
+                return
+
+    def _evaluations(self) -> list[float]:
+        name = f"eval_{self._plan.metric}"
+        return [line[name] for line in self._run.metrics() if name in line]
+
+    def _ended(self) -> bool:
+        code = self._process.returncode if self._process else 0
+        self._process = None
+        results = self._run.results()
+        if results:
+            found = self._outcome(results)
+        elif self._pruned:
+            evaluations = self._evaluations()
+            best = min(evaluations) if lower_is_better(self._plan.metric) else max(evaluations)
+            found = {"state": "pruned", "score": best, "reason": f"pruned after evaluation {len(evaluations) - 1}"}
+        elif self.stopped:
+            return True
+        else:
+            log = self._run.path.with_name(f"{self._run.path.name}.log")
+            found = {"state": "failed", "score": None, "reason": reason_of(log, code)}
+        self.runs.append({"seed": self._seed, "run": f"{RUNS}/{self._run.path.name}", **found})
+        self._studies.runs(self.taken, self.runs)
+        state = "complete" if found["state"] == "finished" else found["state"]
+        if state == "complete" and len(self.runs) < len(self._plan.seeds):
+            return self.stopped
+        self.state = state
+        return True
+
+    def _outcome(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        score = results["metrics"].get(self._plan.metric)
+        if score is None or not math.isfinite(score):
+            return {"state": "failed", "score": None, "reason": f"its {self._plan.metric} is {score}"}
+        kept = ("metrics", "parameters", "epoch", "updates", "seconds")
+        return {"state": "finished", "score": score, "reason": ""} | {name: results[name] for name in kept}
+
+
+def one_step(
+    folder: Path, plan: Plan, method: str, setting: Mapping[str, Any], cache_dir: str | None, place: Mapping[str, str]
+) -> dict[str, Any]:
+    """Numbers trained and seconds of a run, by `craft train --dry-run` in a process of its own.
+
+    Args:
+        folder: for its files.
+        plan: of the sweep.
+        method: of the trial.
+        setting: of the trial.
+        cache_dir: of the factors.
+        place: environment of its process, beside this one's.
+
+    Returns:
+        `numbers`, `seconds`, and where it failed the `reason`.
+    """
+    recipe, log = folder / "recipe.yaml", folder / "log"
+    recipe.write_text(recipe_text(plan, method, setting, plan.seeds[0], ""), encoding="utf-8")
+    with open(log, "wb") as errors:
+        done = subprocess.run(
+            [*TRAIN, "--recipe", str(recipe), "--dry-run", *_cache(cache_dir)],
+            cwd=folder,
+            env=child_environment() | dict(place),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            check=False,
+        )
+    if done.returncode:
+        return {"numbers": None, "seconds": None, "reason": reason_of(log, done.returncode)}
+    result = json.loads(done.stdout)
+    return {"numbers": result["parameters"]["adapter"], "seconds": result["estimate"], "reason": ""}
+
+
+def _cache(folder: str | None) -> list[str]:
+    return ["--cache-dir", str(Path(folder).expanduser().resolve())] if folder else []
+
+
+def write_recipe(path: Path, plan: Plan, taken: Taken, seed: int) -> None:
+    """Write what a run is started with; its paths mean the same from any folder."""
+    write_bytes(path, recipe_text(plan, taken.method, taken.setting, seed, f"# craft train --recipe {path}\n").encode())
+
+
+def recipe_text(plan: Plan, method: str, setting: Mapping[str, Any], seed: int, head: str) -> str:
+    """The recipe of a run below some comment."""
+    import yaml
+
+    recipe = plan.run(method, setting, seed).recipe()
+    settings = {name: comparable(name, value) for name, value in recipe.items()}
+    return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def reason_of(log: Path, code: int) -> str:
+    """Why a run failed, in a few words: what it said last, or how its process ended."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    told = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
+    if "out of memory" in text.lower().rpartition("error: ")[2] and (told or code < 0):
+        return "out of memory"
+    if code == -signal.SIGKILL:
+        return "killed (SIGKILL), as a system does that is out of memory"
+    if code < 0:
+        return f"killed ({signal.Signals(-code).name})"
+    reason = told[-1] if told else f"its process ended with {code}; see {log.name}"
+    return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}..."
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, in which its children end with it and find craft from another folder too."""
+    paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    home = Path(craft_cli.__file__).resolve().parent.parent
+    if home.name not in ("site-packages", "dist-packages"):  # a checkout
+        paths.append(str(home))
+    return dict(os.environ) | {LAUNCHER: str(os.getpid())} | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})

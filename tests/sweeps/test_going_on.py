@@ -1,0 +1,225 @@
+"""Sweeps that are cut, go on, and are worked on by several; see `pretend_training` for their runs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import real_runs, same, starts, table_of
+
+from craft_cli.api.sweep import SweepOptions, sweep
+from craft_cli.errors import ConfigError
+from craft_cli.sweeps import studies
+from craft_cli.sweeps.loop import Listener
+from craft_cli.sweeps.table import Results, read_results
+
+Make = Callable[..., Path]
+RATES = "learning_rate=1e-3,1e-2,1e-1"
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Start it in a process of its own, a copy of this one: nothing is imported again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # this process has threads, which the other one does without
+        process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+        process.start()
+    return process
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("pretend")
+def test_a_killed_sweep_goes_on_to_the_same_table_as_an_uncut_one(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = (RATES,)
+    uncut = sweep(asked(*sets, seeds=(1, 2), output_dir="uncut"))
+    Path("starts").unlink()
+    monkeypatch.setenv("PRETEND_SECONDS", "0.1")
+    process = apart(sweep, asked(*sets, seeds=(1, 2)))
+    until(lambda: (Path("out/runs/craft-001-seed2/checkpoints") / "step-8").is_dir())
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    monkeypatch.setenv("PRETEND_SECONDS", "0")
+    results = sweep(asked(*sets, seeds=(1, 2), resume=True))
+    assert table_of(results) == table_of(uncut)
+    assert read_results(Path("out")).runs == [{**run} for run in uncut.runs]
+    by_run = Counter(name for name, *_ in starts())
+    assert by_run["craft-001-seed2"] == 2
+    assert set((by_run - Counter({"craft-001-seed2": 1})).values()) == {1}  # nothing else was begun twice
+    assert [int(step) for name, step, _ in starts() if name == "craft-001-seed2"][1] >= 8  # it went on
+
+
+@pytest.mark.usefixtures("pretend")
+@pytest.mark.parametrize("sampler", [pytest.param("grid", marks=pytest.mark.slow), "tpe"])
+def test_a_signal_ends_a_sweep_with_checkpoints_and_resume_goes_on(
+    asked: Any, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    sets = (RATES,) if sampler == "grid" else ("learning_rate=1e-4..1e-1",)
+    options: dict[str, Any] = {} if sampler == "grid" else {"trials": 7, "pruner": "none"}
+    uncut = sweep(asked(*sets, output_dir="uncut", **options))
+    monkeypatch.setenv("PRETEND_SECONDS", "0.03")
+
+    class Cut(Listener):
+        told: list[str]
+
+        def __init__(self) -> None:
+            self.told = []
+
+        def ended(self, results: Results, trial: str, trials: int | None, seconds_left: float | None) -> None:
+            self.told.append(trial)
+            if len(self.told) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def interrupted(self, output: Path) -> None:
+            self.told.append(f"interrupted {output}")
+
+    listener = Cut()
+    with pytest.raises(SystemExit) as ended:
+        sweep(asked(*sets, **options), listener)
+    assert ended.value.code == 143
+    assert listener.told[-1] == "interrupted out"
+    before = read_results(Path("out"))
+    assert before.done == 2
+    monkeypatch.setenv("PRETEND_SECONDS", "0")
+    assert table_of(sweep(SweepOptions(output_dir="out", resume=True))) == table_of(uncut)
+
+
+@pytest.mark.usefixtures("pretend")
+def test_two_workers_share_the_trials_and_run_none_twice(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRETEND_SECONDS", "0.02")
+    sets = ("method=craft,lora", "learning_rate=1e-4,1e-3,1e-2,1e-1")
+    process = apart(sweep, asked(*sets))
+    until(lambda: Path("out/sweep.json").exists())
+    results = sweep(asked(*sets, resume=True, jobs=2))
+    process.join()
+    assert process.exitcode == 0
+    assert set(Counter(name for name, *_ in starts()).values()) == {1}
+    assert (len(starts()), results.done) == (8, 8)
+    workers = {
+        trial.user_attrs["worker"]
+        for study in _studies("out")
+        for trial in study.get_trials()
+        if "worker" in trial.user_attrs
+    }
+    assert len(workers) == 2
+
+
+def _studies(folder: str) -> list[Any]:
+    optuna = studies.import_optuna()
+    storage = f"sqlite:///{folder}/study.db"
+    return [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
+
+
+@pytest.mark.usefixtures("pretend")
+def test_the_trial_of_a_worker_without_a_sign_of_life_is_taken_over(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one on another machine, whose process cannot be looked at."""
+    monkeypatch.setattr(studies, "GRACE", 1)
+    monkeypatch.setattr(studies, "_worker", lambda: "elsewhere:1")
+    plan = asked(RATES).plan()
+    Path("out").mkdir()
+    dead = studies.Studies(Path("out"), plan, "sqlite:///out/study.db", "out")
+    dead.create()
+    dead.queue(3)
+    assert dead.take()
+    assert not (dead.take() and dead.take() and dead.take())  # three are taken, none is left
+    time.sleep(2.1)
+    alive = studies.Studies(Path("out"), plan, "sqlite:///out/study.db", "out")
+    alive.open()
+    names = [taken.name for _ in range(3) if (taken := alive.take())]
+    assert names == ["craft-001", "craft-002", "craft-003"]
+    assert [trial.name for trial in alive.trials()] == names
+    assert alive.take() is None
+
+
+@pytest.mark.usefixtures("pretend")
+def test_another_sweep_in_one_folder_is_refused_and_more_trials_are_not(asked: Any) -> None:
+    sampled = ("learning_rate=1e-4..1e-1",)
+    results = sweep(asked(*sampled, trials=2, seeds=(1, 2)))
+    with pytest.raises(ConfigError, match="out is a sweep already: --resume goes on with it"):
+        sweep(asked(*sampled, trials=2))
+    for other, told in (
+        (asked(*sampled, resume=True, seeds=(1,)), "--seeds was 1,2, is 1"),
+        (asked("learning_rate=1e-4..1", resume=True), "--set learning_rate was 0.0001..0.1, is 0.0001..1"),
+        (asked(*sampled, resume=True, settings={"max_steps": 8}), "--max-steps was 12, is 8"),
+        (asked(*sampled, "weight_decay=0,0.1", resume=True), "--set weight_decay was not given, is 0.0,0.1"),
+        (asked(*sampled, resume=True, trials=1), "--trials 1: out was asked for 2 before"),
+        (asked(*sampled, resume=True, storage="sqlite:///x.db"), "in its own study.db: leave --storage out"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            sweep(other)
+        assert told in str(raised.value)
+        assert "\n" not in str(raised.value)
+    more = sweep(asked(*sampled, resume=True, trials=4))
+    assert more.done == 4
+    assert {row.trial for row in results.rows} < {row.trial for row in more.rows}
+    assert len(starts()) == 8
+
+
+@pytest.mark.usefixtures("pretend")
+def test_a_folder_of_its_own_can_take_part_in_a_sweep_in_a_database(asked: Any) -> None:
+    url = "sqlite:///shared.db"
+    first = sweep(asked(RATES, output_dir="a/one", storage=url))
+    joined = sweep(SweepOptions(output_dir="b/one", storage=url, resume=True))
+    assert table_of(joined) == table_of(first)
+    assert len(starts()) == 3
+    assert "shared.db" not in Path("a/one/sweep.json").read_text()  # a URL may hold a password
+    with pytest.raises(ConfigError, match="are in a database: give its --storage"):
+        sweep(SweepOptions(output_dir="a/one", resume=True))
+    with pytest.raises(ConfigError, match="it has a sweep 'one' already"):
+        sweep(asked(RATES, output_dir="c/one", storage=url))
+
+
+@pytest.mark.usefixtures("pretend")
+def test_no_trial_begins_after_the_time(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRETEND_SECONDS", "0.1")
+    results = sweep(asked("learning_rate=1e-4..1e-1", timeout=3.0))
+    assert 1 <= results.done < 20
+    assert all(row.state == "complete" for row in results.rows)
+
+
+@pytest.mark.usefixtures("pretend")
+def test_each_trial_at_once_has_a_gpu_of_its_own(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("PRETEND_SECONDS", "0.1")
+    sweep(asked(RATES, settings={"use_cpu": False}))
+    assert {gpu for *_, gpu in starts()} == {"4", "6"}
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_of_real_trainings_ends_with_the_same_adapters(pico: Make, asked: Any) -> None:
+    settings = real_runs(pico, max_steps=60, save_steps=2)
+    uncut = sweep(asked("learning_rate=1e-2,3e-2", settings=settings, output_dir="uncut"))
+    process = apart(sweep, asked("learning_rate=1e-2,3e-2", settings=settings))
+    until(lambda: list(Path("out/runs").glob("craft-001-*/checkpoints/step-*")), 120)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not Path("out/results.json").exists()
+    results = sweep(asked("learning_rate=1e-2,3e-2", settings=settings, resume=True))
+    assert table_of(results) == table_of(uncut)
+    assert "going on after update" in Path("out/runs/craft-001-seed42.log").read_text()
+    for row in results.rows:
+        same(f"out/runs/{row.trial}-seed42", f"uncut/runs/{row.trial}-seed42")
+
+
+@pytest.mark.usefixtures("pretend")
+def test_without_a_folder_there_is_a_new_one_and_resume_takes_the_latest(asked: Any) -> None:
+    first = sweep(asked("learning_rate=1e-3", output_dir=None))
+    assert Path(first.output).parent == Path("sweeps")
+    assert Path(first.output).name.startswith("sst2-base-")
+    second = sweep(asked("learning_rate=1e-2", output_dir=None))
+    assert sweep(SweepOptions(resume=True)).output == second.output != first.output

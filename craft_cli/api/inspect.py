@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, FileError
-from craft_cli.methods.adapter_folder import read_adapter
-from craft_cli.methods.base import effective_rank, singular_values
+from craft_cli.methods.adapter_folder import SavedAdapter, read_adapter
+from craft_cli.methods.base import effective_rank, inners, singular_values
 from craft_cli.methods.craft.factors import Factors
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.models.families import TARGETS
@@ -19,6 +20,9 @@ from craft_cli.plots import spectra
 from craft_cli.training.run import Run, find_adapter, find_run
 from craft_cli.tucker import MODES, TuckerTensor, stack_shape
 from craft_cli.tucker.chance import random_energy
+
+_MOST_PRODUCTS = 1 << 34
+"""About as many take seconds as singular values."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +132,22 @@ def _adapter(path: Path, folder: Path) -> Inspection:
         row = {"name": name, "shape": list(shape)} | saved.facts(name)
         if isinstance(frozen, Factors):
             row |= _kept(name, frozen.decompositions[name])
-        norms, directions = [], []
-        for chain in saved.chains(name):
-            values = singular_values(chain)
-            norms.append(float(values.norm()))  # of dW_l
-            directions.append(effective_rank(values))
-        projections.append(row | {"change_by_layer": norms, "effective_rank_by_layer": directions})
+        projections.append(row | _changes(saved, name, shape[0]))
     decompositions = frozen.decompositions if isinstance(frozen, Factors) else {}
     return Inspection("run" if run else "adapter", str(path), facts, projections, decompositions)
+
+
+def _changes(saved: SavedAdapter, target: str, layers: int) -> dict[str, Any]:
+    """Norm and effective rank of every dW_l; of large ones the norm alone."""
+    first = next(saved.chains(target))
+    if layers * min(size for matrix in first for size in matrix.shape) ** 3 > _MOST_PRODUCTS:
+        squares = inners((chain, chain) for chain in saved.chains(target))
+        return {"change_by_layer": [math.sqrt(max(square, 0.0)) for square in squares]}
+    norms, directions = [], []
+    for values in singular_values(saved.chains(target)):
+        norms.append(float(values.norm()))
+        directions.append(effective_rank(values))
+    return {"change_by_layer": norms, "effective_rank_by_layer": directions}
 
 
 def _identity(frozen: Origin) -> dict[str, Any]:

@@ -247,16 +247,18 @@ def _changes(projections: Any) -> None:
         )
         console.out.print()
     layers = range(len(projections[0]["change_by_layer"]))
-    columns = [title for row in projections for title in (row["name"], "directions")]
-    cells = [
-        [
-            cell
-            for row in projections
-            for cell in (f"{row['change_by_layer'][layer]:.3f}", f"{row['effective_rank_by_layer'][layer]:.1f}")
-        ]
-        for layer in layers
-    ]
+    columns: list[str] = []
+    cells: list[list[str]] = [[] for _ in layers]
+    for row in projections:
+        columns += [row["name"], *(["directions"] if "effective_rank_by_layer" in row else [])]
+        for layer in layers:
+            cells[layer].append(f"{row['change_by_layer'][layer]:.3f}")
+            if "effective_rank_by_layer" in row:
+                cells[layer].append(f"{row['effective_rank_by_layer'][layer]:.1f}")
     console.table(
         ["norm of dW in layer", *columns], [[str(layer), *row] for layer, row in zip(layers, cells, strict=True)]
     )
-    console.out.print("directions: the effective rank of dW, exp of the entropy of its singular values", soft_wrap=True)
+    if "directions" in columns:
+        console.out.print(
+            "directions: the effective rank of dW, exp of the entropy of its singular values", soft_wrap=True
+        )

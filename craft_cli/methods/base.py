@@ -44,12 +44,21 @@ def low_rank(chain: Chain) -> tuple[Tensor, Tensor]:
     return delta(chain[:narrowest]), delta(chain[narrowest:])
 
 
-def singular_values(chain: Chain) -> Tensor:
-    """Of dW_l, descending; those that a low rank makes zero are left out."""
-    if len(chain) == 1:
-        return torch.linalg.svdvals(chain[0])
-    a, b = low_rank(chain)
-    return torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
+def singular_values(chains: Iterable[Chain]) -> Iterator[Tensor]:
+    """Of each dW_l, descending; of those that a low rank makes zero, not all are there.
+
+    With M_1 = Q R and M_k^T = Q' R' they are those of R M_2 ... M_k-1 R'^T. R and R' are kept as long as the ends are the very
+    same tensors: layers share them in some methods.
+    """
+    ends: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    for chain in chains:
+        if len(chain) == 1:  # dense
+            yield torch.linalg.svdvals(chain[0])
+            continue
+        if ends is None or ends[0] is not chain[0] or ends[1] is not chain[-1]:
+            ends = chain[0], chain[-1], torch.linalg.qr(chain[0]).R, torch.linalg.qr(chain[-1].T).R
+        *_, left, right = ends
+        yield torch.linalg.svdvals(reduce(torch.matmul, (left, *chain[1:-1], right.T)))
 
 
 def effective_rank(values: Tensor) -> float:

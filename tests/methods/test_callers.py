@@ -26,8 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {name: {"rank": 3} for name in registered} 
     "craft": {"ranks": (6, 5, 2)},
     "superlora": {"rank": 3, "superlora_groups": 2},
 }
-SLOW = [name for name in METHODS if name not in ("craft", "superlora")]
-"""Low-rank chains of numbers of their own are one kind, a dense change is the other."""
+SLOW = [name for name in METHODS if name != "craft"]
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS])

@@ -46,8 +46,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 NAMES = [f"{name}-{'-'.join(map(str, options.values()))}" for name, options in VARIANTS]
 
 
-SLOW = [name for name in METHODS if name not in ("pissa", "superlora")]
-"""A method that keeps factors and a dense one take every step by default, the others behind the marker."""
+SLOW = [name for name in METHODS if name != "pissa"]
+"""One takes every step by default, the others behind the marker."""
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS])

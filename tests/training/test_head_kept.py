@@ -37,7 +37,7 @@ def started(settings: RunConfig) -> tuple[Any, dict[str, float]]:
     return result, {name.removeprefix("eval_"): value for name, value in first.items() if name.startswith("eval_")}
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+@pytest.mark.parametrize("family", ["bert", *(pytest.param(it, marks=pytest.mark.slow) for it in ("roberta", "gpt2"))])
 def test_a_head_with_these_labels_is_where_training_starts(family: str, pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(family), data_dir, output_dir="first", num_train_epochs=6))
     merged = Path(craft.merge("first").output)
@@ -57,6 +57,7 @@ def test_a_head_with_these_labels_is_where_training_starts(family: str, pico: Ma
     assert "| checkpoint |" in Path("out/adapter/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_it_is_resumed_to_the_bit(merged: Path, data_dir: Path) -> None:
     given = {"save_steps": 4, "per_device_eval_batch_size": 8} | AUTO
     craft.train(config(merged, data_dir, output_dir="uncut", **given))
@@ -102,6 +103,7 @@ def test_numbers_go_on_in_their_units(pico: Make) -> None:
     assert dict(result.baselines["checkpoint"]) == start
 
 
+@pytest.mark.slow
 def test_the_start_is_called_what_it_is(merged: Path, pico: Make, data_dir: Path) -> None:
     """With an adapter that changes something nothing is the head or the checkpoint alone, and a remark tells the same."""
     ruin = {"learning_rate": 30.0, "head_learning_rate": 30.0, "num_train_epochs": 1}

@@ -32,7 +32,9 @@ pytestmark = [  # peft asks for it
 ]
 
 Make = Callable[..., Path]
-OPTIONS: dict[str, dict[str, Any]] = {"craft": {"ranks": (6, 5, 2)}, "superlora": {"rank": 3, "superlora_groups": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "craft": {"ranks": (6, 5, 2)}, "superlora": {"rank": 3, "superlora_groups": 2}, "lora": {"rank": 3, "alpha": 3.0},
+}  # fmt: skip
 """Small ones; rank 3 of the others."""
 ALL = ("query", "key", "value", "output")
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

@@ -20,6 +20,7 @@ from accelerate.utils import (
 from torch import Tensor, distributed, nn
 
 from craft_cli.errors import ConfigError, CraftError
+from craft_cli.methods.attach import ModelAdapter
 
 
 def fsdp_asked() -> bool:
@@ -60,8 +61,8 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
         "offload_policy": plugin.cpu_offload,
         "ignored_params": whole,
     }
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList):
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, nn.ModuleList) and not name.startswith(f"{ModelAdapter.ATTRIBUTE}."):
             for block in module:
                 fully_shard(block, reshard_after_forward=plugin.reshard_after_forward, **options)
     return fully_shard(model, **options)

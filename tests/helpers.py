@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
+import pty
 import random
+import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +89,33 @@ def craft_command(*arguments: str, **options: Any) -> subprocess.CompletedProces
         check=False,
         **options,
     )
+
+
+def on_a_terminal(command: Sequence[str], columns: int, **settings: str) -> str:
+    """What a command shows on a terminal so wide, without its control sequences; it must end well.
+
+    Args:
+        command: whose stderr, and stdout, are the terminal.
+        columns: of it; it has 40 lines.
+        settings: of the environment.
+    """
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns)} | settings
+    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            part = os.read(main, 65536)
+        except OSError:  # its end has closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(main)
+    assert process.wait(60) == 0
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
 
 
 class Remember(Listener):

@@ -107,7 +107,9 @@ class SuperloraOptions:
     keeps_factors: ClassVar[bool] = False
 
     rank: Positive = setting(8, "Rank of every factor.")
-    superlora_groups: Positive = setting(1, "Parts that the changes of all weights, laid end to end, are cut into.")
+    superlora_groups: Annotated[int, Gt(0), Le(4096)] = setting(
+        1, "Parts that the changes of all weights, laid end to end, are cut into."
+    )
     superlora_order: Annotated[int, Ge(2), Le(8)] = setting(
         2, "Order of the tensor that a part is folded into: 2 is a product of two matrices, more is Tucker."
     )
@@ -130,7 +132,7 @@ METHOD_OPTIONS: dict[str, Any] = {
 MethodName = Literal["craft", "lora", "pissa", "lora-xs", "lotr", "superlora"]
 
 LEARNING_RATES: dict[str, float] = {name: options.own_rate for name, options in METHOD_OPTIONS.items()}
-"""Of every method where none is given: the best one for most tasks of benchmarks/methods.py."""
+"""Of every method where none is given."""
 WITH_FACTORS = [name for name, options in METHOD_OPTIONS.items() if options.keeps_factors]
 """Methods that keep tensors of the base, to which an adapter may refer."""
 

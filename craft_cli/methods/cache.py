@@ -10,10 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from craft_cli.errors import FileError
+from craft_cli.errors import CraftError, FileError
 from craft_cli.files import cache_folder, read_header
+from craft_cli.methods.frozen import Frozen
+from craft_cli.models.hub import resolve
+from craft_cli.models.stacks import Weights, read_weights
 
-Kept = TypeVar("Kept")
+Kept = TypeVar("Kept", bound=Frozen)
 Serves = Callable[[Mapping[str, Any]], bool]
 """Whether an entry with this header serves a request; the header is a stranger's."""
 
@@ -77,6 +80,55 @@ class FrozenCache(Generic[Kept]):
     def _key(self, fingerprints: Mapping[str, str]) -> str:
         """What the weights are, and what is kept of them, for the name of an entry."""
         return sha256(json.dumps([self.kind, *sorted(fingerprints.items())]).encode()).hexdigest()[:16]
+
+
+def recall(
+    cache: FrozenCache[Kept],
+    serves: Serves,
+    select: Callable[[Kept], Kept],
+    prepare: Callable[[Weights], Kept],
+    record: Mapping[str, Any],
+    path: Path,
+    *,
+    make: bool,
+) -> Kept:
+    """What an adapter only refers to, by the sha256 in its record: out of the cache, else (with `make`) prepared again.
+
+    Args:
+        cache: of that kind.
+        serves: whether an entry may hold it.
+        select: the part of an entry that the adapter uses.
+        prepare: that part, from the weights of the base.
+        record: adapter_config.json.
+        path: the adapter's folder, for messages.
+        make: prepare it from the base that the adapter names; else nothing is fetched or written.
+
+    Raises:
+        FileError: it is not in the cache, and cannot or may not be made.
+    """
+    wanted: str = record["factors"]["sha256"]
+    for entry in cache.all_that_serve(serves):
+        try:
+            found = select(entry)
+        except (CraftError, KeyError, ValueError):  # it holds less than its header promises
+            continue
+        if found.sha256() == wanted:
+            return found
+    told = f"{path} only refers to its {cache.kind} (sha256 {wanted[:12]}...): they are not in the cache"
+    copy = f"copy the file of {cache.kind} from where it was trained into {cache.folder}"
+    if not make:
+        raise FileError(f"{told}; load or merge it once, which makes them out of its base, or {copy}")
+    base = record["base_model"]
+    try:
+        made = prepare(read_weights(resolve(base["model"], base["revision"]), tuple(record["targets"])))
+    except CraftError as error:
+        reason = f"its base is not at hand ({error})"
+    else:
+        if made.sha256() == wanted:
+            return made
+        same = dict(made.fingerprints) == base["sha256"]
+        reason = "decomposing its base gives others here" if same else "its base has other weights now"
+    raise FileError(f"{told}, and {reason}; {copy}, or save it there with factors='include'")
 
 
 def _asked(serves: Serves, header: Mapping[str, Any]) -> bool:

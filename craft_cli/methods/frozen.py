@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from craft_cli.errors import ConfigError, FileError, ModelError
 from craft_cli.models.checkpoint import fingerprint
 from craft_cli.models.quantization import TOLERANCE, dense_weight, kind_of
-from craft_cli.models.stacks import MOST_LAYERS, Origin, Shape, Weights, check_identity
+from craft_cli.models.stacks import MOST_LAYERS, Origin, Shape, Weights, read_identity
 from craft_cli.models.views import View
 from craft_cli.tucker import Matrix
 
@@ -84,7 +84,7 @@ class Sketch(Frozen):
     sketches: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, weights: Weights) -> Sketch:
+    def of(cls, weights: Weights) -> Self:
         """Of weights at hand."""
         return cls(
             **weights.origin(),
@@ -93,14 +93,14 @@ class Sketch(Frozen):
         )
 
     @classmethod
-    def read(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Sketch:
+    def read(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Self:
         """Out of an adapter's file; nothing in it is believed.
 
         Raises:
             FileError: an entry is missing or of the wrong kind.
         """
         try:
-            check_identity(header)
+            identity = read_identity(header)
             sizes, sketches = {}, {}
             for target in header["targets"]:
                 size, found = header["shapes"][target], tensors[f"{target}.sketch"]
@@ -117,15 +117,7 @@ class Sketch(Frozen):
             raise FileError(f"{path} is damaged: its header holds something of another type than expected") from error
         except ValueError as error:
             raise FileError(f"{path} is damaged: {error}") from error
-        return cls(
-            model=header["model"],
-            revision=header["revision"],
-            model_type=header["model_type"],
-            dtype=header["dtype"],
-            fingerprints={target: header["sha256"][target] for target in header["targets"]},
-            sizes=sizes,
-            sketches=sketches,
-        )
+        return cls(**identity, sizes=sizes, sketches=sketches)
 
     def select(self, targets: Sequence[str]) -> Sketch:
         """Only these projections.

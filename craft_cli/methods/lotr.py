@@ -11,7 +11,7 @@ of the weights in G does not start at the base model). The chain of a layer is B
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -114,8 +114,7 @@ class Lotr(Method):
                     ) from error
                 progress(f"bases of {' and '.join(projections)}", 1, 1)
                 bases[pair] = (u_out, u_in)
-        start = Start.of(weights)
-        return Start(**{**vars(start), "bases": bases}), notes
+        return replace(Start.of(weights), bases=bases), notes
 
     def build(self, frozen: Frozen, options: LotrOptions) -> LotrChange:
         """G zero."""

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from craft_cli.errors import ConfigError, CraftError, FileError, ModelError
+from craft_cli.errors import ConfigError, FileError, ModelError
 from craft_cli.files import checksum, read_tensors, write_tensors
 from craft_cli.methods.base import Method, Progress
-from craft_cli.methods.cache import FrozenCache, Serves
+from craft_cli.methods.cache import FrozenCache, Serves, recall
 from craft_cli.methods.frozen import Frozen
-from craft_cli.models.hub import resolve
-from craft_cli.models.stacks import MOST_LAYERS, Shape, Weights, check_identity, read_weights
+from craft_cli.models.stacks import MOST_LAYERS, Shape, Weights, read_identity
 from craft_cli.tucker import canonical_signs
 
 KIND = "singular vectors"
@@ -117,8 +116,7 @@ class SingularVectors(Frozen):
             FileError: an entry is missing or of the wrong kind.
         """
         try:
-            check_identity(header)
-            parts = {}
+            identity, parts = read_identity(header), {}
             for target in header["targets"]:
                 u, s, v = (tensors[f"{target}.singular.{part}"] for part in _PARTS)
                 if [t.ndim for t in (u, s, v)] != [3, 2, 3] or not (u.shape[::2] == v.shape[::2] == s.shape):
@@ -131,15 +129,7 @@ class SingularVectors(Frozen):
             niter = header["niter"]
             if not (niter is None or (type(niter) is int and niter > 0)):
                 raise ValueError("its header's niter is no number")
-            return cls(
-                model=header["model"],
-                revision=header["revision"],
-                model_type=header["model_type"],
-                dtype=header["dtype"],
-                fingerprints={target: header["sha256"][target] for target in header["targets"]},
-                parts=parts,
-                niter=niter,
-            )
+            return cls(**identity, parts=parts, niter=niter)
         except (KeyError, TypeError) as error:
             raise FileError(f"{path} is damaged: {error} is missing") from error
         except ValueError as error:
@@ -227,47 +217,6 @@ def _all(
     return parts
 
 
-def recall(
-    record: Mapping[str, Any], rank: int, niter: int | None, path: Path, cache_dir: str | None, *, make: bool
-) -> SingularVectors:
-    """The singular vectors whose sha256 stands in an adapter's record: out of the cache, else (with `make`) made again.
-
-    Args:
-        record: adapter_config.json of an adapter that only refers to them.
-        rank: of the adapter.
-        niter: of the adapter.
-        path: its folder, for messages.
-        cache_dir: folder of the files; `~/.cache/craft` without.
-        make: compute them from the base that the adapter names; else nothing is fetched or written.
-
-    Raises:
-        FileError: they are not in the cache, and cannot or may not be made.
-    """
-    wanted: str = record["factors"]["sha256"]
-    base, targets = record["base_model"], tuple(record["targets"])
-    cache = _cache(cache_dir)
-    for kept in cache.all_that_serve(_serving(base["sha256"], rank, niter)):
-        found = kept.select(targets, rank)
-        if found.sha256() == wanted:
-            return found
-    told = f"{path} only refers to its singular vectors (sha256 {wanted[:12]}...): they are not in the cache"
-    copy = f"copy their file from where it was trained into {cache.folder}"
-    if not make:
-        raise FileError(f"{told}; load or merge it once, which makes them out of its base, or {copy}")
-    try:
-        weights = read_weights(resolve(base["model"], base["revision"]), targets)
-        made, _ = singular_vectors(weights, rank, niter, cache_dir, lambda what, done, total: None)
-    except CraftError as error:
-        reason = f"its base is not at hand ({error})"
-    else:
-        if made.sha256() == wanted:
-            return made
-        reason = "decomposing its base gives others here"
-        if dict(made.fingerprints) != base["sha256"]:
-            reason = "its base has other weights now"
-    raise FileError(f"{told}, and {reason}; {copy}, or save it there with factors='include'")
-
-
 def _cache(folder: str | None) -> FrozenCache[SingularVectors]:
     return FrozenCache(folder, KIND, SingularVectors.load)
 
@@ -322,8 +271,16 @@ class SingularMethod(Method):
 
     def recall(self, record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool) -> SingularVectors:
         """The singular vectors that an adapter refers to."""
-        options = self.options(record)
-        return recall(record, options.rank, _niter(options), path, cache_dir, make=make)
+        options, targets = self.options(record), tuple(record["targets"])
+        return recall(
+            _cache(cache_dir),
+            _serving(record["base_model"]["sha256"], options.rank, _niter(options)),
+            lambda found: found.select(targets, options.rank),
+            lambda weights: self.prepare(weights, options, cache_dir, lambda what, done, total: None)[0],
+            record,
+            path,
+            make=make,
+        )
 
 
 def _niter(options: Any) -> int | None:

@@ -248,13 +248,6 @@ class Superlora(Method):
         """The first factor of the last split of each group zero."""
         return SuperloraChange(frozen.shapes, options)
 
-    def options(self, settings: Mapping[str, Any]) -> SuperloraOptions:
-        """See `Method`; sizes that no model has are refused."""
-        options: SuperloraOptions = super().options(settings)
-        if options.superlora_groups > 1 << 20:
-            raise ValueError(f"its {options.superlora_groups} groups are too many")
-        return options
-
     def trained_shapes(self, frozen: Frozen, options: SuperloraOptions) -> dict[str, tuple[int, ...]]:
         """See `Method`.
 

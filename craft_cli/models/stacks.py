@@ -81,8 +81,8 @@ class Weights(Origin):
         return {target: stack_shape(stack) for target, stack in self.stacks.items()}
 
 
-def check_identity(header: Mapping[str, Any]) -> None:
-    """Refuse the `Origin.identity` of a file that has other types than ours, or names that could mean something elsewhere.
+def read_identity(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an `Origin` by their names, of the header of a file; nothing in it is believed.
 
     Raises:
         KeyError: an entry is missing.
@@ -102,6 +102,8 @@ def check_identity(header: Mapping[str, Any]) -> None:
         raise ValueError("its header's revision is no line of text")
     if header["dtype"] not in DTYPES:
         raise ValueError("its header names no dtype of weights")
+    told = {name: header[name] for name in ("model", "revision", "model_type", "dtype")}
+    return told | {"fingerprints": {target: prints[target] for target in targets}}
 
 
 def find_checkpoint(model: str, targets: Sequence[str], revision: str | None = None) -> Checkpoint:

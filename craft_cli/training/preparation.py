@@ -102,7 +102,7 @@ class Prepared:
 
 
 def within_budget(config: RunConfig, progress: Callable[[str, int, int], None]) -> RunConfig:
-    """The settings with the rank that the budget allows, where there is one; the same on every process.
+    """The settings with the rank that the budget allows, where there is one.
 
     Raises:
         CraftError: the model cannot be read, or rank 1 trains more.

@@ -172,7 +172,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     config = _as_launched(config, accelerator)
     sharded = fsdp_asked()
     _check_devices(config, sharded)
-    config = within_budget(config, listener.preparing)
+    config = from_main(accelerator, lambda: within_budget(config, listener.preparing))
     start = from_main(accelerator, lambda: find_start(config, processes, held, runs))
     config, state = start.config, start.state
     with accelerator.main_process_first():  # the others then find the caches filled

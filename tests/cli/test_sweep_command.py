@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import builtins
-import fcntl
 import json
-import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import failure, invoke
+from helpers import on_a_terminal
 
 PRETEND = str(Path(__file__).parent.parent / "pretend_training.py")
 RATES = ("--set", "learning_rate=1e-3,1e-2,7")
@@ -116,26 +111,8 @@ main()
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_on_a_terminal_there_is_a_bar_with_the_best_and_the_time_left(given: tuple[str, ...], columns: int) -> None:
-    main, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, PRETEND, *given, *RATES],
-        stdout=terminal, stderr=terminal,
-        env=os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns), "PRETEND_SECONDS": "0.1"},
-    )  # fmt: skip
-    os.close(terminal)
-    shown = b""
-    while True:
-        try:
-            part = os.read(main, 65536)
-        except OSError:  # its end has closed
-            break
-        if not part:
-            break
-        shown += part
-    os.close(main)
-    assert process.wait(60) == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
+    command = [sys.executable, "-c", DRIVER, PRETEND, *given, *RATES]
+    text = on_a_terminal(command, columns, PRETEND_SECONDS="0.1")
     assert re.search(r"trials .*1/3 best accuracy \d\.\d{4} \(craft-001\)  \d+ s left", text), text[-3000:]
     table = text[text.rindex("craft-002") :] if columns > 60 else text
     assert not re.search(r"accuracy +\d\.\d*\r?\n *\d", table)  # no number is broken

@@ -321,6 +321,9 @@ def test_the_list_names_it_with_its_paper_and_numbers(method: str, pico: Make) -
     assert row["parameters"] == adapter.count_parameters()
     assert row["budget_parameters"] is None or row["budget_parameters"] <= 900
     assert (row["budget_parameters"] is None) == (row["problem"] is not None)
+    fewer = json.loads(invoke("methods", "--model", str(pico()), "--targets", "key", "--json").stdout)
+    one = craft.attach(classifier(pico()), method=method, targets=["key"])
+    assert next(row["parameters"] for row in fewer if row["name"] == method) == one.count_parameters()
 
 
 def test_a_list_within_a_budget_needs_a_model() -> None:

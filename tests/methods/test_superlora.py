@@ -12,7 +12,7 @@ import peft
 import pytest
 import scipy.linalg
 import torch
-from conftest import classifier, shake
+from conftest import classifier, failure, invoke, shake
 from helpers import Remember, config, logits
 
 import craft_cli as craft
@@ -139,6 +139,12 @@ def test_a_dense_change_is_no_lora_unless_an_error_is_allowed(pico: Make) -> Non
         module: Any = written.get_submodule(f"base_model.model.bert.encoder.layer.{layer}.attention.self.query")
         theirs = module.lora_B["default"].weight @ module.lora_A["default"].weight
         assert float(((theirs - delta(chain)).norm() / delta(chain).norm()).detach()) <= 0.9
+    shown = invoke("merge", "saved", "-o", "again", "--format", "peft", "--tolerance", "0.9")
+    assert f"as a LoRA of rank {result.rank}" in shown.stdout
+    assert "(allowed 9e-01)" in shown.stdout
+    assert "--tolerance: expected a part above 0 and below 1" in failure(
+        "merge", "saved", "--format", "peft", "--tolerance", "1"
+    )
     with pytest.raises(CraftError, match="--tolerance is for --format peft"):
         craft.merge("saved", "dense", tolerance=0.1)
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
 import signal
-import struct
-import subprocess
 import sys
-import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import failure, invoke
-from helpers import Cut, config, cut, flags, lines
+from helpers import Cut, config, cut, flags, lines, on_a_terminal
 
 import craft_cli as craft
 from craft_cli.errors import ConfigError, CraftError
@@ -125,25 +120,8 @@ def test_without_a_terminal_there_is_a_line_every_few_updates(pico: Make, data_d
 
 
 def test_on_a_terminal_the_bar_shows_loss_speed_time_left_and_the_last_metric(pico: Make, data_dir: Path) -> None:
-    main, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "craft_cli", "train", *flags(pico(), data_dir, num_train_epochs=9)],
-        stdout=subprocess.DEVNULL, stderr=terminal, env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"},
-    )  # fmt: skip
-    os.close(terminal)
-    shown = b""
-    while True:
-        try:
-            part = os.read(main, 65536)
-        except OSError:  # its end has closed
-            break
-        if not part:
-            break
-        shown += part
-    os.close(main)
-    assert process.wait(60) == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
+    command = [sys.executable, "-m", "craft_cli", "train", *flags(pico(), data_dir, num_train_epochs=9)]
+    text = on_a_terminal(command, 120)
     assert re.search(r"training .*\d+/54 +loss \d\.\d+ +[\d,]+ examples/s +accuracy \d\.\d+ +\d:\d\d:\d\d", text), text[
         -3000:
     ]

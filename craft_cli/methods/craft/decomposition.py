@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from craft_cli.errors import CraftError, FileError, ModelError
+from craft_cli.errors import ModelError
+from craft_cli.methods.cache import recall
 from craft_cli.methods.craft.factors import FactorCache, Factors, serving
 from craft_cli.methods.craft.ranks import Ranks
-from craft_cli.models.hub import resolve
-from craft_cli.models.stacks import Weights, read_weights
+from craft_cli.models.stacks import Weights
 from craft_cli.tucker import hosvd
 
 
@@ -101,46 +101,23 @@ def decompose_weights(
     return Decomposition(factors.select(targets, ranks), seconds, notes)
 
 
-def recall(record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool) -> Factors:
-    """The factors whose sha256 stands in an adapter's record: out of the cache, else (with `make`) decomposed again.
-
-    Args:
-        record: adapter_config.json of an adapter that only refers to its factors.
-        path: its folder, for messages.
-        cache_dir: folder of the factor files; `~/.cache/craft` without.
-        make: decompose the base that the adapter names; else nothing is fetched or written.
+def recall_factors(record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool) -> Factors:
+    """The factors that an adapter refers to; see `recall`.
 
     Raises:
         FileError: they are not in the cache, and cannot or may not be made.
     """
-    wanted: str = record["factors"]["sha256"]
-    base, targets = record["base_model"], tuple(record["targets"])
+    targets = tuple(record["targets"])
     ranks = Ranks(*(max(sizes) for sizes in zip(*record["ranks"].values(), strict=True)))
-    for found in FactorCache(cache_dir).all_that_serve(serving(base["sha256"], ranks)):
-        try:
-            factors = found.select(targets, ranks)
-        except (KeyError, ValueError):  # it holds less than its header promises
-            continue
-        if factors.sha256() == wanted:
-            return factors
-    told = f"{path} only refers to its factors (sha256 {wanted[:12]}...): they are not in the cache"
-    copy = f"copy the file of factors from where it was trained into {FactorCache(cache_dir).folder}"
-    if not make:
-        raise FileError(f"{told}; load or merge it once, which makes them out of its base, or {copy}")
-    try:
-        weights = read_weights(resolve(base["model"], base["revision"]), targets)
-        factors = decompose_weights(weights, ranks, cache_dir=cache_dir).factors
-    except CraftError as error:
-        reason = f"its base is not at hand ({error})"
-    else:
-        if factors.sha256() == wanted:
-            return factors
-        reason = (
-            "decomposing its base gives others here"
-            if dict(factors.fingerprints) == base["sha256"]
-            else "its base has other weights now"
-        )
-    raise FileError(f"{told}, and {reason}; {copy}, or save it there with factors='include'")
+    return recall(
+        FactorCache(cache_dir),
+        serving(record["base_model"]["sha256"], ranks),
+        lambda found: found.select(targets, ranks),
+        lambda weights: decompose_weights(weights, ranks, cache_dir=cache_dir).factors,
+        record,
+        path,
+        make=make,
+    )
 
 
 def _named(found: Factors, weights: Weights) -> Factors:

@@ -19,7 +19,7 @@ from craft_cli.files import checksum, read_header, read_tensors, write_tensors
 from craft_cli.methods.cache import FrozenCache, Serves
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.methods.frozen import Frozen
-from craft_cli.models.stacks import MOST_LAYERS, Shape, check_identity
+from craft_cli.models.stacks import MOST_LAYERS, Shape, read_identity
 from craft_cli.tucker import MODES, TuckerTensor, mode_product
 
 KIND = "factors"
@@ -125,7 +125,7 @@ def from_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path:
         FileError: a tensor or a header entry is missing or of the wrong shape.
     """
     try:
-        check_identity(header)
+        identity = read_identity(header)
         decompositions = {
             target: TuckerTensor(
                 tensors[f"{target}.core"],
@@ -140,15 +140,7 @@ def from_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path:
                     raise ValueError(f"{target} holds values that are not finite float32 numbers")
             if decomposition.shape[0] > MOST_LAYERS:
                 raise ValueError(f"{target} has {decomposition.shape[0]} layers, more than {MOST_LAYERS}")
-        return Factors(
-            model=header["model"],
-            revision=header["revision"],
-            model_type=header["model_type"],
-            dtype=header["dtype"],
-            fingerprints={target: header["sha256"][target] for target in header["targets"]},
-            decompositions=decompositions,
-            path=path,
-        )
+        return Factors(**identity, decompositions=decompositions, path=path)
     except (KeyError, TypeError) as error:
         raise FileError(f"{path} is damaged: {error} is missing") from error
     except ValueError as error:

@@ -13,7 +13,7 @@ from craft_cli.config import CraftOptions
 from craft_cli.errors import ConfigError
 from craft_cli.methods.base import Chain, Method, Progress
 from craft_cli.methods.craft.change import PAPER_NOISE, CraftChange, slices_in_turn
-from craft_cli.methods.craft.decomposition import decompose_weights, recall
+from craft_cli.methods.craft.decomposition import decompose_weights, recall_factors
 from craft_cli.methods.craft.factors import Factors, from_tensors
 from craft_cli.methods.craft.proposal import propose
 from craft_cli.methods.craft.ranks import Ranks
@@ -107,7 +107,7 @@ class Craft(Method):
 
     def recall(self, record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool) -> Factors:
         """The factors that an adapter refers to."""
-        return recall(record, path, cache_dir, make=make)
+        return recall_factors(record, path, cache_dir, make=make)
 
     def trained_shapes(self, frozen: Factors, options: CraftOptions) -> dict[str, tuple[int, ...]]:
         """K (r, r) of every projection and mode."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -16,12 +17,21 @@ from craft_cli.methods.frozen import Frozen
 from craft_cli.models.hub import resolve
 from craft_cli.models.stacks import Weights, read_weights
 
-Kept = TypeVar("Kept", bound=Frozen)
+
+class Kept(Frozen):
+    """What a method keeps of a base in a file of its own."""
+
+    @abstractmethod
+    def contents(self) -> dict[str, Any]:
+        """What the header says of the tensors, by which an entry is chosen: `targets`, `shapes`, `ranks`, as JSON."""
+
+
+Entry = TypeVar("Entry", bound=Kept)
 Serves = Callable[[Mapping[str, Any]], bool]
 """Whether an entry with this header serves a request; the header is a stranger's."""
 
 
-class FrozenCache(Generic[Kept]):
+class FrozenCache(Generic[Entry]):
     """The entries of one kind.
 
     Args:
@@ -30,23 +40,25 @@ class FrozenCache(Generic[Kept]):
         load: reads one.
     """
 
-    def __init__(self, folder: str | Path | None, kind: str, load: Callable[[Path], Kept]) -> None:
+    def __init__(self, folder: str | Path | None, kind: str, load: Callable[[Path], Entry]) -> None:
         self.folder, self.kind, self._load = cache_folder(folder), kind, load
 
-    def all_that_serve(self, serves: Serves) -> Iterator[Kept]:
+    def all_that_serve(self, serves: Serves) -> Iterator[Entry]:
         """Every whole entry that serves a request."""
         for path in sorted(self.folder.glob("*.safetensors")):
             with suppress(FileError):
-                if _asked(serves, read_header(path, self.kind)):
-                    yield self._load(path)
+                header = read_header(path, self.kind)
+                if _asked(serves, header):
+                    yield self._whole(path, header)
 
-    def find(self, fingerprints: Mapping[str, str], serves: Serves) -> tuple[Kept | None, list[str]]:
+    def find(self, fingerprints: Mapping[str, str], serves: Serves) -> tuple[Entry | None, list[str]]:
         """An entry that serves a request, or None; and a line for each damaged entry of these weights passed over."""
         damaged: list[str] = []
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                if _asked(serves, read_header(path, self.kind)):
-                    return self._load(path), damaged
+                header = read_header(path, self.kind)
+                if _asked(serves, header):
+                    return self._whole(path, header), damaged
             except FileError as error:
                 if self._key(fingerprints) in path.name:  # another model's is made again when that is asked for
                     damaged.append(str(error))
@@ -77,21 +89,28 @@ class FrozenCache(Generic[Kept]):
         finally:
             lock.release()
 
+    def _whole(self, path: Path, header: Mapping[str, Any]) -> Entry:
+        """An entry that holds what its header promises."""
+        entry = self._load(path)
+        if any(header.get(name) != value for name, value in entry.contents().items()):
+            raise FileError(f"{path} is damaged: it holds other tensors than its header says")
+        return entry
+
     def _key(self, fingerprints: Mapping[str, str]) -> str:
         """What the weights are, and what is kept of them, for the name of an entry."""
         return sha256(json.dumps([self.kind, *sorted(fingerprints.items())]).encode()).hexdigest()[:16]
 
 
 def recall(
-    cache: FrozenCache[Kept],
+    cache: FrozenCache[Entry],
     serves: Serves,
-    select: Callable[[Kept], Kept],
-    prepare: Callable[[Weights], Kept],
+    select: Callable[[Entry], Entry],
+    prepare: Callable[[Weights], Entry],
     record: Mapping[str, Any],
     path: Path,
     *,
     make: bool,
-) -> Kept:
+) -> Entry:
     """What an adapter only refers to, by the sha256 in its record: out of the cache, else (with `make`) prepared again.
 
     Args:
@@ -107,11 +126,7 @@ def recall(
         FileError: it is not in the cache, and cannot or may not be made.
     """
     wanted: str = record["factors"]["sha256"]
-    for entry in cache.all_that_serve(serves):
-        try:
-            found = select(entry)
-        except (CraftError, KeyError, ValueError):  # it holds less than its header promises
-            continue
+    for found in map(select, cache.all_that_serve(serves)):
         if found.sha256() == wanted:
             return found
     told = f"{path} only refers to its {cache.kind} (sha256 {wanted[:12]}...): they are not in the cache"

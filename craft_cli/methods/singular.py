@@ -20,8 +20,7 @@ from torch import Tensor
 from craft_cli.errors import ConfigError, FileError, ModelError
 from craft_cli.files import checksum, read_tensors, write_tensors
 from craft_cli.methods.base import Method, Progress
-from craft_cli.methods.cache import FrozenCache, Serves, recall
-from craft_cli.methods.frozen import Frozen
+from craft_cli.methods.cache import FrozenCache, Kept, Serves, recall
 from craft_cli.models.stacks import MOST_LAYERS, Shape, Weights, read_identity
 from craft_cli.tucker import canonical_signs
 
@@ -30,7 +29,7 @@ _PARTS = ("out", "values", "in")
 
 
 @dataclass(frozen=True, eq=False)
-class SingularVectors(Frozen):
+class SingularVectors(Kept):
     """Of some projections of one model.
 
     Attributes:
@@ -92,12 +91,15 @@ class SingularVectors(Frozen):
         Raises:
             FileError: it cannot be written.
         """
-        header = self.identity() | {
+        write_tensors(path, KIND, self.tensors(), self.identity() | self.contents())
+
+    def contents(self) -> dict[str, Any]:
+        """See `Kept`."""
+        return {
             "targets": list(self.targets),
             "shapes": {target: list(shape) for target, shape in self.shapes.items()},
             "ranks": {target: s.shape[1] for target, (_, s, _) in self.parts.items()},
         }
-        write_tensors(path, KIND, self.tensors(), header)
 
     @classmethod
     def load(cls, path: Path) -> SingularVectors:

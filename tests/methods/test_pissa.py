@@ -14,6 +14,7 @@ from helpers import logits
 
 import craft_cli as craft
 from craft_cli.errors import ConfigError, FileError, ModelError
+from craft_cli.files import write_tensors
 from craft_cli.methods.base import delta
 from craft_cli.methods.singular import SingularVectors, decomposed, singular_vectors
 from craft_cli.models.hub import resolve
@@ -156,6 +157,11 @@ def test_weights_that_are_not_finite_and_damaged_files_are_refused(pico: Make) -
     again, notes = singular_vectors(good, 2, None, "kept", silent)
     assert any("decomposing again" in note for note in notes)
     assert again.sha256() == first.sha256()
+    liar = again.identity() | again.contents() | {"ranks": {"query": 9}}
+    write_tensors(file, "singular vectors", again.tensors(), liar)
+    more, notes = singular_vectors(good, 5, None, "kept", silent)
+    assert any("it holds other tensors than its header says; decomposing again" in note for note in notes)
+    assert more.parts["query"][1].shape == (3, 5)
     header = again.identity() | {"targets": ["query"]}
     tensors = again.tensors() | {"query.singular.values": -again.tensors()["query.singular.values"]}
     with pytest.raises(FileError, match="damaged"):

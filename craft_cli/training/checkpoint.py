@@ -29,8 +29,8 @@ from craft_cli.data.tokens import Encoded
 from craft_cli.errors import FileError, OtherVersion
 from craft_cli.files import cannot_write, delete_folder, read_tensors, tidy, whole_folder, write_bytes, write_tensors
 from craft_cli.methods.adapter_folder import HEAD, TENSOR_FILE, read_adapter
-from craft_cli.methods.attach import ModelAdapter
 from craft_cli.methods.frozen import Frozen
+from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.training.run import Run, checkpoints
 
 KIND = "the state of a training"

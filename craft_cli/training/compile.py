@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from craft_cli.errors import ConfigError, CraftError
-from craft_cli.methods.attach import ModelAdapter
+from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.models.views import layer_of
 
 _GRAPHS = 64

@@ -20,7 +20,7 @@ from accelerate.utils import (
 from torch import Tensor, distributed, nn
 
 from craft_cli.errors import ConfigError, CraftError
-from craft_cli.methods.attach import ModelAdapter
+from craft_cli.methods.model_adapter import ModelAdapter
 
 
 def fsdp_asked() -> bool:

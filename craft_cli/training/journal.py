@@ -13,7 +13,7 @@ from torch import Tensor
 from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, CraftError, nearest
 from craft_cli.files import write_bytes
-from craft_cli.methods.attach import ModelAdapter
+from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.models.cards import model_card
 from craft_cli.plots import training_curve
 from craft_cli.tasks.base import Task

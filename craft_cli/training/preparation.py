@@ -18,9 +18,10 @@ from craft_cli.data.tokens import Encoded, padding
 from craft_cli.errors import DataError, ModelError
 from craft_cli.files import cache_folder
 from craft_cli.methods import method_named
-from craft_cli.methods.attach import ModelAdapter, attach_prepared
+from craft_cli.methods.attach import attach_prepared
 from craft_cli.methods.base import Method
 from craft_cli.methods.frozen import Frozen
+from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import resolve
 from craft_cli.models.loading import head_of, load_model, load_quantised, load_tokenizer, recompute_activations

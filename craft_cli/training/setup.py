@@ -20,7 +20,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from craft_cli.config import AUTO, RunConfig
 from craft_cli.errors import ConfigError
-from craft_cli.methods.attach import ModelAdapter
+from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.models.quantization import check_available
 from craft_cli.tasks.base import OWN
 from craft_cli.training.checkpoint import data_checksum

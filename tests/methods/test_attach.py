@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import craft_cli as craft
 from craft_cli.errors import ConfigError, ModelError
-from craft_cli.methods.attach import ModelAdapter
+from craft_cli.methods.model_adapter import ModelAdapter
 
 Make = Callable[..., Path]
 

@@ -1,0 +1,258 @@
+"""A change on a transformers model, together with the model's task head: use, switch, merge, save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from craft_cli.errors import ConfigError, FileError, ModelError, nearest
+from craft_cli.files import FORMAT_VERSION, whole_folder
+from craft_cli.methods.adapter import Adapter
+from craft_cli.methods.adapter_folder import CONFIG_FILE, HEAD, INCLUDE, REFERENCE, SavedAdapter, write_adapter
+from craft_cli.methods.base import Method
+from craft_cli.methods.frozen import Frozen
+
+DEFAULT_NAME = "default"
+
+
+@dataclass
+class _Held:
+    """One of several adapters on a model, while another one may be in use."""
+
+    trained: dict[str, Tensor]
+    head: dict[str, Tensor]
+    model: Mapping[str, Any]
+    training: dict[str, Any]
+
+
+class ModelAdapter(Adapter):
+    """A change on a transformers model, together with the model's task head.
+
+    Args:
+        model: a `PreTrainedModel`.
+        method: that writes the change.
+        frozen: what it keeps of the base's weights, and which weights they are.
+        options: of the method.
+        head: names of the model's parameters that are trained in full.
+
+    Attributes:
+        model: the adapted `PreTrainedModel`.
+        method: that writes the change.
+        frozen: what it keeps of the base's weights, and which weights they are.
+        head: names of the model's parameters that are trained in full.
+        training_record: what the adapter was trained on, for those who find its folder later.
+        active: name of the one in use, of those held.
+    """
+
+    model: Any
+
+    def __init__(self, model: Any, method: Method, frozen: Frozen, options: Any, head: Iterable[str]) -> None:
+        super().__init__(method.build(frozen, options))
+        object.__setattr__(self, "model", model)  # not a submodule: the adapter is a submodule of the model
+        self.method, self.frozen, self.options = method, frozen, options
+        self.architecture = type(model).__name__  # FSDP changes the class in place
+        self.head = tuple(head)
+        self.training_record: dict[str, Any] = {}
+        self.active = DEFAULT_NAME
+        self._held: dict[str, _Held] = {}
+        self._untrained = {name: tensor.clone() for name, tensor in self.head_state().items()}
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The head's parameters by name."""
+        return {name: self.model.get_parameter(name).detach() for name in self.head}  # state_dict() disturbs FSDP
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """A copy of what is trained on the CPU, the head too, by its names in the adapter's file."""
+        self._refuse_disabled()
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._trained().items()}
+
+    @torch.no_grad()
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `trained_state` gave, or a part of it.
+
+        Raises:
+            ModelError: a tensor has no place here, or not this shape.
+        """
+        mine = self._trained()
+        for name, tensor in state.items():
+            if name not in mine or mine[name].shape != tensor.shape:
+                found = f"is {tuple(mine[name].shape)}" if name in mine else "is missing"
+                raise ModelError(f"{name} {tuple(tensor.shape)} {found} in this model")
+            mine[name].copy_(tensor)
+
+    def _trained(self) -> dict[str, Tensor]:
+        return self._changing() | {HEAD + name: tensor for name, tensor in self.head_state().items()}
+
+    def _changing(self) -> dict[str, Tensor]:
+        """The parameters of the change by their names in the adapter's file."""
+        return {name: parameter.detach() for name, parameter in self.change.trained().items()}
+
+    def count_head_parameters(self) -> int:
+        """How many numbers of the head are trained."""
+        return sum(tensor.numel() for tensor in self.head_state().values())
+
+    def detach(self, root: nn.Module | None = None) -> None:
+        """Take the adapter off: the model computes what it did before, with the trained head."""
+        super().detach(self.model.base_model if root is None else root)
+
+    def merge(self, root: nn.Module | None = None) -> list[str]:
+        """Fold the change into the model's weights and take the adapter off.
+
+        Returns:
+            Paths of the modules whose weight changed; none where only the head was trained.
+
+        Raises:
+            ModelError: the model is quantised.
+            ValueError: nothing changes, the head neither, or the adapter is attached to no model.
+        """
+        self._refuse_disabled()
+        if getattr(self.model, "is_quantized", False):
+            raise ModelError("a quantised model cannot be merged into: load the adapter onto the full-precision base")
+        trained = any(not torch.equal(tensor, self._untrained[name]) for name, tensor in self.head_state().items())
+        if trained and self.modules_adapted() and not self.changes_something():
+            self.detach(root)
+            return []
+        return super().merge(self.model.base_model if root is None else root)
+
+    # -- several on one base ----------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters held, in the order they were loaded."""
+        return tuple(self._held) or (self.active,)
+
+    def _refuse_disabled(self) -> None:
+        """Inside `disabled` the head is not the trained one: nothing may be kept or changed there."""
+        if not self._enabled:
+            raise ConfigError("the adapter is disabled here: leave the `disabled()` block first")
+
+    @torch.no_grad()
+    def hold(self, name: str, saved: SavedAdapter) -> None:
+        """Keep a saved adapter of the same method, base and size under a name, and use it.
+
+        Raises:
+            ConfigError: inside `disabled`.
+        """
+        self._refuse_disabled()
+        self._put_away()
+        self._held[name] = _Held(
+            dict(saved.trained), dict(saved.head), saved.record["model"], saved.record.get("training", {})
+        )
+        self._show(name)
+
+    @torch.no_grad()
+    def use(self, name: str) -> None:
+        """Switch to another of the adapters held: what is trained, head and label names; nothing is attached again.
+
+        Raises:
+            ConfigError: none is held by this name, or inside `disabled`.
+        """
+        self._refuse_disabled()
+        if name not in self.names:
+            raise ConfigError(f"no adapter '{name}' is held here{nearest(name, self.names)}")
+        if name != self.active:
+            self._put_away()
+            self._show(name)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is the base model, with the head it had before the adapter came."""
+        trained = {name: tensor.clone() for name, tensor in self.head_state().items()}
+        self._set_head(self._untrained)
+        try:
+            with super().disabled():
+                yield
+        finally:
+            self._set_head(trained)
+
+    def _put_away(self) -> None:
+        """What is in use may have been trained on since it was loaded."""
+        self._held[self.active] = _Held(
+            {name: tensor.clone() for name, tensor in self._changing().items()},
+            {name: tensor.clone() for name, tensor in self.head_state().items()},
+            self._model_record(),
+            self.training_record,
+        )
+
+    def _model_record(self) -> dict[str, Any]:
+        config = self.model.config
+        return {
+            "architecture": self.architecture,
+            "num_labels": config.num_labels,
+            "problem_type": config.problem_type,
+            "id2label": {str(number): label for number, label in config.id2label.items()},
+            "pad_token_id": config.pad_token_id,
+        }
+
+    def _show(self, name: str) -> None:
+        held, self.active = self._held[name], name
+        for key, tensor in self._changing().items():
+            tensor.copy_(held.trained[key])
+        self._set_head(held.head)
+        self.training_record = held.training
+        config = self.model.config
+        config.id2label = {int(number): label for number, label in held.model["id2label"].items()}
+        config.label2id = {label: number for number, label in config.id2label.items()}
+        config.problem_type = held.model["problem_type"]
+
+    @torch.no_grad()
+    def _set_head(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.head_state().items():
+            tensor.copy_(tensors[name])
+
+    # -- on disk ----------------------------------------------------------------------------------------------------
+
+    def record(self, factors: str = INCLUDE) -> dict[str, Any]:
+        """What adapter_config.json says, with what is frozen included or referred to."""
+        sha256 = self.frozen.sha256()
+        return {
+            "method": self.method.name,
+            "format_version": FORMAT_VERSION,
+            "task_type": self.training_record.get("task_type"),
+            "base_model": self.frozen.identity(),
+            "targets": list(self.frozen.targets),
+            **self.method.settings(self.frozen, self.options),
+            "head": list(self.head),
+            **({"factors": {"stored": factors, "sha256": sha256}} if sha256 else {}),
+            "parameters": {"adapter": self.count_parameters(), "head": self.count_head_parameters()},
+            "labels": [label for _, label in sorted(self.model.config.id2label.items())],  # in the head's order
+            "model": self._model_record(),
+            "training": self.training_record,
+        }
+
+    def save(self, path: str | Path, *, card: str | None = None, factors: str = INCLUDE) -> None:
+        """Write the adapter as a folder, replacing one that is there, and check it by reading it back.
+
+        Args:
+            path: the folder.
+            card: text of its README.md.
+            factors: `include` makes the folder enough with the base; `reference` writes only the sha256 of the factors,
+                which loading then takes from the cache: a few tens of kilobytes for each of many adapters of one base.
+
+        Raises:
+            FileError: it cannot be written, or reads back different; a former adapter there is untouched.
+        """
+        path = Path(path)
+        if path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
+            raise FileError(f"{path} is a folder with something else than an adapter in it; choose another")
+        with whole_folder(path, overwrite=True) as folder:
+            self.write(folder, card=card, factors=factors)
+
+    def write(self, folder: Path, *, card: str | None = None, factors: str = INCLUDE) -> None:
+        """Write the adapter's files into a folder that is there, and check them by reading them back; see `save`.
+
+        Raises:
+            FileError: one cannot be written, or reads back different.
+        """
+        self._refuse_disabled()
+        if factors not in (INCLUDE, REFERENCE):
+            raise ConfigError(f"factors: expected {INCLUDE} or {REFERENCE}, not '{factors}'")
+        if factors == REFERENCE and self.frozen.sha256() is None:
+            raise ConfigError(f"factors: {self.method.name} has none to refer to; leave '{INCLUDE}'")
+        write_adapter(folder, self.record(factors), self._trained(), self.frozen, card)

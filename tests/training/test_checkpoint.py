@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(damage: str, name: str, ha
 def test_a_checkpoint_of_a_later_version_is_no_damage(
     half: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("craft_cli.files.FORMAT_VERSION", 0)
+    monkeypatch.setattr("craft_cli.files.tensors.FORMAT_VERSION", 0)
     with pytest.raises(FileError, match="upgrade craft"):
         craft.train(half())
     assert Path("out/checkpoints/step-9").is_dir()

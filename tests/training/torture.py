@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -36,7 +37,6 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from conftest import build_pico, opinions, write_rows  # noqa: E402
 
-from craft_cli import files  # noqa: E402
 from craft_cli.api import train as training  # noqa: E402
 from craft_cli.config import RunConfig  # noqa: E402
 from craft_cli.tasks import inference  # noqa: E402
@@ -79,7 +79,7 @@ def child(settings: dict[str, Any], kill_at: int | None) -> None:
     events.watch(os, "fsync", "writing a file or folder")
     events.watch(os, "replace", "putting a file in its place")
     events.watch(Path, "rename", "putting a checkpoint or adapter in its place")
-    events.watch(files.shutil, "rmtree", "deleting an old checkpoint")
+    events.watch(shutil, "rmtree", "deleting an old checkpoint")
     events.watch(Accelerator, "backward", "gradient accumulation")
     events.watch(torch.optim.AdamW, "step", "the optimizer step")
     events.watch(inference, "collate", "evaluation")

@@ -1,0 +1,38 @@
+"""Reading what may be damaged or come from a stranger."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from craft_cli.errors import FileError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        FileError: there is no such file, or it holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged or not JSON ({reason_of(error)})") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+def quoted(value: Any, most: int = 80) -> str:
+    """Something out of a file that may come from a stranger, for a message: printable and short."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def reason_of(error: Exception) -> str:
+    """What a reader says, in one short line: it may quote the file."""
+    line = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return " ".join(line.split())[:200]

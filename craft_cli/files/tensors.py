@@ -1,0 +1,104 @@
+"""Our own tensor files.
+
+They are safetensors with one header entry `craft`: a JSON object that names the kind of file, the format version and a
+checksum of the contents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craft_cli.errors import FileError, OtherVersion
+from craft_cli.files.reading import quoted, reason_of
+from craft_cli.files.writing import write_bytes
+
+FORMAT_VERSION = 2
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor as they lie in memory, in row-major order."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write a tensor file of ours in one step.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    full = {**header, "kind": kind, "format_version": FORMAT_VERSION, "checksum": checksum(tensors)}
+    write_bytes(path, save(tensors, metadata={"craft": json.dumps(full)}))
+
+
+def read_header(path: Path, kind: str) -> dict[str, Any]:
+    """The header of a tensor file of ours, without its tensors.
+
+    Raises:
+        FileError: there is no such file, it is damaged, or it is something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("craft", "null"))
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file") from None
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged or truncated ({reason_of(error)})") from error
+    if not isinstance(header, dict) or header.get("kind") != kind:
+        raise FileError(f"{path} is not a file of craft's with {kind}")
+    check_version(header, path)
+    return header
+
+
+def check_version(header: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file of another format version than ours.
+
+    Raises:
+        OtherVersion: it has one, or none.
+    """
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        earlier = isinstance(version, int) and version < FORMAT_VERSION
+        way_out = "it was written by an earlier craft, make it again" if earlier else "upgrade craft"
+        raise OtherVersion(f"{path} has format version {quoted(version)}, this craft reads {FORMAT_VERSION}: {way_out}")
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file of ours.
+
+    Raises:
+        FileError: there is no such file, it is damaged, or it is something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    header = read_header(path, kind)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path} is damaged or truncated ({reason_of(error)})") from error
+    if checksum(tensors) != header.get("checksum"):
+        raise FileError(f"{path} is damaged: its contents do not match their checksum")
+    return tensors, header

@@ -63,7 +63,7 @@ def predict(
         raise DataError(f"{origin} holds no rows")
     predictor = load_predictor(path, use_cpu=use_cpu)
     task = predictor.task
-    plain = origin == "standard input" or Path(origin).suffix == TEXT
+    plain = origin == "standard input" or Path(origin).suffix.lower() == TEXT
     read = task.reader(first, origin, plain=plain, columns=text_columns or ())
     size = per_device_eval_batch_size * (1 if str(input) == STDIN else _BATCHES_AT_ONCE)
     rows, done = chain([first], rows), 0

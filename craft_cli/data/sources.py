@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from craft_cli.data.tables import (
+    NAMES,
     Table,
     hub_splits,
     hub_table,
     is_saved,
+    named,
     read_file,
     saved_splits,
     saved_table,
@@ -172,13 +174,15 @@ def has_validation(source: DataSource) -> bool:
     if source.data_dir:
         folder = Path(source.data_dir).expanduser()
         if is_saved(folder):
-            return VALIDATION in saved_splits(folder) or source.validation_split is not None
+            return named(VALIDATION, saved_splits(folder)) is not None or source.validation_split is not None
         return not folder.is_dir() or not split_files(folder, TRAIN) or bool(split_files(folder, VALIDATION))
     if source.dataset_name:
-        return source.validation_split is not None or VALIDATION in hub_splits(
-            source.dataset_name, source.dataset_config_name
-        )
+        return source.validation_split is not None or named(VALIDATION, _on_hub(source)) is not None
     return source.validation_file is not None
+
+
+def _on_hub(source: DataSource) -> list[str]:
+    return hub_splits(str(source.dataset_name), source.dataset_config_name)
 
 
 def read_split(source: DataSource, home: Home, split: str) -> Table:
@@ -193,13 +197,15 @@ def read_split(source: DataSource, home: Home, split: str) -> Table:
         return read_file(Path(given).expanduser())
     if source.data_dir:
         folder = Path(source.data_dir).expanduser()
-        return saved_table(folder, renamed or split) if is_saved(folder) else read_file(split_file(folder, split))
+        if not is_saved(folder):
+            return read_file(split_file(folder, split))
+        return saved_table(folder, renamed or named(split, saved_splits(folder)) or split)
     if home.sample:
         shipped = Path(__file__).parent.parent / "samples" / home.sample / f"{split}.jsonl"
         return replace(read_file(shipped), origin=f"the shipped sample {home.sample}, {split}")
-    if source.dataset_name or home.hub:
-        name, config = (
-            (source.dataset_name, source.dataset_config_name) if source.dataset_name else home.hub or ("", "")
-        )
-        return hub_table(str(name), config, renamed or split)
+    if source.dataset_name:
+        other = renamed or (named(split, _on_hub(source)) if split in NAMES else None)
+        return hub_table(source.dataset_name, source.dataset_config_name, other or split)
+    if home.hub:
+        return hub_table(*home.hub, renamed or split)
     raise DataError(f"no {split} data: give --data-dir or --{split}-file")

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from craft_cli.data.readers import CONLL, SUFFIXES, TEXT, holds_tags, read_rows
+from craft_cli.data.cells import plain
+from craft_cli.data.conll import holds_tags
+from craft_cli.data.readers import CONLL, SUFFIXES, TEXT, read_rows
 from craft_cli.errors import DataError
 
 WHOLE = "train"
@@ -39,7 +41,7 @@ def read_file(path: Path) -> Table:
     Raises:
         DataError: it is missing, empty, of an unknown kind, or a row cannot be read (file and line named).
     """
-    tagged = path.suffix == TEXT and holds_tags(path)
+    tagged = path.suffix.lower() == TEXT and holds_tags(path)
     rows = list(read_rows(path, (*SUFFIXES, TEXT), CONLL) if tagged else read_rows(path))
     if not rows:
         raise DataError(f"{path} holds no rows")
@@ -57,7 +59,7 @@ def _of_dataset(dataset: Any, origin: str) -> Table:
     """A `datasets.Dataset` as a table; numbers of a class label become its names."""
 
     def column(name: str) -> list[Any]:
-        values, feature = list(dataset[name]), dataset.features[name]
+        values, feature = [plain(value) for value in dataset[name]], dataset.features[name]
         if hasattr(feature, "int2str"):
             return [feature.int2str(value) if value is not None and value >= 0 else None for value in values]
         inner: Any = getattr(feature, "feature", None)
@@ -68,11 +70,23 @@ def _of_dataset(dataset: Any, origin: str) -> Table:
     return Table(origin, dataset.column_names, column, lambda row: f"{origin}, row {row + 1}")
 
 
+NAMES = {"validation": ("validation", "valid", "val", "dev")}
+"""What else a split is called."""
+
+
+def named(split: str, names: Sequence[str]) -> str | None:
+    """What a split is called among these names; None where it is not there."""
+    return next((name for name in NAMES.get(split, (split,)) if name in names), None)
+
+
 def split_files(folder: Path, split: str) -> list[Path]:
     """The files of a folder that hold this split; a text file where there is no other, and it holds tags."""
-    found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
-    text = folder / f"{split}{TEXT}"
-    return found or ([text] if holds_tags(text) else [])
+    names = NAMES.get(split, (split,))
+    stems = (
+        [path for path in sorted(folder.iterdir()) if path.stem in names and path.is_file()] if folder.is_dir() else []
+    )
+    found = [path for name in names for path in stems if path.stem == name and path.suffix.lower() in SUFFIXES]
+    return found or [path for path in stems if path.suffix.lower() == TEXT and holds_tags(path)]
 
 
 def split_file(folder: Path, split: str) -> Path:

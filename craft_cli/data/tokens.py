@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,10 @@ from craft_cli.files import read_tensors, write_tensors
 
 KIND = "token ids"
 _WORDS = "words"
+_ROWS_AT_ONCE, _AT_ONCE = 1000, 4_000_000
+"""Rows and characters that are tokenised together."""
+_FAR = 1000
+"""Of a text with more characters than so many for each token, the rest is looked at only where those are too few tokens."""
 _ROWS_WORTH_KEEPING = 2000
 """Fewer are tokenised again sooner than a file is found."""
 
@@ -122,7 +126,9 @@ def encode(
     """
     limit = min(max_seq_length, tokenizer.model_max_length)
     kept = None
-    if cache is not None and len(split) >= _ROWS_WORTH_KEEPING:
+    if (
+        cache is not None and len(split) >= _ROWS_WORTH_KEEPING and tokenizer.is_fast
+    ):  # of others the rules are not known
         kept = cache / "tokens" / f"{_key(split.texts, tokenizer, limit, of_words)}.safetensors"
         try:
             features, cut = _unpack(read_tensors(kept, KIND)[0])
@@ -131,8 +137,8 @@ def encode(
             pass  # not there, or damaged: made again
     _check_room(tokenizer, limit, pair=not of_words and any(len(row) > 1 for row in split.texts[:1]))
     features, cut = [], 0
-    for start in range(0, len(split), 1000):
-        found, longer = _tokenise(split.texts[start : start + 1000], tokenizer, limit, of_words=of_words)
+    for block in _blocks(split.texts, tokenizer, limit, of_words=of_words):
+        found, longer = _tokenise(block, tokenizer, limit, of_words=of_words)
         features += found
         cut += longer
         progress(len(features), len(split))
@@ -149,6 +155,57 @@ def _check_room(tokenizer: Any, limit: int, *, pair: bool) -> None:
         )
 
 
+def _blocks(
+    texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, *, of_words: bool
+) -> Iterator[list[tuple[str, ...]]]:
+    """Rows to tokenise at once: some, and never many characters, however long a text is."""
+    block: list[tuple[str, ...]] = []
+    held = 0
+    for row in texts:
+        if sum(map(len, row)) > _FAR * limit:
+            row = (
+                _first_words(row, tokenizer, limit)
+                if of_words
+                else tuple(_near_end(text, tokenizer, limit) for text in row)
+            )
+        held += sum(map(len, row))
+        block.append(row)
+        if len(block) == _ROWS_AT_ONCE or held > _AT_ONCE:
+            yield block
+            block, held = [], 0
+    if block:
+        yield block
+
+
+def _near_end(text: str, tokenizer: Any, limit: int) -> str:
+    """Of a long text so much that more of it would be cut away."""
+    size, left = _FAR * limit, tokenizer.truncation_side == "left"
+    while len(text) > size:
+        part = _head(text[::-1], size)[::-1] if left else _head(text, size)
+        if len(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]) > limit:
+            return part
+        size *= 2
+    return text
+
+
+def _head(text: str, size: int) -> str:
+    """About so many characters, up to white space where there is any: no token goes on behind it."""
+    end = next((end for end in range(size, size // 2, -1) if text[end].isspace()), size)
+    return text[:end].rstrip()
+
+
+def _first_words(words: tuple[str, ...], tokenizer: Any, limit: int) -> tuple[str, ...]:
+    """Of a long sentence so many words that more of it would be cut away."""
+    count = limit
+    while len(words) > count and tokenizer.truncation_side == "right":
+        part = list(words[:count])
+        ids = tokenizer(part, is_split_into_words=True, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) > limit:
+            return words[:count]
+        count *= 2
+    return words
+
+
 def _tokenise(
     texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, *, of_words: bool
 ) -> tuple[list[dict[str, list[int]]], int]:
@@ -159,10 +216,15 @@ def _tokenise(
         blank = _blank_before_words(tokenizer)
         columns, options = [[[blank + word for word in row] for row in texts]], {"is_split_into_words": True}
     batch = tokenizer(*columns, truncation="longest_first", max_length=limit, **options)
-    cut = 0
-    full = [row for row, ids in enumerate(batch["input_ids"]) if len(ids) >= limit]
-    if full:  # whether they were longer is seen without a limit
-        whole = tokenizer(*[[column[row] for row in full] for column in columns], verbose=False, **options)
+    if tokenizer.is_fast:
+        cut = sum(bool(encoding.overflowing) for encoding in batch.encodings)
+    else:  # whether they were longer is seen without a limit
+        full = [row for row, ids in enumerate(batch["input_ids"]) if len(ids) >= limit]
+        whole = (
+            tokenizer(*[[column[row] for row in full] for column in columns], verbose=False)
+            if full
+            else {"input_ids": []}
+        )
         cut = sum(len(ids) > limit for ids in whole["input_ids"])
     features = []
     for row in range(len(batch["input_ids"])):
@@ -239,13 +301,27 @@ def padding(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
 
 
 def _key(texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, of_words: bool) -> str:
-    form = f"{_WORDS} " if of_words else ""
-    digest = hashlib.sha256(f"{type(tokenizer).__name__} {limit} {form}".encode())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
-    digest.update(
-        json.dumps(rules | {"truncation": None, "padding": None}, sort_keys=True).encode()
-    )  # of the last call
+    """A checksum of all that decides the ids: the texts, the length, and the tokenizer with every setting of it."""
+    import tokenizers
+    import transformers
+
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # of the last call
+    settings = {
+        name: repr(value)
+        for name, value in tokenizer.init_kwargs.items()
+        if not name.endswith(("_file", "_path")) and name != "chat_template"
+    }
+    parts = {
+        "versions": [transformers.__version__, tokenizers.__version__],
+        "class": type(tokenizer).__name__,
+        "rules": rules,
+        "settings": settings,
+        "special": repr(tokenizer.special_tokens_map),
+        "inputs": tokenizer.model_input_names,
+        "cut": [limit, tokenizer.truncation_side],
+        "words": of_words,
+    }
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for row in texts:
         digest.update(json.dumps(row).encode())
     return digest.hexdigest()[:32]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from craft_cli.data.cells import for_spreadsheets, join_names
 from craft_cli.errors import ConfigError
 from craft_cli.files import whole_file
 
@@ -40,17 +41,17 @@ class RecordWriter:
             else:
                 cells[name] = value
         if self._csv is None:
-            self._csv = csv.DictWriter(self._file, list(cells), lineterminator="\n")
-            self._csv.writeheader()
-        self._csv.writerow({name: _cell(value) for name, value in cells.items()})
+            self._csv = csv.writer(self._file, lineterminator="\n")
+            self._csv.writerow(map(for_spreadsheets, cells))
+        self._csv.writerow(for_spreadsheets(_cell(value)) for value in cells.values())
 
 
 def _cell(value: Any) -> Any:
-    """Names with commas between them; anything deeper as JSON."""
+    """Names with commas between them, in quotes where they hold one; anything deeper as JSON."""
     if not isinstance(value, list):
         return value
     named = all(isinstance(part, str) for part in value)
-    return ",".join(value) if named else json.dumps(value, ensure_ascii=False)
+    return join_names(value) if named else json.dumps(value, ensure_ascii=False)
 
 
 def format_of(path: Path, given: str | None = None) -> str:
@@ -59,7 +60,7 @@ def format_of(path: Path, given: str | None = None) -> str:
     Raises:
         ConfigError: an unknown one.
     """
-    kind = given or path.suffix.removeprefix(".")
+    kind = given or path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise ConfigError(f"{path}: predictions are written as {' or '.join('.' + name for name in FORMATS)}")
     return kind

@@ -373,5 +373,5 @@ def align_labels(labels: Sequence[str], id2label: Mapping[int, str] | None) -> t
         return tuple(theirs)
     by_lower = {label.lower(): label for label in labels}
     if sorted(name.lower() for name in theirs) != sorted(by_lower):
-        raise DataError(f"the checkpoint has the labels {', '.join(theirs)}, the data {', '.join(labels)}")
+        raise DataError(f"the checkpoint has the labels {listed(theirs)}, the data {listed(labels)}")
     return tuple(by_lower[name.lower()] for name in theirs)

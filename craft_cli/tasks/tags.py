@@ -70,6 +70,8 @@ def one_form(rows: Sequence[Sequence[str]], place: Callable[[int], str]) -> list
     for row, tags in enumerate(rows):
         form = []
         for tag in tags:
+            if not tag.strip():
+                raise DataError(f"{place(row)}: a word without a tag; write O where there is no entity")
             parts = _TAG.fullmatch(tag)
             if tag == OUTSIDE:
                 form.append(tag)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from craft_cli.data.cells import described, is_missing, list_in, looks_like_list, whole_text
 from craft_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -42,17 +43,29 @@ def texts_of(table: Table, column: str) -> list[str]:
     """The texts of a column.
 
     Raises:
-        DataError: a cell without one.
+        DataError: a cell without one, or all of them lists of messages that were written as text.
     """
-    return [text_of(value, column, partial(table.place, row)) for row, value in enumerate(table.column(column))]
+    texts = [text_of(value, column, partial(table.place, row)) for row, value in enumerate(table.column(column))]
+    if all(map(looks_like_list, texts)) and all(isinstance(part, dict) for part in list_in(texts[0]) or [None]):
+        raise DataError(
+            f"{table.origin}: column '{column}' holds lists of messages written as text: write the text of each row alone"
+        )
+    return texts
 
 
 def text_of(value: Any, column: str, place: Callable[[], str]) -> str:
-    """The text in a cell.
+    """The text in a cell; a number is the text it is written as.
 
     Raises:
         DataError: there is none (`place` tells where).
     """
-    if value is None or isinstance(value, (list, dict)):
-        raise DataError(f"{place()}: column '{column}' {'has no text' if value is None else 'is a list, not a text,'}")
-    return str(value)
+    if is_missing(value):
+        raise DataError(f"{place()}: column '{column}' has no text")
+    if not isinstance(value, (str, int, float)):
+        raise DataError(f"{place()}: column '{column}' is {described(value)}, not a text")
+    text = str(value)
+    if not whole_text(text):
+        raise DataError(
+            f"{place()}: column '{column}' holds half a character (a lone surrogate), which no tokenizer takes"
+        )
+    return text

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from craft_cli.config import AUTO, RunConfig
+from craft_cli.data.cells import as_list, is_missing, whole_text
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.data.tokens import IGNORED, Batch, Encoded, encode
-from craft_cli.errors import ConfigError, DataError, ModelError
+from craft_cli.errors import ConfigError, DataError, ModelError, listed
 from craft_cli.tasks.base import OWN, Labelled
 from craft_cli.tasks.probe import Progress, fit_labels, silent
 from craft_cli.tasks.tags import OUTSIDE, READ, Entity, by_kind, entities_of, entity_metrics, one_form, scheme
@@ -69,7 +70,9 @@ class TokenClassification(Labelled):
         tags = (source.label_column,) if source.label_column else _first(_TAGS, table.columns)
         if len(words) != 1 or not tags:
             return False
-        return all(name in table.columns and isinstance(table.column(name)[0], list) for name in (*words, *tags))
+        return all(
+            name in table.columns and isinstance(as_list(table.column(name)[0]), list) for name in (*words, *tags)
+        )
 
     @classmethod
     def own(cls) -> TokenClassification:
@@ -86,7 +89,7 @@ class TokenClassification(Labelled):
         labels = tuple(record.get("labels") or (config.id2label[number] for number in range(config.num_labels)))
         if OUTSIDE not in labels or not all(label == OUTSIDE or label.startswith(READ) for label in labels):
             raise ModelError(
-                f"the model's labels are {', '.join(labels)}, not O, B-... and I-... of entities: train it first"
+                f"the model's labels are {listed(labels)}, not O, B-... and I-... of entities: train it first"
             )
         data = record.get("data", {})
         return cls(OWN, tuple(data.get("text_columns") or ()), labels, label_column=data.get("label_column") or "")
@@ -137,7 +140,7 @@ class TokenClassification(Labelled):
             raise DataError(
                 f"{origin} has no column '{guesses[0]}'; it has {', '.join(first.cells)} (choose with --text-columns)"
             )
-        in_lines = isinstance(first.cells[name], str)
+        in_lines = isinstance(as_list(first.cells[name]), str)
 
         def read(rows: Sequence[Row]) -> Split:
             cells = [row.cells.get(name) for row in rows]
@@ -286,8 +289,9 @@ class TokenClassification(Labelled):
         tags: list[Any] = [numbers[OUTSIDE]] * words
         for kind, first, last in entities:
             if kind not in self.answers:
-                known = ", ".join(self.answers)
-                raise DataError(f"{place()}: '{kind}' is not among the kinds of entities trained on ({known})")
+                raise DataError(
+                    f"{place()}: '{kind}' is not among the kinds of entities trained on ({listed(self.answers)})"
+                )
             begin, inside = (numbers.get(f"{part}-{kind}") for part in "BI")
             tags[first : last + 1] = [begin if inside is None else inside] * (last + 1 - first)
             tags[first] = inside if begin is None else begin
@@ -325,9 +329,15 @@ def _first(guesses: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
 
 
 def _parts(cell: Any, what: str, column: str, place: Callable[[], str]) -> tuple[str, ...]:
-    if not isinstance(cell, (list, tuple)) or any(part is None or isinstance(part, (list, dict)) for part in cell):
+    """The words or tags of a cell; a csv holds lists as text."""
+    parts = as_list(cell)
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, (str, int, float)) for part in parts):
         raise DataError(f"{place()}: column '{column}' holds no list of {what}")
-    return tuple(str(part) for part in cell)
+    if any(is_missing(part) or not whole_text(str(part)) for part in parts):
+        raise DataError(
+            f"{place()}: column '{column}' holds {what} without text, or half a character (a lone surrogate)"
+        )
+    return tuple(str(part) for part in parts)
 
 
 def _seen(logits: Tensor) -> Tensor:

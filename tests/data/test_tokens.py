@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,16 @@ class Unused:
     """A tokenizer that must not be asked for ids."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.backend_tokenizer, self.model_max_length = tokenizer.backend_tokenizer, tokenizer.model_max_length
+        for name in (
+            "backend_tokenizer",
+            "model_max_length",
+            "is_fast",
+            "init_kwargs",
+            "special_tokens_map",
+            "model_input_names",
+            "truncation_side",
+        ):
+            setattr(self, name, getattr(tokenizer, name))
 
     def num_special_tokens_to_add(self, pair: bool) -> int:
         return 2
@@ -119,3 +130,72 @@ def test_odd_texts_have_at_least_their_special_tokens(tokenizer: Any, text: str)
 def test_padding_is_the_part_of_a_batch_that_is_no_token() -> None:
     assert padding([4, 1, 3], [[0, 1], [2]]) == pytest.approx(3 / 11)
     assert padding([4, 4], [[0, 1]]) == 0
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"truncation_side": "left"},
+        {"unk_token": "good"},
+        {"model_input_names": ["input_ids"]},
+        {"split_special_tokens": True},
+    ],
+    ids=str,
+)
+def test_ids_of_another_setting_of_the_tokenizer_are_never_served(changed: Any, pico: Any, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    split = rows_to_keep()
+    one, other = AutoTokenizer.from_pretrained(pico()), AutoTokenizer.from_pretrained(pico(), **changed)
+    encode(split, one, 4, cache=tmp_path)
+    assert encode(split, other, 4, cache=tmp_path) == encode(split, other, 4)
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+    encode(split, AutoTokenizer.from_pretrained(pico(), **changed), 4, cache=tmp_path)
+    assert len(list((tmp_path / "tokens").iterdir())) == 2  # and the same setting is found again
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_of_a_long_text_only_what_counts_is_read(
+    side: str, family: str, pico: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pico(family), truncation_side=side)
+    draw = random.Random(3)
+    blanks = (" ", "  ", "\n ", "\u3000", "")
+    texts = [
+        "".join(draw.choice(("the", "film", "x" * 50, "good,", "\u00e9")) + draw.choice(blanks) for _ in range(400))
+        for _ in range(8)
+    ]
+    texts.append("\x00" * 900 + "good " * 100)  # hardly a token at its beginning
+    rows: list[tuple[str, ...]] = [*[(text,) for text in texts]]
+    pairs: list[tuple[str, ...]] = [(text, "good") for text in texts]
+    for some in (rows, pairs):
+        whole = encode(Split(some, None, "here"), tokenizer, 12)
+        with monkeypatch.context() as patch:
+            patch.setattr("craft_cli.data.tokens._FAR", 8)
+            patch.setattr("craft_cli.data.tokens._AT_ONCE", 500)
+            assert encode(Split(some, None, "here"), tokenizer, 12) == whole
+    assert whole.cut == len(texts)
+
+
+def test_of_a_sentence_with_many_words_only_the_first_are_read(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = ("\x00", *["the", "film"] * 300)
+    split = Split([sentence, ("good",)], [[0] * len(sentence), [0]], "here")
+    whole = encode(split, tokenizer, 12, of_words=True)
+    monkeypatch.setattr("craft_cli.data.tokens._FAR", 8)
+    assert encode(split, tokenizer, 12, of_words=True) == whole
+    assert len(whole.words[0] if whole.words else []) == len(sentence)
+
+
+@pytest.mark.slow
+def test_a_text_of_a_hundred_megabytes_needs_little_more_than_itself(tokenizer: Any) -> None:
+    text = "the film was good " * (100 * 10**6 // 18)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    encoded = encode(Split([(text,)], None, "here"), tokenizer, 128)
+    assert (encoded.cut, encoded.lengths) == (
+        1,
+        [tokenizer.model_max_length if tokenizer.model_max_length < 128 else 128],
+    )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KiB

@@ -110,7 +110,8 @@ def test_an_unreadable_row_is_told_with_file_and_line(name: str, content: str, l
 )
 def test_another_encoding_is_told_with_its_line_and_the_way_out(name: str, content: str) -> None:
     message = problem(read_file, Path(write(name, content.encode("latin-1"))))
-    assert message == f"{name}, line 2: not UTF-8; convert the file with: iconv -f latin1 -t utf8 {name}"
+    told = f"{name}, line 2: not UTF-8; convert the file (of Windows: iconv -f cp1252 -t utf-8 {name} > NEW)"
+    assert message == told
 
 
 def test_a_damaged_parquet_file_is_named() -> None:

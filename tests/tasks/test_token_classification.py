@@ -286,7 +286,7 @@ def test_the_loss_is_a_sum_over_words(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"a O\rb O\r", "line 1: its line ends are carriage returns alone; convert the file with: tr"),
+        (b"a O\rb O\n", "line 1: a carriage return inside of it; convert the file with: tr"),
         (b"a\tO\n\tO\n", "line 2: a tag without a word"),
         (b"a\tO\nb\t\n", "line 2: a tab without a tag behind it"),
     ],

@@ -138,6 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
                 [{"type": "file", "path": path, "oid": hashlib.sha1(data).hexdigest(), "size": len(data)}
                  for path, data in uploaded.items()]
             )  # fmt: skip
+        if uploaded is not None and what in (None, "revision"):
+            siblings = [{"rfilename": path} for path in uploaded]
+            return self._send_json({"id": name, "private": self._hub.private[name], "siblings": siblings})
         revisions = self._hub.repositories.get(f"{kind}/{name}")
         if revisions is None:
             return self._send(401, b"", {"X-Error-Code": "RepoNotFound"})

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from craft_cli import __version__
 from craft_cli.api.pico import save_pico, save_rows
 from craft_cli.config import RunConfig
-from craft_cli.errors import CraftError
+from craft_cli.errors import CraftError, below_home
 
 State = Literal["ok", "note", "broken"]
 
@@ -293,7 +293,7 @@ def _hub_cache() -> tuple[State, str]:
 
 def _cache(folder: Path, remedy: str) -> tuple[State, str]:
     """Whether a cache folder can be written; one that is not there yet, whether it could be made."""
-    shown = f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else str(folder)
+    shown = below_home(folder)
     place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".craft-doctor-") as file:

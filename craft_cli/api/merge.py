@@ -20,12 +20,12 @@ from torch import Tensor
 from craft_cli import __version__
 from craft_cli.config import THRESHOLD
 from craft_cli.errors import ConfigError, CraftError, FileError
-from craft_cli.files import cannot_write, holds_something, whole_folder, write_bytes, write_json
-from craft_cli.methods.adapter_folder import TENSOR_FILE, read_adapter
+from craft_cli.files import cannot_write, holds_something, read_json, whole_folder, write_bytes, write_json
+from craft_cli.methods.adapter_folder import CONFIG_FILE, TENSOR_FILE, read_adapter
 from craft_cli.methods.as_dense import AdaptedBase, Dense
 from craft_cli.methods.as_lora import EXACT, LoraWriter, serve_command, vllm_hint
-from craft_cli.models.cards import model_card
-from craft_cli.models.hub import upload
+from craft_cli.models.cards import model_card, public_name
+from craft_cli.models.hub import before_upload, upload
 from craft_cli.models.shards import shard_bytes
 from craft_cli.training.run import find_adapter, find_run
 
@@ -84,6 +84,7 @@ def merge(
     push_to_hub: str | None = None,
     private: bool = False,
     progress: Callable[[str], None] = lambda what: None,
+    notice: Callable[[str], None] = lambda what: None,
 ) -> Merged:
     """Merge a run's or an adapter's change into the dense weights of its base, or write it as a LoRA for PEFT.
 
@@ -105,6 +106,7 @@ def merge(
         push_to_hub: upload to this repository of the hub too.
         private: make the repository a private one, if it is made.
         progress: called with what is being done.
+        notice: called with what the user should know of an upload, before the work.
 
     Raises:
         ConfigError: options that do not go together, or of unknown values.
@@ -127,6 +129,10 @@ def merge(
         progress("reading the adapter")
         adapted = AdaptedBase(read_adapter(adapter_path, make=True))
         _check_destination(destination, [adapted.checkpoint.folder], overwrite=overwrite)
+        if push_to_hub:
+            seen_by = before_upload(push_to_hub, adapted.checkpoint, private=private)
+            if seen_by:
+                notice(seen_by)
         probe = adapted.base.probe()
         progress("computing with the adapter")
         expected = adapted.logits(probe)
@@ -139,10 +145,14 @@ def merge(
         card = model_card(record, adapted.saved.method.describe(record), adapted.checkpoint, form=format)
         write_bytes(folder / "README.md", card.encode())
         write_json(folder / CERTIFICATE, _certificate(adapted, adapter_path, written, folder, difference, allowed))
+        if push_to_hub and format == PEFT:  # here it may say where the base lies, but not there
+            config = read_json(folder / CONFIG_FILE) | {"base_model_name_or_path": public_name(adapted.checkpoint)}
+            write_json(folder / CONFIG_FILE, config)
+        files = sorted(file.name for file in folder.iterdir())
     result = _told(adapted, written, destination, format, difference["relative"], allowed)
     if push_to_hub:
         progress("uploading")
-        upload(destination, push_to_hub, private=private)
+        upload(destination, files, push_to_hub, private=private)
         result = Merged(**(vars(result) | {"repository": push_to_hub}))
     return result
 
@@ -284,9 +294,7 @@ def _certificate(
     frozen = adapted.saved.frozen.sha256()
     return {
         "base": {
-            "model": Path(adapted.checkpoint.name).name
-            if Path(adapted.checkpoint.name).is_absolute()
-            else adapted.checkpoint.name,
+            "model": public_name(adapted.checkpoint),
             "revision": adapted.checkpoint.revision,
             "sha256": {file.name: _sha256(file) for file in adapted.base.reader.weight_files()},
         },

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
+from typing import TextIO
 
 from craft_cli.api.predictor import load_predictor
 from craft_cli.config import RunConfig
 from craft_cli.data.readers import SUFFIXES, TEXT, read_rows, read_stdin
 from craft_cli.data.writers import RecordWriter, format_of, open_records
-from craft_cli.errors import DataError
+from craft_cli.errors import CraftError, DataError, plain
 
 STDIN = "-"
 _BATCHES_AT_ONCE = 16
@@ -77,9 +79,29 @@ def predict(
     return done
 
 
+class _Screen:
+    """A terminal that no label steers."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self.encoding = file, file.encoding
+
+    def write(self, text: str) -> None:
+        self._file.write(plain(text, "\n"))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 @contextmanager
 def _writer(output: str | Path | None, kind: str) -> Iterator[RecordWriter]:
     if output is None:
+        if sys.stdout is None:
+            raise CraftError("standard output is closed: give a file with --output")
+        if sys.stdout.isatty():
+            yield RecordWriter(_Screen(sys.stdout), kind)  # type: ignore[arg-type]  # a TextIO for what is used of it
+            return
+        if kind == "csv" and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as files have it; JSON escapes what the encoding does not have
         yield RecordWriter(sys.stdout, kind)
     else:
         with open_records(Path(output).expanduser(), kind) as writer:

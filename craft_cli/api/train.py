@@ -15,6 +15,7 @@ from craft_cli.config import RunConfig
 from craft_cli.tasks.inference import predict_batches
 from craft_cli.training import loop
 from craft_cli.training.compile import refusal
+from craft_cli.training.launch import settle_environment
 from craft_cli.training.progress import Listener, TrainResult
 from craft_cli.training.run import RUNS
 from craft_cli.training.schedule import Timetable
@@ -38,10 +39,13 @@ def train(config: RunConfig, listener: Listener | None = None, *, runs: Path = R
         KeyboardInterrupt: Ctrl-C, after the running update and a checkpoint.
         SystemExit: SIGTERM, likewise; the code is 143.
     """
+    listener = listener or Listener()
+    for line in settle_environment():
+        listener.noticed(line)
     shared = is_initialized()
     try:
         with contextlib.ExitStack() as held:
-            training = set_up(config, make_accelerator(config), listener or Listener(), held, runs)
+            training = set_up(config, make_accelerator(config), listener, held, runs)
             try:
                 loop.run(training)
             except KeyboardInterrupt:  # the second one: at once

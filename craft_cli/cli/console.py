@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,36 +25,63 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from craft_cli.errors import figure, listed
+from craft_cli.errors import CraftError, as_json, below_home, figure, is_utf8, listed, plain
 
 if TYPE_CHECKING:
     from craft_cli.training.progress import Plan
 
-for _stream in (sys.stdout, sys.stderr):  # a code page or an ASCII pipe must not end a run
+for _stream in (sys.stdout, sys.stderr):  # a code page or an ASCII pipe must not end a run, nor make two names alike
     if hasattr(_stream, "reconfigure"):
-        _stream.reconfigure(errors="replace")
+        _stream.reconfigure(errors="backslashreplace")
 
 _TEXT_WIDTH = 30
 """A column of texts is not narrower."""
 
-out = Console(highlight=False)
+
+class _Console(Console):
+    """Lets no control character of a name or a message through, and outlives whoever reads its messages."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(plain(segment.text, "\n"), segment.style)
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            if not self.stderr:
+                raise
+            discard(sys.stderr)  # the terminal is closed, or `craft train 2>&1 | head`: it goes on in silence
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def discard(stream: Any) -> None:
+    """What is written to a stream from now on goes nowhere: its reader is gone."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+out = _Console(highlight=False)
 if not out.is_terminal:
     out.width = max(out.width, 120)  # a file has no width; let no table break there
-err = Console(stderr=True, highlight=False)
+err = _Console(stderr=True, highlight=False)
 
 
 def fail(message: str) -> None:
     """An error: one line for each thing that is wrong."""
     for line in message.splitlines():
-        err.print(Text.assemble(("error:", "bold red"), " ", _plain(line)), soft_wrap=True)
+        err.print(Text.assemble(("error:", "bold red"), " ", plain(line)), soft_wrap=True)
 
 
 def note(message: str) -> None:
     """Something the user should know, on stderr."""
-    err.print(Text.assemble(("note:", "yellow"), " ", _plain(message)), soft_wrap=True)  # one print: a bar may be drawn
+    err.print(Text.assemble(("note:", "yellow"), " ", plain(message)), soft_wrap=True)  # one print: a bar may be drawn
 
 
 def say(message: str) -> None:
@@ -63,8 +90,14 @@ def say(message: str) -> None:
 
 
 def print_json(content: Any) -> None:
-    """One object on stdout."""
-    print(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+    """One object on stdout, in UTF-8 or escaped.
+
+    Raises:
+        CraftError: it is closed.
+    """
+    if sys.stdout is None:
+        raise CraftError("standard output is closed, so --json has nowhere to go")
+    print(as_json(content, indent=2, ascii=not is_utf8(sys.stdout)))
 
 
 def facts(pairs: Mapping[str, Any], *, rename: bool = True) -> None:
@@ -83,7 +116,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], below: Sequence
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for number, column in enumerate(columns):
         grid.add_column(
-            escape(_plain(column)), justify="left" if number == 0 else "right", overflow="fold", no_wrap=number < 3
+            escape(plain(column)), justify="left" if number == 0 else "right", overflow="fold", no_wrap=number < 3
         )
     for row in rows:
         grid.add_row(*[escape(show(value)) for value in row])
@@ -121,7 +154,7 @@ def mistakes_table(rows: Sequence[Mapping[str, Any]]) -> None:
     for line in cells:
         line[0] = line[0].rpartition(", " if one_file else "/")[2]
     texts = [
-        [Text(_plain(" ".join(it.split()))[: out.width], no_wrap=True, overflow="ellipsis") for it in row["texts"]]
+        [Text(plain(" ".join(it.split()))[: out.width], no_wrap=True, overflow="ellipsis") for it in row["texts"]]
         for row in rows
     ]
     taken = sum(max(map(cell_len, column)) + 3 for column in zip(titles, *cells, strict=True))
@@ -151,17 +184,12 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return figure(value)
     if isinstance(value, Path):
-        return f"~/{value.relative_to(Path.home())}" if value.is_relative_to(Path.home()) else str(value)
+        return plain(below_home(value))
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {show(entry)}" for name, entry in value.items())
     if isinstance(value, (list, tuple)):
-        return _plain(",".join(map(str, value)))
-    return _plain(str(value))
-
-
-def _plain(text: str) -> str:
-    """Without control characters: names in a stranger's file must not steer the terminal."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+        return plain(",".join(map(str, value)))
+    return plain(str(value))
 
 
 def percent(value: float) -> str:

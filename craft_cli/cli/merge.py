@@ -69,6 +69,7 @@ def command(
             push_to_hub=push_to_hub,
             private=private,
             progress=progress,
+            notice=console.note,
         )
     if json:
         console.print_json(asdict(result))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import inspect
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +16,7 @@ import typer
 
 from craft_cli.config import RunConfig, flag
 from craft_cli.errors import CraftError
+from craft_cli.training.launch import is_launched, rank
 from craft_cli.training.signals import terminates_cleanly
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -33,21 +34,24 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with terminates_cleanly():
                 command(*arguments, **options)
+                if sys.stdout:
+                    sys.stdout.flush()
         except CraftError as error:
-            rank = os.environ.get("RANK", "0")
-            if rank != "0":  # an error of all is told by the main process, and this one is ended meanwhile
+            if rank():  # an error of all is told by the main process, and this one is ended meanwhile
                 time.sleep(_OTHERS_SPEAK)
-            _end(str(error) if rank == "0" else f"process {rank}: {error}", verbose)
+            _end(f"process {rank()}: {error}" if rank() else str(error), verbose)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         except BrokenPipeError:  # `craft inspect | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard(sys.stdout)
             raise SystemExit(0) from None
         except Exception as error:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(word in str(error) for word in _LOST):
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+                _discard(sys.stdout)  # what is left in its buffer
+                _end(f"cannot write to standard output: {error.strerror}", verbose)
+            if is_launched() and any(word in str(error) for word in _LOST):
                 time.sleep(_OTHERS_SPEAK)
-                rank = os.environ.get("RANK", "0")
-                _end(f"process {rank} lost the connection to another process, which ended first", verbose)
+                _end(f"process {rank()} lost the connection to another process, which ended first", verbose)
             reason = " ".join(str(error).split())
             _end(f"unexpected {type(error).__name__}: {reason} (-v shows where; please report it)", verbose)
 
@@ -104,6 +108,12 @@ def _parameters(command: Callable[..., None]) -> list[inspect.Parameter]:
 def _set_signature(command: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def _discard(stream: Any) -> None:
+    from craft_cli.cli import console
+
+    console.discard(stream)
 
 
 def _end(message: str, verbose: bool) -> None:

@@ -35,7 +35,7 @@ def command(
     from craft_cli.config import parse_settings
 
     given = parse_settings({name: value for name, value in settings.items() if value is not None})
-    if input == "-" and sys.stdin.isatty():
+    if input == "-" and sys.stdin and sys.stdin.isatty():
         console.note("reading texts from the keyboard, a line each; end with Ctrl-D")
     with console.status("starting") as progress:
         from craft_cli.api.predict import predict

@@ -49,7 +49,13 @@ def read_rows(path: Path, kinds: Sequence[str] = SUFFIXES, kind: str | None = No
 
 
 def read_stdin(kind: str) -> Iterator[Row]:
-    """The rows of standard input, in the format of files with the ending `kind`."""
+    """The rows of standard input, in the format of files with the ending `kind`.
+
+    Raises:
+        DataError: it is closed.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise DataError("standard input is closed: give a file with --input")
     return rows_of(sys.stdin.buffer, kind, "standard input")
 
 

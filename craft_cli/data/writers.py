@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from craft_cli.data.cells import for_spreadsheets, join_names
-from craft_cli.errors import ConfigError
+from craft_cli.errors import ConfigError, as_json, is_utf8
 from craft_cli.files import whole_file
 
 FORMATS = ("jsonl", "csv")
@@ -28,7 +27,7 @@ class RecordWriter:
         """Append rows and pass them on at once."""
         for row in rows:
             if self._kind == "jsonl":
-                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._file.write(as_json(row, ascii=not is_utf8(self._file)) + "\n")
             else:
                 self._write_csv(row)
         self._file.flush()
@@ -51,7 +50,7 @@ def _cell(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     named = all(isinstance(part, str) for part in value)
-    return join_names(value) if named else json.dumps(value, ensure_ascii=False)
+    return join_names(value) if named else as_json(value)
 
 
 def format_of(path: Path, given: str | None = None) -> str:

@@ -17,10 +17,19 @@ LOCK_FILE = ".lock"
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
-    """Where craft keeps what it can make again: `~/.cache/craft` (or below XDG_CACHE_HOME) without."""
+    """Where craft keeps what it can make again: `~/.cache/craft` (or below XDG_CACHE_HOME) without.
+
+    Raises:
+        FileError: there is no home directory (a user id without a name).
+    """
     if given:
         return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "craft"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "craft"
+    except RuntimeError:
+        raise FileError(
+            "cannot use the cache folder: this user has no home directory; give --cache-dir, or set HOME or XDG_CACHE_HOME"
+        ) from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from craft_cli.errors import figure
+from craft_cli.errors import figure, plain
 from craft_cli.models.checkpoint import CARD, Checkpoint
 from craft_cli.models.hub import DEMO
 
@@ -94,6 +96,24 @@ def peft_type(architecture: str) -> str | None:
     return _PIPELINES[pipeline][1] if pipeline else None
 
 
+def public_name(base: Checkpoint) -> str:
+    """What a base is called in what may be uploaded: a hub id, or a folder's name without where it lies."""
+    if base.name == DEMO:
+        return DEMO_ID
+    return Path(base.name).name if Path(base.name).is_absolute() else base.name
+
+
+def _without_folders(value: Any) -> Any:
+    """A setting as it stands in a card: of a path its last part."""
+    is_path = isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())
+    return (Path(value).name or value) if is_path else value
+
+
+def _inline(text: str) -> str:
+    """A name in a line of Markdown, where it means nothing but itself."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", plain(text)).replace("&", "&amp;")
+
+
 def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint, *, form: str = "adapter") -> str:
     """What was trained on what, with which result, and how to use it.
 
@@ -107,7 +127,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
     from huggingface_hub import EvalResult, ModelCardData
 
     training, model = record.get("training") or {}, record["model"]
-    name = DEMO_ID if base.name == DEMO else Path(base.name).name if Path(base.name).is_absolute() else base.name
+    name = public_name(base)
     task = training.get("task", "not recorded")
     pipeline = pipeline_of(model["architecture"]) or "feature-extraction"
     data: dict[str, Any] = {
@@ -127,11 +147,11 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         data["eval_results"] = [
             EvalResult(pipeline, task, task, metric, float(f"{value:.6g}")) for metric, value in metrics.items()
         ]
-    labels = ", ".join(model["id2label"].values())
+    labels = ", ".join(map(_inline, model["id2label"].values()))
     parts = [
         f"---\n{ModelCardData(**data).to_yaml()}\n---",
-        "# " + _WHAT[form].format(title=method.title, base=name),
-        f"Task: {task}. Labels: {labels}. Data: {_data(training)}.",
+        "# " + _WHAT[form].format(title=method.title, base=_inline(name)),
+        f"Task: {task}. Labels: {labels}. Data: {_inline(_data(training))}.",
         f"Trained numbers: {record['parameters']['adapter']:,} {method.trained} {', '.join(record['targets'])} "
         f"({method.settings}), {record['parameters']['head']:,} in the head.",
         f"Licence: {licence or 'that of the base model'}. Base model: {name}"
@@ -163,7 +183,8 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
     )
     parts.append(f"Method: {method.title}, {method.source}.")
     if training.get("recipe"):
-        recipe = yaml.safe_dump(training["recipe"], sort_keys=False, allow_unicode=True).strip()
+        settings = {key: _without_folders(value) for key, value in training["recipe"].items()}
+        recipe = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=math.inf).strip()
         parts.append(f"## Recipe\n\n```yaml\n{recipe}\n```")
     return "\n\n".join(parts) + "\n"
 

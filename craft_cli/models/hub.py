@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from craft_cli.errors import CraftError, ModelError
+from craft_cli.errors import ConfigError, CraftError, ModelError
 from craft_cli.models.checkpoint import _WEIGHTS, CARD, TOKENIZER_FILES, VOCABULARIES, Checkpoint, _matches, _weight_map
 from craft_cli.models.views import View
 
@@ -16,11 +17,45 @@ _REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.
 """What an earlier upload may have left, and a loader would take before, or together with, the files of this one."""
 
 
-def upload(folder: Path, repository: str, *, private: bool = False) -> None:
-    """Make a model repository where there is none, and upload the folder as one commit in place of former weights.
+def before_upload(repository: str, base: Checkpoint, *, private: bool) -> str | None:
+    """Who will see what is uploaded, to be said before the work; None where the hub does not tell.
+
+    Raises:
+        ConfigError: it is to be private, but the repository is there and public.
+    """
+    there, visible = _is_private(repository), not private
+    if there is not None:
+        visible = not there
+    if private and there is False:
+        raise ConfigError(
+            f"--private: {repository} is there and public; make it private on its settings page, or choose another name"
+        )
+    if not visible:
+        return None if private else f"{repository} is private and stays so: others cannot load it"
+    told = f"{repository} {'will be made' if there is None else 'is'} public: everyone can read what is uploaded"
+    if base.revision and _is_private(base.name):
+        told += f", and its base {base.name} is private"
+    return told + (" (--private makes a private one)" if there is None else "")
+
+
+def _is_private(repository: str) -> bool | None:
+    """Whether a model repository is private; None where there is none that we can see, or no hub."""
+    import huggingface_hub as hub
+
+    try:
+        return bool(hub.HfApi().model_info(repository, timeout=10).private)
+    except Exception:  # whatever the hub's HTTP client of the day raises; the upload tells what is wrong
+        return None
+
+
+def upload(folder: Path, files: Sequence[str], repository: str, *, private: bool = False) -> None:
+    """Make a model repository where there is none, and upload files as one commit in place of former weights.
+
+    Nothing else in the repository is touched: not what lies in folders, and at the top only `_REPLACED`.
 
     Args:
-        folder: what to upload.
+        folder: where the files lie.
+        files: their names.
         repository: OWNER/NAME.
         private: make it a private one; one that is there stays as it is.
 
@@ -34,11 +69,17 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> None:
     try:
         api = hub.HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
+        stale = [
+            name
+            for name in api.list_repo_files(repository)
+            if "/" not in name and _matches(name, _REPLACED) and name not in files
+        ]
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
             commit_message="Upload by craft merge",
-            delete_patterns=list(_REPLACED),
+            allow_patterns=[glob.escape(name) for name in files],
+            delete_patterns=[glob.escape(name) for name in stale] or None,
         )
     except Exception as error:  # whatever the hub's HTTP client of the day raises
         reasons = [error, *([error.__cause__] if error.__cause__ else [])]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -12,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import craft_cli
 from craft_cli.files import write_bytes
 from craft_cli.sweeps.plan import Plan
 from craft_cli.sweeps.studies import Studies, Taken
 from craft_cli.tasks.metrics import lower_is_better
+from craft_cli.training.launch import child_environment
 from craft_cli.training.resume import comparable
 from craft_cli.training.run import Run, checkpoints
-from craft_cli.training.signals import LAUNCHER
 
 TRAIN = (sys.executable, "-m", "craft_cli", "train", "--json")
 """The command of a run."""
@@ -248,12 +246,3 @@ def reason_of(log: Path, code: int) -> str:
         return f"killed ({signal.Signals(-code).name})"
     reason = told[-1] if told else f"its process ended with {code}; see {log.name}"
     return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}..."
-
-
-def child_environment() -> dict[str, str]:
-    """This process's environment, in which its children end with it and find craft from another folder too."""
-    paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    home = Path(craft_cli.__file__).resolve().parent.parent
-    if home.name not in ("site-packages", "dist-packages"):  # a checkout
-        paths.append(str(home))
-    return dict(os.environ) | {LAUNCHER: str(os.getpid())} | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})

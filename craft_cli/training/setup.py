@@ -36,6 +36,9 @@ from craft_cli.training.schedule import Timetable, length_settled, move
 from craft_cli.training.signals import StopSignals
 from craft_cli.training.trackers import start_trackers, trackers
 
+_PRECISIONS = ("no", "bf16", "fp16")
+_ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+
 
 @dataclass
 class Training:
@@ -135,14 +138,19 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     Raises:
         ConfigError: what was asked for cannot be.
     """
-    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None  # None: as `accelerate launch` says
-    if config.fp16 and (config.use_cpu or not torch.cuda.is_available()):
-        raise ConfigError("--fp16 needs a GPU; on the CPU use --bf16 or neither")
+    named = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()  # as `accelerate launch` says
+    if named not in _PRECISIONS and not (config.bf16 or config.fp16):
+        raise ConfigError(f"ACCELERATE_MIXED_PRECISION={named}: craft trains in {', '.join(_PRECISIONS)}; use --bf16")
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else named
+    if precision == "fp16" and (config.use_cpu or not torch.cuda.is_available()):
+        whence = "--fp16" if config.fp16 else "ACCELERATE_MIXED_PRECISION=fp16"
+        raise ConfigError(f"{whence} needs a GPU; on the CPU use --bf16 or neither")
     fsdp_asked()  # refuses what Accelerate would trip over
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ConfigError(
-            "DeepSpeed is not supported: leave it out (several processes), or use FSDP with fsdp_version: 2"
-        )
+    for name, engine in _ENGINES.items():
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise ConfigError(
+                f"{engine} is not supported: leave it out (several processes), or use FSDP with fsdp_version: 2"
+            )
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=config.use_cpu or not torch.cuda.is_available(),

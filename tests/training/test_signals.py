@@ -63,7 +63,7 @@ def test_ctrl_c_does_not_cut_what_is_being_written(
             time.sleep(0.02)
         drawn.append("whole")
 
-    monkeypatch.setattr(signals, "_ONE_PRESS", 0.01)
+    monkeypatch.setattr(signals, "ONE_PRESS", 0.01)
     monkeypatch.setattr(journal, "training_curve", draw)
     with pytest.raises(KeyboardInterrupt):
         craft.train(config(pico(), data_dir), Hears())
@@ -84,7 +84,7 @@ def test_a_second_ctrl_c_ends_it_at_once(pico: Make, data_dir: Path, monkeypatch
         def interrupted(self, step: int, run: Path | None, *, resumable: bool) -> None:
             heard.append((step, resumable))
 
-    monkeypatch.setattr(signals, "_ONE_PRESS", 0.01)
+    monkeypatch.setattr(signals, "ONE_PRESS", 0.01)
     with pytest.raises(KeyboardInterrupt):
         craft.train(config(pico(), data_dir), Impatient())
     assert heard == [(8, True)]

@@ -129,10 +129,8 @@ def merge(
         progress("reading the adapter")
         adapted = AdaptedBase(read_adapter(adapter_path, make=True))
         _check_destination(destination, [adapted.checkpoint.folder], overwrite=overwrite)
-        if push_to_hub:
-            seen_by = before_upload(push_to_hub, adapted.checkpoint, private=private)
-            if seen_by:
-                notice(seen_by)
+        if push_to_hub and (seen_by := before_upload(push_to_hub, adapted.checkpoint, private=private)):
+            notice(seen_by)
         probe = adapted.base.probe()
         progress("computing with the adapter")
         expected = adapted.logits(probe)
@@ -141,13 +139,8 @@ def merge(
         allowed = max(TOLERANCE[written.dtype], tolerance or 0.0)
         progress("verifying")
         difference = _verified(adapted.base.logits(written.read, probe), expected, allowed)
-        record = adapted.saved.record
-        card = model_card(record, adapted.saved.method.describe(record), adapted.checkpoint, form=format)
-        write_bytes(folder / "README.md", card.encode())
+        _add_card(adapted, folder, format, shared=push_to_hub is not None)
         write_json(folder / CERTIFICATE, _certificate(adapted, adapter_path, written, folder, difference, allowed))
-        if push_to_hub and format == PEFT:  # here it may say where the base lies, but not there
-            config = read_json(folder / CONFIG_FILE) | {"base_model_name_or_path": public_name(adapted.checkpoint)}
-            write_json(folder / CONFIG_FILE, config)
         files = sorted(file.name for file in folder.iterdir())
     result = _told(adapted, written, destination, format, difference["relative"], allowed)
     if push_to_hub:
@@ -155,6 +148,16 @@ def merge(
         upload(destination, files, push_to_hub, private=private)
         result = Merged(**(vars(result) | {"repository": push_to_hub}))
     return result
+
+
+def _add_card(adapted: AdaptedBase, folder: Path, format: str, *, shared: bool) -> None:
+    """Write the model card; a LoRA that is shared does not say where its base lies on this machine."""
+    record = adapted.saved.record
+    card = model_card(record, adapted.saved.method.describe(record), adapted.checkpoint, form=format)
+    write_bytes(folder / "README.md", card.encode())
+    if shared and format == PEFT:
+        config = read_json(folder / CONFIG_FILE) | {"base_model_name_or_path": public_name(adapted.checkpoint)}
+        write_json(folder / CONFIG_FILE, config)
 
 
 def _told(

@@ -3,10 +3,15 @@
 A ticket says what is wanted in one sentence of its kind. One in five also names something of another kind, which is only
 background ("I know others complain that ..."), and a few carry a wrong label, as real ones do. The sentences are put
 together from parts, and one way in fifteen of saying a thing stands in the test rows alone.
+
+    python benchmarks/tickets.py tickets.csv      # 1,200 of them, columns text and label
+    python benchmarks/tickets.py --test new.csv   # 1,000 others
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
 import random
 
 KINDS = {"delivery": 0.27, "billing": 0.23, "access": 0.19, "fault": 0.16, "cancel": 0.12, "privacy": 0.03}
@@ -130,3 +135,18 @@ def _said(kind: str, draw: random.Random, test: bool) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write made-up tickets.")
+    parser.add_argument("file")
+    parser.add_argument("--test", action="store_true", help="1,000 others, with words that the 1,200 do not have")
+    asked = parser.parse_args()
+    with open(asked.file, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("text", "label"))
+        writer.writerows(tickets(1000 if asked.test else 1200, seed=0, test=asked.test))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,20 @@
-"""The docs are true: the picture is what the imports say; files, functions, code and links that they name are there."""
+"""The docs are true: pictures, files, functions, code and links are those of the project; what commands print is printed today."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from followed import Block, World, alike, blocks, craft_calls, difference, parse, refreshed
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "craft_cli"
@@ -154,5 +158,145 @@ def test_code_is_compared_part_by_part_in_order() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_links_inside_the_project_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if not re.match(r"https?://|mailto:|#", target):
-            assert (ROOT / page).parent.joinpath(target.partition("#")[0]).exists(), target
+        path, _, anchor = target.partition("#")
+        if re.match(r"https?://|mailto:", target) or path == "commands.md":  # which is made when the site is built
+            continue
+        there = (ROOT / page).parent.joinpath(path) if path else ROOT / page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.+)$", prose(str(page.resolve().relative_to(ROOT))), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+# -- what the pages print -----------------------------------------------------------------------------------------------
+
+START = ROOT / "docs" / "index.md"
+"""Whose run the other pages continue with."""
+FOLLOWED = [ROOT / page for page in PAGES if page not in (*GUIDES, PROMISES)]
+printed = pytest.mark.parametrize("page", FOLLOWED, ids=lambda page: page.name)
+
+
+@printed
+def test_commands_and_flags_that_a_page_names_are_those_of_craft(page: Path) -> None:
+    """Also of commands that need what is not here, and in running text."""
+    commands = [command.words for block in blocks(page) if block.kind == "console" for command in block.commands]
+    words = text(str(page.relative_to(ROOT)))
+    quoted = QUOTED.findall(prose(str(page.relative_to(ROOT))))
+    for line in commands:
+        for arguments in craft_calls(line):
+            parse(arguments)
+    for line in (word for word in quoted if word.startswith("craft ") and "--" in word):
+        for arguments in craft_calls(line):
+            arguments = [a for a in arguments if a != "--help"]
+            parse([*arguments, "value"] if arguments[-1] in OPEN else arguments, whole=False)
+    known = set(re.findall(r"`(--[\w-]+)`", hooks().command_reference())) | OF_OTHERS
+    for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", words):
+        assert flag in known, flag
+
+
+OPEN = ("--budget", "--recipe", "--energy")
+"""Flags that running text names without their values."""
+OF_OTHERS = {
+    # flags of accelerate, torchrun, vllm, llama.cpp, tests/training/torture.py, and --help
+    "--config_file", "--nnodes", "--nproc-per-node", "--master-addr", "--master-port", "--node-rank", "--runner", "--outfile",
+    "--max-lora-rank", "--kills", "--help",
+}  # fmt: skip
+
+
+@printed
+def test_a_page_prints_commands_in_fences_that_are_followed(page: Path) -> None:
+    for block in blocks(page):
+        assert block.kind in {"console", "python", "yaml", "csv"}, (page, block.kind)
+        assert block.kind != "console" or block.commands
+    assert not re.search(r"^\s+\$ |^    (?:craft|pip|python) ", words_outside(page), re.MULTILINE)
+
+
+def words_outside(page: Path) -> str:
+    return prose(str(page.relative_to(ROOT)))
+
+
+@printed
+def test_a_page_is_followed(page: Path, tmp_path: Path) -> None:
+    """Its quick commands, alone."""
+    assert World(tmp_path).follow(page, slow=False) == []
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, list[str]]:
+    """A folder in which the page of the start was followed, and what differed."""
+    world = World(tmp_path_factory.mktemp("docs"))
+    return world, world.follow(START)
+
+
+@pytest.mark.slow
+@printed
+def test_a_page_is_followed_from_top_to_bottom(page: Path, started: tuple[World, list[str]], tmp_path: Path) -> None:
+    """Trainings too, after the page of the start."""
+    world, wrong = started
+    assert (wrong if page == START else world.copy(tmp_path / "page").follow(page)) == []
+
+
+def test_what_matters_of_an_output_is_compared() -> None:
+    assert alike("│ data  800 to train on │", "data 800 to train on")
+    assert not alike("data  800 to train on", "data  801 to train on")
+    assert alike("accuracy 0.7591  loss 0.5049  best so far", "accuracy 0.7500  loss 0.5120")
+    assert not alike("accuracy 0.7591", "accuracy 0.5091")
+    assert not alike("accuracy 0.7591", "precision 0.7591")
+    assert alike("time  300 updates in 44 s", "time  300 updates in 1,044 s")
+    assert alike("run runs/a-20261127-220531/adapter", "run runs/a-20261128-000000/adapter")
+    assert difference(["a", "...", "c"], ["a", "b", "c"]) is None
+    assert difference(["a", "c"], ["a", "b", "c"])
+    assert difference(["a"], ["a", "b"])
+    assert difference(["...", "b"], ["a", "b", "c"])
+    assert difference(["x  seconds", "1  20"], ["x  seconds", "1  35"]) is None
+
+
+def test_a_page_can_be_refreshed() -> None:
+    shown = ["first 1", "...", "said 3", "last 4"]
+    assert refreshed(shown, ["first 1", "between", "told 3", "last 4"]) == ["first 1", "...", "told 3", "last 4"]
+
+
+def test_marks_of_a_fence_are_read(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- slow; needs: vllm -->\n```console\n$ craft merge \\\n    --trim\nmerged\n```\n")
+    (block,) = blocks(page)
+    assert block.marks == {"slow": "", "needs": "vllm"}
+    assert [(c.words, c.shown) for c in block.commands] == [("craft merge --trim", ["merged"])]
+    page.write_text("<!-- quick -->\n```console\n$ craft\n```\n")
+    with pytest.raises(ValueError, match="unknown mark"):
+        blocks(page)
+
+
+# -- the site -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def hooks() -> Any:
+    specification = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert specification
+    assert specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_command_reference_has_every_setting() -> None:
+    from craft_cli.config import RunConfig, flag
+
+    reference = hooks().command_reference()
+    for field in RunConfig.settings():
+        assert f"`{flag(field.name)}`" in reference, field.name
+    assert reference.count("\n## craft ") == 10
+
+
+def test_links_out_of_docs_become_pages_or_words() -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="resume.md"))
+    moved = hooks().on_page_markdown
+    assert moved("[b](../benchmarks/README.md#data) [r](ranks.md) [x](../tests/followed.py)", page) == (
+        "[b](benchmarks/index.md#data) [r](ranks.md) x"
+    )
+

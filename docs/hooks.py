@@ -1,0 +1,109 @@
+"""Hooks of mkdocs: the command reference, made from the command line itself, and pages that lie outside of docs/."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+ELSEWHERE = {
+    "benchmarks/README.md": "benchmarks/index.md",
+    "benchmarks/speed.png": "benchmarks/speed.png",
+    "benchmarks/growth.png": "benchmarks/growth.png",
+    "CONTRIBUTING.md": "contributing.md",
+}
+"""Files of the project that are pages and pictures of the site."""
+WIDE = ("comparison.md",)
+"""Pages with a table that needs the room of the table of contents."""
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s:#]+)((?:#[^)\s]*)?)\)")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add what is not in docs/."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, "commands.md", content=command_reference()))
+    for source, page in ELSEWHERE.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_bytes()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Turn links between files of the project into links between pages; one to a file that is no page becomes its words."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
+    inside = {there: here for here, there in ELSEWHERE.items()}
+    source = inside.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+
+    def moved(link: re.Match[str]) -> str:
+        picture, words, target, anchor = link.groups()
+        there = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        there = ELSEWHERE.get(there, there.removeprefix("docs/") if there.startswith("docs/") else "")
+        if there == "" or (ROOT / "docs" / there).suffix not in (".md", ".png", ".svg"):
+            return words
+        return f"{picture}[{words}]({posixpath.relpath(there, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
+
+    return _LINK.sub(moved, markdown)
+
+
+def command_reference() -> str:
+    """Every command with its arguments and options, from the Typer app."""
+    import typer
+
+    from craft_cli.cli import app
+
+    lines = [
+        "# Commands",
+        "",
+        "`craft COMMAND --help` prints the same. `--a-b` and `--a_b` are one flag. A flag without a default is off, or decided from",
+        "the data. The exit code is 0 when all is done, 1 after an error (one line on stderr), 2 for wrong usage, 130 or 143 after an",
+        "interruption.",
+    ]
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        lines += ["", f"## craft {name}", "", *_about(command)]
+        for below, inner in getattr(command, "commands", {}).items():
+            lines += ["", f"### craft {name} {below}", "", *_about(inner)]
+    return "\n".join(lines) + "\n"
+
+
+def _about(command: Any) -> Iterator[str]:
+    yield _escaped(command.help.strip().splitlines()[0])
+    panels: dict[str, list[Any]] = {}
+    for parameter in command.params:
+        if not getattr(parameter, "hidden", False) and "--help" not in parameter.opts:
+            kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            panels.setdefault(getattr(parameter, "rich_help_panel", None) or kind, []).append(parameter)
+    for panel, parameters in panels.items():
+        yield from ("", f"**{panel}**")
+        for parameter in parameters:
+            yield from ("", *_parameter(parameter))
+
+
+def _parameter(parameter: Any) -> Iterator[str]:
+    if parameter.param_type_name == "argument":
+        names, value = f"`{(parameter.metavar or parameter.name).strip('[].').upper()}`", ""
+    else:
+        names = ", ".join(f"`{name}`" for name in parameter.opts + parameter.secondary_opts)
+        value = "" if parameter.is_flag else f" *{parameter.metavar or _type(parameter)}*"
+    default = parameter.default
+    if isinstance(parameter.show_default, str):
+        default = parameter.show_default
+    elif callable(default) or default in (None, False, ...) or default == ():
+        default = None
+    yield names + value
+    yield f":   {_escaped((parameter.help or '').strip())}" + (f" Default: `{default}`." if default else "")
+
+
+def _type(parameter: Any) -> str:
+    """Of an option's value; older versions of Typer keep it in another place."""
+    kept = getattr(parameter, "type_descriptor", None)
+    name = getattr(kept.annotation, "__name__", "str") if kept else parameter.type.name
+    return {"str": "text", "int": "integer", "float": "number"}.get(name, name)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([<>*_|])", r"\\\1", text)

@@ -13,14 +13,13 @@ A fence ```console holds commands (`$ craft ...`) and what they print; a line `.
 
 Marks of one fence stand in one comment, as <!-- slow; needs: peft -->.
 
-Of numbers, counts must be equal, measurements close; times, sizes, dates and folders are free.
+`outputs.py` says what must be the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib.util
 import io
 import os
@@ -31,10 +30,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from outputs import BAR, difference, mostly, refreshed
 
 ROOT = Path(__file__).parent.parent
 _FENCE = re.compile(
@@ -103,116 +106,6 @@ def blocks(page: Path) -> list[Block]:
         title = _TITLE.search(fence["info"])
         found.append(Block(name, fence["kind"], fence["body"], marks, title[1] if title else None, fence.start("body")))
     return found
-
-
-# Comparing
-
-
-_FREE = (
-    (re.compile(r"[│╭╮╰╯─━]+"), " "),
-    (re.compile(r"\d{8}-\d{6}"), "DATE"),
-    (re.compile(r"\b[0-9a-f]{16,}\b"), "HASH"),
-    (re.compile(r"(?:[~\w.-]*/)+(?=[\w.-]+)"), ""),  # folders
-    (re.compile(r"[\d.,]+ (?:s|min|seconds|[KMGk]i?B|bytes)\b"), "SIZE"),
-    (re.compile(r"\d+\.\d+\.\d+[\w.+]*"), "VERSION"),
-    (re.compile(r"after epoch \d+"), "after epoch N"),
-    (re.compile(r"\bbest so far\b"), ""),
-)
-_BAR = re.compile(r"update +\d+/\d+ |starting$")
-"""On a terminal this is a bar."""
-_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
-
-
-def _comparable(line: str) -> tuple[str, list[str]]:
-    """The words of a line with its numbers taken out, and these."""
-    for pattern, word in _FREE:
-        line = pattern.sub(word, line)
-    numbers = _NUMBER.findall(line)
-    return " ".join(_NUMBER.sub("#", line).split()), numbers
-
-
-def _close(shown: str, printed: str) -> bool:
-    if "." not in shown + printed and "e" not in shown + printed:
-        return shown == printed
-    first, second = float(shown.replace(",", "")), float(printed.replace(",", ""))
-    return abs(first - second) <= 0.01 + 0.05 * max(abs(first), abs(second))
-
-
-def alike(shown: str, printed: str, timed: bool = False) -> bool:
-    """Whether a printed line says what the page shows.
-
-    Args:
-        timed: the last column is of seconds, which are free.
-    """
-    if timed:
-        shown, printed = (" ".join(line.split()[:-1]) for line in (shown, printed))
-    (words, numbers), (others, measured) = _comparable(shown), _comparable(printed)
-    return words == others and len(numbers) == len(measured) and all(map(_close, numbers, measured))
-
-
-def _segments(shown: Sequence[str]) -> list[list[str]]:
-    """The lines between those of `...`; blank ones are left out."""
-    found: list[list[str]] = [[]]
-    for line in shown:
-        if line.strip() == "...":
-            found.append([])
-        elif _comparable(line)[0]:
-            found[-1].append(line)
-    return found
-
-
-def difference(shown: Sequence[str], printed: Sequence[str]) -> str | None:
-    """The first line of a page that was not printed; None where all were, in this order, nothing between them but at `...`."""
-    rest = [line for line in printed if _comparable(line)[0]]
-    segments = _segments(shown)
-    for number, segment in enumerate(segments):
-        if not segment:
-            continue
-        timed = [any(line.rstrip().endswith("seconds") for line in segment[:at]) for at in range(len(segment))]
-        last = number == len(segments) - 1
-        starts = range(len(rest) - len(segment) + 1)
-        starts = starts[:1] if number == 0 else starts[-1:] if last else starts
-        at = next((s for s in starts if all(map(alike, segment, rest[s:], timed))), None)
-        if at is None:
-            where = starts[0] if starts and number in (0, len(segments) - 1) else None
-            pairs = zip(segment, rest[where:], timed, strict=False) if where is not None else ()
-            wrong = next(((s, p) for s, p, t in pairs if not alike(s, p, t)), None)
-            return f"{wrong[0]!r} is now {wrong[1]!r}" if wrong else f"{segment[0]!r} and what follows"
-        rest = rest[at + len(segment) :]
-    if segments[-1] and len(segments) == 1 and rest:
-        return f"{rest[0]!r} is printed but not shown"
-    return None
-
-
-def mostly(shown: Sequence[str], printed: Sequence[str]) -> str | None:
-    """As `difference`, where three lines of five are enough."""
-    lines = [line for segment in _segments(shown) for line in segment]
-    there = sum(any(alike(line, other) for other in printed) for line in lines)
-    return None if there >= 0.6 * len(lines) else f"{len(lines) - there} of {len(lines)} lines are not printed"
-
-
-def refreshed(shown: list[str], printed: list[str]) -> list[str]:
-    """What a page should show now: as much of the output as before, lines that say the same as they are."""
-    rest, result = [line.rstrip() for line in printed], []
-    parts = re.split(r"^\s*\.\.\.\n", "\n".join(shown) + "\n", flags=re.MULTILINE)
-    for number, part in enumerate(parts):
-        lines = part.splitlines()
-        if number:
-            result.append("...")
-        if not any(line.strip() for line in lines):
-            result += lines
-            continue
-        start = 0 if number == 0 else _nearest(lines[0], rest)
-        stop = len(rest) if number == len(parts) - 1 else start + _nearest(lines[-1], rest[start:]) + 1
-        for line in rest[start:stop]:
-            result.append(next((old for old in lines if old.split() and alike(old, line)), line))
-        rest = rest[stop:]
-    return result
-
-
-def _nearest(line: str, lines: Sequence[str]) -> int:
-    ratios = [difflib.SequenceMatcher(None, _comparable(line)[0], _comparable(other)[0]).ratio() for other in lines]
-    return max(range(len(ratios)), key=ratios.__getitem__, default=0)
 
 
 # Parsing
@@ -304,8 +197,7 @@ class World:
             if block.title:
                 (self.folder / block.title).write_text(block.body, encoding="utf-8")
             elif block.kind == "python" and self.inside:
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(self.folder):
-                    exec(compile(block.body, block.page, "exec"), names)
+                self._execute(block, names)
             elif block.kind == "python":
                 script += block.body
                 code, printed = self._run(f"python -c {shlex.quote(script)}")
@@ -314,13 +206,28 @@ class World:
             elif block.kind == "console":
                 for command in block.commands:
                     code, printed = self.run(command.words, block.marks)
-                    expected = 130 if "interrupt" in block.marks else int(command.shown[:1] != [] and "error: " in command.shown[0])
+                    expected = (
+                        130
+                        if "interrupt" in block.marks
+                        else int(command.shown[:1] != [] and "error: " in command.shown[0])
+                    )
                     told = mostly if "varies" in block.marks else difference
-                    lines = [line for line in printed.splitlines() if not _BAR.match(line)]
+                    lines = [line for line in printed.splitlines() if not BAR.match(line)]
                     if code != expected:
                         yield None, printed, f"{block.page}: $ {command.words}: exit code {code}: {printed[-2000:]}"
                     elif command.shown and (wrong := told(command.shown, lines)):
                         yield command, printed, f"{block.page}: $ {command.words}: {wrong}"
+
+    def _execute(self, block: Block, names: dict[str, Any]) -> None:
+        """A snippet, whose libraries may warn and log as they like."""
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.chdir(self.folder),
+            warnings.catch_warnings(),
+            mock.patch("logging.raiseExceptions", False),
+        ):
+            warnings.simplefilter("ignore")
+            exec(compile(block.body, block.page, "exec"), names)
 
     def run(self, words: str, marks: dict[str, str]) -> tuple[int, str]:
         """Exit code and output of a line of the shell."""
@@ -379,8 +286,11 @@ def write(page: Path, world: World) -> None:
     for command, printed, line in world.differences(page):
         print(line[:400])
         if command:
-            old, new = "\n".join(command.shown), "\n".join(refreshed(command.shown, [line for line in printed.splitlines() if not _BAR.match(line)]))
-            text = text.replace(old, new, 1)
+            lines = [line for line in printed.splitlines() if not BAR.match(line)]
+            above = text.index("\n".join(command.shown), text.index(command.words.split(" \\")[0]))
+            text = text[:above] + text[above:].replace(
+                "\n".join(command.shown), "\n".join(refreshed(command.shown, lines)), 1
+            )
     page.write_text(text, encoding="utf-8")
 
 

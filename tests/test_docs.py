@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from followed import Block, World, alike, blocks, craft_calls, difference, parse, refreshed
+from followed import World, blocks, craft_calls, parse
+from outputs import alike, difference, refreshed
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "craft_cli"
@@ -299,4 +300,3 @@ def test_links_out_of_docs_become_pages_or_words() -> None:
     assert moved("[b](../benchmarks/README.md#data) [r](ranks.md) [x](../tests/followed.py)", page) == (
         "[b](benchmarks/index.md#data) [r](ranks.md) x"
     )
-

@@ -6,8 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
+from conftest import invoke
+from hypothesis import strategies as st
 
 from craft_cli.config import RunConfig, flag, load_recipe, parse_settings, shipped_recipes
 from craft_cli.errors import ConfigError
@@ -270,3 +273,82 @@ def test_a_recipe_file_that_does_not_exist_or_is_no_text() -> None:
 
 def test_a_recipe_never_builds_python_objects() -> None:
     assert "not readable YAML" in recipe_problem(recipe_file("task: !!python/object/apply:os.system ['true']"))
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("eval_strategy: no", "no"), ("save_strategy: NO", None), ("output_dir: 007", "007"), ("revision: 1.10", "1.10"),
+        ("revision: 1234567", "1234567"), ("output_dir: 2026-01-02", "2026-01-02"), ("label_separator: y", "y"),
+        ("label_column: off", "off"), ("task_type: ~", None), ("bf16: yes", True), ("bf16: off", False), ("seed: 7", 7),
+        ("learning_rate: 1e-3", 1e-3), ("text_columns: [on, 12:30]", ("on", "12:30")), ("label_column: 'null'", "null"),
+    ],
+)  # fmt: skip
+def test_what_yaml_1_1_makes_of_words_is_not_what_a_recipe_means(line: str, value: Any) -> None:
+    name = line.split(":")[0]
+    if line.endswith("NO"):
+        assert "--save-strategy" in problems(**load_recipe(recipe_file(line)))[0]
+        return
+    assert parse_settings(load_recipe(recipe_file(line)))[name] == value
+
+
+BOMB = "seed: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &a{number} [{','.join([f'*a{number - 1}'] * 10)}]\n"
+    for number, name in enumerate(["model", "revision", "task", "data_dir", "train_file", "dataset_name"], start=1)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (BOMB, "a recipe has no aliases: write the value out"),
+        ("seed: &a [*a]", "a recipe has no aliases"),
+        ("seed: " + "[" * 5_000, "not readable YAML"),
+        (f"model: {'x' * 100_000}", "larger than 100 kB, so it is no recipe"),
+    ],
+)
+def test_a_recipe_is_small_and_flat(text: str, told: str) -> None:
+    message = recipe_problem(recipe_file(text))
+    assert told in message
+    assert len(message) < 400
+    Path("runs/evil").mkdir(parents=True)
+    Path("runs/evil/recipe.yaml").write_text(text)
+    listed = invoke("inspect", "runs")
+    assert len(listed.output) < 2000
+
+
+def test_a_wrong_value_is_shown_in_part() -> None:
+    (told,) = problems(seed="x" * 50_000)
+    assert len(told) < 300
+
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=12)
+ODD = st.sampled_from(
+    ["no", "yes", "on", "null", "~", "007", "1e3", "12:30", "2026-01-02", "0x1f", "1_000", "- a", "a: b", "#"]
+)
+SETTINGS = st.fixed_dictionaries(
+    {"task": st.just("sst2")},
+    optional={
+        "model": WORDS | ODD, "revision": WORDS | ODD, "label_column": WORDS | ODD, "label_separator": WORDS | ODD,
+        "seed": st.integers(0, 2**31), "learning_rate": st.floats(0, 1e6), "max_seq_length": st.integers(1, 10**6),
+        "bf16": st.booleans(), "eval_strategy": st.sampled_from(["no", "epoch"]), "num_train_epochs": st.floats(1e-3, 1e6),
+        "threshold": st.just("auto") | st.floats(0.01, 0.99), "ranks": st.tuples(*[st.integers(1, 999)] * 3),
+    },
+)  # fmt: skip
+
+
+@hypothesis.given(SETTINGS)
+@hypothesis.settings(
+    max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_any_settings_survive_their_recipe(given: dict[str, Any]) -> None:
+    try:
+        config = RunConfig.build(given)
+    except ConfigError:
+        hypothesis.reject()
+    for text in (
+        yaml.safe_dump(config.recipe()),
+        yaml.safe_dump(config.recipe(), allow_unicode=True, default_flow_style=True),
+    ):
+        again = load_recipe(recipe_file(text))
+        assert RunConfig.build({}, again).recipe() == config.recipe()

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from craft_cli.config.settings import RunConfig
-from craft_cli.errors import ConfigError, nearest
+from craft_cli.errors import ConfigError, nearest, plain
+
+MOST_BYTES = 100_000
+"""A recipe is a page of settings; what is larger is another file."""
+_TYPES = {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?",
+    "null": r"~|null|Null|NULL|",
+}
+"""What is more than text, as YAML 1.2 has it: in YAML 1.1 `no` is false, `12:30` is 750 and `010` is 8."""
 
 
 def load_recipe(name: str) -> dict[str, Any]:
-    """The settings in a recipe: a shipped one by its name, or a YAML file.
+    """The settings in a recipe: a shipped one by its name, or a YAML file. A setting that is text stays as it is written.
 
     Raises:
         ConfigError: there is none, or it is no YAML mapping.
@@ -22,23 +34,58 @@ def load_recipe(name: str) -> dict[str, Any]:
     if not (path.suffix in (".yaml", ".yml") or path.is_file()):
         path = recipe_path(name)
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ConfigError(f"--recipe: {path}: larger than {MOST_BYTES // 1000} kB, so it is no recipe")
+        return _settings(data.decode(), path)
     except FileNotFoundError:
         raise ConfigError(f"--recipe: {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--recipe: {path}: not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = plain(" ".join(str(error).split()))[:200]
+        raise ConfigError(f"--recipe: {path}: not readable YAML: {reason}") from error
+
+
+def _settings(text: str, path: Path) -> dict[str, Any]:
+    import yaml
+
+    loader = _loader()(text)
+    root = loader.get_single_node()
+    if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"--recipe: {path}: expected lines of the form 'key: value'")
-    names = [field.name for field in dataclasses.fields(RunConfig)]
-    root: Any = yaml.compose(text, yaml.SafeLoader)
-    keys = [key.value for key, _ in root.value]
-    for key in content:
-        if keys.count(key) > 1:  # YAML would take the last one in silence
-            raise ConfigError(f"{path}: '{key}' is there {keys.count(key)} times; keep one")
+    hints, names = get_type_hints(RunConfig), [field.name for field in dataclasses.fields(RunConfig)]
+    found: dict[str, Any] = {}
+    for key_node, node in root.value:
+        key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+        if key in found:  # YAML would take the last one in silence
+            count = [other.value for other, _ in root.value].count(key)
+            raise ConfigError(f"{path}: '{key}' is there {count} times; keep one")
         if key not in names:
-            raise ConfigError(f"{path}: unknown key '{key}'{nearest(str(key), names)}")
-    return content
+            raise ConfigError(f"{path}: unknown key '{plain(key[:80])}'{nearest(key[:80], names)}")
+        is_text = isinstance(node, yaml.ScalarNode) and not node.tag.endswith(":null")
+        keeps = is_text and not {"int", "float", "bool"} & set(re.findall(r"\w+", str(hints[key])))
+        found[key] = node.value if keeps else loader.construct_object(node, deep=True)
+    return found
+
+
+@functools.cache
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Without aliases, which grow without bound, and with the types of YAML 1.2."""
+
+        yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                mark = self.peek_event().start_mark
+                raise yaml.composer.ComposerError(None, None, "a recipe has no aliases: write the value out", mark)
+            return super().compose_node(parent, index)
+
+    for kind, pattern in _TYPES.items():
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), None)
+    return Loader
 
 
 def recipe_path(name: str) -> Path:

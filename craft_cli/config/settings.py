@@ -28,7 +28,7 @@ from craft_cli.config.options import (
     parse_ranks,
     setting,
 )
-from craft_cli.errors import ConfigError, nearest
+from craft_cli.errors import ConfigError, nearest, plain
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 TaskType = Literal["sequence-classification", "token-classification"]
@@ -330,7 +330,7 @@ def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
             problems.append(str(error))
         except ValidationError as error:
             reason = error.errors()[0]["msg"][0].lower() + error.errors()[0]["msg"][1:]
-            problems.append(f"{flag(name)}: {reason.replace('input', 'it')}, but is '{raw}'")
+            problems.append(f"{flag(name)}: {reason.replace('input', 'it')}, but is '{_shown(raw)}'")
     if problems:
         raise ConfigError("\n".join(problems))
     return values
@@ -341,6 +341,11 @@ def _hint_of(hint: Any, value: Any) -> Any:
     if Auto not in get_args(hint):
         return hint
     return Auto if value == AUTO else next(part for part in get_args(hint) if part != Auto)
+
+
+def _shown(raw: Any) -> str:
+    text = plain(str(raw))
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _expected(hint: Any) -> str:

@@ -54,7 +54,7 @@ def read_stdin(kind: str) -> Iterator[Row]:
     Raises:
         DataError: it is closed.
     """
-    if sys.stdin is None or sys.stdin.closed:
+    if sys.stdin is None:
         raise DataError("standard input is closed: give a file with --input")
     return rows_of(sys.stdin.buffer, kind, "standard input")
 

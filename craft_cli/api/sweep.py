@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -11,12 +13,13 @@ from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
 from filelock import FileLock
 
-from craft_cli.data.sources import DataSource
-from craft_cli.errors import ConfigError, CraftError
-from craft_cli.files import LOCK_FILE, cannot_write, check_free
+from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
+from craft_cli.errors import ConfigError, CraftError, FileError
+from craft_cli.files import LOCK_FILE, cannot_write, check_free, holds_something
 from craft_cli.sweeps.loop import Listener, Sweep, devices
 from craft_cli.sweeps.pictures import draw
 from craft_cli.sweeps.plan import Header, Plan, make_plan, read_header, shown, trials_wanted, write_header
@@ -50,6 +53,7 @@ class SweepOptions:
         output_dir: folder of the sweep; `sweeps/TASK-MODEL-TIME` without.
         cache_dir: of the factors.
         resume: go on with the sweep in `output_dir`, or with the latest, or take part in it.
+        retry_failed: with `resume`: the trials that failed are tried again.
     """
 
     settings: Mapping[str, Any] | None = None
@@ -66,6 +70,7 @@ class SweepOptions:
     output_dir: str | None = None
     cache_dir: str | None = None
     resume: bool = False
+    retry_failed: bool = False
 
     @property
     def factors(self) -> str | None:
@@ -74,13 +79,12 @@ class SweepOptions:
 
     def plan(self, former: Plan | None = None) -> Plan:
         """What is asked for, checked; what is not given is as in a former plan."""
-        plan = make_plan(
+        if self.retry_failed and not self.resume:
+            raise ConfigError("--retry-failed needs --resume")
+        return make_plan(
             self.settings or {}, self.recipe or {}, parse_sets(self.sets), seeds=self.seeds, trials=self.trials,
             timed=self.timeout is not None, sampler=self.sampler, pruner=self.pruner, former=former,
         )  # fmt: skip
-        if self.test_file:
-            _check_test_file(plan, Path(self.test_file).expanduser())
-        return plan
 
 
 def sweep(asked: SweepOptions, listener: Listener | None = None) -> Results:
@@ -128,6 +132,7 @@ def rehearse(asked: SweepOptions, listener: Listener | None = None) -> dict[str,
     """
     listener = listener or Listener()
     plan = asked.plan()
+    _check_test_rows(asked, plan, listener)
     settings = (
         plan.settings() if plan.sampler == "grid" else [(method, plan.start_of(method)) for method in plan.methods]
     )
@@ -167,16 +172,20 @@ def _open(asked: SweepOptions, listener: Listener) -> tuple[Path, Header, Studie
         _join(asked.storage, folder)
     if asked.resume and folder and is_sweep(folder):
         header = _former(asked, folder)
+        _check_test_rows(asked, header.plan, listener)
         studies = Studies(folder, header.plan, _storage(asked, folder), header.name)
         studies.open()
     else:
         if asked.resume:
             listener.noticed(f"nothing to resume in {folder or SWEEPS}: starting from the beginning")
         plan = asked.plan()
+        _check_test_rows(asked, plan, listener)
         folder = folder or _new_folder(plan)
         header = Header(folder.resolve().name, plan, bool(asked.storage), _wanted(plan, asked))
         studies = _begin(folder, header, _storage(asked, folder))
     studies.queue(header.trials)
+    if asked.retry_failed:
+        studies.retry()
     return folder, header, studies
 
 
@@ -189,7 +198,8 @@ def _folder(asked: SweepOptions) -> Path | None:
 
 
 def _storage(asked: SweepOptions, folder: Path) -> str:
-    return asked.storage or f"sqlite:///{folder.resolve() / STORAGE_FILE}"
+    # As a quoted URI, because Optuna and SQLAlchemy read more than a name out of a folder with ?, # or {}.
+    return asked.storage or f"sqlite:///file:{quote(os.fsencode(folder.resolve() / STORAGE_FILE))}?uri=true"
 
 
 def _wanted(plan: Plan, asked: SweepOptions) -> int | None:
@@ -200,19 +210,21 @@ def _begin(folder: Path, header: Header, storage: str) -> Studies:
     """Make the folder and the studies; only one process can."""
     if is_sweep(folder):
         raise ConfigError(f"{folder} is a sweep already: --resume goes on with it; or choose another --output-dir")
-    check_free(folder, overwrite=False)
+    _check_folder(folder)
     # A database that cannot be used leaves nothing behind.
     studies = Studies(folder, header.plan, storage, header.name) if header.elsewhere else None
     try:
-        (folder / RUNS).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from error
     with FileLock(folder / LOCK_FILE):
         if is_sweep(folder):
             raise ConfigError(f"{folder} was just begun by another process: --resume takes part in it")
+        if studies:
+            studies.claim()
+        write_header(folder, header)  # first: a sweep that is killed from here on goes on
         studies = studies or Studies(folder, header.plan, storage, header.name)
-        studies.create()
-        write_header(folder, header)
+        studies.open()
     return studies
 
 
@@ -222,9 +234,19 @@ def _join(storage: str, folder: Path) -> None:
     found = find_plan(storage, name)
     if found is None:
         return
-    check_free(folder, overwrite=False)
-    (folder / RUNS).mkdir(parents=True, exist_ok=True)
+    _check_folder(folder)
     write_header(folder, Header(name, found[0], True, found[1]))
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse to make a sweep of a folder that holds something else.
+
+    Raises:
+        FileError: it does, or it is a file.
+    """
+    check_free(folder, overwrite=True)
+    if folder.is_dir() and holds_something(folder):
+        raise FileError(f"{folder} is not empty and holds no sweep; choose another --output-dir")
 
 
 def _former(asked: SweepOptions, folder: Path) -> Header:
@@ -263,18 +285,38 @@ def _new_folder(plan: Plan) -> Path:
 # -- test rows -------------------------------------------------------------------------------------------------------------
 
 
-def _check_test_file(plan: Plan, file: Path) -> None:
-    """Refuse test rows that are trained or chosen on."""
+def _check_test_rows(asked: SweepOptions, plan: Plan, listener: Listener) -> None:
+    """Refuse test rows that cannot be read, or are trained or chosen on, before anything is trained.
+
+    Raises:
+        ConfigError: there are none, or all of them are.
+        DataError: they cannot be read.
+    """
+    from craft_cli.tasks.splits import load_splits
+
+    if not asked.test_file:
+        return
+    file = Path(asked.test_file).expanduser()
     if not file.is_file():
         raise ConfigError(f"--test-file: {file}: no such file")
-    for method, recipe in plan.recipes.items():
-        for name in ("train_file", "validation_file"):
-            swept = plan.spaces[method].get(name, ())
-            for used in (recipe.get(name), *(swept if isinstance(swept, tuple) else ())):
-                if used and Path(used).expanduser().resolve() == file.resolve():
-                    raise ConfigError(
-                        f"--test-file: {file} is the {name.replace('_', ' ')}; give rows that nothing was chosen on"
-                    )
+    config = _first_run(plan)
+    sources = [DataSource.of(config)]
+    for name in {path for space in plan.having("train_file") for path in space["train_file"]}:  # type: ignore[union-attr]
+        sources.append(replace(sources[0], train_file=name))
+    loaded = [load_splits(source, [TRAIN, VALIDATION]) for source in sources]
+    test_source = replace(
+        sources[0], validation_file=str(file), validation_share=None, data_dir=None, train_file=None, dataset_name=None
+    )
+    (test,) = load_splits(test_source, [VALIDATION], loaded[0].task).splits.values()
+    if test.labels is None:
+        raise ConfigError(f"--test-file: {file} has no labels")
+    used = {texts for one in loaded for split in one.splits.values() for texts in split.texts}
+    known = sum(texts in used for texts in test.texts)
+    told = f"--test-file: {known:,} of the {len(test):,} rows of {file} are among those that are trained or chosen on"
+    if known == len(test):
+        raise ConfigError(f"{told}; give other ones")
+    if known:
+        listener.noticed(told)
 
 
 def _score_on_test_rows(work: Sweep, file: Path) -> None:
@@ -282,9 +324,10 @@ def _score_on_test_rows(work: Sweep, file: Path) -> None:
     from craft_cli.api.evaluate import evaluate
 
     plan, source = work.plan, DataSource(validation_file=str(file))
+    content = hashlib.sha256(file.read_bytes()).hexdigest()
     for row in [row for row in work.results().rows if row.chosen]:
         known = work.studies.tests(row.method)
-        if (known.get("trial"), known.get("file")) == (row.trial, str(file)):
+        if (known.get("trial"), known.get("file"), known.get("sha256")) == (row.trial, str(file), content):
             continue
         runs = {seed: work.folder / RUNS / run_name(row.trial, seed) for seed in plan.seeds}
         if not all(run.is_dir() for run in runs.values()):
@@ -299,4 +342,6 @@ def _score_on_test_rows(work: Sweep, file: Path) -> None:
         if not all(map(math.isfinite, scores.values())):
             work.listener.noticed(f"--test-file: the {plan.metric} of {row.trial} on {file} is not finite")
             continue
-        work.studies.write_tests(row.method, {"trial": row.trial, "file": str(file), "scores": scores})
+        work.studies.write_tests(
+            row.method, {"trial": row.trial, "file": str(file), "sha256": content, "scores": scores}
+        )

@@ -46,6 +46,7 @@ StorageFlag = Annotated[
 ResumeFlag = Annotated[
     bool, typer.Option("--resume", help="Go on with the sweep in --output-dir, or with the latest, or take part in it.")
 ]
+RetryFlag = Annotated[bool, typer.Option("--retry-failed", help="With --resume: try the trials that failed once more.")]
 
 
 @reports_errors
@@ -78,6 +79,7 @@ def command(
         str | None, typer.Option(help="Folder of the sweep.", show_default="sweeps/TASK-MODEL-TIME")
     ] = None,
     resume: ResumeFlag = False,
+    retry_failed: RetryFlag = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the trials, their numbers and the time, from one real step each.")
     ] = False,
@@ -101,7 +103,7 @@ def command(
 
         options = SweepOptions(
             **asked, sets=sets or [], trials=trials, sampler=sampler, pruner=pruner, jobs=jobs, test_file=test_file,
-            storage=storage, cache_dir=cache_dir, output_dir=output_dir, resume=resume,
+            storage=storage, cache_dir=cache_dir, output_dir=output_dir, resume=resume, retry_failed=retry_failed,
         )  # fmt: skip
     with sweep_console.SweepConsole() as listener:
         result: Any = (rehearse if dry_run else sweep)(options, listener)  # type: ignore[arg-type]  # a Listener but for import

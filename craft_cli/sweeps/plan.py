@@ -229,6 +229,8 @@ def _check(plan: Plan, trials: int | None) -> None:
         if (trials or 0) > there:
             raise ConfigError(f"--trials {trials}: there are {there:,} combinations; leave it out to try each of them")
     problems: list[str] = []
+    if plan.having("train_file") and not all(recipe.get("validation_file") for recipe in plan.recipes.values()):
+        problems.append("--set train_file: scores would not be comparable: give one --validation-file for all trials")
     for method, setting in asked:
         try:
             plan.run(method, setting, plan.seeds[0])

@@ -19,6 +19,11 @@ DEFAULT_RATES = ("learning_rate", "head_learning_rate")
 """What every method's default space holds, each around its own value."""
 DEFAULT_CHOICES: dict[str, tuple[Any, ...]] = {"ranks": ("32,32,4", "64,64,8", "128,128,8"), "rank": (2, 4, 8, 16)}
 """What the default space of a method holds besides, of the options that it has; its own value is one more choice."""
+_MEASURED_BY = (
+    "task", "task_type", "data_dir", "dataset_name", "dataset_config_name", "validation_file", "validation_split",
+    "validation_share", "max_eval_samples", "label_column", "label_separator", "problem_type", "metric_for_best_model",
+)  # fmt: skip
+"""What a score is, and on which rows."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,10 @@ class Range:
     def log(self) -> bool:
         """Whether its scale is logarithmic."""
         return self.low > 0
+
+    def rounded(self, value: float) -> float:
+        """A number of it as people read it."""
+        return value if self.whole else min(max(float(f"{value:.4g}"), self.low), self.high)
 
     def __contains__(self, value: Any) -> bool:
         return isinstance(value, (int, float)) and self.low <= value <= self.high
@@ -77,6 +86,8 @@ def _parse(name: str, text: str) -> Values:
         raise ConfigError(f"--set {name}: no such setting{nearest(name, groups)}")
     if name == "seed":
         raise ConfigError("--set seed: give --seeds, whose runs are averaged")
+    if name in _MEASURED_BY:
+        raise ConfigError(f"--set {name}: scores would not be comparable; give {flag(name)}, for all trials")
     if groups[name] == GROUPS[-1]:
         raise ConfigError(f"--set {name}: it is not part of what is compared; give {flag(name)}, or leave it out")
     hint = str(get_type_hints(RunConfig)[name])

@@ -102,50 +102,55 @@ class Studies:
         self._storage = _connect(self._optuna, storage, self._wait_again)
         self._studies: dict[str, optuna.Study] = {}
 
-    def create(self) -> None:
-        """Make the studies.
+    def claim(self) -> None:
+        """Take this name in the storage, which only one worker can.
 
         Raises:
             ConfigError: the storage has a sweep of this name.
         """
-        direction = "minimize" if lower_is_better(self._plan.metric) else "maximize"
         try:
-            for method in self._plan.methods:
-                study = self._optuna.create_study(
-                    storage=self._storage, study_name=f"{self._name}/{method}", direction=direction
-                )
-                study.set_user_attr("plan", json.dumps(self._plan.record()))
+            self._study(self._plan.methods[0], found=False)
         except self._optuna.exceptions.DuplicatedStudyError:
             raise ConfigError(
                 f"--storage: it has a sweep '{self._name}' already: --resume takes part in it, another --output-dir is another"
             ) from None
-        self.open()
 
     def open(self) -> None:
-        """Find the studies that were made."""
-        for method in self._plan.methods:
-            study = self._optuna.load_study(storage=self._storage, study_name=f"{self._name}/{method}")
-            study.pruner = _pruner(self._optuna, self._plan.pruner)
-            self._studies[method] = study
+        """Find the studies, and make those that are missing: who began may have been killed at any moment."""
+        self._studies = {method: self._study(method, found=True) for method in self._plan.methods}
+
+    def _study(self, method: str, *, found: bool) -> optuna.Study:
+        study: optuna.Study = self._optuna.create_study(
+            storage=self._storage,
+            study_name=f"{self._name}/{method}",
+            direction="minimize" if lower_is_better(self._plan.metric) else "maximize",
+            pruner=_pruner(self._optuna, self._plan.pruner),
+            load_if_exists=found,
+        )
+        return study
 
     # -- the queue ------------------------------------------------------------------------------------------------------
 
     def queue(self, trials: int | None) -> None:
         """Let so many trials wait in all, those of the methods in turn; without a number one, if none waits."""
         with self._lock:
-            for study in self._studies.values() if trials else ():
-                study.set_user_attr("trials", trials)  # for those who take part from elsewhere
-            if self._plan.sampler == "grid":
-                if not any(study.get_trials(deepcopy=False) for study in self._studies.values()):
-                    for method, setting in self._plan.settings():
-                        self._studies[method].enqueue_trial(dict(setting), user_attrs={"queued": True})
-                return
             there = {method: len(self._originals(study)) for method, study in self._studies.items()}
-            while sum(there.values()) < trials if trials else not self._waiting():
-                method = min(there, key=lambda method: there[method])
-                first = {} if there[method] else self._plan.start_of(method)
-                self._studies[method].enqueue_trial(first, user_attrs={"queued": True})
-                there[method] += 1
+            if self._plan.sampler == "grid":
+                for method, study in self._studies.items():
+                    asked = [setting for its, setting in self._plan.settings() if its == method]
+                    for setting in asked[there[method] :]:  # those before were queued by one who was killed meanwhile
+                        study.enqueue_trial(setting, user_attrs={"queued": True})
+            else:
+                while sum(there.values()) < trials if trials else not self._waiting():
+                    method = min(there, key=lambda method: there[method])
+                    first = {} if there[method] else self._plan.start_of(method)
+                    self._studies[method].enqueue_trial(first, user_attrs={"queued": True})
+                    there[method] += 1
+            for study in self._studies.values():  # for those who take part from elsewhere, now that all is queued
+                known = study.user_attrs
+                if known.get("trials") != trials or "plan" not in known:
+                    study.set_user_attr("trials", trials)
+                    study.set_user_attr("plan", json.dumps(self._plan.record()))
 
     def take(self) -> Taken | None:
         """The next trial that waits; None where none does."""
@@ -173,9 +178,7 @@ class Studies:
             return trial.suggest_categorical(name, values)
         if values.whole:
             return trial.suggest_int(name, int(values.low), int(values.high), log=values.log)
-        return float(
-            f"{trial.suggest_float(name, values.low, values.high, log=values.log):.4g}"
-        )  # it is read by people
+        return values.rounded(trial.suggest_float(name, values.low, values.high, log=values.log))
 
     def _originals(self, study: optuna.Study) -> list[Any]:
         """The trials that are no others' continuation."""
@@ -238,15 +241,30 @@ class Studies:
             with _quiet():
                 self._optuna.storages.fail_stale_trials(study)
             for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+                if "worker" not in trial.user_attrs:  # it was killed before its first sign of life, or just takes it
+                    self._storage.record_heartbeat(trial._trial_id)
+                    self._storage.set_trial_user_attr(trial._trial_id, "worker", "")
                 host, _, process = str(trial.user_attrs.get("worker", "")).rpartition(":")
-                if host != socket.gethostname() or psutil.pid_exists(int(process)):
+                if not process or host != socket.gethostname() or psutil.pid_exists(int(process)):
                     continue
                 with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):
                     self._storage.set_trial_state_values(trial._trial_id, states.FAIL)
                     self._wait_again(study, trial)
 
+    def retry(self) -> None:
+        """Let all trials that failed wait again."""
+        with self._lock:
+            for study in self._studies.values():
+                newest = {
+                    t.user_attrs.get("first", t.number): t for t in study.get_trials() if t.user_attrs.get("queued")
+                }
+                for trial in newest.values():
+                    if trial.state == self._optuna.trial.TrialState.FAIL:
+                        trial.user_attrs.pop("runs", None)
+                        self._wait_again(study, trial)
+
     def _wait_again(self, study: optuna.Study, trial: Any) -> None:
-        """Queue what a dead worker began: the same setting under the same name."""
+        """Queue what a dead worker began, or what failed: the same setting under the same name."""
         study.add_trial(
             self._optuna.trial.create_trial(
                 state=self._optuna.trial.TrialState.WAITING,
@@ -269,13 +287,15 @@ class Studies:
                 name = _name(method, trial.user_attrs.get("first", trial.number))
                 state = {"fail": "failed"}.get(trial.state.name.lower(), trial.state.name.lower())
                 fixed = trial.system_attrs.get("fixed_params", {}) if self._plan.sampler == "grid" else {}
-                setting = fixed | {
-                    key: float(f"{value:.4g}") if isinstance(value, float) and key not in fixed else value
-                    for key, value in trial.params.items()
+                setting, space = fixed | trial.params, self._plan.spaces[method]
+                order = {
+                    key: values.rounded(setting[key]) if isinstance(values, Range) else setting[key]
+                    for key, values in space.items()
+                    if key in setting
                 }
-                order = {key: setting[key] for key in self._plan.spaces[method] if key in setting}
                 found[name] = Tried(name, method, state, order, trial.user_attrs.get("runs", []))
-        return sorted(found.values(), key=lambda trial: (self._plan.methods.index(trial.method), trial.name))
+        methods = self._plan.methods
+        return sorted(found.values(), key=lambda trial: (methods.index(trial.method), len(trial.name), trial.name))
 
     def tests(self, method: str) -> dict[str, Any]:
         """What the chosen setting of a method reached on the test rows; empty before."""

@@ -186,7 +186,10 @@ def _notes(plan: Plan, rows: Sequence[Row]) -> list[str]:
                 )
     failed = sum(row.state == "failed" for row in rows)
     if failed:
-        notes.append(f"{failed} of {len(rows)} settings failed; their rows say why, and the logs are beside their runs")
+        notes.append(
+            f"{failed} of {len(rows)} settings failed; their rows say why, and the logs are beside their runs; "
+            "--resume --retry-failed tries them again"
+        )
     return notes
 
 

@@ -62,7 +62,7 @@ class Work:
         self._folder, self._plan, self._studies, self._cache_dir = folder.resolve(), plan, studies, cache_dir
         self._environment = child_environment() | dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
-        self._read, self._pruned = 0, False
+        self._read, self._pruned, self._logged = 0, False, 0
 
     @property
     def score(self) -> float | None:
@@ -121,6 +121,7 @@ class Work:
         write_recipe(recipe, self._plan, self.taken, self._seed)
         again = ["--resume"] if checkpoints(run) else ["--overwrite"] if run.is_run() else []
         with open(run.path.with_name(f"{name}.log"), "ab") as log:
+            self._logged = log.tell()
             self._process = subprocess.Popen(
                 [*TRAIN, "--recipe", str(recipe), "--output-dir", f"{RUNS}/{name}", *again, *_cache(self._cache_dir)],
                 cwd=self._folder,  # its runs/latest is the sweep's own
@@ -165,7 +166,7 @@ class Work:
             return True
         else:
             log = self._run.path.with_name(f"{self._run.path.name}.log")
-            found = {"state": "failed", "score": None, "reason": reason_of(log, code)}
+            found = {"state": "failed", "score": None, "reason": reason_of(log, code, self._logged)}
         self.runs.append({"seed": self._seed, "run": f"{RUNS}/{self._run.path.name}", **found})
         self._studies.runs(self.taken, self.runs)
         state = "complete" if found["state"] == "finished" else found["state"]
@@ -230,13 +231,19 @@ def recipe_text(plan: Plan, method: str, setting: Mapping[str, Any], seed: int, 
     import yaml
 
     recipe = plan.run(method, setting, seed).recipe()
-    settings = {name: comparable(name, value) for name, value in recipe.items()}
+    settings = {"num_processes": 1} | {name: comparable(name, value) for name, value in recipe.items()}
     return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
-def reason_of(log: Path, code: int) -> str:
-    """Why a run failed, in a few words: what it said last, or how its process ended."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+def reason_of(log: Path, code: int, since: int = 0) -> str:
+    """Why a run failed, in a few words: what it said last, or how its process ended.
+
+    Args:
+        log: what it said.
+        code: of its process.
+        since: where its part of the log begins; before it stands what it said when it was begun for the first time.
+    """
+    text = log.read_bytes()[since:].decode(errors="replace") if log.is_file() else ""
     told = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
     if "out of memory" in text.lower().rpartition("error: ")[2] and (told or code < 0):
         return "out of memory"

@@ -132,7 +132,7 @@ def test_the_trial_of_a_worker_without_a_sign_of_life_is_taken_over(
     plan = asked(RATES).plan()
     Path("out").mkdir()
     dead = studies.Studies(Path("out"), plan, "sqlite:///out/study.db", "out")
-    dead.create()
+    dead.open()
     dead.queue(3)
     assert dead.take()
     assert not (dead.take() and dead.take() and dead.take())  # three are taken, none is left

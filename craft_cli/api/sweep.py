@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-from urllib.parse import quote
 
 from filelock import FileLock
 
@@ -173,8 +171,9 @@ def _open(asked: SweepOptions, listener: Listener) -> tuple[Path, Header, Studie
     if asked.resume and folder and is_sweep(folder):
         header = _former(asked, folder)
         _check_test_rows(asked, header.plan, listener)
-        studies = Studies(folder, header.plan, _storage(asked, folder), header.name)
-        studies.open()
+        with FileLock(folder / LOCK_FILE):  # who began it may just be making its database
+            studies = Studies(folder, header.plan, _storage(asked, folder), header.name)
+            studies.open()
     else:
         if asked.resume:
             listener.noticed(f"nothing to resume in {folder or SWEEPS}: starting from the beginning")
@@ -197,16 +196,15 @@ def _folder(asked: SweepOptions) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _storage(asked: SweepOptions, folder: Path) -> str:
-    # As a quoted URI, because Optuna and SQLAlchemy read more than a name out of a folder with ?, # or {}.
-    return asked.storage or f"sqlite:///file:{quote(os.fsencode(folder.resolve() / STORAGE_FILE))}?uri=true"
+def _storage(asked: SweepOptions, folder: Path) -> str | Path:
+    return asked.storage or folder.resolve() / STORAGE_FILE
 
 
 def _wanted(plan: Plan, asked: SweepOptions) -> int | None:
     return trials_wanted(plan, asked.trials, asked.timeout is not None)
 
 
-def _begin(folder: Path, header: Header, storage: str) -> Studies:
+def _begin(folder: Path, header: Header, storage: str | Path) -> Studies:
     """Make the folder and the studies; only one process can."""
     if is_sweep(folder):
         raise ConfigError(f"{folder} is a sweep already: --resume goes on with it; or choose another --output-dir")
@@ -245,6 +243,10 @@ def _check_folder(folder: Path) -> None:
         FileError: it does, or it is a file.
     """
     check_free(folder, overwrite=True)
+    try:
+        str(folder.resolve()).encode()
+    except UnicodeEncodeError:
+        raise FileError(f"--output-dir: {str(folder)!r} is no UTF-8; choose another") from None
     if folder.is_dir() and holds_something(folder):
         raise FileError(f"{folder} is not empty and holds no sweep; choose another --output-dir")
 

@@ -160,7 +160,7 @@ def show(results: Any) -> None:
     console.facts(
         {
             "best": best and f"{best.trial}, {results.metric} {spread(best.mean, best.std)}",
-            "repeat": best and f"craft train --recipe {output / 'best.yaml'}",
+            "repeat": best and f"craft train --recipe {shlex.quote(str(output / 'best.yaml'))}",
             "tables": f"{output}/table.csv, trials.csv, results.json",
             "pictures": ", ".join(str(path) for path in sorted(output.glob("score_by_*.png"))) or None,
         }

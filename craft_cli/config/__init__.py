@@ -13,7 +13,7 @@ from craft_cli.config.options import (
     parse_budget,
     parse_ranks,
 )
-from craft_cli.config.recipes import describe_recipe, load_recipe, recipe_path, shipped_recipes
+from craft_cli.config.recipes import comment, describe_recipe, load_recipe, recipe_path, shipped_recipes
 from craft_cli.config.settings import (
     AUTO,
     GROUPS,
@@ -44,6 +44,7 @@ __all__ = [
     "RunConfig",
     "SuperloraOptions",
     "TaskType",
+    "comment",
     "describe_recipe",
     "flag",
     "free_settings",

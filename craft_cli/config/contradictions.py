@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from craft_cli.config.options import WITH_FACTORS
@@ -57,8 +58,10 @@ def contradictions(config: RunConfig) -> list[str]:
         problems.append("--resume excludes --overwrite and --dry-run")
     if config.adapter_factors == "reference" and config.method not in WITH_FACTORS:
         problems.append(f"--adapter-factors reference: --method {config.method} has no factors to refer to")
-    if config.init_from and config.init_noise:
-        problems.append("--init-from and --init-noise exclude each other")
+    if config.init_from:
+        for field in dataclasses.fields(config):
+            if field.metadata["start"] and getattr(config, field.name) != field.default:
+                problems.append(f"--init-from and {flag(field.name)} exclude each other: both say where it starts")
     if config.init_from and config.budget:
         problems.append("--init-from and --budget exclude each other: the rank is that of the other run")
     unknown = [name for name in config.report_to if name not in (*TRACKERS, "none")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -189,18 +190,18 @@ def parse_ranks(ranks: str | Sequence[int]) -> tuple[int, int, int]:
     return out, in_, layers
 
 
+MOST_NUMBERS = 10**12
+"""No model has as many."""
+
+
 def parse_budget(budget: str | int) -> int:
     """A number of trained numbers; `50k` and `1.5m` are understood.
 
     Raises:
         ConfigError: it is none.
     """
-    text = str(budget).strip().lower()
-    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:], 1)
-    try:
-        number = int(float(text.rstrip("km")) * factor)
-    except (ValueError, OverflowError):
-        number = 0
-    if number < 1 or isinstance(budget, bool):
+    found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([km]?)", str(budget).strip().lower())
+    number = int(float(found[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2]]) if found else 0
+    if not 0 < number <= MOST_NUMBERS or isinstance(budget, bool):
         raise ConfigError(f"--budget: expected a number of trained numbers such as 50000 or 50k, not '{budget}'")
     return number

@@ -88,6 +88,11 @@ def _loader() -> Any:
     return Loader
 
 
+def comment(text: str) -> str:
+    """A comment on one line of a recipe, whatever a path in it holds."""
+    return f"# {' '.join(text.split())}\n" if text.splitlines()[1:] else f"# {text}\n"
+
+
 def recipe_path(name: str) -> Path:
     """The file of a shipped recipe.
 

@@ -54,16 +54,24 @@ def lora_pairs(
     Raises:
         CraftError: a dense change has no low rank within the tolerance.
     """
-    factored = {
-        target: [
-            _approximated(chain[0], tolerance, f"{target} of layer {layer}") if len(chain) == 1 else low_rank(chain)
-            for layer, chain in enumerate(adapted.saved.chains(target))
-        ]
-        for target in adapted.views
-    }
+    factored: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    errors: dict[str, float] = {}
+    for target in adapted.views:
+        factored[target] = []
+        for layer, chain in enumerate(adapted.saved.chains(target)):
+            pair, error = _approximated(chain[0], tolerance) if len(chain) == 1 else (low_rank(chain), 0.0)
+            factored[target].append(pair)
+            errors[f"{target} of layer {layer}"] = error
+    worst = max(errors, key=lambda what: errors[what])
+    if errors[worst] > tolerance:
+        raise CraftError(
+            f"the change of {worst} is dense: a LoRA smaller than it has an error of {errors[worst]:.2g} of its norm, more "
+            f"than {tolerance:g}; merge it into a checkpoint, or allow the error: "
+            f"--tolerance {math.ceil(errors[worst] * 1e3) / 1e3:g}"
+        )
     if trim:
         spectral = [_singular(a, b)[1] for pairs in factored.values() for a, b in pairs]
-        floor = _EPSILON * max(float(values.max()) for values in spectral)
+        floor = _EPSILON * max((float(values.max()) for values in spectral if len(values)), default=0.0)
         factored = {target: [_trimmed(a, b, floor) for a, b in pairs] for target, pairs in factored.items()}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, changes in adapted.changes().items():
@@ -78,24 +86,18 @@ def lora_pairs(
     return {name: (_filled(a, 0, rank).float(), _filled(b, 1, rank).float()) for name, (a, b) in pairs.items()}
 
 
-def _approximated(change: Tensor, tolerance: float, what: str) -> tuple[Tensor, Tensor]:
+def _approximated(change: Tensor, tolerance: float) -> tuple[tuple[Tensor, Tensor], float]:
     """A (r, d_in) and B (d_out, r) with ||dW - B A|| <= tolerance ||dW|| for dW^T (d_in, d_out), at the smallest r.
 
-    Raises:
-        CraftError: A and B would be as large as dW.
+    Returns:
+        They, and 0; or, where they would be as large as dW, the largest that are not, and their error.
     """
     u, values, vh = torch.linalg.svd(change.T, full_matrices=False)
     left_out = values.square().flip(0).cumsum(0).flip(0).sqrt()  # by ranks 0, 1, ...
-    rank = int((left_out > tolerance * left_out[0]).sum())
     d_in, d_out = change.shape
-    most = d_in * d_out // (d_in + d_out)
-    if rank > most:
-        error = float(left_out[most] / left_out[0])
-        raise CraftError(
-            f"the change of {what} is dense: a LoRA smaller than it has an error of {error:.2g} of its norm, more than "
-            f"{tolerance:g}; merge it into a checkpoint, or allow the error: --tolerance {math.ceil(error * 1e3) / 1e3:g}"
-        )
-    return vh[:rank], u[:, :rank] * values[:rank]
+    needed, most = int((left_out > tolerance * left_out[0]).sum()), d_in * d_out // (d_in + d_out)
+    rank = min(needed, most)
+    return (vh[:rank], u[:, :rank] * values[:rank]), float(left_out[most] / left_out[0]) if needed > most else 0.0
 
 
 def _singular(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,7 +65,7 @@ def attach(
             raise ConfigError(f"--method {method} has no option '{name}'{nearest(name, names)}")
     options = parse_settings({name: value for name, value in options.items() if value is not None})
     if factors is None:
-        weights = weights_in(model, targets or RunConfig.targets)
+        weights = weights_in(model, RunConfig.targets if targets is None else targets)
         factors, _ = chosen.prepare(weights, chosen.Options(**options), None, lambda what, done, total: None)
         targets = None
     frozen, complete = chosen.fit(factors, targets, options)

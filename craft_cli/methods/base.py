@@ -17,7 +17,7 @@ from typing import Any, ClassVar, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from craft_cli.config import flag
+from craft_cli.config import flag, option_names
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.methods.frozen import Frozen, Sketch
 from craft_cli.models.cards import Description
@@ -95,6 +95,12 @@ def inners(pairs: Iterable[tuple[Chain, Chain]]) -> Iterator[float]:
         yield float((reduce(torch.matmul, (left, *other[1:-1])) * reduce(torch.matmul, (*one[1:-1], right.T))).sum())
 
 
+def _as_flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    return f"{flag(name)} {value}"
+
+
 class Change(nn.Module, ABC):
     """The change of all adapted projections: one module, each trained parameter under one name.
 
@@ -169,11 +175,29 @@ class Method(ABC):
 
         Returns:
             What the method keeps, and notes for the user.
+
+        Raises:
+            ConfigError: a rank above that of every weight.
         """
+        self.check_rank(weights.shapes, options)
         return Sketch.of(weights), ()
 
+    def full_rank(self, shapes: Mapping[str, Shape], options: Any) -> int:
+        """The rank beyond which a larger one changes nothing more."""
+        return max(min(shape[1:]) for shape in shapes.values())
+
+    def check_rank(self, shapes: Mapping[str, Shape], options: Any) -> None:
+        """Refuse a rank that only takes memory.
+
+        Raises:
+            ConfigError: it is above that of every weight.
+        """
+        most = self.full_rank(shapes, options)
+        if options.rank > most:
+            raise ConfigError(f"--rank {options.rank}: no adapted weight has a rank above {most}")
+
     def within(self, weights: Weights, options: Any, budget: int, progress: Progress) -> Any:
-        """These options at the largest rank that trains at most `budget` numbers, where a larger one trains more.
+        """These options at the largest rank that trains at most `budget` numbers, up to that of the weights.
 
         Raises:
             ConfigError: rank 1 trains more.
@@ -181,13 +205,10 @@ class Method(ABC):
         numbers = lambda rank: self.count(weights.shapes, replace(options, rank=rank))  # noqa: E731
         if numbers(1) > budget:
             raise ConfigError(f"--budget: {budget:,} is below {numbers(1):,}, the numbers of {self.name} at rank 1")
-        rank, beyond = 1, 2
-        while numbers(beyond) <= budget and numbers(beyond) > numbers(rank):
-            rank, beyond = beyond, 2 * beyond
+        rank, beyond = 1, self.full_rank(weights.shapes, options) + 1
         while beyond - rank > 1:
             middle = (rank + beyond) // 2
-            fits = numbers(rank) < numbers(middle) <= budget
-            rank, beyond = (middle, beyond) if fits else (rank, middle)
+            rank, beyond = (middle, beyond) if numbers(middle) <= budget else (rank, middle)
         return replace(options, rank=rank)
 
     def fit(self, frozen: Any, targets: Sequence[str] | None, options: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -244,12 +265,15 @@ class Method(ABC):
             wanted: of the run that would start from it.
         """
         theirs, ours = asdict(options), asdict(wanted)
-        differing = [name for name in theirs if theirs[name] != ours[name] and name not in self.training_only]
+        compared = [name for name in option_names(self.name, start=False) if name not in self.training_only]
+        differing = [name for name in compared if theirs[name] != ours[name]]
         if not differing:
             return None
         has = ", ".join(f"{name} {theirs[name]}" for name in differing)
-        flags = " ".join(f"{flag(name)} {theirs[name]}" for name in differing)
-        return f"has {has}; give {flags}"
+        flags = " ".join(_as_flag(name, theirs[name]) for name in differing if theirs[name] is not None)
+        others = " and ".join(flag(name) for name in differing if theirs[name] is None)
+        advice = [*([f"give {flags}"] if flags else []), *([f"leave out {others}"] if others else [])]
+        return f"has {has}; {', '.join(advice)}"
 
     def recall(self, record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool) -> Frozen:
         """What an adapter only refers to: out of the cache; else, with `make`, prepared again from its base.

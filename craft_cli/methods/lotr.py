@@ -94,6 +94,7 @@ class Lotr(Method):
             ConfigError: a rank above the dimensions of the weights.
             ModelError: a weight is not finite.
         """
+        self.check_rank(weights.shapes, options)
         pairs = sharing(weights.shapes, options)
         notes = []
         if options.lotr_share == "all" and len(pairs) > 1:

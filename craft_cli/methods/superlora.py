@@ -268,6 +268,11 @@ class Superlora(Method):
             numbers += sum(map(math.prod, zip(sizes, ranks, strict=True))) + (0 if pair else math.prod(ranks))
         return options.superlora_groups * numbers
 
+    def full_rank(self, shapes: Mapping[str, Shape], options: SuperloraOptions) -> int:
+        """Of the factors of a group; see `Method`."""
+        *_, splits = plan(shapes, options)
+        return max(min(sizes) if len(sizes) == 2 else max(sizes) for sizes in splits)
+
     def facts(
         self, frozen: Any, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str
     ) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from craft_cli.config import RunConfig
+from craft_cli.config import RunConfig, comment
 from craft_cli.files import write_bytes
 from craft_cli.sweeps.plan import Plan
 from craft_cli.sweeps.studies import Studies, Taken
@@ -168,10 +169,8 @@ def write_best(folder: Path, plan: Plan, results: Results) -> None:
     runs = [run for run in results.runs if run["trial"] == best.trial]
     run = choose(runs, key=lambda run: run["score"])
     over = f"{best.mean:.4f} over the seeds {','.join(map(str, plan.seeds))}" if len(runs) > 1 else f"{best.mean:.4f}"
-    head = (
-        f"# The best of {folder.name}, {best.trial}: {plan.metric} {over}; with this seed {run['score']:.4f}\n"
-        f"# craft train --recipe {folder / BEST_FILE}\n"
-    )
+    told = f"The best of {folder.name}, {best.trial}: {plan.metric} {over}; with this seed {run['score']:.4f}"
+    head = comment(told) + comment(f"craft train --recipe {shlex.quote(str(folder / BEST_FILE))}")
     write_bytes(folder / BEST_FILE, recipe_text(plan, best.method, best.setting, run["seed"], head).encode())
 
 

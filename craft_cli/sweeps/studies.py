@@ -11,9 +11,12 @@ import contextlib
 import json
 import os
 import socket
+import sqlite3
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +35,8 @@ HEARTBEAT = 10
 """Seconds between two signs of life of a trial."""
 GRACE = 60
 """Seconds without one after which a trial's worker counts as dead; on the same machine it is noticed at once."""
+_BUSY = 100
+"""Seconds to wait for an SQLite database in which another worker writes."""
 _STARTUP_TRIALS = 5
 """Random ones of a method, before TPE and pruning have something to go by."""
 
@@ -92,11 +97,11 @@ class Studies:
     Args:
         folder: of the sweep.
         plan: of the sweep.
-        storage: URL of a database.
+        storage: URL of a database, or a file for SQLite.
         name: of the sweep in this database.
     """
 
-    def __init__(self, folder: Path, plan: Plan, storage: str, name: str) -> None:
+    def __init__(self, folder: Path, plan: Plan, storage: str | Path, name: str) -> None:
         self._optuna, self._plan, self._name = import_optuna(), plan, name
         self._lock = FileLock(folder / LOCK_FILE)
         self._storage = _connect(self._optuna, storage, self._wait_again)
@@ -315,18 +320,35 @@ def find_plan(storage: str, name: str) -> tuple[Plan, int | None] | None:
     return None
 
 
-def _connect(optuna: Any, url: str, stale: Any) -> Any:
-    sqlite = url.startswith("sqlite")
+def _connect(optuna: Any, storage: str | Path, stale: Any, *, again: bool = True) -> Any:
+    from sqlalchemy.pool import QueuePool
+
+    url = str(storage)
+    if isinstance(storage, Path):  # no URL, which would mean more than a name by ?, #, % or {}
+        url = "sqlite://"
+        opened = partial(sqlite3.connect, storage, timeout=_BUSY, check_same_thread=False)
+        settings: dict[str, Any] = {"creator": opened, "poolclass": QueuePool}
+    elif url.startswith("sqlite"):
+        settings = {"connect_args": {"timeout": _BUSY}}
+    else:
+        settings = {"pool_pre_ping": True}
     try:
         with _quiet():
             return optuna.storages.RDBStorage(
                 url,
-                engine_kwargs={"connect_args": {"timeout": 100}} if sqlite else {"pool_pre_ping": True},
+                engine_kwargs=settings,
                 heartbeat_interval=HEARTBEAT,
                 grace_period=GRACE,
                 heartbeat_stale_trial_callback=stale,
             )
     except Exception as error:  # every database has errors of its own
+        if (
+            again
+            and type(error).__module__.startswith(("sqlalchemy.exc", "optuna."))
+            and "ArgumentError" not in repr(error)
+        ):
+            time.sleep(1)  # another worker may just have made its tables
+            return _connect(optuna, storage, stale, again=False)
         reason = " ".join(str(error).split())[:200]
         raise CraftError(f"--storage: cannot be used: {reason}") from error
 

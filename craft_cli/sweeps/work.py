@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from craft_cli.config import comment
 from craft_cli.files import write_bytes
 from craft_cli.sweeps.plan import Plan
 from craft_cli.sweeps.studies import Studies, Taken
@@ -223,7 +225,12 @@ def _cache(folder: str | None) -> list[str]:
 
 def write_recipe(path: Path, plan: Plan, taken: Taken, seed: int) -> None:
     """Write what a run is started with; its paths mean the same from any folder."""
-    write_bytes(path, recipe_text(plan, taken.method, taken.setting, seed, f"# craft train --recipe {path}\n").encode())
+    write_bytes(
+        path,
+        recipe_text(
+            plan, taken.method, taken.setting, seed, comment(f"craft train --recipe {shlex.quote(str(path))}")
+        ).encode(),
+    )
 
 
 def recipe_text(plan: Plan, method: str, setting: Mapping[str, Any], seed: int, head: str) -> str:

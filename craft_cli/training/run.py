@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from craft_cli.config import load_recipe
+from craft_cli.config import comment, load_recipe
 from craft_cli.errors import FileError
 from craft_cli.files import (
     LOCK_FILE,
@@ -112,7 +112,8 @@ class Run:
         import yaml
 
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-        write_bytes(self.path / "recipe.yaml", f"# craft train --recipe {self.path / 'recipe.yaml'}\n{text}".encode())
+        path = self.path / "recipe.yaml"
+        write_bytes(path, (comment(f"craft train --recipe {shlex.quote(str(path))}") + text).encode())
 
     @property
     def checkpoints(self) -> Path:

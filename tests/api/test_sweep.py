@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ import craft_cli as craft
 from craft_cli.api.sweep import rehearse, sweep
 from craft_cli.config import RunConfig, load_recipe
 from craft_cli.data.sources import DataSource
-from craft_cli.errors import ConfigError, CraftError
+from craft_cli.errors import ConfigError, CraftError, DataError
 from craft_cli.sweeps import studies
+from craft_cli.sweeps.loop import Listener
 from craft_cli.sweeps.pictures import draw
 from craft_cli.sweeps.space import Range, parse_sets
 from craft_cli.sweeps.table import read_results
@@ -81,6 +83,12 @@ def test_values_are_separated_by_commas_and_those_with_commas_by_slashes() -> No
         (["learning_rate=fast"], {}, "--set learning_rate: "),
         (["seed=1,2"], {}, "--set seed: give --seeds"),
         (["output_dir=a,b"], {}, "--set output_dir: it is not part of what is compared"),
+        (["max_eval_samples=10,20"], {}, "--set max_eval_samples: scores would not be comparable"),
+        (
+            ["train_file=a.csv,b.csv"],
+            {"settings": {"task": None, "data_dir": None}},
+            "give one --validation-file for all",
+        ),
         (["rank=2,4"], {}, "--set rank is for --method "),
         (["method=craft,loar"], {}, "--set method: "),
         (["learning_rate=1e-2..1e-3"], {}, "expected two numbers LOW..HIGH, the lower one first"),
@@ -197,8 +205,32 @@ def test_test_rows_say_how_good_the_chosen_are_and_choose_nothing(
     sweep(asked(*few, resume=True, **options))
     assert len(scored) == 4  # once
     train = {"settings": {"task": None, "data_dir": None, "train_file": str(data_dir / "train.jsonl")}}
-    with pytest.raises(ConfigError, match="is the train file; give rows that nothing was chosen on"):
-        sweep(asked(RATES, output_dir="new", test_file=str(data_dir / "train.jsonl"), **train))
+    for settings in ({}, train):
+        for name in ("train", "validation"):
+            if name == "train" or not settings:
+                with pytest.raises(
+                    ConfigError, match=r"rows of .* are among those that are trained or chosen on; give"
+                ):
+                    sweep(asked(RATES, output_dir="new", test_file=str(data_dir / f"{name}.jsonl"), **settings))
+
+
+@pytest.mark.usefixtures("pretend")
+def test_test_rows_are_looked_at_before_anything_is_trained(asked: Any, data_dir: Path) -> None:
+    class Heard(Listener):
+        told: list[str] = []  # noqa: RUF012
+
+        def noticed(self, what: str) -> None:
+            self.told.append(what)
+
+    write_rows(Path("test.jsonl"), [{"review": "a film", "label": 1}])
+    with pytest.raises(DataError, match=r"test\.jsonl has no column 'sentence'"):
+        sweep(asked(RATES, test_file="test.jsonl"))
+    assert not Path("out").exists()
+    assert not starts()
+    used = [json.loads(line) for line in (data_dir / "train.jsonl").read_text().splitlines()[:2]]
+    write_rows(Path("test.jsonl"), [*used, {"sentence": "a film that was", "label": 1}])
+    rehearse(asked(RATES, test_file="test.jsonl"), Heard())
+    assert Heard.told == ["--test-file: 2 of the 3 rows of test.jsonl are among those that are trained or chosen on"]
 
 
 @pytest.mark.usefixtures("pretend")

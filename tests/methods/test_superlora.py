@@ -126,11 +126,11 @@ def test_a_dense_change_is_no_lora_unless_an_error_is_allowed(pico: Make) -> Non
     shake(adapter, 0.2)
     adapted = logits(model)
     adapter.save("saved")
-    with pytest.raises(
-        CraftError, match=r"the change of query of layer 0 is dense: .* or allow the error: --tolerance 0\."
-    ):
+    with pytest.raises(CraftError, match=r"the change of \w+ of layer \d is dense: .* or allow the error") as refused:
         craft.merge("saved", "lora", format="peft")
     assert not Path("lora").exists()
+    advised = float(str(refused.value).rpartition(" ")[2])  # enough for every layer
+    assert craft.merge("saved", "advised", format="peft", tolerance=advised).rank == 12
     result = craft.merge("saved", "lora", format="peft", tolerance=0.9)
     assert result.tolerance == 0.9
     written = peft.PeftModel.from_pretrained(classifier(pico()), "lora").eval()
@@ -147,6 +147,13 @@ def test_a_dense_change_is_no_lora_unless_an_error_is_allowed(pico: Make) -> Non
     )
     with pytest.raises(CraftError, match="--tolerance is for --format peft"):
         craft.merge("saved", "dense", tolerance=0.1)
+
+
+def test_a_change_of_zero_beside_a_trained_head_is_a_lora_of_zeros(pico: Make, data_dir: Path) -> None:
+    craft.train(config(pico(), data_dir, method="superlora", learning_rate=0.0, max_steps=1))
+    for trim in (False, True):
+        result = craft.merge("out", f"lora-{trim}", format="peft", trim=trim)
+        assert (result.rank, result.tensors_changed) == (1, 0)
 
 
 def test_layers_are_made_one_at_a_time_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

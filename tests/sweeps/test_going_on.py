@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import warnings
 from collections import Counter
@@ -16,8 +17,9 @@ import pytest
 from helpers import real_runs, same, starts, table_of
 
 from craft_cli.api.sweep import SweepOptions, sweep
-from craft_cli.errors import ConfigError
-from craft_cli.sweeps import studies
+from craft_cli.config import load_recipe
+from craft_cli.errors import ConfigError, FileError
+from craft_cli.sweeps import studies, work
 from craft_cli.sweeps.loop import Listener
 from craft_cli.sweeps.table import Results, read_results
 
@@ -223,3 +225,85 @@ def test_without_a_folder_there_is_a_new_one_and_resume_takes_the_latest(asked: 
     assert Path(first.output).name.startswith("sst2-base-")
     second = sweep(asked("learning_rate=1e-2", output_dir=None))
     assert sweep(SweepOptions(resume=True)).output == second.output != first.output
+
+
+def dying(asked: SweepOptions, place: str, call: int) -> None:
+    """A sweep whose process is gone at a call of some function of Optuna's."""
+    owner, _, name = place.rpartition(".")
+    optuna = studies.import_optuna()
+    cls = optuna.storages.RDBStorage if owner == "RDBStorage" else optuna.Study
+    whole, calls = getattr(cls, name), iter(range(1, call + 1))
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            os._exit(9)
+        return whole(*arguments, **options)
+
+    setattr(cls, name, counted)
+    sweep(asked)
+
+
+@pytest.mark.usefixtures("pretend")
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [
+        pytest.param("RDBStorage.create_new_study", 1, marks=pytest.mark.slow),  # nothing is in the database
+        pytest.param("RDBStorage.create_new_study", 2, marks=pytest.mark.slow),  # the second method is not
+        ("Study.enqueue_trial", 4),  # some of the trials are
+        ("RDBStorage.record_heartbeat", 1),  # one is taken, and nobody knows by whom
+    ],
+)
+def test_a_sweep_that_was_killed_while_it_began_goes_on_whole(
+    asked: Any, monkeypatch: pytest.MonkeyPatch, place: str, call: int
+) -> None:
+    monkeypatch.setattr(studies, "GRACE", 1)
+    sets = ("method=craft,lora", "learning_rate=1e-3,1e-2")
+    process = apart(dying, asked(*sets, jobs=2), place, call)
+    process.join()
+    assert process.exitcode == 9
+    results = sweep(asked(*sets, jobs=2, resume=True))
+    assert sorted(row.trial for row in results.rows) == ["craft-001", "craft-002", "lora-001", "lora-002"]
+    assert {row.state for row in results.rows} == {"complete"}
+    assert len(starts()) == 4
+
+
+@pytest.mark.usefixtures("pretend")
+def test_trials_that_failed_are_tried_again_where_that_is_asked_for(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = sweep(asked("learning_rate=8,1e-2"))
+    assert any("--resume --retry-failed tries them again" in note for note in first.notes)
+    script = Path("trained.py").resolve()
+    monkeypatch.setattr(work, "TRAIN", (sys.executable, str(script), "--json"))
+    pretended = Path(__file__).parent.parent / "pretend_training.py"
+    script.write_text(pretended.read_text().replace("rate == 8", "rate == 0"))  # what killed it is mended
+    assert sweep(asked("learning_rate=8,1e-2", resume=True)).rows[1].state == "failed"
+    again = sweep(asked("learning_rate=8,1e-2", resume=True, retry_failed=True))
+    assert [(row.trial, row.state, row.reason) for row in again.rows] == [
+        ("craft-002", "complete", ""),
+        ("craft-001", "complete", ""),
+    ]
+    assert [name for name, *_ in starts()] == ["craft-001-seed42", "craft-002-seed42", "craft-001-seed42"]
+    with pytest.raises(ConfigError, match="--retry-failed needs --resume"):
+        sweep(asked("learning_rate=8,1e-2", retry_failed=True))
+
+
+@pytest.mark.usefixtures("pretend")
+@pytest.mark.parametrize("name", ["what? #1 {x} 100%41", "with\nlines 'and' \"quotes\""])
+def test_a_folder_may_have_any_name(asked: Any, name: str) -> None:
+    found = sweep(asked("learning_rate=1e-3", output_dir=name))
+    assert sweep(SweepOptions(output_dir=name, resume=True)).rows == found.rows
+    assert {path.name for path in Path(name).iterdir()} >= {"study.db", "best.yaml", "table.csv"}
+    assert {path.name for path in Path().iterdir()} <= {name, "starts", "cache"}
+    with pytest.raises(FileError, match="is no UTF-8; choose another"):
+        sweep(asked("learning_rate=1e-3", output_dir="s\udcffrrogate"))
+
+
+@pytest.mark.usefixtures("pretend")
+def test_values_that_were_named_stay_as_they_were_written(asked: Any) -> None:
+    results = sweep(asked("learning_rate=0.00123456,0.00987654", sampler="random", trials=1))
+    assert results.rows[0].setting["learning_rate"] in (0.00123456, 0.00987654)
+    assert results.best
+    best = load_recipe("out/best.yaml")
+    assert best["learning_rate"] == results.best.setting["learning_rate"]
+    assert best["num_processes"] == 1  # as it was trained, however many GPUs there are elsewhere

@@ -111,6 +111,19 @@ def facts(pairs: Mapping[str, Any], *, rename: bool = True) -> None:
         out.print(value, markup=False, soft_wrap=True)
 
 
+def sentences(pairs: Mapping[str, str]) -> None:
+    """Names and what is said of them; on a terminal broken between words, in a file a line each."""
+    if not out.is_terminal:
+        facts(pairs, rename=False)
+        return
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for name, text in pairs.items():
+        grid.add_row(escape(_plain(name)), escape(_plain(text)))
+    out.print(grid)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], below: Sequence[Sequence[Any]] = ()) -> None:
     """A table on stdout, and sums below it; all columns but the first are numbers, to the right."""
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)

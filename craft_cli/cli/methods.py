@@ -31,7 +31,7 @@ def command(
     if json:
         console.print_json([asdict(method) for method in found])
         return
-    console.facts({method.name: f"{method.idea} ({method.paper})" for method in found})
+    console.sentences({method.name: f"{method.idea} ({method.paper})" for method in found})
     if model is None:
         return
     console.out.print()

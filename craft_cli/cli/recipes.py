@@ -24,7 +24,7 @@ def listing(context: typer.Context, json: JsonFlag = False) -> None:
     if json:
         console.print_json(found)
     else:
-        console.facts(found, rename=False)
+        console.sentences(found)
 
 
 @app.command("show")

@@ -86,7 +86,7 @@ def test_values_are_separated_by_commas_and_those_with_commas_by_slashes() -> No
         (["max_eval_samples=10,20"], {}, "--set max_eval_samples: scores would not be comparable"),
         (
             ["train_file=a.csv,b.csv"],
-            {"settings": {"task": None, "data_dir": None}},
+            {"settings": {"task": None, "data_dir": None, "train_file": "a.csv"}},
             "give one --validation-file for all",
         ),
         (["rank=2,4"], {}, "--set rank is for --method "),

@@ -116,3 +116,12 @@ def test_on_a_terminal_there_is_a_bar_with_the_best_and_the_time_left(given: tup
     assert re.search(r"trials .*1/3 best accuracy \d\.\d{4} \(craft-001\)  \d+ s left", text), text[-3000:]
     table = text[text.rindex("craft-002") :] if columns > 60 else text
     assert not re.search(r"accuracy +\d\.\d*\r?\n *\d", table)  # no number is broken
+
+
+def test_sentences_are_broken_between_words_only() -> None:
+    shown = on_a_terminal((sys.executable, "-m", "craft_cli", "recipes"), 60)
+    lines = [line.rstrip() for line in shown.splitlines()]
+    assert all(len(line) <= 60 for line in lines)
+    whole = invoke("recipes").stdout
+    assert shown.split() == whole.split()
+    assert len(lines) > len(whole.splitlines())

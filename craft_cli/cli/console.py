@@ -120,7 +120,7 @@ def sentences(pairs: Mapping[str, str]) -> None:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
     for name, text in pairs.items():
-        grid.add_row(escape(_plain(name)), escape(_plain(text)))
+        grid.add_row(escape(show(name)), escape(show(text)))
     out.print(grid)
 
 

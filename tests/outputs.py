@@ -1,6 +1,7 @@
 """What a command prints and what a page shows of it, compared; and a page's part of it made anew.
 
-Of numbers, counts must be equal, measurements close; times, sizes, dates and folders are free.
+Of numbers, counts must be equal, measurements close; times, sizes, dates, folders and which epoch was the best are free: a page
+must be right on other machines too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ _FREE = (
     (re.compile(r"[\d.,]+ (?:s|min|seconds|[KMGk]i?B|bytes)\b"), "SIZE"),
     (re.compile(r"\d+\.\d+\.\d+[\w.+]*"), "VERSION"),
     (re.compile(r"after (epoch|update) \d+"), r"after \1 N"),
+    (re.compile(r"^epoch +\d+$"), "epoch N"),
     (re.compile(r"\bbest so far\b"), ""),
 )
 BAR = re.compile(r"update +\d+/\d+ |starting$")

@@ -90,7 +90,7 @@ def difference(shown: Sequence[str], printed: Sequence[str]) -> str | None:
 def mostly(shown: Sequence[str], printed: Sequence[str]) -> str | None:
     """As `difference`, where three lines of five are enough."""
     lines = [line for segment in _segments(shown) for line in segment]
-    there = sum(any(alike(line, other) for other in printed) for line in lines)
+    there = sum(any(alike(line, other) or alike(line, other, timed=True) for other in printed) for line in lines)
     return None if there >= 0.6 * len(lines) else f"{len(lines) - there} of {len(lines)} lines are not printed"
 
 

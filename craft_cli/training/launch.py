@@ -110,6 +110,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         if name.startswith("torch.distributed"):  # the processes speak for themselves
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    began_by = os.environ.get(LAUNCHER)  # a sweep
     os.environ.update(child_environment())
     config = LaunchConfig(
         min_nodes=1,
@@ -136,6 +137,8 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         thread.start()
         while thread.is_alive():
             thread.join(0.1)
+            if began_by and os.getppid() != int(began_by) and not signals:  # it was killed
+                os.kill(os.getpid(), signal.SIGTERM)
             if signals and not _children():  # they have ended, or none had started yet
                 thread.join(_LAST_WORDS)
                 if thread.is_alive():

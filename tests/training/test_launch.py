@@ -174,6 +174,13 @@ def test_a_signal_ends_it_where_no_process_has_started(monkeypatch: pytest.Monke
     stop.set()
 
 
+def test_the_processes_of_a_run_end_with_the_sweep_that_began_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(signals.LAUNCHER, str(os.getpid()))  # is not this process's parent: that has died
+    with pytest.raises(SystemExit) as end:
+        launched(monkeypatch, lambda *_: time.sleep(60))
+    assert end.value.code == 128 + signal.SIGTERM
+
+
 def test_the_third_signal_kills_processes_that_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     ended: list[int] = []

@@ -154,7 +154,7 @@ def _add_card(adapted: AdaptedBase, folder: Path, format: str, *, shared: bool) 
     """Write the model card; a LoRA that is shared does not say where its base lies on this machine."""
     record = adapted.saved.record
     card = model_card(record, adapted.saved.method.describe(record), adapted.checkpoint, form=format)
-    write_bytes(folder / "README.md", card.encode())
+    write_bytes(folder / "README.md", card.encode(errors="backslashreplace"))
     if shared and format == PEFT:
         config = read_json(folder / CONFIG_FILE) | {"base_model_name_or_path": public_name(adapted.checkpoint)}
         write_json(folder / CONFIG_FILE, config)

@@ -163,7 +163,7 @@ def write_adapter(
     write_tensors(folder / TENSOR_FILE, KIND, state, {"targets": list(frozen.targets)} | frozen.identity())
     write_json(folder / CONFIG_FILE, record)
     if card is not None:
-        write_bytes(folder / "README.md", card.encode())
+        write_bytes(folder / "README.md", card.encode(errors="backslashreplace"))
     saved, _ = read_tensors(folder / TENSOR_FILE, KIND)
     if any(not torch.equal(saved[name], tensor.detach().cpu()) for name, tensor in state.items()):
         raise FileError(f"{folder}: the adapter reads back different from what was written; the disk may be failing")

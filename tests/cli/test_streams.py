@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import invoke
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,6 +103,65 @@ def test_labels_of_a_stranger_do_not_steer_the_terminal(run: Path) -> None:
     ):  # fmt: skip
         done = invoke(*command)
         assert not {"\x1b", "\x07", "\x9b"} & set(done.output), command
+
+
+def test_a_page_shows_names_and_runs_nothing(run: Path) -> None:
+    evil = "\"><img src=x onerror=alert(1)><script>alert(1)</script>'&lt;\ud800"
+    path = run / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"LABEL_0"', json.dumps(evil)).replace('"negative"', json.dumps(evil)))
+    run.rename(folder := run.with_name("run<img src=x onerror=alert(1)>"))
+    recipe = {"task": "sst2", "model": evil.replace("\ud800", "")}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True))
+    done = invoke("inspect", folder.name, "--html", "page.html")
+    assert done.exit_code == 0, done.output
+    tags: list[str] = []
+
+    class Reads(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            tags.append(tag)
+            assert not [name for name, _ in attrs if name.startswith("on")]
+
+    Reads().feed(Path("page.html").read_text(encoding="utf-8"))
+    assert "table" in tags
+    assert "script" not in tags
+
+
+# -- a user without a home ----------------------------------------------------------------------------------------------
+
+
+def nowhere() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.usefixtures("run")
+def test_a_user_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `docker run --user 54321`: no line in /etc/passwd, no HOME."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    Path("t.txt").write_text("good film\n")
+    train = [
+        "train",
+        "--model",
+        "base",
+        "--task",
+        "sst2",
+        "--data-dir",
+        "data",
+        "--ranks",
+        "4,4,2",
+        "--use-cpu",
+        "--max-steps",
+        "1",
+    ]
+    refused = invoke(*train)
+    assert refused.exit_code == 1
+    assert "this user has no home directory; give --cache-dir, or set HOME or XDG_CACHE_HOME" in refused.stderr
+    for command in (
+        [*train, "--cache-dir", "factors", "--output-dir", "out"], ["inspect", "run"], ["inspect", "base"], ["merge", "run"],
+        ["predict", "run", "--input", "t.txt"], ["eval", "run", "--task", "sst2", "--data-dir", "data"], ["recipes"], ["methods"],
+    ):  # fmt: skip
+        done = invoke(*command)
+        assert done.exit_code == 0, (command, done.output)
 
 
 # -- streams that are closed, gone or full ------------------------------------------------------------------------------

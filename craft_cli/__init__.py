@@ -6,11 +6,13 @@ Public names are imported when first used, so that `import craft_cli` costs noth
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "CraftCallback": "methods.trainer",
     "CraftError": "errors",
     "Factors": "methods.craft.factors",
     "Listener": "training.progress",
@@ -21,6 +23,7 @@ _HOME = {
     "TuckerTensor": "tucker",
     "advise": "api.advise",
     "attach": "methods.attach",
+    "checkpoint_folder": "models.hub",
     "compare": "api.compare",
     "decompose": "api.decompose",
     "evaluate": "api.evaluate",
@@ -55,6 +58,8 @@ if TYPE_CHECKING:
     from craft_cli.methods.craft.factors import Factors as Factors
     from craft_cli.methods.craft.ranks import Ranks as Ranks
     from craft_cli.methods.model_adapter import ModelAdapter as ModelAdapter
+    from craft_cli.methods.trainer import CraftCallback as CraftCallback
+    from craft_cli.models.hub import checkpoint_folder as checkpoint_folder
     from craft_cli.training.progress import Listener as Listener
     from craft_cli.tucker import TuckerTensor as TuckerTensor
     from craft_cli.tucker import hosvd as hosvd
@@ -63,4 +68,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'craft_cli' has no attribute '{name}'")
-    return getattr(import_module(f"craft_cli.{_HOME[name]}"), name)
+    found = getattr(import_module(f"craft_cli.{_HOME[name]}"), name)
+    if isfunction(found) and not _HOME[name].startswith("tucker"):
+        found = import_module("craft_cli.config.arguments").public(found)
+    globals()[name] = found
+    return found

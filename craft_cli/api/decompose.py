@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from craft_cli.config import RunConfig
+from craft_cli.config import RunConfig, parse_settings
+from craft_cli.errors import ConfigError
 from craft_cli.methods.craft.decomposition import decompose_weights
 from craft_cli.methods.craft.factors import Factors
 from craft_cli.methods.craft.ranks import Ranks
-from craft_cli.models.stacks import find_checkpoint, read_weights
+from craft_cli.models.loading import check_model
+from craft_cli.models.stacks import find_checkpoint, read_weights, weights_in
 
 
 def decompose(
-    model: str,
-    targets: Sequence[str] = RunConfig.targets,
+    model: Any,
+    targets: str | Sequence[str] = RunConfig.targets,
     ranks: str | Sequence[int] = RunConfig.ranks,
     *,
     revision: str | None = None,
@@ -24,8 +28,8 @@ def decompose(
     """HOSVD factors of a model's stacked attention projections, from the cache where it has them.
 
     Args:
-        model: hub id, local folder, or `demo`.
-        targets: of `query`, `key`, `value`, `output`.
+        model: hub id, local folder, `demo`, or a loaded transformers model.
+        targets: of `query`, `key`, `value`, `output`; also with commas between them.
         ranks: OUT,IN,LAYERS; a rank above its dimension is lowered to it.
         revision: branch, tag or commit of a hub model.
         cache_dir: folder of the factor files; `~/.cache/craft` without.
@@ -33,9 +37,17 @@ def decompose(
         force: decompose again even if the cache has it.
 
     Raises:
-        ConfigError: unknown targets or impossible ranks.
+        TypeError: `model` is something else.
+        ConfigError: unknown targets or impossible ranks, or a revision of a loaded model.
         ModelError: the model is missing, damaged or of an unsupported family.
         FileError: the cache cannot be written.
     """
-    weights = read_weights(find_checkpoint(model, targets, revision), targets)
+    targets = parse_settings({"targets": targets})["targets"]
+    if isinstance(model, (str, Path)):
+        weights = read_weights(find_checkpoint(str(model), targets, revision), targets)
+    else:
+        check_model(model, "craft.decompose takes one, or the name of a checkpoint")
+        if revision is not None:
+            raise ConfigError("--revision is for a checkpoint of the hub, and this model is loaded: leave it out")
+        weights = weights_in(model, targets)
     return decompose_weights(weights, Ranks.parse(ranks), cache_dir=cache_dir, device=device, force=force).factors

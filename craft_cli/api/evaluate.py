@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from heapq import nlargest
 from itertools import chain
 from operator import itemgetter
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from craft_cli.api.predictor import load_predictor
-from craft_cli.config import RunConfig
+from craft_cli.config import RunConfig, parse_settings
 from craft_cli.data.sources import VALIDATION, DataSource
 from craft_cli.data.writers import write_records
-from craft_cli.errors import DataError
+from craft_cli.errors import DataError, nearest
 from craft_cli.tasks.metrics import renamed
 from craft_cli.tasks.splits import load_splits
 
@@ -64,12 +64,15 @@ def evaluate(
     per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
     use_cpu: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **data: Any,
 ) -> Evaluation:
     """Evaluate on validation data.
 
+        craft.evaluate("runs/first", validation_file="new.csv")
+
     Args:
         path: a run, an adapter, a checkpoint's folder or a hub id; the latest run without.
-        source: task or files; what is not given is as in training (runs and adapters know it).
+        source: task or files; what is not given is as in training (runs and adapters know it); or give them by name.
         split: `validation`, or `test` where that is labelled.
         predictions: write a row for each example into this file (.jsonl or .csv).
         worst: collect so many of the surest wrong answers.
@@ -78,11 +81,15 @@ def evaluate(
         per_device_eval_batch_size: rows at once.
         use_cpu: stay on the CPU.
         progress: called with (rows done, rows in all).
+        data: in place of `source`: `task`, `data_dir`, `validation_file`, `dataset_name`, `text_columns`, `label_column`, ...
 
     Raises:
+        TypeError: both `source` and data by name are given, or an unknown name.
         ConfigError: a checkpoint needs a task or files.
         CraftError: the model or the data cannot be used.
     """
+    if data:
+        source = _named(data, source)
     predictor = load_predictor(path, use_cpu=use_cpu)
     loaded = load_splits(predictor.source(source or DataSource()), [split], predictor.task)
     task = loaded.task
@@ -117,3 +124,14 @@ def evaluate(
         predictions=str(predictions) if predictions else None,
         **task.tables(every, gold),
     )
+
+
+def _named(data: Mapping[str, Any], source: DataSource | None) -> DataSource:
+    """Data by the names of settings."""
+    known = [field.name for field in fields(DataSource)]
+    for name in data:
+        if name not in known:
+            raise TypeError(f"evaluate: unknown argument '{name}'{nearest(name, known)}")
+    if source is not None:
+        raise TypeError(f"evaluate: give either source or data by name ({', '.join(data)}), not both")
+    return DataSource(**parse_settings(data))

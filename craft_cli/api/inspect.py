@@ -107,7 +107,7 @@ def _adapter(path: Path, folder: Path) -> Inspection:
     saved = read_adapter(folder)
     record, frozen = saved.record, saved.frozen
     method = saved.method.describe(record)
-    run = Run(path) if path != folder else None
+    run = Run(path) if Run(path).is_run() else None
     training = record.get("training", {})
     data = training.get("data", {})
     facts = _identity(frozen) | {

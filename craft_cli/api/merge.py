@@ -1,4 +1,4 @@
-"""Use-case: what leaves craft. A plain Hugging Face checkpoint, or a LoRA that PEFT loads.
+"""Use-case: what leaves craft. A plain Hugging Face checkpoint, a LoRA that PEFT loads, or the adapter to share.
 
 The base is read and written tensor by tensor, so that a checkpoint larger than memory merges too. What was written is
 compared with the adapted model before it takes its place, and `merge.json` beside it says what it was made of.
@@ -10,7 +10,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from craft_cli import __version__
 from craft_cli.config import THRESHOLD
 from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.files import cannot_write, holds_something, read_json, whole_folder, write_bytes, write_json
-from craft_cli.methods.adapter_folder import CONFIG_FILE, TENSOR_FILE, read_adapter
+from craft_cli.methods.adapter_folder import CONFIG_FILE, HEAD, INCLUDE, TENSOR_FILE, read_adapter, write_adapter
 from craft_cli.methods.as_dense import AdaptedBase, Dense
 from craft_cli.methods.as_lora import EXACT, LoraWriter, serve_command, vllm_hint
-from craft_cli.models.cards import model_card, public_name
+from craft_cli.models.cards import model_card, public_name, without_folders
+from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import before_upload, upload
 from craft_cli.models.shards import shard_bytes
 from craft_cli.training.run import find_adapter, find_run
@@ -33,9 +34,10 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torc
 """Largest difference allowed between merged and adapted logits, relative to the largest logit. The adapted model is
 computed in float32, so the merged one differs by the rounding of its weights to the dtype written."""
 
-CHECKPOINT, PEFT = "checkpoint", "peft"
+CHECKPOINT, PEFT, ADAPTER = FORMATS = "checkpoint", "peft", "adapter"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CERTIFICATE = "merge.json"
+Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Merged:
 
     Attributes:
         output: the folder.
-        format: `checkpoint` or `peft`.
+        format: `checkpoint`, `peft` or `adapter`.
         files: names of its files.
         dtype: of the weights, that of the base unless another was asked for; of a LoRA float32.
         tensors_changed: weights that differ from the base's.
@@ -73,7 +75,7 @@ class Merged:
 
 def merge(
     path: str | Path | None = None,
-    output: str | Path | None = None,
+    output_dir: str | Path | None = None,
     *,
     overwrite: bool = False,
     format: str = CHECKPOINT,
@@ -86,18 +88,19 @@ def merge(
     progress: Callable[[str], None] = lambda what: None,
     notice: Callable[[str], None] = lambda what: None,
 ) -> Merged:
-    """Merge a run's or an adapter's change into the dense weights of its base, or write it as a LoRA for PEFT.
+    """Merge a run's or an adapter's change into the dense weights of its base, write it as a LoRA, or copy the adapter.
 
     A checkpoint holds weights in the base's dtype, the trained head, the label names and the base's tokenizer files byte
     for byte. A LoRA holds the same change and head in PEFT's layout. Either is read again and its logits are compared
-    with those of the adapted model before it takes its place.
+    with those of the adapted model before it takes its place. A copy of the adapter includes its factors, so that the base
+    is all that others need.
 
     Args:
-        path: a run or an adapter; the latest run without.
-        output: the folder to write; `merged` (`peft`) inside the run, or beside the adapter, without; `merged-step-N` for a
-            checkpoint of a run.
+        path: a run, an adapter, or OWNER/NAME of an adapter on the hub; the latest run without.
+        output_dir: the folder to write; without, `merged` (`peft`, `adapter-copy`) inside the run or beside the adapter,
+            `merged-step-N` for a checkpoint of a run, and `NAME-merged` here for an adapter of the hub.
         overwrite: replace a folder that an earlier merge wrote.
-        format: `checkpoint` or `peft`.
+        format: `checkpoint`, `peft` or `adapter`.
         dtype: of a checkpoint's weights: `float32`, `float16` or `bfloat16`; as the base's without.
         max_shard_size: a checkpoint larger than this, `5GB` without, is written as several files.
         trim: of a LoRA, leave out directions that are zero to numerical precision.
@@ -122,9 +125,38 @@ def merge(
     adapter_path = find_adapter(found)
     if adapter_path is None:
         raise FileError(f"{found} is neither a run nor an adapter: there is nothing to merge")
-    destination = _destination(output, adapter_path, format)
+    destination = _destination(output_dir, found, adapter_path, format)
     _check_destination(destination, [found, adapter_path], overwrite=overwrite)
+    shared: dict[str, Any] = {"push_to_hub": push_to_hub, "private": private, "notice": notice}
+    if format == ADAPTER:
+        result = _copy(adapter_path, destination, overwrite=overwrite, **shared)
+    else:
+        result = _merge(
+            adapter_path, destination, format, dtype, max_shard_size, overwrite, trim, tolerance, progress, **shared
+        )
+    if push_to_hub:
+        progress("uploading")
+        upload(destination, result.files, push_to_hub, private=private)
+        result = replace(result, repository=push_to_hub)
+    return result
 
+
+def _merge(
+    adapter_path: Path,
+    destination: Path,
+    format: str,
+    dtype: str | None,
+    max_shard_size: str | int | None,
+    overwrite: bool,
+    trim: bool,
+    tolerance: float | None,
+    progress: Callable[[str], None],
+    *,
+    push_to_hub: str | None,
+    private: bool,
+    notice: Notice,
+) -> Merged:
+    """A checkpoint or a LoRA, compared with the adapted model."""
     with whole_folder(destination, overwrite=overwrite) as folder:
         progress("reading the adapter")
         adapted = AdaptedBase(read_adapter(adapter_path, make=True))
@@ -141,13 +173,44 @@ def merge(
         difference = _verified(adapted.base.logits(written.read, probe), expected, allowed)
         _add_card(adapted, folder, format, shared=push_to_hub is not None)
         write_json(folder / CERTIFICATE, _certificate(adapted, adapter_path, written, folder, difference, allowed))
-        files = sorted(file.name for file in folder.iterdir())
-    result = _told(adapted, written, destination, format, difference["relative"], allowed)
+    return _told(adapted, written, destination, format, difference["relative"], allowed)
+
+
+def _copy(
+    adapter_path: Path, destination: Path, *, overwrite: bool, push_to_hub: str | None, private: bool, notice: Notice
+) -> Merged:
+    """The adapter with all that belongs to it; where it is shared, without where things lie on this machine."""
+    saved = read_adapter(adapter_path, make=True)
+    base = saved.record["base_model"]
+    checkpoint = Checkpoint(base["model"], base["revision"], adapter_path)
+    local, frozen, record = Path(base["model"]).is_absolute(), saved.frozen, dict(saved.record)
+    if "factors" in record:
+        record["factors"] = {**record["factors"], "stored": INCLUDE}
     if push_to_hub:
-        progress("uploading")
-        upload(destination, files, push_to_hub, private=private)
-        result = Merged(**(vars(result) | {"repository": push_to_hub}))
-    return result
+        if seen_by := before_upload(push_to_hub, checkpoint, private=private):
+            notice(seen_by)
+        record, frozen = without_folders(record), replace(frozen, model=without_folders(frozen.model))
+    card = adapter_path / "README.md"
+    described = saved.method.describe(record)
+    text = card.read_text(encoding="utf-8") if card.is_file() else model_card(record, described, checkpoint)
+    with whole_folder(destination, overwrite=overwrite) as folder:
+        trained = dict(saved.trained) | {HEAD + name: tensor for name, tensor in saved.head.items()}
+        write_adapter(folder, record, trained, frozen, text)
+        copied = {"adapter": {"sha256": _sha256(adapter_path / TENSOR_FILE)}, "versions": _versions()}
+        write_json(folder / CERTIFICATE, copied)
+        files = tuple(sorted(file.name for file in folder.iterdir()))
+    return Merged(
+        output=str(destination),
+        format=ADAPTER,
+        files=files,
+        dtype="float32",
+        tensors_changed=sum(shape[0] for shape in saved.frozen.shapes.values()),
+        difference=0.0,
+        tolerance=0.0,
+        hint="its base is a folder on this machine: others put it on a model of theirs with craft.load"
+        if local
+        else None,
+    )
 
 
 def _add_card(adapted: AdaptedBase, folder: Path, format: str, *, shared: bool) -> None:
@@ -178,11 +241,13 @@ def _told(
     )
 
 
-def _destination(output: str | Path | None, adapter: Path, format: str) -> Path:
-    """The folder to write: as given, inside the run, or beside the adapter."""
-    name = "merged" if format == CHECKPOINT else format
+def _destination(output: str | Path | None, found: Path, adapter: Path, format: str) -> Path:
+    """The folder to write: as given, inside the run, or beside the adapter; of one of the hub, here."""
+    name = {CHECKPOINT: "merged", PEFT: "peft", ADAPTER: "adapter-copy"}[format]
     default = adapter.parent / name
-    if adapter.parent.name == "checkpoints":  # of a run, beside which others may be merged
+    if not found.exists():
+        default = Path(f"{found.name}-{name}")
+    elif adapter.parent.name == "checkpoints":  # of a run, beside which others may be merged
         default = adapter.parent.parent / f"{name}-{adapter.name}"
     destination = Path(output).expanduser() if output else default
     return Path(os.path.realpath(destination)) if destination.is_symlink() else destination
@@ -198,7 +263,7 @@ def _write(
     trim: bool,
     tolerance: float | None,
 ) -> Dense | LoraWriter:
-    """The adapter in one of the two formats, as files in `folder`.
+    """The change in one of the two formats, as files in `folder`.
 
     Raises:
         CraftError: it cannot be written, or no weight changes.
@@ -240,8 +305,12 @@ def _check_options(
 ) -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if format not in (CHECKPOINT, PEFT):
-        raise ConfigError(f"--format: expected {CHECKPOINT} or {PEFT}, not '{format}'")
+    if format not in FORMATS:
+        raise ConfigError(f"--format: expected {CHECKPOINT}, {PEFT} or {ADAPTER}, not '{format}'")
+    if format == ADAPTER and (dtype or max_shard_size is not None or trim or tolerance is not None):
+        raise ConfigError(
+            "--dtype, --max-shard-size, --trim and --tolerance are for merging: --format adapter copies the adapter as it is"
+        )
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: expected {', '.join(DTYPES)}, not '{dtype}'")
     if format == PEFT and dtype:
@@ -291,9 +360,6 @@ def _certificate(
     difference: Mapping[str, float],
     allowed: float,
 ) -> dict[str, Any]:
-    import safetensors
-    import transformers
-
     frozen = adapted.saved.frozen.sha256()
     return {
         "base": {
@@ -309,13 +375,20 @@ def _certificate(
         "largest_logit_difference": dict(difference),
         "tolerance": {"relative": allowed},
         "sha256": {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))},
-        "versions": {
-            "craft": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import safetensors
+    import transformers
+
+    return {
+        "craft": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
     }
 
 

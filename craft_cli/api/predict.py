@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from craft_cli.api.predictor import load_predictor
+from craft_cli.api.predictor import Predictor, load_predictor
 from craft_cli.config import RunConfig
-from craft_cli.data.readers import SUFFIXES, TEXT, read_rows, read_stdin
+from craft_cli.data.readers import SUFFIXES, TEXT, Row, read_rows, read_stdin
 from craft_cli.data.writers import RecordWriter, format_of, open_records
 from craft_cli.errors import CraftError, DataError, plain
 
@@ -22,6 +22,63 @@ _BATCHES_AT_ONCE = 16
 
 
 def predict(
+    path: str | Path | None,
+    texts: Sequence[Any],
+    *,
+    max_seq_length: int | None = None,
+    per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
+    use_cpu: bool = False,
+) -> list[dict[str, Any]]:
+    """Predict for texts, and give the answers.
+
+        craft.predict("runs/first", ["great film", "a dull book"])
+        # [{"prediction": "positive", "scores": {"negative": 0.19, "positive": 0.81}}, ...]
+
+    Args:
+        path: a run, an adapter, a checkpoint's folder or a hub id; the latest run for None.
+        texts: a string each; a pair of strings where the model takes pairs; a list of words where it tags them, or a mapping
+            of columns as in the data.
+        max_seq_length: tokens kept; as in training without.
+        per_device_eval_batch_size: texts at once.
+        use_cpu: stay on the CPU.
+
+    Returns:
+        For each text what `craft predict` writes: `prediction` and `scores`, or `entities`.
+
+    Raises:
+        TypeError: `texts` is a single string, or holds something else than texts.
+        CraftError: the model or a text cannot be used.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts: expected a list of texts, not a single string: put it into a list")
+    predictor = load_predictor(path, use_cpu=use_cpu)
+    places = [f"text {number}" for number in range(1, len(texts) + 1)]
+    columns = predictor.task.text_columns
+    rows = [Row(place, _cells(text, place, columns)) for place, text in zip(places, texts, strict=True)]
+    if not rows:
+        return []
+    in_lines = all(isinstance(text, str) for text in texts)
+    blocks = _answers(
+        predictor, iter(rows), "texts", in_lines, (), max_seq_length, per_device_eval_batch_size, len(rows)
+    )
+    return [answer for block in blocks for answer in block]
+
+
+def _cells(text: Any, place: str, columns: Sequence[str]) -> dict[str, Any]:
+    """A text of the caller's as a row of the task's columns."""
+    if isinstance(text, Mapping):
+        return dict(text)
+    if isinstance(text, str):
+        return {"text": text}
+    if not isinstance(text, (list, tuple)):
+        raise TypeError(f"texts: {place} is of type {type(text).__name__}: expected a string, a pair, words or columns")
+    parts = [list(text)] if len(columns) < 2 else list(text)
+    if len(parts) != max(1, len(columns)):
+        raise DataError(f"texts: {place} has {len(parts)} parts, this model takes {' and '.join(columns)}")
+    return dict(zip(columns or ("tokens",), parts, strict=True))
+
+
+def predict_file(
     path: str | Path | None = None,
     *,
     input: str | Path = STDIN,
@@ -64,19 +121,45 @@ def predict(
     if first is None:
         raise DataError(f"{origin} holds no rows")
     predictor = load_predictor(path, use_cpu=use_cpu)
-    task = predictor.task
-    plain = origin == "standard input" or Path(origin).suffix.lower() == TEXT
-    read = task.reader(first, origin, plain=plain, columns=text_columns or ())
+    in_lines = origin == "standard input" or Path(origin).suffix.lower() == TEXT
     size = per_device_eval_batch_size * (1 if str(input) == STDIN else _BATCHES_AT_ONCE)
-    rows, done = chain([first], rows), 0
+    answers = _answers(
+        predictor,
+        chain([first], rows),
+        origin,
+        in_lines,
+        text_columns or (),
+        max_seq_length,
+        per_device_eval_batch_size,
+        size,
+    )
+    done = 0
     with _writer(output, kind) as writer:
-        while block := list(islice(rows, size)):
-            split = read(block)
-            scores = predictor.scores(predictor.encode(split, task, max_seq_length), task, per_device_eval_batch_size)
-            writer.write(task.records(scores, split))
+        for block in answers:
+            writer.write(block)
             done += len(block)
             progress(done)
     return done
+
+
+def _answers(
+    predictor: Predictor,
+    rows: Iterator[Row],
+    origin: str,
+    in_lines: bool,
+    columns: Sequence[str],
+    max_seq_length: int | None,
+    batch_size: int,
+    at_once: int,
+) -> Iterator[list[dict[str, Any]]]:
+    """The answers for so many rows at once, in their order; there is one row at least."""
+    task, first = predictor.task, next(rows)
+    read = task.reader(first, origin, plain=in_lines, columns=columns)
+    rows = chain([first], rows)
+    while block := list(islice(rows, at_once)):
+        split = read(block)
+        scores = predictor.scores(predictor.encode(split, task, max_seq_length), task, batch_size)
+        yield list(task.records(scores, split))
 
 
 class _Screen:

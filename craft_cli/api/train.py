@@ -8,14 +8,17 @@ import shlex
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate.state import AcceleratorState, is_initialized
 
-from craft_cli.config import RunConfig
+from craft_cli.config import RunConfig, contradictions
+from craft_cli.errors import ConfigError
 from craft_cli.tasks.inference import predict_batches
 from craft_cli.training import loop
 from craft_cli.training.compile import refusal
 from craft_cli.training.launch import settle_environment
+from craft_cli.training.notebook import NotebookListener, in_notebook
 from craft_cli.training.progress import Listener, TrainResult
 from craft_cli.training.run import RUNS
 from craft_cli.training.schedule import Timetable
@@ -24,27 +27,41 @@ from craft_cli.training.signals import end_by
 from craft_cli.training.trackers import finish_trackers
 
 
-def train(config: RunConfig, listener: Listener | None = None, *, runs: Path = RUNS) -> TrainResult:
+def train(
+    config: RunConfig | None = None, listener: Listener | None = None, *, runs: Path = RUNS, **settings: Any
+) -> TrainResult:
     """Fine-tune a transformer for a task.
+
+        craft.train(model="demo", task="opinions", num_train_epochs=3)
+        craft.train(craft.RunConfig(model="demo", task="opinions"))
 
     Under `accelerate launch` or `torchrun` each process calls this and they join; only the main one writes and reports.
 
     Args:
-        config: all settings.
-        listener: receives progress events.
+        config: all settings; or give them by name.
+        listener: receives progress events; without, a notebook shows a bar, and nothing is shown elsewhere.
         runs: folder of runs without an output folder of their own, and of the link to the latest one.
+        settings: of `RunConfig`, in place of `config`.
 
     Raises:
+        TypeError: both `config` and settings are given.
         CraftError: the configuration, the model or the data cannot be used, or the loss is no longer finite.
         KeyboardInterrupt: Ctrl-C, after the running update and a checkpoint.
         SystemExit: SIGTERM, likewise; the code is 143.
     """
-    listener = listener or Listener()
-    for line in settle_environment():
-        listener.noticed(line)
+    if config is None:
+        config = RunConfig.build(settings)
+    elif settings:
+        raise TypeError(f"train: give either config or settings by name ({', '.join(settings)}), not both")
+    elif problems := contradictions(config):
+        raise ConfigError("\n".join(problems))
     shared = is_initialized()
     try:
         with contextlib.ExitStack() as held:
+            if listener is None:
+                listener = held.enter_context(contextlib.closing(NotebookListener())) if in_notebook() else Listener()
+            for line in settle_environment():
+                listener.noticed(line)
             training = set_up(config, make_accelerator(config), listener, held, runs)
             try:
                 loop.run(training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,18 +12,27 @@ from craft_cli.cli.options import JsonFlag, reports_errors
 
 @reports_errors
 def command(
-    path: Annotated[str | None, typer.Argument(help="Run or adapter.", show_default="the latest run")] = None,
+    path: Annotated[
+        str | None, typer.Argument(help="Run, adapter, or an adapter's hub id.", show_default="the latest run")
+    ] = None,
     output_dir: Annotated[
         str | None,
         typer.Option(
-            "--output-dir", "--output", "-o", help="Folder to write.", show_default="merged (or peft), in the run"
+            "--output-dir",
+            "--output",
+            "-o",
+            help="Folder to write.",
+            show_default="merged (or peft, adapter-copy), in the run",
         ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a folder that an earlier merge wrote.")
     ] = False,
     output_format: Annotated[
-        str, typer.Option("--format", help="checkpoint, or peft: a LoRA for everything that loads PEFT's.")
+        str,
+        typer.Option(
+            "--format", help="checkpoint; peft: a LoRA for everything that loads PEFT's; adapter: a copy to share."
+        ),
     ] = "checkpoint",
     dtype: Annotated[
         str | None,
@@ -51,7 +60,7 @@ def command(
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Fold an adapter into dense weights: a plain Hugging Face checkpoint for any tool, or a LoRA for PEFT."""
+    """Fold an adapter into dense weights: a plain Hugging Face checkpoint for any tool; or a LoRA, or a copy to share."""
     from craft_cli.cli import console
 
     with console.status("starting") as progress:
@@ -73,6 +82,18 @@ def command(
         )
     if json:
         console.print_json(asdict(result))
+        return
+    _show(result)
+
+
+def _show(result: Any) -> None:
+    """What was written, where."""
+    from craft_cli.cli import console
+
+    if result.format == "adapter":
+        console.facts({"copied": result.output, "files": ", ".join(result.files), "uploaded": result.repository})
+        if result.hint:
+            console.note(result.hint)
         return
     lora = result.rank is not None
     console.facts(

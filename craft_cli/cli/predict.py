@@ -38,11 +38,11 @@ def command(
     if input == "-" and sys.stdin and sys.stdin.isatty():
         console.note("reading texts from the keyboard, a line each; end with Ctrl-D")
     with console.status("starting") as progress:
-        from craft_cli.api.predict import predict
+        from craft_cli.api.predict import predict_file
 
         if not output:  # the rows themselves show that it goes on
             progress("predicting")
-        rows = predict(
+        rows = predict_file(
             path,
             input=input,
             output=output,

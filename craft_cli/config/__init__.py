@@ -1,6 +1,6 @@
 """Settings, the options of the methods among them, and recipes. Nothing here needs torch, so that `--help` stays fast."""
 
-from craft_cli.config.contradictions import TRACKERS, flag
+from craft_cli.config.contradictions import TRACKERS, contradictions, flag
 from craft_cli.config.options import (
     METHOD_OPTIONS,
     CraftOptions,
@@ -45,6 +45,7 @@ __all__ = [
     "SuperloraOptions",
     "TaskType",
     "comment",
+    "contradictions",
     "describe_recipe",
     "flag",
     "free_settings",

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from craft_cli.config.arguments import in_python
 from craft_cli.config.contradictions import TRACKERS, contradictions, flag
 from craft_cli.config.options import (
     LEARNING_RATES,
@@ -178,6 +179,21 @@ class RunConfig(MethodOptions):
     resume: bool = setting(False, "Go on with the run in --output-dir, or with the latest: exactly as if never cut.")
     dry_run: bool = setting(False, "Check everything, down to one real step, and stop.")
 
+    def __post_init__(self) -> None:
+        """Convert what is given as on the command line, such as ranks="32,32,4", and check each value by itself.
+
+        Raises:
+            ConfigError: everything that is wrong, one line each.
+        """
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = {name: value for name, value in given.items() if value != getattr(type(self), name)}
+        try:
+            parsed = parse_settings(given)
+        except ConfigError as error:
+            raise ConfigError(in_python(str(error))) from None
+        for name, value in parsed.items():
+            object.__setattr__(self, name, value)
+
     @classmethod
     def settings(cls) -> list[dataclasses.Field[Any]]:
         """Every field, in the order in which they are shown: the options of the methods follow the choice of one."""
@@ -310,6 +326,8 @@ def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: everything that is wrong, one line each, naming the flag.
     """
+    if not given:
+        return {}
     from pydantic import TypeAdapter, ValidationError
 
     problems, values = [], {}

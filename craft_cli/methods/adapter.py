@@ -174,6 +174,23 @@ class Adapter(nn.Module):
         self.detach(root)
         return list(dict.fromkeys(changed))
 
+    @torch.no_grad()
+    def merge_into(self, state: dict[str, Tensor], prefix: str = "") -> None:
+        """Replace the adapted weights in a `state_dict` by copies that hold the change; the model stays as it is.
+
+        Args:
+            state: weights by name.
+            prefix: of the names of the root's weights in it.
+        """
+        copied = set()
+        for projection, views in self._views.items():
+            for view, chain in zip(views, self.change.chains(projection), strict=True):
+                name = f"{prefix}{view.module}.weight"
+                if name not in copied:
+                    state[name] = state[name].detach().clone()
+                    copied.add(name)
+                view.add_to_weight(state[name], delta(chain).to(state[name].device))
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model computes without the change, bit for bit as before it was attached."""

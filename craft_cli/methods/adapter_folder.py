@@ -2,11 +2,12 @@
 
 A folder may come from a stranger: nothing in it is believed. Either it holds what its method keeps of the base, or only the
 sha256 of that (`factors: reference`): then it is looked for in the cache. Reading fetches and computes nothing, unless the
-caller asks for what the cache lacks to be made again.
+caller asks for what the cache lacks to be made again. Only `adapter_at` asks the hub, where a hub id is given.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,14 @@ from craft_cli.files import check_version, quoted, read_json, read_tensors, writ
 from craft_cli.methods import METHODS, method_named
 from craft_cli.methods.base import Chain, Method
 from craft_cli.methods.frozen import Frozen
+from craft_cli.models.hub import fetch_files
 from craft_cli.models.stacks import DTYPES
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 KIND = "an adapter"
+BESIDE = "adapter"
+"""An adapter's folder inside that of a run, or beside the merged weights of a saved model."""
 INCLUDE, REFERENCE = "include", "reference"
 HEAD = "head."
 _DTYPES = tuple(getattr(torch, name) for name in DTYPES)
@@ -90,6 +94,38 @@ class SavedAdapter:
                     f"{self.path}: its head needs {parameter!r} {tuple(tensor.shape)}, which {found} in this model; load a "
                     f"{told['architecture']} with num_labels={told['num_labels']}"
                 )
+
+
+def adapter_at(path: str | Path, revision: str | None = None) -> Path | None:
+    """The adapter's folder that a path or a hub id names.
+
+    Args:
+        path: the folder; one with an adapter in its folder `adapter`, as a run or a saved model is; or OWNER/NAME of a
+            repository on the hub, of which nothing but the two files of an adapter is fetched.
+        revision: branch, tag or commit of the repository.
+
+    Returns:
+        The folder; None where it is something else.
+
+    Raises:
+        ModelError: it is a hub id, and the hub has no such repository or cannot be reached.
+    """
+    path = Path(path).expanduser()
+    for folder in (path, path / BESIDE):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    if _is_hub_id(path):
+        return fetch_files(str(path), (CONFIG_FILE, TENSOR_FILE), revision)
+    return None
+
+
+def _is_hub_id(path: Path) -> bool:
+    """Whether a path can only be meant as OWNER/NAME on the hub: it is not here, and there is no folder OWNER either."""
+    return (
+        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path), re.ASCII) is not None
+        and not path.exists()
+        and not path.parent.exists()
+    )
 
 
 def read_adapter(path: Path, cache_dir: str | Path | None = None, *, make: bool = False) -> SavedAdapter:

@@ -20,24 +20,25 @@ from pathlib import Path
 from typing import Any
 
 from craft_cli.config import RunConfig, parse_settings
-from craft_cli.errors import ConfigError, ModelError, nearest
+from craft_cli.config.arguments import wrong_type
+from craft_cli.errors import ConfigError, FileError, ModelError, nearest
 from craft_cli.methods import method_named
-from craft_cli.methods.adapter_folder import SavedAdapter, read_adapter
+from craft_cli.methods.adapter_folder import CONFIG_FILE, SavedAdapter, adapter_at, read_adapter
 from craft_cli.methods.base import Method
 from craft_cli.methods.frozen import Frozen, check_base
 from craft_cli.methods.model_adapter import DEFAULT_NAME, ModelAdapter
 from craft_cli.models.families import layer_views
-from craft_cli.models.loading import head_names
+from craft_cli.models.loading import check_model, head_names
 from craft_cli.models.stacks import weights_in
 from craft_cli.models.views import View
 
 
 def attach(
     model: Any,
-    factors: Frozen | None = None,
+    factors: Any = None,
     *,
     method: str = "craft",
-    targets: Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
     head: Iterable[str] | None = None,
     **options: Any,
 ) -> ModelAdapter:
@@ -46,24 +47,30 @@ def attach(
     Args:
         model: a supported `PreTrainedModel`; with `factors` loaded from the weights that were decomposed.
         factors: of `craft.decompose`; made from the model's own weights without.
-        method: `craft` or `lora`.
-        targets: the projections to adapt; those of the factors, or query and value, without.
+        method: `craft`, or another one that `craft methods` lists.
+        targets: the projections to adapt, also with commas between them; those of the factors, or query and value, without.
         head: names of parameters to train in full; all outside the base model without. Name those too that were newly
             initialised inside it.
-        options: of the method, named as on the command line: `ranks` (OUT,IN,LAYERS, those of the factors or smaller) and
-            `init_noise` of craft; `rank`, `alpha`, `lora_dropout` and `use_rslora` of lora.
+        options: of the method, such as `ranks` of craft (OUT,IN,LAYERS, those of the factors or smaller) or `rank` and `alpha`
+            of lora; `craft train --help` lists them.
 
     Raises:
+        TypeError: `model` is no loaded transformers model.
         ConfigError: an unknown method or option, an option's value that cannot be, targets that were not decomposed, ranks
             above those of the factors, or factors of another method.
         ModelError: an unsupported family, or other weights than those decomposed.
     """
+    check_model(model, "the model comes first: craft.attach(model, factors)")
+    if factors is not None and not isinstance(factors, Frozen):
+        raise wrong_type("factors", "those of craft.decompose", factors)
     chosen = method_named(method)
     names = [field.name for field in fields(chosen.Options)]
     for name in options:
         if name not in names:
             raise ConfigError(f"--method {method} has no option '{name}'{nearest(name, names)}")
     options = parse_settings({name: value for name, value in options.items() if value is not None})
+    if targets is not None:
+        targets = parse_settings({"targets": targets})["targets"]
     if factors is None:
         weights = weights_in(model, RunConfig.targets if targets is None else targets)
         factors, _ = chosen.prepare(weights, chosen.Options(**options), None, lambda what, done, total: None)
@@ -85,26 +92,40 @@ def attach_prepared(model: Any, method: Method, frozen: Frozen, options: Any, he
     return adapter
 
 
-def load(model: Any, path: str | Path, *, name: str | None = None, cache_dir: str | Path | None = None) -> ModelAdapter:
+def load(
+    model: Any,
+    path: Any,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> ModelAdapter:
     """Put a saved adapter and its head on a base model.
 
     Args:
         model: the base, with the right number of labels; it gets the adapter's label names. With `name` it may carry an
             adapter already: those of one base, method and the same factors are held together, and this one is in use then.
-        path: the adapter's folder.
+        path: the adapter's folder, that of a run, or OWNER/NAME of an adapter on the hub.
         name: what it is called in `adapter.use`; `default` without.
+        revision: branch, tag or commit of an adapter on the hub.
         cache_dir: where factors are looked for that the adapter only refers to, and made of the base where they are not
             there; `~/.cache/craft` without.
 
     Raises:
+        TypeError: `model` is no loaded transformers model.
         FileError: the folder is no adapter, is damaged, or refers to factors that cannot be had.
         ModelError: the model is not the base it was trained on, has another head, or carries an adapter already.
     """
-    path = Path(path)
+    check_model(model, "the model comes first: craft.load(model, path)")
+    if not isinstance(path, (str, Path)):
+        raise wrong_type("path", "str | Path", path)
+    folder = adapter_at(path, revision)
+    if folder is None:
+        raise FileError(f"{path} is no adapter: it holds no {CONFIG_FILE}")
     held: ModelAdapter | None = getattr(model.base_model, ModelAdapter.ATTRIBUTE, None)
     if held is not None and name is None:
         raise ModelError("this model carries an adapter already: detach it first, or give name=... to hold several")
-    saved = read_adapter(path, cache_dir, make=True)
+    saved = read_adapter(folder, cache_dir, make=True)
     views = layer_views(model.config, saved.frozen.targets)
     if held is None:
         check_base(model, saved.frozen, views)

@@ -44,6 +44,15 @@ class Frozen(Origin, ABC):
             tolerance: relative error allowed.
         """
 
+    def spectra(self, target: str) -> Mapping[str, tuple[Tensor, int]]:
+        """Singular values of a projection, descending, and how many are kept, by the name of a mode; none without."""
+        return {}
+
+    def __repr__(self) -> str:
+        """One line: whose weights, and of what size."""
+        stacks = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.shapes.items())
+        return f"<{type(self).__name__} of {self.model}: {stacks}>"
+
     def sha256(self) -> str | None:
         """Of what an adapter may refer to instead of including it; None where there is nothing of that kind."""
         return None
@@ -71,7 +80,7 @@ def sketch(layers: Sequence[Matrix] | Sequence[Tensor]) -> Tensor:
     return torch.stack(rows).float()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sketch(Frozen):
     """The identity of the weights and their sketches.
 

@@ -36,7 +36,7 @@ def sharing(shapes: Mapping[str, Shape], options: LotrOptions) -> dict[str, list
     return {name: [name] for name in shapes}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Start(Sketch):
     """Whose weights they are, and the bases that A and B start at; these are no part of an adapter.
 

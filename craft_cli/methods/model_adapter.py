@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,10 @@ from craft_cli.methods.adapter import Adapter
 from craft_cli.methods.adapter_folder import CONFIG_FILE, HEAD, INCLUDE, REFERENCE, SavedAdapter, write_adapter
 from craft_cli.methods.base import Method
 from craft_cli.methods.frozen import Frozen
+from craft_cli.methods.html import adapter_html
+from craft_cli.methods.saving import install, uninstall
+from craft_cli.models.cards import Description
+from craft_cli.models.views import View
 
 DEFAULT_NAME = "default"
 
@@ -63,13 +67,30 @@ class ModelAdapter(Adapter):
         self._held: dict[str, _Held] = {}
         self._untrained = {name: tensor.clone() for name, tensor in self.head_state().items()}
 
+    def __repr__(self) -> str:
+        """One line: what is adapted, and how many numbers are trained."""
+        told, name = self.description, "" if self.active == DEFAULT_NAME else f" '{self.active}'"
+        return (
+            f"<ModelAdapter{name}: {told.title}, {told.settings}, on {' and '.join(self.frozen.targets)} of "
+            f"{self.frozen.model}; trains {self.count_parameters():,} numbers, {self.count_head_parameters():,} in the head>"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what is adapted, its spectra and sizes."""
+        return adapter_html(self)
+
+    @property
+    def description(self) -> Description:
+        """The method in words, with the size of its change."""
+        return self.method.describe(self.method.settings(self.frozen, self.options))
+
     def head_state(self) -> dict[str, Tensor]:
         """The head's parameters by name."""
         return {name: self.model.get_parameter(name).detach() for name in self.head}  # state_dict() disturbs FSDP
 
     def trained_state(self) -> dict[str, Tensor]:
         """A copy of what is trained on the CPU, the head too, by its names in the adapter's file."""
-        self._refuse_disabled()
+        self.refuse_disabled()
         return {name: tensor.detach().cpu().clone() for name, tensor in self._trained().items()}
 
     @torch.no_grad()
@@ -97,9 +118,21 @@ class ModelAdapter(Adapter):
         """How many numbers of the head are trained."""
         return sum(tensor.numel() for tensor in self.head_state().values())
 
+    def print_trainable_parameters(self) -> None:
+        """Print how many numbers are trained, the head's among them, as peft does."""
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        every = sum(parameter.numel() for parameter in self.model.parameters())
+        print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
+
+    def attach(self, root: nn.Module, views: Mapping[str, Sequence[View]]) -> None:
+        """Adapt the base model in place; from now on `save_pretrained` knows of the adapter, see `saving`."""
+        super().attach(root, views)
+        self._handles += install(self)
+
     def detach(self, root: nn.Module | None = None) -> None:
         """Take the adapter off: the model computes what it did before, with the trained head."""
         super().detach(self.model.base_model if root is None else root)
+        uninstall(self)
 
     def merge(self, root: nn.Module | None = None) -> list[str]:
         """Fold the change into the model's weights and take the adapter off.
@@ -111,7 +144,7 @@ class ModelAdapter(Adapter):
             ModelError: the model is quantised.
             ValueError: nothing changes, the head neither, or the adapter is attached to no model.
         """
-        self._refuse_disabled()
+        self.refuse_disabled()
         if getattr(self.model, "is_quantized", False):
             raise ModelError("a quantised model cannot be merged into: load the adapter onto the full-precision base")
         trained = any(not torch.equal(tensor, self._untrained[name]) for name, tensor in self.head_state().items())
@@ -127,8 +160,12 @@ class ModelAdapter(Adapter):
         """Of the adapters held, in the order they were loaded."""
         return tuple(self._held) or (self.active,)
 
-    def _refuse_disabled(self) -> None:
-        """Inside `disabled` the head is not the trained one: nothing may be kept or changed there."""
+    def refuse_disabled(self) -> None:
+        """Inside `disabled` the head is not the trained one: nothing may be kept or changed there.
+
+        Raises:
+            ConfigError: inside it.
+        """
         if not self._enabled:
             raise ConfigError("the adapter is disabled here: leave the `disabled()` block first")
 
@@ -139,7 +176,7 @@ class ModelAdapter(Adapter):
         Raises:
             ConfigError: inside `disabled`.
         """
-        self._refuse_disabled()
+        self.refuse_disabled()
         self._put_away()
         self._held[name] = _Held(
             dict(saved.trained), dict(saved.head), saved.record["model"], saved.record.get("training", {})
@@ -153,12 +190,28 @@ class ModelAdapter(Adapter):
         Raises:
             ConfigError: none is held by this name, or inside `disabled`.
         """
-        self._refuse_disabled()
+        self.refuse_disabled()
         if name not in self.names:
             raise ConfigError(f"no adapter '{name}' is held here{nearest(name, self.names)}")
         if name != self.active:
             self._put_away()
             self._show(name)
+
+    def delete(self, name: str) -> None:
+        """Forget one of the adapters held; where it is in use, the first of the others is used.
+
+        Raises:
+            ConfigError: none is held by this name, it is the only one, or inside `disabled`.
+        """
+        self.refuse_disabled()
+        if name not in self.names:
+            raise ConfigError(f"no adapter '{name}' is held here{nearest(name, self.names)}")
+        others = [other for other in self.names if other != name]
+        if not others:
+            raise ConfigError(f"'{name}' is the only adapter here: adapter.detach() takes it off the model")
+        if name == self.active:
+            self.use(others[0])
+        del self._held[name]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -250,7 +303,7 @@ class ModelAdapter(Adapter):
         Raises:
             FileError: one cannot be written, or reads back different.
         """
-        self._refuse_disabled()
+        self.refuse_disabled()
         if factors not in (INCLUDE, REFERENCE):
             raise ConfigError(f"factors: expected {INCLUDE} or {REFERENCE}, not '{factors}'")
         if factors == REFERENCE and self.frozen.sha256() is None:

@@ -28,7 +28,7 @@ KIND = "singular vectors"
 _PARTS = ("out", "values", "in")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SingularVectors(Kept):
     """Of some projections of one model.
 

@@ -103,8 +103,12 @@ def public_name(base: Checkpoint) -> str:
     return Path(base.name).name if Path(base.name).is_absolute() else base.name
 
 
-def _without_folders(value: Any) -> Any:
-    """A setting as it stands in a card: of a path its last part."""
+def without_folders(value: Any) -> Any:
+    """Settings as they may be uploaded: of every path its last part."""
+    if isinstance(value, Mapping):
+        return {name: without_folders(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_folders(part) for part in value]
     is_path = isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())
     return (Path(value).name or value) if is_path else value
 
@@ -183,7 +187,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
     )
     parts.append(f"Method: {method.title}, {method.source}.")
     if training.get("recipe"):
-        settings = {key: _without_folders(value) for key, value in training["recipe"].items()}
+        settings = {key: without_folders(value) for key, value in training["recipe"].items()}
         recipe = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=math.inf).strip()
         parts.append(f"## Recipe\n\n```yaml\n{recipe}\n```")
     return "\n\n".join(parts) + "\n"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,15 @@ def resolve(
     return _from_hub(model, revision, only)
 
 
+def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint on this machine, for `from_pretrained`: of `demo`, a folder, or a hub id, then fetched.
+
+    Raises:
+        ModelError: it does not exist, cannot be reached, or is not what it should be.
+    """
+    return resolve(str(model), revision).folder
+
+
 def _demo_folder() -> Path:
     from importlib.util import find_spec
 
@@ -163,7 +173,6 @@ def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[V
     def views(folder: Path) -> list[View] | None:
         return list(only(Checkpoint(model, None, folder).config())) if only else None
 
-    where = f"'{model}'" + (f" at revision '{revision}'" if revision else "")
     try:
         folder = Path(hub.hf_hub_download(model, "config.json", revision=revision, local_files_only=True)).parent
         if _complete(folder, views(folder)):
@@ -174,7 +183,7 @@ def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[V
     except errors.HFValidationError as error:
         raise ModelError(f"'{model}' is neither a folder nor a hub id (name or owner/name)") from error
 
-    try:
+    with _explained(model, revision, "config.json, so transformers cannot load it"):
         info = hub.HfApi().model_info(model, revision=revision, timeout=10)
         files = {sibling.rfilename for sibling in info.siblings or []}
 
@@ -201,6 +210,62 @@ def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[V
             if name in files:
                 fetch(name)
                 break
+    return Checkpoint(model, info.sha, folder)
+
+
+def fetch_files(name: str, files: Sequence[str], revision: str | None = None) -> Path | None:
+    """The folder of some files of a hub repository, and nothing else of it; in the hub cache they are not asked for.
+
+    Args:
+        name: OWNER/NAME.
+        files: the first one says whether the repository is of the kind that is looked for.
+        revision: branch, tag or commit.
+
+    Returns:
+        The folder; None where the repository has no such first file.
+
+    Raises:
+        ModelError: there is no such repository, it lacks another of the files, or the hub cannot be reached.
+    """
+    import huggingface_hub as hub
+
+    def cached(file: str) -> Path | None:
+        found = hub.try_to_load_from_cache(name, file, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
+    here = [cached(file) for file in files]
+    if here[0] and all(here):
+        return here[0].parent
+    if not here[0] and cached("config.json"):  # a checkpoint in the cache
+        return None
+    with _explained(name, revision, f"{' or '.join(files[1:])}, so the adapter is not whole"):
+        info = hub.HfApi().model_info(name, revision=revision, timeout=10)  # a download would try again for long
+        if files[0] not in {sibling.rfilename for sibling in info.siblings or []}:
+            return None
+        # by the name of the branch: only then the cache knows next time which commit the branch is
+        folder = Path(hub.hf_hub_download(name, files[0], revision=revision)).parent
+        for file in files[1:]:
+            hub.hf_hub_download(name, file, revision=folder.name)
+    return folder
+
+
+@contextmanager
+def _explained(name: str, revision: str | None, lacking: str) -> Iterator[None]:
+    """Every failure of the hub in one line.
+
+    Args:
+        name: of the repository.
+        revision: asked for.
+        lacking: what it lacks where a file is not there.
+
+    Raises:
+        ModelError: so.
+    """
+    from huggingface_hub import errors
+
+    where = f"'{name}'" + (f" at revision '{revision}'" if revision else "")
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise ModelError(f"hub model {where} is gated: ask for access on its page, then `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
@@ -208,18 +273,17 @@ def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[V
             f"there is no folder and no hub model {where} (a private one needs `hf auth login`)"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise ModelError(f"hub model '{model}' has no revision '{revision}'") from error
+        raise ModelError(f"hub model '{name}' has no revision '{revision}'") from error
     except errors.RemoteEntryNotFoundError as error:
-        raise ModelError(f"hub model {where} holds no config.json, so transformers cannot load it") from error
+        raise ModelError(f"hub model {where} holds no {lacking}") from error
     except ModelError:
         raise
     except Exception as error:  # whatever the hub's HTTP client of the day raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{where} is no folder, is not in the hub cache, and the hub cannot be reached ({reason}): "
-            "connect once, or give the folder of a checkpoint"
+            "connect once, or give the folder on this machine"
         ) from error
-    return Checkpoint(model, info.sha, folder)
 
 
 def _complete(folder: Path, views: Sequence[View] | None) -> bool:

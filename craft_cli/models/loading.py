@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,6 +162,30 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_model(model: Any, told: str) -> None:
+    """Refuse what is no loaded transformers model.
+
+    Args:
+        model: whatever was given as one.
+        told: what to do, for the message.
+
+    Raises:
+        TypeError: so.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return
+    kind = type(model).__name__
+    if isinstance(model, (str, Path)):
+        kind = f"the name {str(model)!r}"
+        told = (
+            f"{told}: load it first, such as AutoModelForSequenceClassification.from_pretrained("
+            f"craft.checkpoint_folder({str(model)!r}))"
+        )
+    raise TypeError(f"model: expected a loaded transformers model, not {kind}; {told}")
 
 
 @contextmanager

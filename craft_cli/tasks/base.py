@@ -65,6 +65,10 @@ class Task(Protocol):
         """What it can answer, for people: labels in the order of the head, or kinds of entities."""
 
     @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns that it reads; none where the data have not said yet."""
+
+    @property
     def home(self) -> Home:
         """Where its rows lie."""
 

@@ -227,6 +227,6 @@ def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         recipe["model"] = str(Path(config.model).expanduser().resolve())
     elif prepared.checkpoint.revision:
         recipe["revision"] = prepared.checkpoint.revision
-    if config.init_from:
+    if config.init_from and Path(config.init_from).expanduser().is_dir():
         recipe["init_from"] = str(Path(config.init_from).expanduser().resolve())
     return recipe

@@ -21,7 +21,6 @@ from craft_cli.training.schedule import Timetable
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _DATA = ("data_dir", "train_file", "validation_file")
-_PATHS = (*_DATA, "init_from")
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def comparable(name: str, value: Any) -> Any:
     """A setting in one spelling: paths absolute, tasks by their own names."""
     if value is None:
         return None
-    if name in _PATHS or (name == "model" and Path(value).expanduser().is_dir()):
+    if name in _DATA or (name in ("model", "init_from") and Path(value).expanduser().is_dir()):
         return str(Path(value).expanduser().resolve())
     if name == "task":
         return task_named(value).name

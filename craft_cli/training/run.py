@@ -34,7 +34,7 @@ from craft_cli.files import (
     write_bytes,
     write_json,
 )
-from craft_cli.methods.adapter_folder import CONFIG_FILE
+from craft_cli.methods.adapter_folder import BESIDE, adapter_at
 
 RUNS = Path("runs")
 """Where runs without an output folder of their own lie, and the link to the latest one, from the working folder."""
@@ -57,7 +57,7 @@ class Run:
     @property
     def adapter(self) -> Path:
         """Folder of the best adapter."""
-        return self.path / "adapter"
+        return self.path / BESIDE
 
     @property
     def curve(self) -> Path:
@@ -279,21 +279,19 @@ def resumed_run(output_dir: str | None, runs: Path = RUNS) -> Run:
 
 
 def find_adapter(path: Path) -> Path | None:
-    """The adapter folder at a path: of a run, or itself; None for anything else.
+    """The adapter folder at a path: of a run, itself, or of a hub id, then fetched; None for anything else.
 
     Raises:
         FileError: a run without an adapter.
+        ModelError: it can only be a hub id, and the hub has no such repository or cannot be reached.
     """
-    if (path / CONFIG_FILE).is_file():
-        return path
-    if Run(path).is_run():
-        if not (Run(path).adapter / CONFIG_FILE).is_file():
-            raise FileError(
-                f"{path} is a run without an adapter: it stopped before its first evaluation; "
-                f"go on with `craft train --resume --output-dir {shlex.quote(str(path))}`"
-            )
-        return Run(path).adapter
-    return None
+    folder = adapter_at(path)
+    if folder is None and Run(path).is_run():
+        raise FileError(
+            f"{path} is a run without an adapter: it stopped before its first evaluation; "
+            f"go on with `craft train --resume --output-dir {shlex.quote(str(path))}`"
+        )
+    return folder
 
 
 def _empty(folder: Path, names: Sequence[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import craft_cli as craft
 from craft_cli.api import submit as submission
+from craft_cli.api.predict import predict_file
 from craft_cli.config import RunConfig
 from craft_cli.data.sources import DataSource
 from craft_cli.errors import ConfigError, DataError
@@ -177,8 +178,28 @@ def test_rows_are_read_as_they_are_needed(runs: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(sys, "stdin", type("In", (), {"buffer": io.BufferedReader(Endless())})())
     with pytest.raises(Stop):
-        craft.predict(runs / "single", per_device_eval_batch_size=8, use_cpu=True, progress=written)
+        predict_file(runs / "single", per_device_eval_batch_size=8, use_cpu=True, progress=written)
     assert len(read) <= 32
+
+
+def test_python_gets_the_answers_of_the_command(runs: Path) -> None:
+    texts = [*TEXTS[:2], "never good"]
+    Path("in.txt").write_text("".join(f"{text}\n" for text in texts))
+    for run in ("single", "several", "real"):
+        predict_file(runs / run, input="in.txt", output="out.jsonl", use_cpu=True)
+        expected = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+        assert craft.predict(runs / run, texts, use_cpu=True) == expected
+    columns = craft.predict(runs / "single", [{"sentence": text} for text in texts], use_cpu=True)
+    assert columns == craft.predict(runs / "single", texts, use_cpu=True)
+    assert craft.predict(runs / "single", [], use_cpu=True) == []
+    pairs = craft.predict(runs / "pair", [("good", "the film"), ("dull", "a book")], use_cpu=True)
+    assert pairs == craft.predict(runs / "pair", ["good\tthe film", "dull\ta book"], use_cpu=True)
+    with pytest.raises(DataError, match="texts: text 2 has 3 parts, this model takes sentence1 and sentence2"):
+        craft.predict(runs / "pair", [("a", "b"), ("a", "b", "c")], use_cpu=True)
+    with pytest.raises(TypeError, match="texts: expected a list of texts, not a single string"):
+        craft.predict(runs / "single", "great film")
+    with pytest.raises(TypeError, match="texts: text 1 is of type int"):
+        craft.predict(runs / "single", [3], use_cpu=True)
 
 
 def test_what_cannot_be_predicted_is_told(runs: Path) -> None:

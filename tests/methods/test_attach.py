@@ -142,8 +142,8 @@ def test_training_with_referred_factors(pico: Make, data_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "told"),
     [
-        ("lora", {"rank": 0}, "--rank: "), ("lora", {"rank": -1}, "--rank: "), ("lora", {"alpha": "much"}, "--alpha: "),
-        ("lora", {"lora_dropout": 2.0}, "--lora-dropout: "), ("craft", {"ranks": "6,5"}, "--ranks: "),
+        ("lora", {"rank": 0}, "^rank: "), ("lora", {"rank": -1}, "^rank: "), ("lora", {"alpha": "much"}, "^alpha: "),
+        ("lora", {"lora_dropout": 2.0}, "^lora_dropout: "), ("craft", {"ranks": "6,5"}, "^ranks: "),
     ],
 )  # fmt: skip
 def test_an_option_that_cannot_be_is_refused_by_its_name(

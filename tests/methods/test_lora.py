@@ -172,9 +172,9 @@ def test_another_run_may_start_from_it(pico: Make, data_dir: Path) -> None:
     ours = {name: tensor for name, tensor in tensors("second").items() if name.startswith("lora_")}
     assert ours
     assert all(torch.equal(tensor, tensors("first")[name]) for name, tensor in ours.items())
-    with pytest.raises(ConfigError, match="first has rank 4; give --rank 4"):
+    with pytest.raises(ConfigError, match="first has rank 4; give rank 4"):
         craft.train(lora(pico(), data_dir, output_dir="third", init_from="first", rank=5))
-    with pytest.raises(ConfigError, match="first was trained by lora; give --method lora"):
+    with pytest.raises(ConfigError, match="first was trained by lora; give method lora"):
         craft.train(config(pico(), data_dir, output_dir="third", init_from="first"))
 
 
@@ -196,9 +196,9 @@ def test_options_of_another_method_are_refused(pico: Make) -> None:
     )
     told = failure("train", "--task", "sst2", "--method", "lora", "--adapter-factors", "reference")
     assert "--method lora has no factors to refer to" in told
-    with pytest.raises(ConfigError, match="--method lora has no option 'ranks'; did you mean 'rank'"):
+    with pytest.raises(ConfigError, match="method lora has no option 'ranks'; did you mean 'rank'"):
         craft.attach(classifier(pico()), method="lora", ranks=(4, 4, 2))
-    with pytest.raises(ConfigError, match="--method: unknown method 'lorra'; did you mean 'lora'"):
+    with pytest.raises(ConfigError, match="method: unknown method 'lorra'; did you mean 'lora'"):
         craft.attach(classifier(pico()), method="lorra")
 
 

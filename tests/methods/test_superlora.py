@@ -145,7 +145,7 @@ def test_a_dense_change_is_no_lora_unless_an_error_is_allowed(pico: Make) -> Non
     assert "--tolerance: expected a part above 0 and below 1" in failure(
         "merge", "saved", "--format", "peft", "--tolerance", "1"
     )
-    with pytest.raises(CraftError, match="--tolerance is for --format peft"):
+    with pytest.raises(CraftError, match="tolerance is for format peft"):
         craft.merge("saved", "dense", tolerance=0.1)
 
 

@@ -190,7 +190,7 @@ def test_targets_and_ranks_of_the_api(pico: Make) -> None:
     adapter = craft.attach(model, factors, targets=("key",), ranks="4,2,1")
     assert adapter.count_parameters() == 4**2 + 2**2 + 1
     adapter.detach()
-    with pytest.raises(ConfigError, match="--ranks: cannot truncate"):
+    with pytest.raises(ConfigError, match="ranks: cannot truncate"):
         craft.attach(model, factors, ranks=(20, 12, 3))
     with pytest.raises(ConfigError, match="not output"):
         craft.attach(model, craft.decompose(str(pico()), ("query",), (4, 4, 2)), targets=("output",))

@@ -14,7 +14,7 @@ from conftest import invoke, opinions, write_rows
 from helpers import Remember, config, lines, tensors
 
 import craft_cli as craft
-from craft_cli.api.predict import predict
+from craft_cli.api.predict import predict_file
 from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.training import loop, setup
 from craft_cli.training.preparation import Measured
@@ -84,7 +84,7 @@ def test_the_metric_chooses_the_best(pico: Make, data_dir: Path, monkeypatch: py
 
 def test_a_metric_that_the_task_does_not_have_is_refused(pico: Make, data_dir: Path) -> None:
     with pytest.raises(
-        ConfigError, match="--metric-for-best-model: no metric 'acuracy' of sst2; did you mean 'accuracy'"
+        ConfigError, match="metric_for_best_model: no metric 'acuracy' of sst2; did you mean 'accuracy'"
     ):
         craft.train(config(pico(), data_dir, metric_for_best_model="acuracy", dry_run=True))
 
@@ -221,7 +221,7 @@ def test_what_does_not_fit_another_runs_transforms_is_refused(pico: Make, data_d
         assert str(refused.value) == told
     with pytest.raises(CraftError, match="has other weights than those the adapter was trained on"):
         craft.train(config(pico(vocab_size=65), data_dir, init_from="first"))
-    with pytest.raises(FileError, match="--init-from: nowhere is no run and no adapter"):
+    with pytest.raises(FileError, match="init_from: nowhere is no run and no adapter"):
         craft.train(config(pico(), data_dir, init_from="nowhere"))
     assert not Path("out").exists()
 
@@ -243,4 +243,4 @@ def test_model_and_ranks_of_the_other_run_need_not_be_said_again(pico: Make, dat
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["parameters"]["adapter"] == 130
     Path("in.txt").write_text("the film was good\n")
-    assert predict("second", input="in.txt", output="out.jsonl", use_cpu=True) == 1
+    assert predict_file("second", input="in.txt", output="out.jsonl", use_cpu=True) == 1

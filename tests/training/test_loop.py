@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import craft_cli as craft
+from craft_cli.api.predict import predict_file
 from craft_cli.config import RunConfig
 from craft_cli.data.batches import plan_epoch
 from craft_cli.data.sources import DataSource
@@ -202,7 +203,7 @@ def test_every_setting_has_an_effect(pico: Make, data_dir: Path) -> None:
     assert [path.suffix for path in Path("factors").glob("*.safetensors")] == [".safetensors"]
     craft.train(config(pico(), data_dir, overwrite=True, max_steps=1))
     assert lines()[-1]["step"] == 1
-    with pytest.raises(ConfigError, match="--fp16 needs a GPU"):
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         craft.train(config(pico(), data_dir, fp16=True))
 
 
@@ -275,7 +276,7 @@ def test_rare_labels_weigh_more_when_balanced(pico: Make) -> None:
     for weights in (None, "balanced"):
         craft.train(config(pico(), Path(), **own, class_weights=weights, output_dir=f"run-{weights}"))
         Path("in.txt").write_text("the film\n")
-        craft.predict(f"run-{weights}", input="in.txt", output="out.jsonl", use_cpu=True)
+        predict_file(f"run-{weights}", input="in.txt", output="out.jsonl", use_cpu=True)
         even[weights] = json.loads(Path("out.jsonl").read_text())["scores"]["1"]
     assert even[None] < 0.3
     assert 0.4 < even["balanced"] < 0.6

@@ -30,9 +30,7 @@ def test_more_epochs_and_other_logging_may_follow(pico: Make, data_dir: Path) ->
     assert (listener.plan.done, result.updates) == (12, 24)
     assert [line["step"] for line in lines() if "loss" in line] == [*range(1, 13), 15, 18, 21, 24]
     assert [line["step"] for line in lines() if "eval_loss" in line] == [0, 6, 12, 18, 24]
-    with pytest.raises(
-        ConfigError, match="has made 24 updates already, but --num-train-epochs or --max-steps end it at 6"
-    ):
+    with pytest.raises(ConfigError, match="has made 24 updates already, but num_train_epochs or max_steps end it at 6"):
         craft.train(config(pico(), data_dir, resume=True, num_train_epochs=1))
 
 
@@ -129,7 +127,7 @@ def test_a_former_run_makes_room_only_when_the_settings_hold(pico: Make, data_di
 def test_an_edited_recipe_is_no_way_round_the_settings(half: Callable[..., Any]) -> None:
     recipe = Path("out/recipe.yaml")
     recipe.write_text(recipe.read_text().replace("\nlearning_rate: 0.03", "\nlearning_rate: 0.5"))
-    with pytest.raises(ConfigError, match=r"--learning-rate was 0.03, is 0.5"):
+    with pytest.raises(ConfigError, match=r"learning_rate was 0.03, is 0.5"):
         craft.train(half(learning_rate=0.5))
     craft.train(half())
     same("out", "uncut")
@@ -143,7 +141,7 @@ def test_a_run_of_bf16_by_the_launcher_goes_on_in_it_only(
         patch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
         cut(config(pico(), data_dir), Cut(4))
     assert Run(Path("out")).recipe()["bf16"] is True
-    with pytest.raises(ConfigError, match="--bf16 was True, is False"):
+    with pytest.raises(ConfigError, match="bf16 was True, is False"):
         craft.train(config(pico(), data_dir, resume=True))
     craft.train(config(pico(), data_dir, resume=True, bf16=True))
     craft.train(config(pico(), data_dir, output_dir="uncut", bf16=True))
@@ -151,7 +149,7 @@ def test_a_run_of_bf16_by_the_launcher_goes_on_in_it_only(
 
 
 def test_evaluations_cannot_be_given_up_once_there_is_a_best(half: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match="--eval-strategy was epoch, is no"):
+    with pytest.raises(ConfigError, match="eval_strategy was epoch, is no"):
         craft.train(half(eval_strategy="no"))
 
 

@@ -188,14 +188,14 @@ def test_what_does_not_compile_whole_is_refused(
         return former(self, *arguments, **options)
 
     monkeypatch.setattr(BertLayer, "forward", breaks)
-    with pytest.raises(CraftError, match="--torch-compile: this model's layers do not compile whole"):
+    with pytest.raises(CraftError, match="torch_compile: this model's layers do not compile whole"):
         craft.train(config(pico(), data_dir, torch_compile=True, dry_run=True))
 
 
 def test_compiling_needs_a_compiler(pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match=r"--torch-compile needs a C\+\+ compiler"):
+    with pytest.raises(ConfigError, match=r"torch_compile needs a C\+\+ compiler"):
         craft.train(config(pico(), data_dir, torch_compile=True, dry_run=True))
 
 
@@ -206,7 +206,7 @@ def test_compiling_needs_a_compiler(pico: Make, data_dir: Path, monkeypatch: pyt
 def test_a_quantised_base_needs_a_gpu(bits: str, pico: Make, data_dir: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(ConfigError, match="--load-in-4bit and --load-in-8bit need a CUDA GPU"):
+    with pytest.raises(ConfigError, match="load_in_4bit and load_in_8bit need a CUDA GPU"):
         craft.train(config(pico(), data_dir, **{bits: True}))
     assert not os.path.exists("out")
 

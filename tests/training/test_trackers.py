@@ -69,7 +69,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_done(
     pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("craft_cli.training.trackers.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="--report-to wandb: not installed; `pip install wandb`"):
+    with pytest.raises(ConfigError, match="report_to wandb: not installed; `pip install wandb`"):
         craft.train(config(pico(), data_dir, report_to="wandb"))
     assert not Path("out").exists()
 

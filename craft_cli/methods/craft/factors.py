@@ -18,13 +18,14 @@ from craft_cli.errors import FileError
 from craft_cli.files import checksum, read_header, read_tensors, write_tensors
 from craft_cli.methods.cache import FrozenCache, Kept, Serves
 from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.methods.html import factors_html
 from craft_cli.models.stacks import MOST_LAYERS, Shape, read_identity
 from craft_cli.tucker import MODES, TuckerTensor, mode_product
 
 KIND = "factors"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Factors(Kept):
     """Decompositions of some projections of one model.
 
@@ -40,6 +41,20 @@ class Factors(Kept):
     def targets(self) -> tuple[str, ...]:
         """The projections decomposed."""
         return tuple(self.decompositions)
+
+    def __repr__(self) -> str:
+        """One line: whose weights, of what size, at which ranks."""
+        stacks = [f"{name} {'x'.join(map(str, shape))} at {self.ranks(name)}" for name, shape in self.shapes.items()]
+        return f"<Factors of {self.model}: {', '.join(stacks)} (OUT,IN,LAYERS)>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what is decomposed, and its spectra."""
+        return factors_html(self)
+
+    def spectra(self, target: str) -> dict[str, tuple[Tensor, int]]:
+        """See `Frozen`."""
+        decomposition = self.decompositions[target]
+        return dict(zip(MODES, zip(decomposition.spectra, decomposition.ranks, strict=True), strict=True))
 
     def ranks(self, target: str) -> Ranks:
         """The ranks kept of one projection."""

@@ -181,10 +181,7 @@ def check_model(model: Any, told: str) -> None:
     kind = type(model).__name__
     if isinstance(model, (str, Path)):
         kind = f"the name {str(model)!r}"
-        told = (
-            f"{told}: load it first, such as AutoModelForSequenceClassification.from_pretrained("
-            f"craft.checkpoint_folder({str(model)!r}))"
-        )
+        told = f"{told}: load it first, by from_pretrained(craft.checkpoint_folder({str(model)!r})) of a class of transformers"
     raise TypeError(f"model: expected a loaded transformers model, not {kind}; {told}")
 
 

@@ -176,7 +176,7 @@ def test_rows_are_read_as_they_are_needed(runs: Path, monkeypatch: pytest.Monkey
         if rows >= 24:
             raise Stop
 
-    monkeypatch.setattr(sys, "stdin", type("In", (), {"buffer": io.BufferedReader(Endless())})())
+    monkeypatch.setattr(sys, "stdin", type("In", (), {"buffer": io.BufferedReader(Endless()), "closed": False})())
     with pytest.raises(Stop):
         predict_file(runs / "single", per_device_eval_batch_size=8, use_cpu=True, progress=written)
     assert len(read) <= 32

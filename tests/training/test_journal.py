@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_the_best_is_kept(pico: 
         with pytest.raises(CraftError) as stopped:
             craft.train(config(pico(), data_dir), Break())
     assert str(stopped.value) == (
-        "the loss is nan at update 7: start again with a lower --learning-rate or --head-learning-rate; "
+        "the loss is nan at update 7: start again with a lower learning_rate or head_learning_rate; "
         "the best adapter so far is in out/adapter"
     )
     assert craft.evaluate("out").metrics["loss"] == pytest.approx(lines()[-1]["eval_loss"], rel=1e-5)
@@ -213,8 +213,8 @@ def test_it_starts_from_the_transforms_of_another_run_with_a_new_head(pico: Make
 def test_what_does_not_fit_another_runs_transforms_is_refused(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir, output_dir="first", max_steps=1))
     for settings, told in (
-        ({"ranks": "5,5,2"}, "--init-from: first has the ranks 6,5,2; give --ranks 6,5,2"),
-        ({"targets": "query"}, "--init-from: first adapts query,value; give --targets query,value"),
+        ({"ranks": "5,5,2"}, "init_from: first has the ranks 6,5,2; give ranks 6,5,2"),
+        ({"targets": "query"}, "init_from: first adapts query,value; give targets query,value"),
     ):
         with pytest.raises(ConfigError) as refused:
             craft.train(config(pico(), data_dir, init_from="first", **settings))

@@ -45,14 +45,14 @@ def test_a_finished_run_resumed_says_the_same_again(pico: Make, data_dir: Path) 
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"task": "cola"}, "--task was sst2, is cola"),
-        ({"ranks": "5,5,2"}, "--ranks was 6,5,2, is 5,5,2"),
-        ({"seed": 7}, "--seed was 42, is 7"),
-        ({"per_device_train_batch_size": 4}, "--per-device-train-batch-size was 8, is 4"),
-        ({"learning_rate": 0.1, "bf16": True}, "--learning-rate was 0.03, is 0.1, --bf16 was False, is True"),
-        ({"max_train_samples": 40}, "--max-train-samples was not given, is 40"),
-        ({"targets": "query"}, "--targets was query,value, is query"),
-        ({"metric_for_best_model": "loss"}, "--metric-for-best-model was not given, is loss"),
+        ({"task": "cola"}, "task was sst2, is cola"),
+        ({"ranks": "5,5,2"}, "ranks was 6,5,2, is 5,5,2"),
+        ({"seed": 7}, "seed was 42, is 7"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size was 8, is 4"),
+        ({"learning_rate": 0.1, "bf16": True}, "learning_rate was 0.03, is 0.1, bf16 was False, is True"),
+        ({"max_train_samples": 40}, "max_train_samples was not given, is 40"),
+        ({"targets": "query"}, "targets was query,value, is query"),
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model was not given, is loss"),
     ],
 )
 def test_settings_that_matter_are_held(changed: dict[str, Any], told: str, half: Callable[..., Any]) -> None:
@@ -60,7 +60,7 @@ def test_settings_that_matter_are_held(changed: dict[str, Any], told: str, half:
     with pytest.raises(ConfigError) as refused:
         craft.train(half(**changed))
     assert str(refused.value) == (
-        f"--resume: out cannot go on with other settings: {told}; give the former ones, or choose another --output-dir"
+        f"resume: out cannot go on with other settings: {told}; give the former ones, or choose another output_dir"
     )
     assert before == {path: path.read_bytes() for path in before}
 
@@ -111,7 +111,7 @@ def test_a_run_without_a_usable_checkpoint_is_left_alone(case: str, pico: Make, 
     before = {path: path.read_bytes() for path in Path("out").glob("*/*.*") if "checkpoints" not in str(path)}
     with pytest.raises(FileError, match="out has no checkpoint to go on from") as refused:
         craft.train(config(pico(), data_dir, resume=True, **settings))
-    told = {"finished": "it is finished", "damaged": "is damaged", "never": "it was trained with --save-strategy no"}
+    told = {"finished": "it is finished", "damaged": "is damaged", "never": "it was trained with save_strategy no"}
     assert told[case] in str(refused.value)
     assert before == {path: path.read_bytes() for path in before}
     assert Path("out/notes.txt").is_file()

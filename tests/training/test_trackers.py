@@ -16,6 +16,7 @@ from conftest import failure, invoke
 from helpers import Cut, config, cut, flags, lines, on_a_terminal
 
 import craft_cli as craft
+from craft_cli.api.train import train
 from craft_cli.errors import ConfigError, CraftError
 from craft_cli.training.run import Run
 
@@ -102,7 +103,7 @@ def test_a_tracker_that_does_not_start_is_told_in_a_line(
     with pytest.raises(CraftError) as refused:
         craft.train(config(pico(), data_dir, report_to="tensorboard"))
     assert str(refused.value) == (
-        "--report-to tensorboard: cannot start: no API key configured; set it up, or leave it out"
+        "report_to tensorboard: cannot start: no API key configured; set it up, or leave it out"
     )
 
 
@@ -189,7 +190,7 @@ def test_the_resume_command_can_be_typed_as_it_is_told(pico: Make, data_dir: Pat
                 os.kill(os.getpid(), signal.SIGINT)
 
     with Interrupts() as listener, pytest.raises(KeyboardInterrupt):
-        craft.train(config(pico(), data_dir, output_dir="my runs/a"), listener)  # type: ignore[arg-type]
+        train(config(pico(), data_dir, output_dir="my runs/a"), listener)  # type: ignore[arg-type]
     told = capsys.readouterr().err
     assert "resume with  craft train --resume --output-dir 'my runs/a'" in told
 

@@ -327,11 +327,7 @@ def test_another_runs_options_are_told_as_flags(pico: Make) -> None:
 
 
 def test_no_projection_at_all_is_refused(method: str, pico: Make) -> None:
-<<<<<<< HEAD
     with pytest.raises(ConfigError, match="targets: name each projection once"):
-=======
-    with pytest.raises(ConfigError, match="^targets: name each projection once"):
->>>>>>> da05974 (Tests: no projection is refused by the argument's name)
         craft.attach(classifier(pico()), method=method, targets=())
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import classifier, shake, token_batch
-from helpers import logits
+from helpers import endpoint, logits
+from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -85,6 +87,35 @@ def test_what_cannot_be_saved_is_refused(pico: Make) -> None:
     with pytest.raises(ModelError, match=r"quantised.*adapter\.save.*craft\.merge"):
         model.save_pretrained("saved")
     assert not Path("saved").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub's own
+def test_a_model_pushed_to_the_hub_holds_the_change(pico: Make, hub: LoopbackHub, signed_in: None) -> None:
+    model, adapter = adapted(pico())
+    shake(adapter)
+    with endpoint(hub):
+        model.push_to_hub("someone/tuned")
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    ):
+        Path("pushed", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("pushed", name).write_bytes(hub.uploads["someone/tuned"][name])
+    torch.testing.assert_close(logits(plain("pushed")), logits(model), atol=1e-5, rtol=1e-5)
+    again = classifier(pico())
+    craft.load(again, "pushed")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_accelerate_keeps_base_and_adapter_apart(pico: Make) -> None:
+    model, adapter = adapted(pico())
+    shake(adapter)
+    Accelerator(cpu=True).save_model(model, "accelerated")
+    fresh, _ = adapted(pico())
+    fresh.load_state_dict(load_file("accelerated/model.safetensors"))
+    assert torch.equal(logits(fresh), logits(model))
 
 
 def test_merged_weights_are_not_loaded_under_an_adapter(pico: Make) -> None:

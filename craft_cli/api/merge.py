@@ -6,18 +6,15 @@ compared with the adapted model before it takes its place, and `merge.json` besi
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from craft_cli import __version__
+from craft_cli.api.certificate import CERTIFICATE, certificate, sha256_of, verified, versions
 from craft_cli.config import THRESHOLD
 from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.files import cannot_write, holds_something, read_json, whole_folder, write_bytes, write_json
@@ -36,7 +33,6 @@ computed in float32, so the merged one differs by the rounding of its weights to
 
 CHECKPOINT, PEFT, ADAPTER = FORMATS = "checkpoint", "peft", "adapter"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CERTIFICATE = "merge.json"
 Notice = Callable[[str], None]
 
 
@@ -170,9 +166,9 @@ def _merge(
         written = _write(adapted, folder, format, dtype, max_shard_size, trim=trim, tolerance=tolerance)
         allowed = max(TOLERANCE[written.dtype], tolerance or 0.0)
         progress("verifying")
-        difference = _verified(adapted.base.logits(written.read, probe), expected, allowed)
+        difference = verified(adapted.base.logits(written.read, probe), expected, allowed)
         _add_card(adapted, folder, format, shared=push_to_hub is not None)
-        write_json(folder / CERTIFICATE, _certificate(adapted, adapter_path, written, folder, difference, allowed))
+        write_json(folder / CERTIFICATE, certificate(adapted, adapter_path, written, folder, difference, allowed))
     return _told(adapted, written, destination, format, difference["relative"], allowed)
 
 
@@ -196,7 +192,7 @@ def _copy(
     with whole_folder(destination, overwrite=overwrite) as folder:
         trained = dict(saved.trained) | {HEAD + name: tensor for name, tensor in saved.head.items()}
         write_adapter(folder, record, trained, frozen, text)
-        copied = {"adapter": {"sha256": _sha256(adapter_path / TENSOR_FILE)}, "versions": _versions()}
+        copied = {"adapter": {"sha256": sha256_of(adapter_path / TENSOR_FILE)}, "versions": versions()}
         write_json(folder / CERTIFICATE, copied)
         files = tuple(sorted(file.name for file in folder.iterdir()))
     return Merged(
@@ -331,70 +327,3 @@ def _check_options(
             validate_repo_id(push_to_hub)
         except HFValidationError as error:
             raise ConfigError(f"--push-to-hub: expected OWNER/NAME, not '{push_to_hub}'") from error
-
-
-# -- the certificate ----------------------------------------------------------------------------------------------------
-
-
-def _verified(actual: Tensor, expected: Tensor, tolerance: float) -> dict[str, float]:
-    """The largest difference of logits, absolute, and relative to the largest of them.
-
-    Raises:
-        CraftError: it is above the tolerance, or not a number.
-    """
-    absolute = float((actual - expected).abs().max())
-    relative = absolute / max(float(expected.abs().max()), 1e-12)
-    if not relative <= tolerance:
-        raise CraftError(
-            f"the merged model's logits differ from the adapted one's by {relative:.1e}, more than {tolerance:.0e}; "
-            "nothing was written"
-        )
-    return {"absolute": absolute, "relative": relative}
-
-
-def _certificate(
-    adapted: AdaptedBase,
-    adapter: Path,
-    written: Dense | LoraWriter,
-    folder: Path,
-    difference: Mapping[str, float],
-    allowed: float,
-) -> dict[str, Any]:
-    frozen = adapted.saved.frozen.sha256()
-    return {
-        "base": {
-            "model": public_name(adapted.checkpoint),
-            "revision": adapted.checkpoint.revision,
-            "sha256": {file.name: _sha256(file) for file in adapted.base.reader.weight_files()},
-        },
-        "adapter": {"sha256": _sha256(adapter / TENSOR_FILE)},
-        **({"factors": {"sha256": frozen}} if frozen else {}),
-        "dtype": str(written.dtype).removeprefix("torch."),
-        "tensors_changed": sorted(written.changed),
-        "head": list(adapted.saved.head),
-        "largest_logit_difference": dict(difference),
-        "tolerance": {"relative": allowed},
-        "sha256": {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))},
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    import safetensors
-    import transformers
-
-    return {
-        "craft": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

@@ -49,9 +49,10 @@ _MARKS = ("slow", "needs", "interrupt", "varies")
 
 @dataclass
 class Command:
-    """A command as printed, and what stands below it."""
+    """A command, its first line in the page, and what is shown below it."""
 
     words: str
+    first: str
     shown: list[str] = field(default_factory=list)
 
 
@@ -62,7 +63,6 @@ class Block:
     Attributes:
         marks: from the comments above it, such as {"needs": "vllm"}.
         title: the file that it is.
-        start: where the text inside it begins in the page.
     """
 
     page: str
@@ -70,7 +70,6 @@ class Block:
     body: str
     marks: dict[str, str]
     title: str | None
-    start: int
 
     @property
     def needs_more(self) -> bool:
@@ -84,7 +83,7 @@ class Block:
         found: list[Command] = []
         for line in self.body.splitlines():
             if line.startswith("$ "):
-                found.append(Command(line[2:]))
+                found.append(Command(line[2:], line))
             elif found and found[-1].words.endswith("\\"):
                 found[-1].words = found[-1].words[:-1].rstrip() + " " + line.strip()
             elif found:
@@ -104,7 +103,7 @@ def blocks(page: Path) -> list[Block]:
         if unknown := set(marks) - set(_MARKS):
             raise ValueError(f"{name}: unknown mark {unknown}")
         title = _TITLE.search(fence["info"])
-        found.append(Block(name, fence["kind"], fence["body"], marks, title[1] if title else None, fence.start("body")))
+        found.append(Block(name, fence["kind"], fence["body"], marks, title[1] if title else None))
     return found
 
 
@@ -287,7 +286,7 @@ def write(page: Path, world: World) -> None:
         print(line[:400])
         if command:
             lines = [line for line in printed.splitlines() if not BAR.match(line)]
-            above = text.index("\n".join(command.shown), text.index(command.words.split(" \\")[0]))
+            above = text.index("\n".join(command.shown), text.index(command.first))
             text = text[:above] + text[above:].replace(
                 "\n".join(command.shown), "\n".join(refreshed(command.shown, lines)), 1
             )

@@ -227,6 +227,8 @@ class World:
         ):
             warnings.simplefilter("ignore")
             exec(compile(block.body, block.page, "exec"), names)
+        if state := sys.modules.get("accelerate.state"):
+            state.AcceleratorState._reset_state()  # the Hugging Face Trainer leaves its own behind
 
     def run(self, words: str, marks: dict[str, str]) -> tuple[int, str]:
         """Exit code and output of a line of the shell."""

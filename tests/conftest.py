@@ -13,6 +13,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only get in each other's way on models this small
 
+import hypothesis
 import pytest
 import torch
 from loopback_hub import LoopbackHub
@@ -20,6 +21,15 @@ from typer.testing import CliRunner
 
 import craft_cli as craft
 from craft_cli.cli import app
+
+hypothesis.settings.register_profile(
+    "few", max_examples=25, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)  # fmt: skip
+hypothesis.settings.register_profile(
+    "many", hypothesis.settings.get_profile("few"), max_examples=500, derandomize=False
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 WORDS = [
     "the",

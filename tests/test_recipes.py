@@ -42,7 +42,9 @@ def write_data(recipe: dict[str, Any]) -> list[str]:
         columns = recipe["text_columns"].split(",")
         labels: Any = {"own-pairs": ["x", "y"], "score": [0.5, 2.5], "labels": ["tasty;cheap", "cheap"]}
         kinds = labels.get(recipe["label_column"], ["up", "down"])
-        rows = [{**dict.fromkeys(columns, "the film"), recipe["label_column"]: kinds[row % 2]} for row in range(40)]
+        rows = [
+            {**dict.fromkeys(columns, f"the film {row}"), recipe["label_column"]: kinds[row % 2]} for row in range(40)
+        ]
         for key in ("train_file", "validation_file"):
             if key in recipe and recipe[key].endswith(".jsonl"):
                 write_rows(Path(recipe[key]), rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from heapq import nlargest
 from itertools import chain
@@ -10,13 +11,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from craft_cli.api.predictor import load_predictor
+from craft_cli.api.predictor import Predictor, load_predictor
 from craft_cli.config import RunConfig, parse_settings
-from craft_cli.data.sources import VALIDATION, DataSource
-from craft_cli.data.writers import write_records
+from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
+from craft_cli.data.writers import format_of, open_records
 from craft_cli.errors import DataError, nearest
 from craft_cli.tasks.metrics import renamed
-from craft_cli.tasks.splits import load_splits
+from craft_cli.tasks.splits import Loaded, load_splits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +39,7 @@ class Evaluation:
         worst: the surest wrong answers, or the largest errors of a regression, as many as were asked for: `place`, `label`,
             `prediction`, `texts`, and `confidence` or `error`.
         predictions: the file written.
+        notes: what the user should know of the rows.
     """
 
     subject: str
@@ -50,6 +52,7 @@ class Evaluation:
     ece: float | None = None
     worst: Sequence[Mapping[str, Any]] | None = None
     predictions: str | None = None
+    notes: Sequence[str] | None = None
 
 
 def evaluate(
@@ -91,29 +94,28 @@ def evaluate(
     if data:
         source = _named(data, source)
     predictor = load_predictor(path, use_cpu=use_cpu)
-    loaded = load_splits(predictor.source(source or DataSource()), [split], predictor.task)
+    source = source or DataSource()
+    loaded = load_splits(predictor.source(source), [split], predictor.task)
     task = loaded.task
     metrics: dict[str, float] = {}
     gold: list[Any] = []
     every: list[Tensor] = []
-    rows: list[dict[str, Any]] = []
     mistakes: list[tuple[float, dict[str, Any]]] = []
-    for name, whole in loaded.splits.items():
-        part = whole.first(max_eval_samples)
-        if part.labels is None:
-            raise DataError(
-                f"{part.origin} keeps its labels hidden: craft eval --split test --submission FILE, or craft predict"
-            )
-        encoded = predictor.encode(part, task, max_seq_length)
-        scores = predictor.scores(encoded, task, per_device_eval_batch_size, progress)
-        metrics |= renamed(task.measure(scores, part.labels), name, loaded.splits)
-        gold += part.labels
-        every += scores
-        mistakes = nlargest(worst, chain(mistakes, task.mistakes(scores, part)), key=itemgetter(0))
-        if predictions:
-            rows += task.records(scores, part)
-    if predictions:
-        write_records(Path(predictions), rows)
+    with open_records(Path(predictions), format_of(Path(predictions))) if predictions else nullcontext() as writer:
+        for name, whole in loaded.splits.items():
+            part = whole.first(max_eval_samples)
+            if part.labels is None:
+                raise DataError(
+                    f"{part.origin} keeps its labels hidden: craft eval --split test --submission FILE, or craft predict"
+                )
+            encoded = predictor.encode(part, task, max_seq_length)
+            scores = predictor.scores(encoded, task, per_device_eval_batch_size, progress)
+            metrics |= renamed(task.measure(scores, part.labels), name, loaded.splits)
+            gold += part.labels
+            every += scores
+            mistakes = nlargest(worst, chain(mistakes, task.mistakes(scores, part)), key=itemgetter(0))
+            if writer:
+                writer.write(task.records(scores, part))
     return Evaluation(
         subject=predictor.name,
         data=" and ".join(part.origin for part in loaded.splits.values()),
@@ -122,6 +124,7 @@ def evaluate(
         labels=task.labels,
         worst=[row for _, row in mistakes] if worst else None,
         predictions=str(predictions) if predictions else None,
+        notes=_notes(predictor, source, loaded) or None,
         **task.tables(every, gold),
     )
 
@@ -135,3 +138,20 @@ def _named(data: Mapping[str, Any], source: DataSource | None) -> DataSource:
     if source is not None:
         raise TypeError(f"evaluate: give either source or data by name ({', '.join(data)}), not both")
     return DataSource(**parse_settings(data))
+
+
+def _notes(predictor: Predictor, given: DataSource, loaded: Loaded) -> list[str]:
+    """Where the rows are not those of the training, or are those that were trained on."""
+    trained = predictor.record.get("data", {}).get("rows", {})
+    others = bool(given.task or given.data_dir or given.validation_file or given.dataset_name)
+    notes = []
+    for name, now in loaded.read.items():
+        then = trained.get(name)
+        origin = loaded.splits[VALIDATION].origin.rpartition(", ")[0] if name == TRAIN else loaded.splits[name].origin
+        if name != TRAIN and now["sha256"] == trained.get(TRAIN, {}).get("sha256"):
+            notes.append(f"{origin} holds the rows that this was trained on: the metrics will look too good")
+        elif then and not others and then["sha256"] != now["sha256"]:
+            note = f"{origin} has changed since the training: {now['count']:,} rows, {then['count']:,} then"
+            held = "; evaluated are the rows held out then, and new ones like them, none that was trained on"
+            notes.append(note + (held if loaded.held_out else ""))
+    return notes

@@ -55,7 +55,13 @@ class Predictor:
             known = DataSource()
         if given.data_dir or given.validation_file or given.dataset_name:
             known = replace(
-                known, data_dir=None, train_file=None, validation_file=None, dataset_name=None, validation_share=None
+                known,
+                data_dir=None,
+                train_file=None,
+                validation_file=None,
+                dataset_name=None,
+                validation_share=None,
+                held_out=None,
             )
         source = replace(known, **{name: value for name, value in asdict(given).items() if value is not None})
         if not source.given:

@@ -49,6 +49,7 @@ def command(
     from craft_cli.cli import console
     from craft_cli.config import parse_settings
     from craft_cli.data.sources import DataSource
+    from craft_cli.tasks.metrics import MOST_CONFUSED
 
     given = parse_settings({name: value for name, value in settings.items() if value is not None})
     given["source"] = DataSource(
@@ -83,7 +84,11 @@ def command(
     if result.by_label is None and (report or confusion):
         raise ConfigError(f"{'--report' if report else '--confusion'}: a regression has no labels")
     if confusion and result.confusion is None:
-        raise ConfigError("--confusion: only of one label a row there is a matrix; --report shows each label")
+        raise ConfigError(
+            f"--confusion: only of one label a row, and of at most {MOST_CONFUSED} labels, there is a matrix; --report shows each"
+        )
+    for note in result.notes or ():
+        console.note(note)
     if json:
         content = asdict(result)
         console.print_json({name: value for name, value in content.items() if value is not None})

@@ -16,6 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from craft_cli.config.arguments import in_python
 from craft_cli.config.contradictions import TRACKERS, contradictions, flag
+from craft_cli.config.names import join_names, split_names
 from craft_cli.config.options import (
     LEARNING_RATES,
     METHOD_OPTIONS,
@@ -288,7 +289,7 @@ class RunConfig(MethodOptions):
             if owners(name) and self.method not in owners(name):
                 continue
             if group != GROUPS[-1] and value is not None:
-                kept[name] = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                kept[name] = join_names(map(str, value)) if isinstance(value, tuple) else value
         return kept
 
 
@@ -339,7 +340,7 @@ def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
                 values[name] = _PARSED[name](value)
                 continue
             if name in LISTS and isinstance(value, str):
-                value = tuple(part.strip() for part in value.split(","))
+                value = tuple(split_names(value))
             if isinstance(value, bool) and "bool" not in str(hints[name]):
                 raise ConfigError(f"{flag(name)}: expected {_expected(hints[name])}, not {str(value).lower()}")
             hint = _hint_of(hints[name], value)

@@ -1,4 +1,4 @@
-"""Cells: what libraries make of values, lists that were written as text, several names in one cell."""
+"""Cells: what libraries make of values, lists that were written as text, what spreadsheets would run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
-
-SEPARATOR = ","
-"""What stands between several names in one cell where nothing else is said."""
 
 
 class Row(NamedTuple):
@@ -104,39 +101,6 @@ def all_lists(cells: Sequence[Any]) -> list[list[Any] | None] | None:
     found = [None if is_missing(cell) else list_in(cell) for cell in cells]
     given = [cell for cell in cells if not is_missing(cell)]
     return found if given and len(given) == sum(it is not None for it in found) else None
-
-
-# -- several names in a cell -----------------------------------------------------------------------------------------------
-
-
-def join_names(names: Iterable[str], separator: str = SEPARATOR) -> str:
-    """Several names in one cell; `split_names` reads them again, whatever they are."""
-    return separator.join(_quoted(name) if _needs_quotes(name, separator) else name for name in names)
-
-
-def split_names(cell: str, separator: str = SEPARATOR) -> list[str]:
-    """The names in a cell, without the blanks around them; a name in double quotes may hold the separator."""
-    names = []
-    rest = cell
-    while rest:
-        quoted = re.match(r'\s*"((?:[^"]|"")*)"\s*', rest)
-        end = quoted.end() if quoted else -1
-        if quoted and (end == len(rest) or rest.startswith(separator, end)):
-            names.append(quoted[1].replace('""', '"'))
-            rest = rest[end + len(separator) :]
-        else:
-            name, _, rest = rest.partition(separator)
-            names += [name.strip()] if name.strip() else []
-    return names
-
-
-def _needs_quotes(name: str, separator: str) -> bool:
-    return not name or name != name.strip() or '"' in name or separator in name
-
-
-def _quoted(name: str) -> str:
-    escaped = name.replace('"', '""')
-    return f'"{escaped}"'
 
 
 # -- spreadsheets ----------------------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ def _unmarked(start: bytes) -> str:
 
 
 def _line_end(start: str) -> str:
-    """A carriage return alone, as old Macs wrote, where there are not more lines of the usual kind."""
-    alone = re.findall(r"\r(?!\n)", start)
-    return "\r" if len(alone) > start.count("\n") else "\n"
+    """A carriage return alone, as old Macs wrote, where there are not more lines of the usual kind; in quotes it ends none."""
+    unquoted = re.sub('"[^"]*"', "", start)
+    alone = re.findall(r"\r(?!\n)", unquoted)
+    return "\r" if len(alone) > unquoted.count("\n") else "\n"

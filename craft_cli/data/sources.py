@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,13 @@ class DataSource:
     label_separator: str | None = None
     problem_type: str | None = None
     seed: int | None = None
+    held_out: Mapping[str, str] | None = None
+    """No setting: what a training found, see `data.holdout`."""
 
     @classmethod
     def of(cls, settings: Any) -> DataSource:
         """Taken from an object or mapping that has such settings among others."""
-        get = settings.get if isinstance(settings, Mapping) else lambda name: getattr(settings, name)
+        get = settings.get if isinstance(settings, Mapping) else lambda name: getattr(settings, name, None)
         values = {name: get(name) for name in cls.__dataclass_fields__}
         if values["text_columns"]:
             values["text_columns"] = tuple(values["text_columns"])
@@ -118,6 +121,13 @@ class Split:
         """Where a row stands, for messages."""
         return self.place(row) if self.place else f"{self.origin}, row {row + 1}"
 
+    def checksum(self) -> str:
+        """sha256 over texts and gold of all rows, to notice that the data is another."""
+        digest = sha256()
+        for row in zip(self.texts, self.labels or [None] * len(self), strict=True):
+            digest.update(json.dumps(row).encode())
+        return digest.hexdigest()
+
     def first(self, rows: int | None) -> Split:
         """Only the first rows."""
         return self if rows is None else self.select(range(min(rows, len(self))))
@@ -132,25 +142,6 @@ class Split:
             lines=None if self.lines is None else [self.lines[row] for row in rows],
             place=lambda row: self.place_of(rows[row]),
         )
-
-
-def hold_out(split: Split, share: float, seed: int, *, stratify: bool) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows to evaluate on, the same for the same seed; every label in both where it can be.
-
-    Raises:
-        DataError: too few rows.
-    """
-    from sklearn.model_selection import train_test_split
-
-    rows, labels = list(range(len(split))), split.labels
-    apart = max(1, round(share * len(rows)))
-    if len(rows) < 2:
-        raise DataError(f"{split.origin}: {len(rows)} row(s) cannot be divided into training and validation")
-    if stratify and labels:
-        counts = Counter(labels)
-        stratify = min(counts.values()) > 1 and len(counts) <= min(apart, len(rows) - apart)
-    kept, held = train_test_split(rows, test_size=apart, random_state=seed, stratify=labels if stratify else None)
-    return sorted(kept), sorted(held)
 
 
 # -- where the splits are ------------------------------------------------------------------------------------------------

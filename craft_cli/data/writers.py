@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from craft_cli.data.cells import for_spreadsheets, join_names
+from craft_cli.config.names import join_names
+from craft_cli.data.cells import for_spreadsheets
 from craft_cli.errors import ConfigError, as_json, is_utf8
 from craft_cli.files import whole_file
 
@@ -21,7 +22,7 @@ class RecordWriter:
 
     def __init__(self, file: TextIO, kind: str) -> None:
         self._file, self._kind = file, kind
-        self._csv: Any = None
+        self._headed = False
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows and pass them on at once."""
@@ -39,10 +40,17 @@ class RecordWriter:
                 cells |= {f"{name.removesuffix('s')}_{key}": part for key, part in value.items()}
             else:
                 cells[name] = value
-        if self._csv is None:
-            self._csv = csv.writer(self._file, lineterminator="\n")
-            self._csv.writerow(map(for_spreadsheets, cells))
-        self._csv.writerow(for_spreadsheets(_cell(value)) for value in cells.values())
+        if not self._headed:
+            self._file.write(_line(cells))
+            self._headed = True
+        self._file.write(_line(map(_cell, cells.values())))
+
+
+def _line(cells: Iterable[Any]) -> str:
+    """A line of csv; a carriage return inside a cell is quoted, as only csv's own line end makes the library do."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\r\n").writerow(map(for_spreadsheets, cells))
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _cell(value: Any) -> Any:

@@ -246,6 +246,11 @@ class _Factors(_Strict):
     sha256: _Sha256
 
 
+class _Rows(_Strict):
+    count: int
+    sha256: _Sha256
+
+
 class _Data(_Strict):
     task: _Line | None = None
     data_dir: _Line | None = None
@@ -254,6 +259,8 @@ class _Data(_Strict):
     text_columns: list[str] | None = None
     label_column: str | None = None
     label_separator: str | None = None
+    rows: dict[_Line, _Rows] = {}
+    held_out: dict[_Line, str] = {}
 
 
 class _Training(_Strict):

@@ -8,17 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from craft_cli.data.cells import (
-    SEPARATOR,
-    all_lists,
-    as_list,
-    described,
-    is_missing,
-    list_in,
-    looks_like_list,
-    split_names,
-    whole_text,
-)
+from craft_cli.config.names import SEPARATOR, split_names
+from craft_cli.data.cells import all_lists, as_list, described, is_missing, list_in, looks_like_list, whole_text
 from craft_cli.errors import DataError, listed
 from craft_cli.tasks.base import OWN
 

@@ -103,6 +103,10 @@ _METRICS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+MOST_CONFUSED = 200
+"""More labels make a matrix that nobody reads, and of thousands one that needs gigabytes."""
+
+
 def confusion(gold: Sequence[int], predictions: Sequence[int], labels: Sequence[str]) -> list[list[int]]:
     """Rows counted by gold label (down) and predicted label (across)."""
     from sklearn.metrics import confusion_matrix

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from craft_cli.config import AUTO, THRESHOLD, RunConfig
+from craft_cli.config.names import join_names
 from craft_cli.data.sources import TEST, DataSource, Home, Split
 from craft_cli.data.tokens import Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError
@@ -29,7 +30,7 @@ from craft_cli.tasks.labels import (
     label_numbers,
     settle_task,
 )
-from craft_cli.tasks.metrics import by_label, compute_metrics, confusion
+from craft_cli.tasks.metrics import MOST_CONFUSED, by_label, compute_metrics, confusion
 from craft_cli.tasks.probe import Linear, Progress, silent
 from craft_cli.tasks.problems import (
     balanced_weights,
@@ -300,7 +301,7 @@ class SequenceClassification(Labelled):
             return {}
         found = self.decide(scores)
         tables: dict[str, Any] = {"by_label": by_label(gold, found, self.labels), "ece": self.calibration(scores, gold)}
-        if self.problem_type != MULTI:
+        if self.problem_type != MULTI and len(self.labels) <= MOST_CONFUSED:
             tables["confusion"] = confusion(list(gold), found, self.labels)
         return tables
 
@@ -376,7 +377,7 @@ class SequenceClassification(Labelled):
         """The settings that repeat what was found in the user's own data."""
         return {
             "task_type": self.kind,
-            "text_columns": ",".join(self.text_columns),
+            "text_columns": join_names(self.text_columns),
             "label_column": self.label_column,
             "problem_type": self.problem_type,
         }

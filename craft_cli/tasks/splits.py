@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from craft_cli.data.holdout import divided, hold_out
 from craft_cli.data.sources import (
     TEST,
     TRAIN,
@@ -13,7 +15,6 @@ from craft_cli.data.sources import (
     Home,
     Split,
     has_validation,
-    hold_out,
     read_split,
     split_names,
 )
@@ -25,11 +26,22 @@ from craft_cli.tasks.glue import task_named
 
 @dataclass(frozen=True)
 class Loaded:
-    """A task and the splits asked for, by name, in the order of the request; notes for the user."""
+    """A task and the splits asked for, by name, in the order of the request; notes for the user.
+
+    Attributes:
+        read: by the name of every table that was read its rows and their checksum, before any were held out.
+        held_out: which rows are held out, see `data.holdout`; empty where none are.
+    """
 
     task: Task
     splits: dict[str, Split]
     notes: list[str] = field(default_factory=list)
+    read: dict[str, dict[str, Any]] = field(default_factory=dict)
+    held_out: Mapping[str, str] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """What a training keeps of its rows, so that an evaluation knows them again."""
+        return {"rows": self.read, "held_out": dict(self.held_out)}
 
 
 def load_splits(source: DataSource, parts: Sequence[str], known: Task | None = None) -> Loaded:
@@ -68,10 +80,13 @@ def load_splits(source: DataSource, parts: Sequence[str], known: Task | None = N
     for name, table in tables.items():
         task, split = task.read(table, labelled=not name.startswith(TEST))
         splits[name] = replace(split, place=table.place)
+    read = {name: {"count": len(split), "sha256": split.checksum()} for name, split in splits.items()}
+    limits: Mapping[str, str] = {}
     notes = [splits[TRAIN].note] if TRAIN in parts and splits[TRAIN].note else []
     if held_out:
         share, seed = source.validation_share or 0.1, source.seed or 0
-        kept, apart = hold_out(splits[TRAIN], share, seed, stratify=task.stratified)
+        limits = source.held_out or hold_out(splits[TRAIN], share, seed, stratify=task.stratified)
+        kept, apart = divided(splits[TRAIN], limits, seed)
         note = (
             f"{len(apart)} of {len(splits[TRAIN])} rows of {splits[TRAIN].origin} held out to evaluate on (seed {seed})"
         )
@@ -80,4 +95,4 @@ def load_splits(source: DataSource, parts: Sequence[str], known: Task | None = N
         if TRAIN in parts:
             splits[TRAIN] = whole.select(kept)
         splits[VALIDATION] = whole.select(apart, f", {len(apart)} rows held out")
-    return Loaded(task, splits, notes)
+    return Loaded(task, splits, notes, read, limits)

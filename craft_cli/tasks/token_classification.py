@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from craft_cli.config import AUTO, RunConfig
+from craft_cli.config.names import join_names
 from craft_cli.data.cells import as_list, is_missing, whole_text
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.data.tokens import IGNORED, Batch, Encoded, encode
@@ -309,7 +310,11 @@ class TokenClassification(Labelled):
 
     def settings(self) -> dict[str, Any]:
         """The settings that repeat what was found in the user's own data."""
-        return {"task_type": self.kind, "text_columns": self.text_columns[0], "label_column": self.label_column}
+        return {
+            "task_type": self.kind,
+            "text_columns": join_names(self.text_columns),
+            "label_column": self.label_column,
+        }
 
     def _with_columns(self, table: Table, *, labelled: bool) -> TokenClassification:
         """The task with its columns: as given, or as they are usually called."""

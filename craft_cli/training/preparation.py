@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +18,7 @@ from craft_cli.data.tokens import Encoded, padding
 from craft_cli.errors import DataError, ModelError
 from craft_cli.files import cache_folder
 from craft_cli.methods import method_named
+from craft_cli.methods.adapter_folder import read_record
 from craft_cli.methods.attach import attach_prepared
 from craft_cli.methods.base import Method
 from craft_cli.methods.frozen import Frozen
@@ -30,6 +31,7 @@ from craft_cli.tasks.base import OWN, Task
 from craft_cli.tasks.metrics import renamed
 from craft_cli.tasks.splits import load_splits
 from craft_cli.training.compile import compile_blocks, freeze_cache
+from craft_cli.training.resume import adapter_to_start_from
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Prepared:
         train: rows to train on.
         validation: rows to evaluate on, by split.
         notes: what the user should know.
+        rows: what is kept of the rows, see `Loaded.record`.
     """
 
     checkpoint: Checkpoint
@@ -78,6 +81,7 @@ class Prepared:
     train: Encoded
     validation: dict[str, Encoded]
     notes: list[str]
+    rows: Mapping[str, Any] = field(default_factory=dict)
 
     def measure(self, scores: Mapping[str, Sequence[Tensor]], *, calibrate: bool = False) -> Measured:
         """The metrics of all validation splits.
@@ -124,7 +128,7 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
         frozen: what the method kept of the base before; prepared, or taken from its cache, without.
     """
     progress("loading data", 0, 1)
-    loaded = load_splits(DataSource.of(config), [TRAIN, VALIDATION])
+    loaded = load_splits(_source(config), [TRAIN, VALIDATION])
     rows = {
         name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
         for name, split in loaded.splits.items()
@@ -167,7 +171,24 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
             f"{rows[TRAIN].origin}: no row has a word of which the tokenizer makes a token: nothing can be learned"
         )
     task = task.on_head(checkpoint.config(), strict=False)
-    return Prepared(checkpoint, method, frozen, task, tokenizer, train, encoded, notes)
+    return Prepared(checkpoint, method, frozen, task, tokenizer, train, encoded, notes, loaded.record())
+
+
+def _source(config: RunConfig) -> DataSource:
+    """Where rows come from; what the run to start from held out of the same rows is never trained on, nor the reverse."""
+    source = DataSource.of(config)
+    if not config.init_from:
+        return source
+    record = read_record(adapter_to_start_from(config.init_from)).get("training", {})
+    former = DataSource.of(record.get("data", {})).resolved()
+    mine = source.resolved()
+    same = (mine.data_dir, mine.train_file, mine.dataset_name, mine.seed) == (
+        former.data_dir,
+        former.train_file,
+        former.dataset_name,
+        former.seed,
+    )
+    return replace(source, held_out=former.held_out) if same else source
 
 
 def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> str:
@@ -213,7 +234,7 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
 
 def data_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     """Where the rows came from, so that they are found again from anywhere."""
-    return asdict(DataSource.of(config).resolved()) | prepared.task.columns()
+    return asdict(DataSource.of(config).resolved()) | prepared.task.columns() | prepared.rows
 
 
 def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from helpers import own, problem, write
 from craft_cli.data.readers import rows_of
 from craft_cli.data.sources import DataSource
 from craft_cli.data.tables import read_file
+from craft_cli.data.writers import RecordWriter
+from craft_cli.errors import DataError
 from craft_cli.tasks.splits import load_splits
 
 ROWS = [["\u201ccaf\u00e9\u201d", "pos"], ["two\nlines, one comma", "neg"], ["plain", "pos"]]
@@ -261,3 +263,81 @@ def test_lists_of_messages_written_as_text_are_refused() -> None:
         message = problem(own, str(write_rows(Path("t.jsonl"), [{"text": cell, "label": n % 2} for n in range(4)])))
         assert message.startswith("t.jsonl: column 'text' holds lists of messages written as text")
     assert own(write("t.csv", 'text,label\n"[1, 2]",x\n"[3]",y\n'))[1][0].texts == [("[1, 2]",), ("[3]",)]
+
+
+# -- CoNLL ----------------------------------------------------------------------------------------------------------------
+
+
+def words_and_tags(content: str) -> list[tuple[list[str], list[str]]]:
+    rows = rows_of(io.BytesIO(content.encode()), ".conll", "t.conll")
+    return [(row.cells["tokens"], row.cells.get("tags", [])) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "# id 7f3a domain=en",
+        "# text = I was O",
+        "#sent_id = 3",
+        "# newdoc",
+        "# text: so it is said",
+        "-DOCSTART- -X- O O\n",
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_comments_before_a_sentence_are_no_words(comment: str, end: str) -> None:
+    content = f"{comment}\na B-x\nb O\n\n{comment}\nc O\n".replace("\n", end)
+    assert words_and_tags(content) == [(["a", "b"], ["B-x", "O"]), (["c"], ["O"])]
+
+
+def test_a_number_sign_is_a_word() -> None:
+    assert words_and_tags("# O\n#tag B-x\na O\n# NN O\n") == [(["#", "#tag", "a", "#"], ["O", "B-x", "O", "O"])]
+    assert words_and_tags("# NN B-NP O\na NN I-NP O\n")[0][0] == ["#", "a"]
+
+
+def test_columns_that_are_no_words_are_refused() -> None:
+    with pytest.raises(DataError, match=r"t\.conll, line 1: its first column numbers the words"):
+        words_and_tags("1\tA\tO\n2\tb\tO\n3\tc\tO\n")
+    with pytest.raises(DataError, match=r"t\.conll, line 1: 'a b' is divided by blanks, and by a tab"):
+        words_and_tags("a b\tO\n")
+    missing = write("t.jsonl", json.dumps({"tokens": ["a", "b"], "tags": ["B-x", ""]}) + "\n")
+    assert problem(load_splits, DataSource(train_file=missing), ["train"]) == (
+        "t.jsonl, line 1: a word without a tag; write O where there is no entity"
+    )
+
+
+# -- written ----------------------------------------------------------------------------------------------------------------
+
+
+def test_no_csv_that_is_written_holds_a_formula_or_runs_names_together() -> None:
+    names = ['=HYPERLINK("http://x")', "@SUM(1+1)", "-1", "+a", "a,b", "c"]
+    file = io.StringIO()
+    writer = RecordWriter(file, "csv")
+    writer.write([{"prediction": name, "scores": {name: -0.5}} for name in names[:1]])
+    header, row = csv.reader(io.StringIO(file.getvalue()))
+    assert header == ["prediction", 'score_=HYPERLINK("http://x")']
+    assert row == ['\'=HYPERLINK("http://x")', "-0.5"]
+    for found, cell in (
+        ("@SUM(1+1)", "'@SUM(1+1)"),
+        ("-1", "-1"),
+        ("+a", "'+a"),
+        (["a,b", "c"], '"a,b",c'),
+        (["a", "b", "c"], "a,b,c"),
+    ):
+        file = io.StringIO()
+        RecordWriter(file, "csv").write([{"prediction": found}])
+        assert list(csv.reader(io.StringIO(file.getvalue())))[1] == [cell]
+
+
+def test_columns_with_commas_in_their_names(pico: Any) -> None:
+    from craft_cli.config import RunConfig
+
+    path = write("t.csv", '"review, full",label\na,x\nb,y\nc,x\nd,y\n')
+    given = {"model": str(pico()), "train_file": path, "label_column": "label"}
+    for columns in (["review, full"], '"review, full"'):
+        config = RunConfig.build(given | {"text_columns": columns})
+        assert config.text_columns == ("review, full",)
+        assert RunConfig.build(recipe=config.recipe()).text_columns == ("review, full",)
+        task, (split,) = own(path, text_columns=config.text_columns)
+        assert split.texts[0] == ("a",)
+        assert RunConfig.build(given | task.settings()).text_columns == ("review, full",)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from helpers import own, problem, write, write_as
 
-from craft_cli.data.sources import DataSource, Split, hold_out
+from craft_cli.data.holdout import divided, hold_out
+from craft_cli.data.sources import DataSource, Split
 from craft_cli.errors import ConfigError, DataError
 from craft_cli.tasks.base import align_labels
 from craft_cli.tasks.glue import TASKS, task_named
@@ -153,8 +154,9 @@ def test_a_tenth_is_held_out_if_nothing_else_is_said(tmp_path: Path) -> None:
 
 def test_labels_too_rare_to_be_in_both_parts_do_not_stop_it() -> None:
     split = Split([(str(row),) for row in range(9)], [0] * 8 + [1], "here")
-    kept, held = hold_out(split, 0.3, 0, stratify=True)
+    kept, held = divided(split, hold_out(split, 0.3, 0, stratify=True), 0)
     assert sorted(kept + held) == list(range(9))
+    assert 8 in kept
     with pytest.raises(DataError, match="cannot be divided"):
         hold_out(split.first(1), 0.5, 0, stratify=True)
 

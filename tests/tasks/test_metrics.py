@@ -228,3 +228,28 @@ def test_measure_has_the_tasks_metrics_and_the_loss() -> None:
     found = task.measure(list(torch.tensor([[1.0], [2.0], [4.0]])), [1.0, 2.0, 3.0])
     assert list(found) == ["pearson", "spearman", "loss"]
     assert found["loss"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("problem", [SINGLE, MULTI])
+def test_thousands_of_labels_make_tables_that_fit(problem: str) -> None:
+    """Labels x labels would be 2 GB."""
+    count = 4000
+    task = Task("own", ("text",), tuple(map(str, range(count))), OWN_METRICS[problem], problem)
+    gold: list[Any] = [row % count for row in range(60)]
+    if problem == MULTI:
+        gold = [[float(label == number) for label in range(count)] for number in gold]
+    scores = list(torch.eye(60, count) * 5)
+    tables = task.tables(scores, gold)
+    assert "confusion" not in tables
+    assert len(tables["by_label"]) == count
+    assert task.measure(scores, gold)["f1_macro"] >= 0
+    assert len(task.balanced(gold)) == count
+    assert math.isfinite(task.baseline(gold, gold)["f1_macro"])
+
+
+def test_f1_of_a_task_is_one_measure_whatever_labels_a_batch_holds() -> None:
+    three = Task("own", ("text",), ("a", "b", "c"), OWN_METRICS[SINGLE])
+    assert "f1" not in three.metrics  # own labels: the macro average, of two as of more
+    from craft_cli.tasks.glue import TASKS
+
+    assert all(len(task.labels) == 2 for task in TASKS.values() if "f1" in task.metrics)

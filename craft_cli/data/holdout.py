@@ -1,0 +1,89 @@
+"""Rows held out to evaluate on, remembered by what they say.
+
+Every row has a mark, a checksum of seed and texts. Of every label the rows with the lowest marks are held out, and the
+highest of these is remembered. So a row is held out or not wherever it stands and whatever is added: rows that were
+trained on stay rows to train on, and equal texts of one label are never in both parts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from hashlib import sha256
+
+from craft_cli.data.sources import Split
+from craft_cli.errors import DataError
+
+ALL = "all"
+"""Where rows are not divided by label."""
+
+
+def hold_out(split: Split, share: float, seed: int, *, stratify: bool) -> dict[str, str]:
+    """The highest mark that is held out, by label number or for `ALL`.
+
+    Args:
+        split: rows to divide.
+        share: of them that is to be held out.
+        seed: decides which.
+        stratify: whether every label is to be in both parts, where it can be.
+
+    Raises:
+        DataError: too few rows, or all with one text.
+    """
+    marks, rows = _marks(split, seed), len(split)
+    if len(set(marks)) < 2:
+        why = f"{rows} row(s)" if rows < 2 else f"{rows:,} rows of one text"
+        raise DataError(f"{split.origin}: {why} cannot be divided into training and validation")
+    apart = min(max(1, round(share * rows)), rows - 1)
+    keys = [str(label) for label in split.labels] if stratify and split.labels else [ALL] * rows
+    counts = Counter(keys)
+    if len(counts) > min(apart, rows - apart):
+        keys, counts = [ALL] * rows, Counter({ALL: rows})
+    by_key: dict[str, list[str]] = {}
+    for key, mark in zip(keys, marks, strict=True):
+        by_key.setdefault(key, []).append(mark)
+    found: dict[str, str] = {}
+    for key, quota in _quotas(counts, apart).items():
+        if limit := _limit(by_key[key], quota):
+            found[key] = limit
+    return found or {ALL: _limit(marks, apart)}
+
+
+def _limit(marks: list[str], count: int) -> str:
+    """The mark of the last of so many rows in their order, but never of all rows; nothing where equal texts are all there is."""
+    limit = sorted(marks)[count - 1] if count else ""
+    return limit if limit < max(marks) else max((mark for mark in marks if mark < limit), default="")
+
+
+def divided(split: Split, limits: Mapping[str, str], seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows held out, by what `hold_out` found for this seed.
+
+    Raises:
+        DataError: no row of these is held out, or every one.
+    """
+    labels = [ALL] * len(split) if ALL in limits or not split.labels else [str(label) for label in split.labels]
+    parts: tuple[list[int], list[int]] = ([], [])
+    for row, (key, mark) in enumerate(zip(labels, _marks(split, seed), strict=True)):
+        parts[mark <= limits.get(key, "")].append(row)
+    if not all(parts):
+        which = "no row" if not parts[1] else "every row"
+        raise DataError(f"{split.origin}: {which} of these was held out in training: give --validation-file")
+    return parts
+
+
+def _marks(split: Split, seed: int) -> list[str]:
+    return [sha256(json.dumps([seed, *text]).encode()).hexdigest()[:16] for text in split.texts]
+
+
+def _quotas(counts: Mapping[str, int], apart: int) -> dict[str, int]:
+    """How many rows of every label are held out: in proportion, and of as many labels as can be."""
+    rows = sum(counts.values())
+    exact = {key: count * apart / rows for key, count in counts.items()}
+    quotas = {key: int(part) for key, part in exact.items()}
+    open_to_more = sorted(
+        (key for key in counts if counts[key] > 1), key=lambda key: (quotas[key] > 0, quotas[key] - exact[key], key)
+    )
+    for key in open_to_more[: apart - sum(quotas.values())]:
+        quotas[key] += 1
+    return quotas

@@ -234,7 +234,7 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
 
 def data_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     """Where the rows came from, so that they are found again from anywhere."""
-    return asdict(DataSource.of(config).resolved()) | prepared.task.columns() | prepared.rows
+    return asdict(DataSource.of(config).resolved()) | prepared.task.columns() | dict(prepared.rows)
 
 
 def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from craft_cli.data.writers import RecordWriter
 from craft_cli.errors import DataError
 from craft_cli.tasks.splits import load_splits
 
-CHARACTERS = some.characters(exclude_categories=("Cs",))
+CHARACTERS = some.characters(exclude_categories=["Cs"])
 TEXT = some.text(CHARACTERS, min_size=1, max_size=12)
 ODD = some.sampled_from(
     [

@@ -261,6 +261,7 @@ class World:
         process = subprocess.Popen(
             shlex.split(words), cwd=self.folder, env=self._environment(), text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, executable=shutil.which("craft", path=self._environment()["PATH"]),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it is ignored below nohup
         )  # fmt: skip
         assert process.stdout
         printed, sent = "", False

@@ -45,7 +45,12 @@ def certificate(
     difference: Mapping[str, float],
     allowed: float,
 ) -> dict[str, Any]:
-    """What merge.json says: what was merged, into what, and how exact it is."""
+    """What merge.json says: what was merged, into what, and how exact it is.
+
+    Raises:
+        ModelError: the base was replaced meanwhile.
+    """
+    adapted.check_unchanged()
     frozen = adapted.saved.frozen.sha256()
     return {
         "base": {

@@ -66,6 +66,8 @@ def evaluate(
     max_seq_length: int | None = None,
     per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
     use_cpu: bool = False,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     **data: Any,
 ) -> Evaluation:
@@ -83,6 +85,8 @@ def evaluate(
         max_seq_length: tokens kept; as in training without, 128 for a checkpoint.
         per_device_eval_batch_size: rows at once.
         use_cpu: stay on the CPU.
+        trust_remote_code: run Python code that comes with the model.
+        allow_other_base: take an adapter whose base is not as it was in training.
         progress: called with (rows done, rows in all).
         data: in place of `source`: `task`, `data_dir`, `validation_file`, `dataset_name`, `text_columns`, `label_column`, ...
 
@@ -93,7 +97,9 @@ def evaluate(
     """
     if data:
         source = _named(data, source)
-    predictor = load_predictor(path, use_cpu=use_cpu)
+    predictor = load_predictor(
+        path, use_cpu=use_cpu, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
+    )
     source = source or DataSource()
     loaded = load_splits(predictor.source(source), [split], predictor.task)
     task = loaded.task

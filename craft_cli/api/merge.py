@@ -81,6 +81,8 @@ def merge(
     tolerance: float | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     progress: Callable[[str], None] = lambda what: None,
     notice: Callable[[str], None] = lambda what: None,
 ) -> Merged:
@@ -104,6 +106,8 @@ def merge(
             the norm of that change; 1e-6 without. The logits may then differ by as much.
         push_to_hub: upload to this repository of the hub too.
         private: make the repository a private one, if it is made.
+        trust_remote_code: run Python code that comes with the base.
+        allow_other_base: merge into a base that is not as it was in training.
         progress: called with what is being done.
         notice: called with what the user should know of an upload, before the work.
 
@@ -124,11 +128,22 @@ def merge(
     destination = _destination(output_dir, found, adapter_path, format)
     _check_destination(destination, [found, adapter_path], overwrite=overwrite)
     shared: dict[str, Any] = {"push_to_hub": push_to_hub, "private": private, "notice": notice}
+    permitted = {"trust_remote_code": trust_remote_code, "allow_other_base": allow_other_base}
     if format == ADAPTER:
         result = _copy(adapter_path, destination, overwrite=overwrite, **shared)
     else:
         result = _merge(
-            adapter_path, destination, format, dtype, max_shard_size, overwrite, trim, tolerance, progress, **shared
+            adapter_path,
+            destination,
+            format,
+            dtype,
+            max_shard_size,
+            overwrite,
+            trim,
+            tolerance,
+            permitted,
+            progress,
+            **shared,
         )
     if push_to_hub:
         progress("uploading")
@@ -146,6 +161,7 @@ def _merge(
     overwrite: bool,
     trim: bool,
     tolerance: float | None,
+    permitted: Mapping[str, bool],
     progress: Callable[[str], None],
     *,
     push_to_hub: str | None,
@@ -155,7 +171,7 @@ def _merge(
     """A checkpoint or a LoRA, compared with the adapted model."""
     with whole_folder(destination, overwrite=overwrite) as folder:
         progress("reading the adapter")
-        adapted = AdaptedBase(read_adapter(adapter_path, make=True))
+        adapted = AdaptedBase(read_adapter(adapter_path, make=True), **permitted)
         _check_destination(destination, [adapted.checkpoint.folder], overwrite=overwrite)
         if push_to_hub and (seen_by := before_upload(push_to_hub, adapted.checkpoint, private=private)):
             notice(seen_by)

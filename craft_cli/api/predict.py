@@ -88,6 +88,8 @@ def predict_file(
     max_seq_length: int | None = None,
     per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
     use_cpu: bool = False,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> int:
     """Predict for the rows of a file or of standard input; neither rows nor predictions are ever held whole.
@@ -102,6 +104,8 @@ def predict_file(
         max_seq_length: tokens kept; as in training without.
         per_device_eval_batch_size: rows at once.
         use_cpu: stay on the CPU.
+        trust_remote_code: run Python code that comes with the model.
+        allow_other_base: take an adapter whose base is not as it was in training.
         progress: called with the number of rows done.
 
     Returns:
@@ -120,7 +124,9 @@ def predict_file(
     first = next(rows, None)  # a missing file is told before a model is loaded
     if first is None:
         raise DataError(f"{origin} holds no rows")
-    predictor = load_predictor(path, use_cpu=use_cpu)
+    predictor = load_predictor(
+        path, use_cpu=use_cpu, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
+    )
     in_lines = origin == "standard input" or Path(origin).suffix.lower() == TEXT
     size = per_device_eval_batch_size * (1 if str(input) == STDIN else _BATCHES_AT_ONCE)
     answers = _answers(

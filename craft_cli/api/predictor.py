@@ -87,8 +87,20 @@ class Predictor:
         return in_order(outputs, batches, len(encoded))
 
 
-def load_predictor(path: str | Path | None = None, *, use_cpu: bool = False) -> Predictor:
+def load_predictor(
+    path: str | Path | None = None,
+    *,
+    use_cpu: bool = False,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
+) -> Predictor:
     """A run, an adapter, a checkpoint's folder or a hub id; the latest run without.
+
+    Args:
+        path: of it.
+        use_cpu: stay on the CPU.
+        trust_remote_code: run Python code that comes with the model.
+        allow_other_base: take an adapter whose base is not as it was in training.
 
     Raises:
         CraftError: it is missing, damaged, or has no trained head.
@@ -99,10 +111,12 @@ def load_predictor(path: str | Path | None = None, *, use_cpu: bool = False) -> 
     if adapter_path:
         told = read_record(adapter_path)
         kind = kind_of_model(told.get("training", {}), [told["model"]["architecture"]], strict=True)
-        model, adapter, checkpoint = load_adapted(adapter_path)
+        model, adapter, checkpoint = load_adapted(
+            adapter_path, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
+        )
         record = adapter.training_record
     else:
-        checkpoint = resolve(str(path or found))
+        checkpoint = resolve(str(path or found), trust_remote_code=trust_remote_code)
         kind = kind_of_model({}, checkpoint.config().architectures)
         model, fresh = load_model(checkpoint, str(kind.auto_model))
         if fresh:
@@ -115,7 +129,13 @@ def load_predictor(path: str | Path | None = None, *, use_cpu: bool = False) -> 
     return Predictor(str(path or found), model.to(device), tokenizer, device, task, record)
 
 
-def load_adapted(path: Path, dtype: torch.dtype | str = torch.float32) -> tuple[Any, ModelAdapter, Checkpoint]:
+def load_adapted(
+    path: Path,
+    dtype: torch.dtype | str = torch.float32,
+    *,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
+) -> tuple[Any, ModelAdapter, Checkpoint]:
     """An adapter's base model, of the class that was trained, with the adapter and its head on it.
 
     Raises:
@@ -123,7 +143,8 @@ def load_adapted(path: Path, dtype: torch.dtype | str = torch.float32) -> tuple[
         ModelError: its base cannot be found, or is another one now.
     """
     record = read_record(path)
-    checkpoint = resolve(record["base_model"]["model"], record["base_model"]["revision"])
+    named = record["base_model"]
+    checkpoint = resolve(named["model"], named["revision"], trust_remote_code=trust_remote_code)
     trained = record["model"]
     names = {int(number): name for number, name in trained["id2label"].items()}
     options = {
@@ -133,4 +154,4 @@ def load_adapted(path: Path, dtype: torch.dtype | str = torch.float32) -> tuple[
     }
     model, _ = load_model(checkpoint, trained["architecture"], options, dtype)
     model.config.pad_token_id = trained["pad_token_id"]
-    return model, load(model, path), checkpoint
+    return model, load(model, path, allow_other_base=allow_other_base, checkpoint=checkpoint), checkpoint

@@ -44,6 +44,8 @@ def submit(
     max_seq_length: int | None = None,
     per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
     use_cpu: bool = False,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Submission:
     """Predict the test sets of some runs' tasks and write the zip.
@@ -56,6 +58,8 @@ def submit(
         max_seq_length: tokens kept; as in training without.
         per_device_eval_batch_size: rows at once.
         use_cpu: stay on the CPU.
+        trust_remote_code: run Python code that comes with the model.
+        allow_other_base: take an adapter whose base is not as it was in training.
         progress: called with (rows done, rows in all).
 
     Raises:
@@ -66,7 +70,9 @@ def submit(
         raise ConfigError(f"--submission: {output}: the server takes a .zip")
     answers: dict[str, list[str]] = {}
     for path in paths:
-        predictor = load_predictor(path, use_cpu=use_cpu)
+        predictor = load_predictor(
+            path, use_cpu=use_cpu, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
+        )
         trained = TASKS.get(predictor.task.name)
         if trained is None or trained.server is None:
             raise ConfigError(f"{predictor.name} was trained on '{predictor.task.name}', which is no task of GLUE's")

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import JsonFlag, reports_errors
+from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
 
 
 @reports_errors
+@with_settings("trust_remote_code", "allow_other_base")
 def command(
     path: Annotated[
         str | None, typer.Argument(help="Run, adapter, or an adapter's hub id.", show_default="the latest run")
@@ -59,6 +60,7 @@ def command(
         bool, typer.Option("--private", help="With --push-to-hub: a repository that is made is private.")
     ] = False,
     json: JsonFlag = False,
+    **settings: Any,
 ) -> None:
     """Fold an adapter into dense weights: a plain Hugging Face checkpoint for any tool; or a LoRA, or a copy to share."""
     from craft_cli.cli import console
@@ -79,6 +81,7 @@ def command(
             private=private,
             progress=progress,
             notice=console.note,
+            **{name: bool(value) for name, value in settings.items()},
         )
     if json:
         console.print_json(asdict(result))

@@ -11,7 +11,9 @@ from craft_cli.cli.options import reports_errors, with_settings
 
 
 @reports_errors
-@with_settings("text_columns", "max_seq_length", "per_device_eval_batch_size", "use_cpu")
+@with_settings(
+    "text_columns", "max_seq_length", "per_device_eval_batch_size", "use_cpu", "trust_remote_code", "allow_other_base"
+)
 def command(
     path: Annotated[
         str | None, typer.Argument(help="Run, adapter, checkpoint or hub id.", show_default="the latest run")

@@ -178,6 +178,12 @@ class RunConfig(MethodOptions):
     output_dir: str | None = setting(None, "Run folder; runs/TASK-MODEL-TIME without.")
     overwrite: bool = setting(False, "Empty an output folder that is not empty.")
     resume: bool = setting(False, "Go on with the run in --output-dir, or with the latest: exactly as if never cut.")
+    trust_remote_code: bool = setting(
+        False, "Run Python code that comes with the model. Read it first: it can do all that you can."
+    )
+    allow_other_base: bool = setting(
+        False, "Go on although the base is not the one that the run or the adapter was trained on."
+    )
     dry_run: bool = setting(False, "Check everything, down to one real step, and stop.")
 
     def __post_init__(self) -> None:
@@ -254,6 +260,11 @@ class RunConfig(MethodOptions):
             ConfigError: everything that is wrong, one line each, naming the flag or key.
         """
         given: dict[str, Any] = {}
+        for name in USERS_OWN:
+            if name in {**(former or {}), **(recipe or {})}:
+                raise ConfigError(
+                    f"{name}: only you can say this, with the flag {flag(name)}: take it out of the recipe"
+                )
         for layer in (
             dict(former or {}),
             dict(recipe or {}),
@@ -269,7 +280,7 @@ class RunConfig(MethodOptions):
         names = [field.name for field in dataclasses.fields(cls)]
         for key in given:
             if key not in names:
-                raise ConfigError(f"unknown key '{key}'{nearest(str(key), names)}")
+                raise ConfigError(f"unknown key '{plain(str(key))}'{nearest(str(key), names)}")
         config = cls(**parse_settings(given))
         problems = contradictions(config)
         for name in given:
@@ -295,6 +306,8 @@ class RunConfig(MethodOptions):
 
 _SIZES = ("rank", "ranks")
 """What a budget chooses."""
+USERS_OWN = ("trust_remote_code", "allow_other_base")
+"""What no recipe, run or adapter may say."""
 LISTS = ("targets", "text_columns", "report_to")
 """Settings that hold several names, on the command line with commas between them."""
 

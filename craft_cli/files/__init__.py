@@ -1,7 +1,7 @@
 """Writing so that nothing is ever half there, and reading so that damage is noticed."""
 
 from craft_cli.files.folders import check_free, delete_folder, holds_something, tidy, whole_folder
-from craft_cli.files.reading import quoted, read_json
+from craft_cli.files.reading import quoted, read_json, reason_of, stamp
 from craft_cli.files.tensors import (
     FORMAT_VERSION,
     check_version,
@@ -28,6 +28,8 @@ __all__ = [
     "read_header",
     "read_json",
     "read_tensors",
+    "reason_of",
+    "stamp",
     "tidy",
     "whole_file",
     "whole_folder",

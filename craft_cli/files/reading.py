@@ -32,7 +32,20 @@ def quoted(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def reason_of(error: Exception) -> str:
-    """What a reader says, in one short line: it may quote the file."""
+def reason_of(error: BaseException) -> str:
+    """What a reader says, in one short line: it may quote the file, or say nothing."""
     line = "".join(letter if letter.isprintable() else " " for letter in str(error))
-    return " ".join(line.split())[:200]
+    return " ".join(line.split())[:200] or type(error).__name__
+
+
+def stamp(path: Path) -> list[int]:
+    """By what a file is known to be the one of before: device, inode, size, and when it was last changed in any way.
+
+    Raises:
+        FileError: there is none.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from error
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]

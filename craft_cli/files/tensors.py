@@ -19,7 +19,7 @@ from craft_cli.errors import FileError, OtherVersion
 from craft_cli.files.reading import quoted, reason_of
 from craft_cli.files.writing import write_bytes
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

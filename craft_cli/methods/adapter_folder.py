@@ -24,6 +24,7 @@ from craft_cli.methods import METHODS, method_named
 from craft_cli.methods.base import Chain, Method
 from craft_cli.methods.frozen import Frozen
 from craft_cli.models.hub import fetch_files
+from craft_cli.models.identity import Base
 from craft_cli.models.stacks import DTYPES
 
 CONFIG_FILE = "adapter_config.json"
@@ -55,6 +56,11 @@ class SavedAdapter:
     frozen: Frozen
     trained: Mapping[str, Tensor]
     head: Mapping[str, Tensor]
+
+    @property
+    def base(self) -> Base:
+        """The base that it was trained on."""
+        return Base.read(self.record["base_model"])
 
     @property
     def options(self) -> Any:
@@ -226,6 +232,9 @@ class _Base(_Strict):
     model: _Line
     revision: _Line | None
     sha256: dict[_Line, _Sha256]
+    weights: dict[_Line, _Sha256]
+    config: dict[_Line, Any]
+    tokenizer: dict[_Line, _Sha256] | None
 
 
 class _Model(_Strict):
@@ -244,6 +253,7 @@ class _Parameters(_Strict):
 class _Factors(_Strict):
     stored: Annotated[str, Field(pattern=f"^({INCLUDE}|{REFERENCE})$")]
     sha256: _Sha256
+    sketch: dict[_Line, list[float]] = {}
 
 
 class _Rows(_Strict):

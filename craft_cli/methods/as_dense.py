@@ -13,20 +13,26 @@ from torch import Tensor
 
 from craft_cli.config import THRESHOLD, THRESHOLD_KEY
 from craft_cli.errors import ModelError
-from craft_cli.files import quoted
+from craft_cli.files import quoted, stamp
 from craft_cli.methods.adapter import Adapter
 from craft_cli.methods.adapter_folder import SavedAdapter
 from craft_cli.methods.base import Chain, delta
 from craft_cli.models.checkpoint import Checkpoint, fingerprint
 from craft_cli.models.families import layer_views
 from craft_cli.models.hub import resolve
+from craft_cli.models.identity import base_of
 from craft_cli.models.shards import Entry, shard_bytes, write_shards
-from craft_cli.models.streaming import StreamedModel
+from craft_cli.models.streaming import StreamedModel, probe
 from craft_cli.models.views import View
 
 
 class AdaptedBase:
     """The base of a saved adapter, with the adapter's head, streamed from disk.
+
+    Args:
+        saved: the adapter.
+        trust_remote_code: run Python code that comes with the base.
+        allow_other_base: take a base that is not as it was in training.
 
     Attributes:
         saved: the adapter.
@@ -38,14 +44,15 @@ class AdaptedBase:
         ModelError: the base is missing, is another one, or does not fit the class that was trained.
     """
 
-    def __init__(self, saved: SavedAdapter) -> None:
+    def __init__(self, saved: SavedAdapter, *, trust_remote_code: bool = False, allow_other_base: bool = False) -> None:
         self.saved = saved
         base, told = saved.record["base_model"], saved.record["model"]
-        checkpoint = resolve(base["model"], base["revision"])
+        checkpoint = resolve(base["model"], base["revision"], trust_remote_code=trust_remote_code)
         self.views = layer_views(checkpoint.config(), saved.frozen.targets)
-        self._check_weights(checkpoint)
+        self._check_weights(checkpoint, allow_other=allow_other_base)
         layered = [view.module for views in self.views.values() for view in views]
         self.base = StreamedModel(checkpoint, told["architecture"], told, saved.head, layered)
+        self._marks = {file: stamp(file) for file in self.base.reader.weight_files()}
         self._check_head()
         self.change = saved.method.build(saved.frozen, saved.options)
         self.change.load(saved.trained)
@@ -90,7 +97,7 @@ class AdaptedBase:
         finally:
             adapter.detach(self.base.model.base_model)
 
-    def _check_weights(self, checkpoint: Checkpoint) -> None:
+    def _check_weights(self, checkpoint: Checkpoint, *, allow_other: bool) -> None:
         reader = checkpoint.open()
         for target, views in self.views.items():
             shape = tuple(self.saved.frozen.shapes[target])
@@ -101,10 +108,22 @@ class AdaptedBase:
                     f"{' and '.join(map(str, sorted(found))) or 'no layers'} there"
                 )
             layers = (checkpoint.open().matrices([view])[0] for view in views)  # mapped one after the other
-            if fingerprint(layers) != self.saved.frozen.fingerprints[target]:
+            if not allow_other and fingerprint(layers) != self.saved.frozen.fingerprints[target]:
                 raise ModelError(
                     f"this model has other weights ({target}) than {self.saved.frozen.model}, which the adapter belongs to"
                 )
+        if not allow_other:
+            self.saved.base.check(base_of(checkpoint), str(self.saved.path))
+
+    def check_unchanged(self) -> None:
+        """Refuse what was made of files that were replaced meanwhile: their hashes would not be those of what was read.
+
+        Raises:
+            ModelError: one is another now.
+        """
+        for file, mark in self._marks.items():
+            if stamp(file) != mark:
+                raise ModelError(f"{file} was replaced while it was read; try again")
 
     def _check_head(self) -> None:
         changed = self.changes()
@@ -147,7 +166,13 @@ class Dense:
         config.save_pretrained(folder)
         for file in adapted.checkpoint.tokenizer_files():
             shutil.copyfile(file, folder / file.name)
-        self._reader = Checkpoint(str(folder), None, folder).open()
+        whole = Checkpoint(str(folder), None, folder, adapted.checkpoint.trusted)
+        tokens, former = probe(whole), adapted.base.probe()
+        if any(not torch.equal(tokens[name], former[name]) for name in former):
+            raise ModelError(
+                f"{folder}: the tokenizer written gives other tokens than that of {adapted.checkpoint.name}"
+            )
+        self._reader = whole.open()
 
     def read(self, name: str) -> Tensor:
         """A tensor out of what was written."""

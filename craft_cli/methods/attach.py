@@ -19,15 +19,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from craft_cli.config import RunConfig, parse_settings
 from craft_cli.config.arguments import wrong_type
 from craft_cli.errors import ConfigError, FileError, ModelError, nearest
 from craft_cli.methods import method_named
 from craft_cli.methods.adapter_folder import CONFIG_FILE, SavedAdapter, adapter_at, read_adapter
 from craft_cli.methods.base import Method
+from craft_cli.methods.cache import SAME, Kept
 from craft_cli.methods.frozen import Frozen, check_base
 from craft_cli.methods.model_adapter import DEFAULT_NAME, ModelAdapter
+from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.families import layer_views
+from craft_cli.models.identity import Base, base_in, base_of
 from craft_cli.models.loading import check_model, head_names
 from craft_cli.models.stacks import weights_in
 from craft_cli.models.views import View
@@ -75,19 +80,26 @@ def attach(
         weights = weights_in(model, RunConfig.targets if targets is None else targets)
         factors, _ = chosen.prepare(weights, chosen.Options(**options), None, lambda what, done, total: None)
         targets = None
+    elif isinstance(factors, Kept) and not getattr(model, "is_quantized", False):
+        weights = weights_in(model, factors.targets)
+        if not factors.belong_to(weights, max(SAME, torch.finfo(model.dtype).eps)):
+            raise ModelError("this model has other weights than those that the factors were made of")
     frozen, complete = chosen.fit(factors, targets, options)
     return attach_prepared(model, chosen, frozen, complete, head_names(model) if head is None else head)
 
 
-def attach_prepared(model: Any, method: Method, frozen: Frozen, options: Any, head: Iterable[str]) -> ModelAdapter:
-    """Adapt a model by what a method has prepared of its weights; see `attach`.
+def attach_prepared(
+    model: Any, method: Method, frozen: Frozen, options: Any, head: Iterable[str], base: Base | None = None
+) -> ModelAdapter:
+    """Adapt a model by what a method has prepared of its weights, and of which base; see `attach`.
 
     Raises:
         ModelError: an unsupported family, or other weights than those prepared.
     """
     views = layer_views(model.config, frozen.targets)
     check_base(model, frozen, views)
-    adapter = ModelAdapter(model, method, frozen, options, head)
+    base = base or base_in(model, getattr(torch, frozen.dtype))
+    adapter = ModelAdapter(model, method, frozen, options, head, base)
     _put_on(adapter, views)
     return adapter
 
@@ -99,6 +111,8 @@ def load(
     name: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    allow_other_base: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> ModelAdapter:
     """Put a saved adapter and its head on a base model.
 
@@ -110,6 +124,8 @@ def load(
         revision: branch, tag or commit of an adapter on the hub.
         cache_dir: where factors are looked for that the adapter only refers to, and made of the base where they are not
             there; `~/.cache/craft` without.
+        allow_other_base: whether the base's weights, configuration or tokenizer may be others than in training.
+        checkpoint: that the model was loaded from: then its tokenizer is compared too, and weights by its files.
 
     Raises:
         TypeError: `model` is no loaded transformers model.
@@ -127,12 +143,17 @@ def load(
         raise ModelError("this model carries an adapter already: detach it first, or give name=... to hold several")
     saved = read_adapter(folder, cache_dir, make=True)
     views = layer_views(model.config, saved.frozen.targets)
+    base = saved.base
     if held is None:
-        check_base(model, saved.frozen, views)
+        check_base(model, saved.frozen, views, allow_other=allow_other_base)
+        now = base_of(checkpoint, cache_dir) if checkpoint else base_in(model, getattr(torch, saved.frozen.dtype))
+        if allow_other_base:
+            base = now
+        base.check(now, str(path))
     elif not _held_together(held, saved):
         raise ModelError(f"{path} has another method, base or size than the adapter on this model: load it on its own")
     saved.check_head(model)
-    adapter = ModelAdapter(model, saved.method, saved.frozen, saved.options, saved.head) if held is None else held
+    adapter = ModelAdapter(model, saved.method, saved.frozen, saved.options, saved.head, base) if held is None else held
     if held is None:
         adapter.active = name or DEFAULT_NAME
     if set(saved.head) != set(adapter.head):

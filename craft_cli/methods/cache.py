@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from craft_cli.errors import CraftError, FileError
-from craft_cli.files import cache_folder, read_header
-from craft_cli.methods.frozen import Frozen
+from craft_cli.files import cache_folder, read_header, read_json, stamp, write_json
+from craft_cli.methods.frozen import Frozen, alike
 from craft_cli.models.hub import resolve
 from craft_cli.models.stacks import Weights, read_weights
+
+SAME = 1e-4
+"""What rounding to float32 may move, relative to the whole."""
 
 
 class Kept(Frozen):
@@ -24,6 +27,21 @@ class Kept(Frozen):
     @abstractmethod
     def contents(self) -> dict[str, Any]:
         """What the header says of the tensors, by which an entry is chosen: `targets`, `shapes`, `ranks`, as JSON."""
+
+    @abstractmethod
+    def belong_to(self, weights: Weights, tolerance: float = SAME) -> bool:
+        """Whether these were made of the weights, whatever a header says.
+
+        Their bases are orthonormal, and the weights projected on them are what is stored, to a relative precision.
+        """
+
+    @abstractmethod
+    def save(self, path: Path) -> None:
+        """Write one file.
+
+        Raises:
+            FileError: it cannot be written.
+        """
 
 
 Entry = TypeVar("Entry", bound=Kept)
@@ -51,18 +69,51 @@ class FrozenCache(Generic[Entry]):
                 if _asked(serves, header):
                     yield self._whole(path, header)
 
-    def find(self, fingerprints: Mapping[str, str], serves: Serves) -> tuple[Entry | None, list[str]]:
+    def find(self, weights: Weights, serves: Serves) -> tuple[Entry | None, list[str]]:
         """An entry that serves a request, or None; and a line for each damaged entry of these weights passed over."""
         damaged: list[str] = []
         for path in sorted(self.folder.glob("*.safetensors")):
+            asked = False
             try:
                 header = read_header(path, self.kind)
-                if _asked(serves, header):
-                    return self._whole(path, header), damaged
+                asked = _asked(serves, header)
+                if asked:
+                    entry = self._whole(path, header)
+                    self._verify(path, entry, weights)
+                    return entry, damaged
             except FileError as error:
-                if self._key(fingerprints) in path.name:  # another model's is made again when that is asked for
+                if (
+                    asked or self._key(weights.fingerprints) in path.name
+                ):  # another model's is made again when asked for
                     damaged.append(str(error))
         return None, damaged
+
+    def keep(self, entry: Entry, path: Path) -> None:
+        """Write an entry that was made here.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        entry.save(path)
+        _mark(path, entry.targets)
+
+    def _verify(self, path: Path, entry: Entry, weights: Weights) -> None:
+        """Compare an entry with the weights, once for each file: it may have been copied here from anywhere.
+
+        Raises:
+            FileError: it was not made of them.
+        """
+        known: set[str] = set()
+        with suppress(FileError):
+            content = read_json(_verified(path))
+            known = set(map(str, content.get("targets", ()))) if content.get("stamp") == stamp(path) else set()
+        if known >= set(weights.targets):
+            return
+        if not entry.belong_to(weights):
+            raise FileError(
+                f"{path} holds other {self.kind} than those of {weights.model}, whatever it says: delete it"
+            )
+        _mark(path, known | set(weights.targets))
 
     def path_for(self, model: str, fingerprints: Mapping[str, str]) -> Path:
         """Where the entry for these weights is written: readable name, then what the weights are."""
@@ -111,7 +162,9 @@ def recall(
     *,
     make: bool,
 ) -> Entry:
-    """What an adapter only refers to, by the sha256 in its record: out of the cache, else (with `make`) prepared again.
+    """What an adapter only refers to, by its record: out of the cache, else (with `make`) prepared again.
+
+    It has the sha256 recorded, or differs by rounding: on another machine the last bits do.
 
     Args:
         cache: of that kind.
@@ -126,8 +179,12 @@ def recall(
         FileError: it is not in the cache, and cannot or may not be made.
     """
     wanted: str = record["factors"]["sha256"]
+
+    def is_it(kept: Entry) -> bool:
+        return kept.sha256() == wanted or alike(kept.tensors(), record["factors"].get("sketch", {}))
+
     for found in map(select, cache.all_that_serve(serves)):
-        if found.sha256() == wanted:
+        if is_it(found):
             return found
     told = f"{path} only refers to its {cache.kind} (sha256 {wanted[:12]}...): they are not in the cache"
     copy = f"copy the file of {cache.kind} from where it was trained into {cache.folder}"
@@ -139,11 +196,21 @@ def recall(
     except CraftError as error:
         reason = f"its base is not at hand ({error})"
     else:
-        if made.sha256() == wanted:
+        if is_it(made):
             return made
         same = dict(made.fingerprints) == base["sha256"]
         reason = "decomposing its base gives others here" if same else "its base has other weights now"
     raise FileError(f"{told}, and {reason}; {copy}, or save it there with factors='include'")
+
+
+def _verified(path: Path) -> Path:
+    """Beside an entry, that it was compared with its weights."""
+    return path.with_suffix(".verified")
+
+
+def _mark(path: Path, targets: Iterable[str]) -> None:
+    with suppress(FileError):  # else it is compared again
+        write_json(_verified(path), {"stamp": stamp(path), "targets": sorted(targets)})
 
 
 def _asked(serves: Serves, header: Mapping[str, Any]) -> bool:

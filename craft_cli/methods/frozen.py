@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from craft_cli.errors import ConfigError, FileError, ModelError
-from craft_cli.models.checkpoint import fingerprint
+from craft_cli.models.checkpoint import MOST_LAYERS, fingerprint
 from craft_cli.models.quantization import TOLERANCE, dense_weight, kind_of
-from craft_cli.models.stacks import MOST_LAYERS, Origin, Shape, Weights, read_identity
+from craft_cli.models.stacks import Origin, Shape, Weights, read_identity
 from craft_cli.models.views import View
 from craft_cli.tucker import Matrix
 
@@ -78,6 +78,20 @@ def sketch(layers: Sequence[Matrix] | Sequence[Tensor]) -> Tensor:
         weight = layer[:].to("cpu", torch.float64)
         rows.append((a @ weight * b).sum(1))
     return torch.stack(rows).float()
+
+
+def sketches(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """A few numbers of every tensor, by which another machine knows it again: see `sketch`."""
+    return {name: sketch([tensor.reshape(-1, tensor.shape[-1])])[0].tolist() for name, tensor in tensors.items()}
+
+
+def alike(tensors: Mapping[str, Tensor], known: Mapping[str, Sequence[float]]) -> bool:
+    """Whether tensors are those that some sketches were made of, but for rounding; a sign or an order matters."""
+    found = sketches(tensors)
+    if found.keys() != known.keys() or any(len(known[name]) != NUMBERS for name in found):
+        return False
+    pairs = [(torch.tensor(found[name]), torch.tensor(known[name])) for name in found]
+    return all((mine - theirs).norm() <= 1e-5 * theirs.norm() for mine, theirs in pairs)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -163,8 +177,10 @@ class Sketch(Frozen):
         return bool((sketch(layers) - expected).norm() <= tolerance * expected.norm())
 
 
-def check_base(model: Any, frozen: Frozen, views: Mapping[str, Sequence[View]]) -> None:
+def check_base(model: Any, frozen: Frozen, views: Mapping[str, Sequence[View]], *, allow_other: bool = False) -> None:
     """Refuse a model with other weights than those that a method prepared: what was trained belongs to these.
+
+    With `allow_other` only their shapes must be the same.
 
     The sha256 is compared in the dtype of the checkpoint, which a model loaded in a wider one converts to exactly. A
     model loaded in a narrower dtype or quantised is rounded, so there its weights must resemble them to that precision.
@@ -182,7 +198,9 @@ def check_base(model: Any, frozen: Frozen, views: Mapping[str, Sequence[View]]) 
         layers = [view.read(weight) for view, weight in zip(views[target], weights, strict=True)]
         same_shape = (len(layers), *layers[0].shape) == shape
         kind = kind_of(modules[0])
-        if kind:
+        if allow_other:
+            same = same_shape
+        elif kind:
             same = same_shape and frozen.resembles(target, layers, TOLERANCE[kind])
         elif same_shape and torch.promote_types(layers[0].dtype, checkpoint_dtype) == layers[0].dtype:
             same = fingerprint(layers, checkpoint_dtype) == frozen.fingerprints[target]

@@ -16,10 +16,11 @@ from craft_cli.files import FORMAT_VERSION, whole_folder
 from craft_cli.methods.adapter import Adapter
 from craft_cli.methods.adapter_folder import CONFIG_FILE, HEAD, INCLUDE, REFERENCE, SavedAdapter, write_adapter
 from craft_cli.methods.base import Method
-from craft_cli.methods.frozen import Frozen
+from craft_cli.methods.frozen import Frozen, sketches
 from craft_cli.methods.html import adapter_html
 from craft_cli.methods.saving import install, uninstall
 from craft_cli.models.cards import Description
+from craft_cli.models.identity import Base
 from craft_cli.models.views import View
 
 DEFAULT_NAME = "default"
@@ -44,24 +45,28 @@ class ModelAdapter(Adapter):
         frozen: what it keeps of the base's weights, and which weights they are.
         options: of the method.
         head: names of the model's parameters that are trained in full.
+        base: which one it is.
 
     Attributes:
         model: the adapted `PreTrainedModel`.
         method: that writes the change.
         frozen: what it keeps of the base's weights, and which weights they are.
         head: names of the model's parameters that are trained in full.
+        base: which one it is.
         training_record: what the adapter was trained on, for those who find its folder later.
         active: name of the one in use, of those held.
     """
 
     model: Any
 
-    def __init__(self, model: Any, method: Method, frozen: Frozen, options: Any, head: Iterable[str]) -> None:
+    def __init__(
+        self, model: Any, method: Method, frozen: Frozen, options: Any, head: Iterable[str], base: Base
+    ) -> None:
         super().__init__(method.build(frozen, options))
         object.__setattr__(self, "model", model)  # not a submodule: the adapter is a submodule of the model
         self.method, self.frozen, self.options = method, frozen, options
         self.architecture = type(model).__name__  # FSDP changes the class in place
-        self.head = tuple(head)
+        self.head, self.base = tuple(head), base
         self.training_record: dict[str, Any] = {}
         self.active = DEFAULT_NAME
         self._held: dict[str, _Held] = {}
@@ -264,15 +269,16 @@ class ModelAdapter(Adapter):
     def record(self, factors: str = INCLUDE) -> dict[str, Any]:
         """What adapter_config.json says, with what is frozen included or referred to."""
         sha256 = self.frozen.sha256()
+        known = {"sketch": sketches(self.frozen.tensors())} if factors == REFERENCE else {}
         return {
             "method": self.method.name,
             "format_version": FORMAT_VERSION,
             "task_type": self.training_record.get("task_type"),
-            "base_model": self.frozen.identity(),
+            "base_model": self.frozen.identity() | self.base.record(),
             "targets": list(self.frozen.targets),
             **self.method.settings(self.frozen, self.options),
             "head": list(self.head),
-            **({"factors": {"stored": factors, "sha256": sha256}} if sha256 else {}),
+            **({"factors": {"stored": factors, "sha256": sha256} | known} if sha256 else {}),
             "parameters": {"adapter": self.count_parameters(), "head": self.count_head_parameters()},
             "labels": [label for _, label in sorted(self.model.config.id2label.items())],  # in the head's order
             "model": self._model_record(),
@@ -308,4 +314,5 @@ class ModelAdapter(Adapter):
             raise ConfigError(f"factors: expected {INCLUDE} or {REFERENCE}, not '{factors}'")
         if factors == REFERENCE and self.frozen.sha256() is None:
             raise ConfigError(f"factors: {self.method.name} has none to refer to; leave '{INCLUDE}'")
-        write_adapter(folder, self.record(factors), self._trained(), self.frozen, card)
+        change = {name: tensor.float() for name, tensor in self._changing().items()}  # the model may be cast: half()
+        write_adapter(folder, self.record(factors), self._trained() | change, self.frozen, card)

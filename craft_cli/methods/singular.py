@@ -20,9 +20,10 @@ from torch import Tensor
 from craft_cli.errors import ConfigError, FileError, ModelError
 from craft_cli.files import checksum, read_tensors, write_tensors
 from craft_cli.methods.base import Method, Progress
-from craft_cli.methods.cache import FrozenCache, Kept, Serves, recall
-from craft_cli.models.stacks import MOST_LAYERS, Shape, Weights, read_identity
-from craft_cli.tucker import canonical_signs
+from craft_cli.methods.cache import SAME, FrozenCache, Kept, Serves, recall
+from craft_cli.models.checkpoint import MOST_LAYERS
+from craft_cli.models.stacks import Shape, Weights, read_identity
+from craft_cli.tucker import canonical_basis, canonical_signs, orthonormal
 
 KIND = "singular vectors"
 _PARTS = ("out", "values", "in")
@@ -84,6 +85,19 @@ class SingularVectors(Kept):
         u, s, v = (tensor.to(layers[0].device) for tensor in self.parts[target])
         core = torch.stack([u_l.T @ layer.float() @ v_l for u_l, layer, v_l in zip(u, layers, v, strict=True)])
         return bool((core - torch.diag_embed(s)).norm() <= tolerance * s.norm())
+
+    def belong_to(self, weights: Weights, tolerance: float = SAME) -> bool:
+        """See `Kept`."""
+        for target, stack in weights.stacks.items():
+            if self.shapes.get(target) != weights.shapes[target]:
+                return False
+            for u, s, v, layer in zip(*self.parts[target], stack, strict=True):
+                core = u.T @ layer[:].to("cpu", torch.float32) @ v
+                if not (orthonormal(u) and orthonormal(v)):
+                    return False
+                if not (core - s.diag()).norm() <= tolerance * s.norm():
+                    return False
+        return True
 
     def save(self, path: Path) -> None:
         """Write one safetensors file.
@@ -151,14 +165,28 @@ def decomposed(weight: Tensor, rank: int, niter: int | None, seed: int = 0) -> t
     rank = min(rank, *weight.shape)
     if niter is None:
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
-        u, s, v = u[:, :rank], s[:rank], vh[:rank].T
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            u, s, v = torch.svd_lowrank(weight.float(), rank, niter=niter)
+        whole = canonical_basis(s, u, len(s))
+        v = vh.T @ (u.T @ whole)
+        found = int((s > 1e-12 * s[0]).sum())  # beyond, vectors on either side have nothing to do with each other
+        u, v = _completed(whole[:, :found], len(s)), _completed(v[:, :found], len(s))
+        return _as_kept(u[:, :rank], s[:rank], v[:, :rank])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(weight.float(), rank, niter=niter)
     flipped = canonical_signs(u)
-    v = v * (flipped * u).sum(0).sign()
-    return flipped.float().contiguous(), s.float().contiguous(), v.float().contiguous()
+    return _as_kept(flipped, s, v * (flipped * u).sum(0).sign())
+
+
+def _completed(vectors: Tensor, count: int) -> Tensor:
+    """Orthonormal vectors (n, k) and more of them (n, count), which follow from the space that is left."""
+    draw = torch.Generator().manual_seed(0)
+    fixed = torch.randn(len(vectors), count - vectors.shape[1], generator=draw, dtype=vectors.dtype)
+    more = torch.linalg.qr(fixed - vectors @ (vectors.T @ fixed))[0]
+    return torch.cat([vectors, more], 1)
+
+
+def _as_kept(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return u.float().contiguous(), s.float().contiguous(), v.float().contiguous()
 
 
 def singular_vectors(
@@ -187,17 +215,17 @@ def singular_vectors(
         if rank > min(shape[1:])
     ]
     cache, serves = _cache(cache_dir), _serving(prints, rank, niter)
-    found, damaged = cache.find(prints, serves)
+    found, damaged = cache.find(weights, serves)
     notes += [f"{line}; decomposing again" for line in damaged]
     path = cache.path_for(weights.model, prints)
     if niter:  # beside the exact ones
         path = path.with_stem(f"{path.stem}-{niter}-{rank}")
     if found is None:
         with cache.lock(path):
-            found, _ = cache.find(prints, serves)  # another process may have made it while we waited
+            found, _ = cache.find(weights, serves)  # another process may have made it while we waited
             if found is None:
                 found = SingularVectors(**weights.origin(), parts=_all(weights, rank, niter, progress), niter=niter)
-                found.save(path)
+                cache.keep(found, path)
     return replace(found.select(targets, rank), model=weights.model, revision=weights.revision), notes
 
 

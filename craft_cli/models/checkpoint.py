@@ -11,14 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from craft_cli.errors import FileError, ModelError
-from craft_cli.files import raw_bytes, read_json
+from craft_cli.files import quoted, raw_bytes, read_json, reason_of
+from craft_cli.models.damage import told_in_one_line
 from craft_cli.models.shards import StoredTensor, stored_tensors
 from craft_cli.models.views import View
 
@@ -29,7 +29,14 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 CARD = "README.md"
 """Its licence is that of what is made of it."""
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference; sharded ones have an .index.json
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""In the order in which transformers takes them, each before the shards of which an .index.json tells."""
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+MOST_LAYERS = 1024
+"""No model has as many; what is computed from a stranger's file grows with them."""
+_MOST_LABELS = 1 << 20
+_SIZES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels")
+"""Of these, transformers makes something for each before it looks at any weight."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,13 @@ class Checkpoint:
         name: hub id, absolute folder or `demo`; finds it again from anywhere.
         revision: commit of a hub checkpoint.
         folder: where its files lie.
+        trusted: whether the user lets Python code in it run.
     """
 
     name: str
     revision: str | None
     folder: Path
+    trusted: bool = False
 
     def config(self) -> Any:
         """Its `PretrainedConfig`.
@@ -54,14 +63,25 @@ class Checkpoint:
         """
         from transformers import AutoConfig
 
+        path = self.folder / CONFIG
         try:
-            return AutoConfig.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{self.folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+            content = read_json(path)
+        except FileError as error:
+            raise ModelError(str(error)) from error
+        for name in _SIZES:
+            size = content.get(name, 1)
+            if not (type(size) is int and 0 < size <= _MOST_LABELS):
+                raise ModelError(f"{path}: {name} cannot be {quoted(size)}")
+        for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+            if "/" in str(content.get(name)) and not self.trusted:  # transformers would fetch and run it
+                raise ModelError(f"{path}: {name} names code on the hub, which runs only with --trust-remote-code")
+        with told_in_one_line(str(path)):
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trusted)
 
     def tokenizer_files(self) -> list[Path]:
-        """The files a tokenizer is made of."""
-        return sorted(path for path in self.folder.iterdir() if _matches(path.name, TOKENIZER_FILES))
+        """The files a tokenizer is made of; of one that the user trusts, its code too."""
+        names = tokenizer_patterns(self.folder, trusted=self.trusted)
+        return sorted(path for path in self.folder.iterdir() if path.is_file() and matches(path.name, names))
 
     def open(self) -> TensorReader:
         """Its tensors, by name."""
@@ -142,6 +162,10 @@ class TensorReader:
         with safe_open(self._checkpoint.folder / file, framework="pt") as stored:
             return cast(Tensor, stored.get_tensor(name))
 
+    def names_in(self, file: str) -> list[str]:
+        """Of the tensors in one of its files."""
+        return [name for name, where in self._file_of.items() if where == file]
+
     def weight_files(self) -> list[Path]:
         """The files that hold them."""
         return [self._checkpoint.folder / file for file in sorted(set(self._file_of.values()))]
@@ -163,15 +187,16 @@ class TensorReader:
 
             path = self._checkpoint.folder / file
             try:
-                if file.endswith(".safetensors"):
+                open(path, "rb").close()  # safetensors says "no such file" of one that may not be read
+            except OSError as error:
+                raise ModelError(f"cannot read {path}: {error.strerror}") from error
+            if file.endswith(".safetensors"):
+                try:
                     self._open[file] = safe_open(path, framework="pt")
-                else:
-                    self._open[file] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise ModelError(f"{path} is damaged or truncated ({reason})") from error
-            if not isinstance(self._open[file], Mapping) and not file.endswith(".safetensors"):
-                raise ModelError(f"{path} is damaged: it holds no tensors by name")
+                except (OSError, SafetensorError) as error:
+                    raise ModelError(f"{path} is damaged or truncated ({reason_of(error)})") from error
+            else:
+                self._open[file] = _unpickled(path)
         return self._open[file]
 
 
@@ -190,21 +215,53 @@ def fingerprint(layers: Iterable[Any], dtype: torch.dtype | None = None) -> str:
     return digest.hexdigest()
 
 
+def _unpickled(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a pickled checkpoint; nothing else is unpickled.
+
+    Raises:
+        ModelError: it holds anything else, or tensors larger than the file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a pickle may fail in any way
+        raise ModelError(f"{path} is damaged or truncated ({reason_of(error)})") from error
+    if not isinstance(content, Mapping):
+        raise ModelError(f"{path} is damaged: it holds no tensors by name")
+    size = path.stat().st_size
+    for name, tensor in content.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)) or tensor.is_sparse or tensor.nbytes > size:
+            raise ModelError(f"{path} is damaged: {quoted(name)} is no tensor that it holds")
+    return content
+
+
+def tokenizer_patterns(folder: Path, *, trusted: bool = False) -> tuple[str, ...]:
+    """How the files of a tokenizer are called: as usual, or as its class in transformers calls them."""
+    import transformers
+
+    try:
+        name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+    except FileError:  # without one, or with a damaged one that loading tells of
+        name = None
+    own = getattr(getattr(transformers, str(name), None), "vocab_files_names", None)
+    code = ("*.py",) if trusted else ()
+    return (*TOKENIZER_FILES, *(own.values() if isinstance(own, dict) else ()), *code)
+
+
 def _weight_files(folder: Path) -> list[str]:
     """The names of all weight files that belong to the checkpoint, present or not.
 
     Raises:
         ModelError: there are none.
     """
-    for name in _WEIGHTS:
-        if (folder / f"{name}.index.json").is_file():
-            return sorted(set(_weight_map(folder / f"{name}.index.json").values()))
+    for name in WEIGHTS:
         if (folder / name).is_file():
             return [name]
-    raise ModelError(f"{folder} holds no weights ({' or '.join(_WEIGHTS)}, single or sharded)")
+        if (folder / f"{name}.index.json").is_file():
+            return sorted(set(weight_map(folder / f"{name}.index.json").values()))
+    raise ModelError(f"{folder} holds no weights ({' or '.join(WEIGHTS)}, single or sharded)")
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
     """The file of every tensor, as the index of a sharded checkpoint says.
 
     Raises:
@@ -221,5 +278,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     return content
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a file name is one of these patterns."""
     return any(fnmatch(name, pattern) for pattern in patterns)

@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from craft_cli.errors import ConfigError, ModelError, nearest
+from craft_cli.files import quoted
+from craft_cli.models.checkpoint import MOST_LAYERS
 from craft_cli.models.views import Rows, View
 
 TARGETS = ("query", "key", "value", "output")
@@ -85,10 +87,11 @@ def layer_views(config: Any, targets: Sequence[str]) -> dict[str, list[View]]:
             f"no attention projections are known for models of type '{config.model_type}'; "
             f"supported: {', '.join(sorted(FAMILIES))}"
         )
+    layers = config.num_hidden_layers
+    if not (type(layers) is int and 0 < layers <= MOST_LAYERS):
+        raise ModelError(f"a model of {quoted(layers)} layers cannot be: its config.json is damaged")
     views = {}
     for target in targets:
         template = family[target](config)
-        views[target] = [
-            replace(template, module=template.module.format(layer=layer)) for layer in range(config.num_hidden_layers)
-        ]
+        views[target] = [replace(template, module=template.module.format(layer=layer)) for layer in range(layers)]
     return views

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from craft_cli.errors import ConfigError, CraftError, ModelError
-from craft_cli.models.checkpoint import _WEIGHTS, CARD, TOKENIZER_FILES, VOCABULARIES, Checkpoint, _matches, _weight_map
+from craft_cli.models.checkpoint import (
+    ADAPTER,
+    CARD,
+    VOCABULARIES,
+    WEIGHTS,
+    Checkpoint,
+    matches,
+    tokenizer_patterns,
+    weight_map,
+)
 from craft_cli.models.views import View
 
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
@@ -73,7 +82,7 @@ def upload(folder: Path, files: Sequence[str], repository: str, *, private: bool
         stale = [
             name
             for name in api.list_repo_files(repository)
-            if "/" not in name and _matches(name, _REPLACED) and name not in files
+            if "/" not in name and matches(name, _REPLACED) and name not in files
         ]
         api.upload_folder(
             repo_id=repository,
@@ -104,12 +113,22 @@ DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 def resolve(
-    model: str, revision: str | None = None, *, only: Callable[[Any], Iterable[View]] | None = None
+    model: str,
+    revision: str | None = None,
+    *,
+    only: Callable[[Any], Iterable[View]] | None = None,
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Find a checkpoint and make sure that its files are on this machine.
 
     What is in the hub cache is used without asking the hub. Otherwise its configuration, tokenizer and weights are
     fetched; with `only`, just the configuration and the shards that hold the views it returns for that configuration.
+
+    Args:
+        model: hub id, folder or `demo`.
+        revision: of a hub model.
+        only: the views that are needed.
+        trust_remote_code: whether the user lets Python code in it run.
 
     Raises:
         ModelError: it does not exist, cannot be reached, or is not what it should be.
@@ -119,16 +138,23 @@ def resolve(
     try:
         folder = Path(model).expanduser()
         is_folder = folder.is_dir()
+        has_config = (folder / "config.json").is_file()
+        has_adapter = (folder / ADAPTER).is_file()
     except (OSError, RuntimeError) as error:  # too long a name, or the home of nobody
         reason = getattr(error, "strerror", None) or str(error)
         raise ModelError(f"'{model[:80]}{'...' * (len(model) > 80)}' names no folder ({reason})") from error
     if is_folder:
-        if not (folder / "config.json").is_file():
+        if not has_config:
             raise ModelError(f"{model} holds no config.json, so it is no Hugging Face checkpoint")
-        return Checkpoint(str(folder.resolve()), None, folder.resolve())
+        if has_adapter:  # which may even name another base
+            raise ModelError(
+                f"{model} holds {ADAPTER} beside its weights, and transformers would put that adapter on top of them: "
+                "move the adapter's files to a folder of their own"
+            )
+        return Checkpoint(str(folder.resolve()), None, folder.resolve(), trust_remote_code)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelError(f"{model}: no such folder")
-    return _from_hub(model, revision, only)
+    return _from_hub(model, revision, only, trusted=trust_remote_code)
 
 
 def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
@@ -159,24 +185,26 @@ def _demo_folder() -> Path:
 
 
 def _needed_shards(index: Path, views: Iterable[View] | None) -> set[str]:
-    weight_map = _weight_map(index)
+    files = weight_map(index)
     if views is None:
-        return set(weight_map.values())
+        return set(files.values())
     suffixes = tuple(f"{view.module}.weight" for view in views)
-    return {file for name, file in weight_map.items() if name.endswith(suffixes)}
+    return {file for name, file in files.items() if name.endswith(suffixes)}
 
 
-def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[View]] | None) -> Checkpoint:
+def _from_hub(
+    model: str, revision: str | None, only: Callable[[Any], Iterable[View]] | None, *, trusted: bool
+) -> Checkpoint:
     import huggingface_hub as hub
     from huggingface_hub import errors
 
     def views(folder: Path) -> list[View] | None:
-        return list(only(Checkpoint(model, None, folder).config())) if only else None
+        return list(only(Checkpoint(model, None, folder, trusted).config())) if only else None
 
     try:
         folder = Path(hub.hf_hub_download(model, "config.json", revision=revision, local_files_only=True)).parent
-        if _complete(folder, views(folder)):
-            return Checkpoint(model, folder.name, folder)
+        if _complete(folder, views(folder)) and not (trusted and _lacks_code(folder)):
+            return Checkpoint(model, folder.name, folder, trusted)
         revision = folder.name
     except errors.LocalEntryNotFoundError:
         pass
@@ -199,18 +227,21 @@ def _from_hub(model: str, revision: str | None, only: Callable[[Any], Iterable[V
         if needed is None:
             if CARD in files:
                 fetch(CARD)
-            tokenizer = [file for file in files if _matches(file, TOKENIZER_FILES)]
-            for file in sorted(tokenizer, key=lambda file: _matches(file, VOCABULARIES)):  # last: see _complete
+            if "tokenizer_config.json" in files:
+                fetch("tokenizer_config.json")  # names the class, which knows the other files
+            names = tokenizer_patterns(folder, trusted=trusted)
+            tokenizer = [file for file in files if matches(file, names)]
+            for file in sorted(tokenizer, key=lambda file: matches(file, VOCABULARIES)):  # last: see _complete
                 fetch(file)
-        for name in _WEIGHTS:
+        for name in WEIGHTS:
+            if name in files:
+                fetch(name)
+                break
             if f"{name}.index.json" in files:
                 for shard in sorted(_needed_shards(fetch(f"{name}.index.json"), needed)):
                     fetch(shard)
                 break
-            if name in files:
-                fetch(name)
-                break
-    return Checkpoint(model, info.sha, folder)
+    return Checkpoint(model, info.sha, folder, trusted)
 
 
 def fetch_files(name: str, files: Sequence[str], revision: str | None = None) -> Path | None:
@@ -286,13 +317,19 @@ def _explained(name: str, revision: str | None, lacking: str) -> Iterator[None]:
         ) from error
 
 
+def _lacks_code(folder: Path) -> bool:
+    """Whether a snapshot was fetched without the Python code that its configuration names."""
+    names = (folder / "config.json", folder / "tokenizer_config.json")
+    return any(path.is_file() and b'"auto_map"' in path.read_bytes() for path in names) and not any(folder.glob("*.py"))
+
+
 def _complete(folder: Path, views: Sequence[View] | None) -> bool:
     """Whether a snapshot in the hub cache holds all that is needed; of a tokenizer, vocabularies come last."""
-    if views is None and not any(_matches(path.name, VOCABULARIES) for path in folder.iterdir()):
+    if views is None and not any(matches(path.name, VOCABULARIES) for path in folder.iterdir()):
         return False
-    for name in _WEIGHTS:
-        if (folder / f"{name}.index.json").is_file():
-            return all((folder / shard).is_file() for shard in _needed_shards(folder / f"{name}.index.json", views))
+    for name in WEIGHTS:
         if (folder / name).is_file():
             return True
+        if (folder / f"{name}.index.json").is_file():
+            return all((folder / shard).is_file() for shard in _needed_shards(folder / f"{name}.index.json", views))
     return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 
 from craft_cli.errors import ModelError
 from craft_cli.files import quoted
-from craft_cli.models.checkpoint import Checkpoint
+from craft_cli.models.checkpoint import CONFIG, MOST_LAYERS, Checkpoint
+from craft_cli.models.damage import told_in_one_line
 from craft_cli.models.quantization import after_loading, quantization_config
 
 
@@ -55,32 +56,76 @@ def load_model(
         ModelError: transformers cannot load it.
     """
     kind = model_class(class_name)
-    try:
-        with quiet_transformers():
-            model, report = kind.from_pretrained(
-                checkpoint.folder,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=options is not None,
-                **(options or {}),
-                **more,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise ModelError(f"transformers cannot load {checkpoint.name}: {str(error).strip().splitlines()[0]}") from error
+    base_tensors(checkpoint)
+    with told_in_one_line(f"transformers cannot load {checkpoint.name}"), quiet_transformers():
+        model, report = kind.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=options is not None,
+            trust_remote_code=checkpoint.trusted,
+            **(options or {}),
+            **more,
+        )
     return model, sorted(set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]})
 
 
-def build_empty(config: Any, class_name: str, **more: Any) -> Any:
+def build_empty(config: Any, class_name: str, *, trusted: bool = False, **more: Any) -> Any:
     """A model of random weights: put it on the meta device, or it takes their memory.
+
+    Args:
+        config: of transformers.
+        class_name: see `model_class`.
+        trusted: whether code of the checkpoint may run.
+        more: for transformers.
 
     Raises:
         ModelError: the class does not go with the configuration.
     """
     kind = model_class(class_name)
-    try:
-        return (kind.from_config if class_name.startswith("AutoModel") else kind._from_config)(config, **more)
-    except (ValueError, KeyError, AssertionError, RuntimeError, ImportError, AttributeError, TypeError) as error:
-        raise ModelError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+    with told_in_one_line(f"no {class_name} can be built as {CONFIG} says"):
+        if class_name.startswith("AutoModel"):
+            return kind.from_config(config, trust_remote_code=trusted, **more)
+        return kind._from_config(config, **more)
+
+
+def stored_names(stored: Iterable[str], wanted: Collection[str], prefix: str) -> dict[str, str]:
+    """The name in a checkpoint of every parameter wanted that it holds.
+
+    As transformers does, a prefix is added to what a base model stores or taken off, and old names of norms are
+    understood; what is not wanted (another head) is left.
+    """
+    found = {}
+    for name in stored:
+        modern = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        for candidate in (modern, prefix + modern, modern.removeprefix(prefix)):
+            if candidate in wanted:
+                found[candidate] = name
+                break
+    return found
+
+
+def base_tensors(checkpoint: Checkpoint) -> dict[str, str]:
+    """The parameters of the base model without a head, and what the checkpoint calls them; a pooler may be missing.
+
+    Raises:
+        ModelError: config.json and the weights contradict each other: transformers would start what does not fit at
+            random, or take any amount of memory for it.
+    """
+    config = checkpoint.config()
+    if not 0 < getattr(config, "num_hidden_layers", 1) <= MOST_LAYERS:
+        raise ModelError(f"{checkpoint.folder / CONFIG}: no model has {config.num_hidden_layers} layers")
+    with told_in_one_line(checkpoint.name), torch.device("meta"):
+        empty = build_empty(config, "AutoModel", trusted=checkpoint.trusted)
+    reader = checkpoint.open()
+    shapes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+    found = stored_names(reader.names(), shapes, f"{empty.base_model_prefix}.")
+    for name, shape in shapes.items():
+        if name not in found and "pooler." not in name:
+            raise ModelError(f"{checkpoint.name}: the weights lack {name}, which {CONFIG} asks for")
+        if name in found and (stored := reader.shape_and_dtype(found[name])[0]) != shape:
+            raise ModelError(f"{checkpoint.name}: {name} is {stored} in the weights, but {shape} by {CONFIG}")
+    return found
 
 
 def load_quantised(
@@ -108,7 +153,7 @@ def load_quantised(
         ModelError: transformers cannot load it, or its family is not supported in so few bits.
     """
     with torch.device("meta"):
-        empty = build_empty(checkpoint.config(), class_name)
+        empty = build_empty(checkpoint.config(), class_name, trusted=checkpoint.trusted)
     trained = head_names(empty)
     place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     while True:
@@ -152,13 +197,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"{checkpoint.name} holds no tokenizer that transformers can load: {str(error).strip().splitlines()[0]}"
-        ) from error
+    problem = f"{checkpoint.name} holds no tokenizer that transformers can load"
+    with told_in_one_line(problem), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trusted)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -21,8 +21,6 @@ from craft_cli.models.quantization import dense_weight, kind_of
 from craft_cli.tucker import Matrix, stack_shape
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-MOST_LAYERS = 1024
-"""No model has as many; what is computed from a stranger's file grows with them."""
 Shape = tuple[int, int, int]
 """(L, d_out, d_in) of a stack."""
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from craft_cli.errors import ModelError
 from craft_cli.models.checkpoint import Checkpoint
-from craft_cli.models.loading import build_empty, load_tokenizer
+from craft_cli.models.damage import told_in_one_line
+from craft_cli.models.loading import base_tensors, build_empty, load_tokenizer, stored_names
 from craft_cli.models.views import layer_of
 
 Read = Callable[[str], Tensor]
@@ -84,9 +85,7 @@ class StreamedModel:
 
     def probe(self) -> dict[str, Tensor]:
         """Token ids of a few sentences."""
-        tokenizer = load_tokenizer(self.checkpoint)
-        limit = min(tokenizer.model_max_length, 64)
-        return dict(tokenizer(list(_PROBE), padding=True, truncation=True, max_length=limit, return_tensors="pt"))
+        return probe(self.checkpoint)
 
     @torch.no_grad()
     def logits(
@@ -123,18 +122,9 @@ class StreamedModel:
             _empty(self.model, [name for name in names if name not in self._buffers])
 
     def _stored_names(self) -> dict[str, str]:
-        """The name in the checkpoint of every tensor of the model that is not its own.
-
-        As transformers does, a prefix is added to what a base model stores or taken off, and old names of norms are
-        understood; what the model does not have (another head) is left.
-        """
-        found = {}
-        for stored in self.reader.names():
-            name = stored.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-            for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
-                if candidate in self.shapes and candidate not in self._own:
-                    found[candidate] = stored
-                    break
+        """The name in the checkpoint of every tensor of the model that is not its own; see `stored_names`."""
+        wanted = {name for name in self.shapes if name not in self._own}
+        found = stored_names(self.reader.names(), wanted, self.prefix)
         for name, shape in self.shapes.items():
             if name in self._own:
                 has: tuple[int, ...] | None = tuple(self._own[name].shape)
@@ -148,17 +138,31 @@ class StreamedModel:
         return found
 
 
+def probe(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Token ids of a few sentences, by a checkpoint's tokenizer.
+
+    Raises:
+        ModelError: it has none that works.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    positions = getattr(checkpoint.config(), "max_position_embeddings", None) or 128  # some families count from 2
+    limit = min(tokenizer.model_max_length, 64, positions // 2)
+    with told_in_one_line(f"{checkpoint.name}: its tokenizer fails"):
+        return dict(tokenizer(list(_PROBE), padding=True, truncation=True, max_length=limit, return_tensors="pt"))
+
+
 def _skeleton(checkpoint: Checkpoint, class_name: str, told: Mapping[str, Any]) -> Any:
     """The model that `from_pretrained` would build, without weights."""
     from accelerate import init_empty_weights
 
+    base_tensors(checkpoint)
     config = checkpoint.config()
     config.id2label = {int(number): label for number, label in told["id2label"].items()}
     config.label2id = {label: number for number, label in config.id2label.items()}
     config.problem_type = told["problem_type"]
     try:
         with init_empty_weights(include_buffers=False):
-            model = build_empty(config, class_name, dtype=torch.float32).eval()
+            model = build_empty(config, class_name, trusted=checkpoint.trusted, dtype=torch.float32).eval()
     except ModelError as error:
         raise ModelError(f"{checkpoint.name}: {error}") from error
     pad, tokens = told["pad_token_id"], model.get_input_embeddings().num_embeddings

@@ -31,6 +31,7 @@ from craft_cli.files import cannot_write, delete_folder, read_tensors, tidy, who
 from craft_cli.methods.adapter_folder import HEAD, TENSOR_FILE, read_adapter
 from craft_cli.methods.frozen import Frozen
 from craft_cli.methods.model_adapter import ModelAdapter
+from craft_cli.models.identity import Base
 from craft_cli.training.run import Run, checkpoints
 
 KIND = "the state of a training"
@@ -47,6 +48,7 @@ class TrainingState:
         record: everything that is no tensor: `step`, `settings` (the resolved recipe), `update_size` (rows), `data` (a
             checksum), `seconds`, `journal`, `rng` (of every process), `scaler`, `tracker_id`, `metrics_sha256`.
         frozen: what the method keeps of the base's weights.
+        base: that is trained on.
         trained: what is trained, the head too, by its names in an adapter's file.
         optimizer: its state by `NUMBER.KEY`, parameters numbered in the optimizer's order.
         best: trained numbers and head of the best evaluation so far; empty before the first.
@@ -56,6 +58,7 @@ class TrainingState:
     step: int
     record: Mapping[str, Any]
     frozen: Frozen
+    base: Base
     trained: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     best: Mapping[str, Tensor]
@@ -158,6 +161,7 @@ def read_checkpoint(path: Path) -> TrainingState:
         step=record["step"],
         record=record,
         frozen=saved.frozen,
+        base=saved.base,
         trained=dict(saved.trained) | {HEAD + name: tensor for name, tensor in saved.head.items()},
         optimizer=_below(tensors, "optimizer."),
         best=_below(tensors, "best."),

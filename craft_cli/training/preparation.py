@@ -25,8 +25,9 @@ from craft_cli.methods.frozen import Frozen
 from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import resolve
+from craft_cli.models.identity import Base, base_of
 from craft_cli.models.loading import head_of, load_model, load_quantised, load_tokenizer, recompute_activations
-from craft_cli.models.stacks import read_weights
+from craft_cli.models.stacks import Weights, read_weights
 from craft_cli.tasks.base import OWN, Task
 from craft_cli.tasks.metrics import renamed
 from craft_cli.tasks.splits import load_splits
@@ -63,6 +64,7 @@ class Prepared:
 
     Attributes:
         checkpoint: of the base.
+        base: which one it is.
         method: that writes the change.
         frozen: what it keeps of the base's weights.
         task: with its labels, for the head that is trained.
@@ -74,6 +76,7 @@ class Prepared:
     """
 
     checkpoint: Checkpoint
+    base: Base
     method: Method
     frozen: Frozen
     task: Task
@@ -115,17 +118,25 @@ def within_budget(config: RunConfig, progress: Callable[[str, int, int], None]) 
     if config.budget is None:
         return config
     method = method_named(config.method)
-    weights = read_weights(resolve(config.model, config.revision), config.targets)
+    weights = read_weights(
+        resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code), config.targets
+    )
     return config.completed(method.within(weights, config.method_options, int(config.budget), progress))
 
 
-def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen: Frozen | None = None) -> Prepared:
+def prepare(
+    config: RunConfig,
+    progress: Callable[[str, int, int], None],
+    frozen: Frozen | None = None,
+    former: Base | None = None,
+) -> Prepared:
     """Data, checkpoint and what the method keeps of it; the same on every process.
 
     Args:
         config: of the run.
         progress: called with (what, done, total).
         frozen: what the method kept of the base before; prepared, or taken from its cache, without.
+        former: the base that was trained on before.
     """
     progress("loading data", 0, 1)
     loaded = load_splits(_source(config), [TRAIN, VALIDATION])
@@ -135,17 +146,20 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
     }
     task = loaded.task.for_training(config, rows[TRAIN].labels or [])  # what it refuses is refused before the work
     progress("loading data", 1, 1)
-    checkpoint = resolve(config.model, config.revision)
+    checkpoint = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     method = method_named(config.method)
     notes = list(loaded.notes)
     weights = read_weights(checkpoint, config.targets if frozen is None else frozen.targets)
     if frozen is None:
         frozen, said = method.prepare(weights, config.method_options, config.cache_dir, progress)
         notes = [*said, *notes]
-    elif dict(weights.fingerprints) != dict(frozen.fingerprints):
-        raise ModelError(f"{checkpoint.name} has other weights than those the adapter was trained on")
     else:
-        frozen = replace(frozen, model=checkpoint.name, revision=checkpoint.revision)
+        frozen = _on(weights, frozen, allow_other=config.allow_other_base)
+    progress("reading the base", 0, 1)
+    base = base_of(checkpoint, config.cache_dir)
+    if former and not config.allow_other_base:
+        former.check(base, "--resume: the run" if config.resume else f"--init-from: {config.init_from}", training=True)
+    progress("reading the base", 1, 1)
     tokenizer = load_tokenizer(checkpoint)
     if loaded.task.name == OWN or config.dry_run:
         notes += loaded.task.notes(rows)
@@ -171,7 +185,7 @@ def prepare(config: RunConfig, progress: Callable[[str, int, int], None], frozen
             f"{rows[TRAIN].origin}: no row has a word of which the tokenizer makes a token: nothing can be learned"
         )
     task = task.on_head(checkpoint.config(), strict=False)
-    return Prepared(checkpoint, method, frozen, task, tokenizer, train, encoded, notes, loaded.record())
+    return Prepared(checkpoint, base, method, frozen, task, tokenizer, train, encoded, notes, loaded.record())
 
 
 def _source(config: RunConfig) -> DataSource:
@@ -189,6 +203,23 @@ def _source(config: RunConfig) -> DataSource:
         former.seed,
     )
     return replace(source, held_out=former.held_out) if same else source
+
+
+def _on(weights: Weights, frozen: Frozen, *, allow_other: bool) -> Frozen:
+    """What was kept of the same weights before, perhaps under another name.
+
+    Raises:
+        ModelError: these are others, and must not be or have another shape.
+    """
+    if dict(weights.fingerprints) != dict(frozen.fingerprints) and not allow_other:
+        target = next(name for name, value in weights.fingerprints.items() if frozen.fingerprints[name] != value)
+        raise ModelError(
+            f"{weights.model} has other weights ({target}) than those the adapter was trained on; give the former base, or "
+            "--allow-other-base"
+        )
+    if dict(weights.shapes) != dict(frozen.shapes):
+        raise ModelError(f"{weights.model} has weights of other shapes than those the adapter was trained on")
+    return replace(frozen, **weights.origin())
 
 
 def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> str:
@@ -224,7 +255,7 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
     if model.config.pad_token_id is None:
         model.config.pad_token_id = prepared.tokenizer.pad_token_id
     head = head_of(model, fresh)
-    adapter = attach_prepared(model, prepared.method, prepared.frozen, config.method_options, head)
+    adapter = attach_prepared(model, prepared.method, prepared.frozen, config.method_options, head, prepared.base)
     if config.gradient_checkpointing:
         recompute_activations(model)
     if config.torch_compile:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from craft_cli.config import GROUPS, METHOD_OPTIONS, RunConfig, flag, free_settings, option_names, parse_settings
 from craft_cli.errors import ConfigError, FileError
-from craft_cli.methods.adapter_folder import read_adapter, read_record
+from craft_cli.methods.adapter_folder import SavedAdapter, read_adapter, read_record
 from craft_cli.methods.frozen import Frozen
+from craft_cli.models.identity import Base
 from craft_cli.tasks.glue import task_named
 from craft_cli.training.checkpoint import TrainingState, newest_state
 from craft_cli.training.run import RUNS, Run, find_adapter, resumed_run, usable_output
@@ -32,6 +33,7 @@ class Start:
         run: the run to go on with.
         state: its newest whole checkpoint.
         frozen: what the method kept of the base's weights then; prepared, or taken from a cache, without.
+        base: that was trained on then.
         trained: the trained numbers of another run, by their names in an adapter's file.
         notes: what the user should know.
     """
@@ -40,6 +42,7 @@ class Start:
     run: Run | None = None
     state: TrainingState | None = None
     frozen: Frozen | None = None
+    base: Base | None = None
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -61,8 +64,8 @@ def find_start(config: RunConfig, processes: int, held: ExitStack, runs: Path = 
     if start.run is None and config.output_dir and not config.dry_run:
         usable_output(config.output_dir, runs, overwrite=config.overwrite)
     if start.state is None and start.config.init_from:
-        frozen, trained = _other_run(start.config, start.config.init_from)
-        start = replace(start, frozen=frozen, trained=trained)
+        other = _other_run(start.config, start.config.init_from)
+        start = replace(start, frozen=other.frozen, base=other.base, trained=other.trained)
     return start
 
 
@@ -83,7 +86,7 @@ def _resumed(config: RunConfig, processes: int, held: ExitStack, runs: Path) -> 
     if state is None:
         notes.append(f"{run.path} has no checkpoint yet: starting from the beginning")
         return Start(config, run, notes=tuple(notes))
-    return Start(config, run, state, state.frozen, notes=tuple(notes))
+    return Start(config, run, state, state.frozen, state.base, notes=tuple(notes))
 
 
 def continued(config: RunConfig, run: Run, state: TrainingState | None, processes: int) -> RunConfig:
@@ -168,8 +171,8 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _other_run(config: RunConfig, path: str) -> tuple[Frozen, Mapping[str, Tensor]]:
-    """What a run or adapter kept and trained, where method, projections and options are those of these settings."""
+def _other_run(config: RunConfig, path: str) -> SavedAdapter:
+    """The adapter of another run, where method, projections and options are those of these settings."""
     saved = read_adapter(adapter_to_start_from(path), config.cache_dir, make=True)
     if saved.method.name != config.method:
         raise ConfigError(f"--init-from: {path} was trained by {saved.method.name}; give --method {saved.method.name}")
@@ -179,7 +182,7 @@ def _other_run(config: RunConfig, path: str) -> tuple[Frozen, Mapping[str, Tenso
     problem = saved.method.unlike(saved.frozen, saved.options, config.method_options)
     if problem:
         raise ConfigError(f"--init-from: {path} {problem}")
-    return saved.frozen, saved.trained
+    return saved
 
 
 def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

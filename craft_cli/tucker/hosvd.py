@@ -12,6 +12,7 @@ matrix and one layer are held at a time; every layer is read four times.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -22,6 +23,8 @@ from craft_cli.tucker.tucker_tensor import MODES, TuckerTensor
 
 _BLOCKS = 8
 """Of rows, in which a Gram matrix is made."""
+_EQUAL = 1e-9
+"""Part of the largest eigenvalue: nearer ones have vectors that rounding moves by more than float32 shows."""
 
 
 class Matrix(Protocol):
@@ -67,8 +70,9 @@ def hosvd(
     spectra, bases = [], []
     for mode, rank in enumerate(ranks):
         values, vectors = eigh_in_place(gram_matrix(layers, mode, device=device, advance=advance))  # ascending
-        spectra.append(values.flip(0).clamp(min=0).sqrt())
-        bases.append(canonical_signs(vectors[:, -rank:].flip(1)).contiguous())
+        values = values.flip(0).clamp(min=0)
+        spectra.append(values.sqrt())
+        bases.append(canonical_basis(values, vectors.flip(1), rank).contiguous())
         del vectors  # as large as the next Gram matrix
     u_layer, u_out, u_in = bases
 
@@ -152,13 +156,44 @@ def _rows_of_all(
         done = stop * count // d_out
 
 
+def canonical_basis(values: Tensor, vectors: Tensor, rank: int) -> Tensor:
+    """The leading `rank` columns of a basis that follows from the subspaces alone, (n, rank).
+
+    Where eigenvalues (or singular values) are equal up to rounding, any rotation of their vectors is as good as another,
+    and which one an algorithm finds depends on the number of threads. There the basis is that of fixed random vectors
+    projected on the subspace, one after the other.
+
+    Args:
+        values: (k,), descending.
+        vectors: (n, k), orthonormal, in their order.
+        rank: of k.
+    """
+    ends = (values[:-1] - values[1:] > _EQUAL * values[0]).nonzero().flatten() + 1
+    bounds = [0, *ends.tolist(), len(values)]
+    found = vectors[:, :rank]
+    for start, stop in pairwise(bounds):  # the whole of what is equal, whatever the rank
+        if stop - start > 1 and start < rank:
+            found = found.clone()
+            found[:, start:stop] = _settled(vectors[:, start:stop])[:, : rank - start]
+    return canonical_signs(found)
+
+
+def _settled(vectors: Tensor) -> Tensor:
+    """An orthonormal basis (n, k) of what k orthonormal vectors (n, k) span, the same whichever these are."""
+    draw = torch.Generator().manual_seed(0)
+    fixed = torch.randn(vectors.shape, generator=draw, dtype=torch.float64).to(vectors)
+    basis: Tensor = torch.linalg.qr(vectors @ (vectors.T @ fixed))[0]
+    return basis
+
+
 def canonical_signs(vectors: Tensor) -> Tensor:
-    """Columns with their signs fixed: the entry of largest magnitude is positive.
+    """Columns with their signs fixed: the first entry of largest magnitude, up to rounding, is positive.
 
     Singular vectors are defined up to sign; transforms trained in one basis mean something else in the other.
     """
-    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))  # (1, columns)
-    return vectors * torch.where(largest < 0, -1.0, 1.0).to(vectors)
+    sizes = vectors.abs()
+    largest = (sizes >= sizes.amax(0) * (1 - 1e-6)).to(torch.uint8).argmax(dim=0, keepdim=True)  # (1, columns)
+    return vectors * torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0).to(vectors)
 
 
 def stack_shape(layers: Sequence[Matrix] | Tensor) -> tuple[int, int, int]:

@@ -54,3 +54,9 @@ def multi_mode_product(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     for mode, matrix in enumerate(matrices):
         tensor = mode_product(tensor, matrix, mode)
     return tensor
+
+
+def orthonormal(columns: Tensor) -> bool:
+    """Whether U^T U of U (n, r) is the identity, up to rounding in float32."""
+    difference = columns.T @ columns - torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)
+    return bool(difference.abs().max() <= 1e-4)

@@ -171,3 +171,15 @@ def test_what_one_method_prepared_is_refused_by_another(pico: Make) -> None:
     assert craft.load(classifier(pico()), "value").frozen.targets == ("value",)
     with pytest.raises(ConfigError, match="prepared for query, value, not for key"):
         craft.attach(classifier(pico()), kept, method="lora", targets=["key"])
+
+
+@pytest.mark.parametrize("method", ["craft", "lora"])
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_an_adapter_of_a_model_that_was_cast_loads(method: str, cast: str, pico: Callable[..., Path]) -> None:
+    adapter = craft.attach(classifier(pico()), method=method)
+    shake(adapter)
+    getattr(adapter.model, cast)()
+    adapter.save("adapter")
+    loaded = craft.load(classifier(pico()), "adapter")
+    for name, parameter in loaded.change.trained().items():
+        assert torch.equal(parameter, adapter.change.trained()[name].float())

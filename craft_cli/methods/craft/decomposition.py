@@ -68,7 +68,7 @@ def decompose_weights(
     ]
     cache = FactorCache(cache_dir)
     if not force:
-        found, damaged = cache.find(prints, serving(prints, ranks))
+        found, damaged = cache.find(weights, serving(prints, ranks))
         if found:
             return Decomposition(_named(found, weights).select(targets, ranks), notes=notes)
         notes += [f"{line}; decomposing again" for line in damaged]
@@ -76,7 +76,7 @@ def decompose_weights(
     path = cache.path_for(weights.model, prints)
     with cache.lock(path):
         if not force:  # another process may have made it while we waited
-            found, _ = cache.find(prints, serving(prints, ranks))
+            found, _ = cache.find(weights, serving(prints, ranks))
             if found:
                 return Decomposition(_named(found, weights).select(targets, ranks), notes=notes)
             kept = cache.ranks_at(path, prints)
@@ -97,7 +97,7 @@ def decompose_weights(
                 raise ModelError(f"{weights.model}: cannot decompose {target}: {error}") from error
             seconds[target] = time.perf_counter() - began
         factors = Factors(**weights.origin(), decompositions=decompositions, path=path)
-        factors.save(path)
+        cache.keep(factors, path)
     return Decomposition(factors.select(targets, ranks), seconds, notes)
 
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from craft_cli.errors import FileError
 from craft_cli.files import checksum, read_header, read_tensors, write_tensors
-from craft_cli.methods.cache import FrozenCache, Kept, Serves
+from craft_cli.methods.cache import SAME, FrozenCache, Kept, Serves
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.methods.html import factors_html
-from craft_cli.models.stacks import MOST_LAYERS, Shape, read_identity
-from craft_cli.tucker import MODES, TuckerTensor, mode_product
+from craft_cli.models.checkpoint import MOST_LAYERS
+from craft_cli.models.stacks import Shape, Weights, read_identity
+from craft_cli.tucker import MODES, TuckerTensor, mode_product, orthonormal
 
 KIND = "factors"
 
@@ -95,6 +96,28 @@ class Factors(Kept):
         core = mode_product(stack, u_layer.T, 0)
         expected = decomposition.core.to(core.device)
         return bool((core - expected).norm() <= tolerance * expected.norm())
+
+    def belong_to(self, weights: Weights, tolerance: float = SAME) -> bool:
+        """See `Kept`."""
+        for target, stack in weights.stacks.items():
+            if self.shapes.get(target) != weights.shapes[target]:
+                return False
+            decomposition = self.decompositions[target]
+            u_layer, u_out, u_in = decomposition.factors
+            projected, total = [], 0.0
+            for matrix in stack:
+                layer = matrix[:].to("cpu", torch.float32)
+                projected.append(u_out.T @ layer @ u_in)  # (r_out, r_in)
+                total += float(layer.double().square().sum())
+            core = mode_product(torch.stack(projected), u_layer.T, 0)
+            if not all(map(orthonormal, decomposition.factors)):
+                return False
+            if not (core - decomposition.core).norm() <= tolerance * max(core.norm(), decomposition.core.norm()):
+                return False
+            energies = [float(spectrum.double().square().sum()) for spectrum in decomposition.spectra]
+            if any(abs(energy - total) > 10 * tolerance * total for energy in energies):
+                return False
+        return True
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: `TARGET.core`, `TARGET.factor.MODE`, `TARGET.spectrum.MODE`, float32.

@@ -7,7 +7,7 @@ compared with the adapted model before it takes its place, and `merge.json` besi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,7 @@ def merge(
 
     A checkpoint holds weights in the base's dtype, the trained head, the label names and the base's tokenizer files byte
     for byte. A LoRA holds the same change and head in PEFT's layout. Either is read again and its logits are compared
-    with those of the adapted model before it takes its place. A copy of the adapter includes its factors, so that the base
-    is all that others need.
+    with those of the adapted model before it takes its place. A copy of the adapter includes its factors.
 
     Args:
         path: a run, an adapter, or OWNER/NAME of an adapter on the hub; the latest run without.
@@ -109,7 +108,7 @@ def merge(
         trust_remote_code: run Python code that comes with the base.
         allow_other_base: merge into a base that is not as it was in training.
         progress: called with what is being done.
-        notice: called with what the user should know of an upload, before the work.
+        notice: called with what the user should know of an upload.
 
     Raises:
         ConfigError: options that do not go together, or of unknown values.
@@ -128,7 +127,7 @@ def merge(
     destination = _destination(output_dir, found, adapter_path, format)
     _check_destination(destination, [found, adapter_path], overwrite=overwrite)
     shared: dict[str, Any] = {"push_to_hub": push_to_hub, "private": private, "notice": notice}
-    permitted = {"trust_remote_code": trust_remote_code, "allow_other_base": allow_other_base}
+    allowed = {"trust_remote_code": trust_remote_code, "allow_other_base": allow_other_base}
     if format == ADAPTER:
         result = _copy(adapter_path, destination, overwrite=overwrite, **shared)
     else:

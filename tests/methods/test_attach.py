@@ -113,7 +113,7 @@ def test_a_reference_without_its_factors_is_refused(why: str, tmp_path: Path, mo
         build_pico("bert", base, initializer_range=0.1)
     else:
         record = json.loads(Path("one/adapter_config.json").read_text())
-        record["factors"]["sha256"] = "0" * 64
+        record["factors"] |= {"sha256": "0" * 64, "sketch": {}}
         Path("one/adapter_config.json").write_text(json.dumps(record))
         message = "decomposing its base gives others here"
     looked = failure("inspect", "one")  # it makes nothing

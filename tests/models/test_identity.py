@@ -129,9 +129,9 @@ def test_resuming_and_going_on_from_another_run(pico: Callable[..., Path], data_
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     craft.train(config(Path("base"), data_dir, max_steps=2, **settings))
     weight(Path("base"), FEED_FORWARD)
-    with pytest.raises(ModelError, match="--resume: the run was trained on another base: the layers differ"):
+    with pytest.raises(ModelError, match="resume: the run was trained on another base: the layers differ"):
         craft.train(config(Path("base"), data_dir, max_steps=3, resume=True, **settings))
-    with pytest.raises(ModelError, match="--init-from: out was trained on another base: the layers differ"):
+    with pytest.raises(ModelError, match="init_from: out was trained on another base: the layers differ"):
         craft.train(config(Path("base"), data_dir, max_steps=1, init_from="out", output_dir="two"))
     craft.train(config(Path("base"), data_dir, max_steps=3, resume=True, allow_other_base=True, **settings))
     weight(Path("base"), "encoder.layer.0.attention.self.query.weight")

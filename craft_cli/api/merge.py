@@ -140,7 +140,7 @@ def merge(
             overwrite,
             trim,
             tolerance,
-            permitted,
+            allowed,
             progress,
             **shared,
         )

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import craft_cli as craft
 from craft_cli.cli import app
+from craft_cli.files import RUN, write_marker
 
 hypothesis.settings.register_profile(
     "few", max_examples=25, deadline=None, derandomize=True, database=None,
@@ -244,6 +245,7 @@ def made(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
         shake(adapter)
         adapter.save("run/adapter")
         Path("run/recipe.yaml").write_text("task: sst2\n")
+        write_marker(Path("run"), RUN, ["recipe.yaml"])
     return folder
 
 

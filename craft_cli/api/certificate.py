@@ -13,7 +13,6 @@ from torch import Tensor
 
 from craft_cli import __version__
 from craft_cli.errors import CraftError
-from craft_cli.methods.adapter_folder import TENSOR_FILE
 from craft_cli.methods.as_dense import AdaptedBase, Dense
 from craft_cli.methods.as_lora import LoraWriter
 from craft_cli.models.cards import public_name
@@ -39,7 +38,6 @@ def verified(actual: Tensor, expected: Tensor, tolerance: float) -> dict[str, fl
 
 def certificate(
     adapted: AdaptedBase,
-    adapter: Path,
     written: Dense | LoraWriter,
     folder: Path,
     difference: Mapping[str, float],
@@ -58,7 +56,7 @@ def certificate(
             "revision": adapted.checkpoint.revision,
             "sha256": {file.name: sha256_of(file) for file in adapted.base.reader.weight_files()},
         },
-        "adapter": {"sha256": sha256_of(adapter / TENSOR_FILE)},
+        "adapter": {"sha256": adapted.saved.sha256},
         **({"factors": {"sha256": frozen}} if frozen else {}),
         "dtype": str(written.dtype).removeprefix("torch."),
         "tensors_changed": sorted(written.changed),

@@ -6,19 +6,29 @@ compared with the adapted model before it takes its place, and `merge.json` besi
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from craft_cli.api.certificate import CERTIFICATE, certificate, sha256_of, verified, versions
+from craft_cli.api.certificate import CERTIFICATE, certificate, verified, versions
 from craft_cli.config import THRESHOLD
 from craft_cli.errors import ConfigError, CraftError, FileError
-from craft_cli.files import cannot_write, holds_something, read_json, whole_folder, write_bytes, write_json
-from craft_cli.methods.adapter_folder import CONFIG_FILE, HEAD, INCLUDE, TENSOR_FILE, read_adapter, write_adapter
+from craft_cli.files import (
+    MARKER,
+    MERGED,
+    cannot_write,
+    check_inputs,
+    check_place,
+    read_json,
+    read_marker,
+    whole_folder,
+    write_bytes,
+    write_json,
+)
+from craft_cli.methods.adapter_folder import CONFIG_FILE, HEAD, INCLUDE, read_adapter, write_adapter
 from craft_cli.methods.as_dense import AdaptedBase, Dense
 from craft_cli.methods.as_lora import EXACT, LoraWriter, serve_command, vllm_hint
 from craft_cli.models.cards import model_card, public_name, without_folders
@@ -125,7 +135,8 @@ def merge(
     if adapter_path is None:
         raise FileError(f"{found} is neither a run nor an adapter: there is nothing to merge")
     destination = _destination(output_dir, found, adapter_path, format)
-    _check_destination(destination, [found, adapter_path], overwrite=overwrite)
+    check_inputs("--output-dir", destination, [found, adapter_path])
+    check_place(destination, MERGED, overwrite=overwrite)
     shared: dict[str, Any] = {"push_to_hub": push_to_hub, "private": private, "notice": notice}
     allowed = {"trust_remote_code": trust_remote_code, "allow_other_base": allow_other_base}
     if format == ADAPTER:
@@ -168,10 +179,10 @@ def _merge(
     notice: Notice,
 ) -> Merged:
     """A checkpoint or a LoRA, compared with the adapted model."""
-    with whole_folder(destination, overwrite=overwrite) as folder:
+    with whole_folder(destination, MERGED, overwrite=overwrite) as folder:
         progress("reading the adapter")
         adapted = AdaptedBase(read_adapter(adapter_path, make=True), **permitted)
-        _check_destination(destination, [adapted.checkpoint.folder], overwrite=overwrite)
+        check_inputs("--output-dir", destination, [adapted.checkpoint.folder])
         if push_to_hub and (seen_by := before_upload(push_to_hub, adapted.checkpoint, private=private)):
             notice(seen_by)
         probe = adapted.base.probe()
@@ -183,7 +194,7 @@ def _merge(
         progress("verifying")
         difference = verified(adapted.base.logits(written.read, probe), expected, allowed)
         _add_card(adapted, folder, format, shared=push_to_hub is not None)
-        write_json(folder / CERTIFICATE, certificate(adapted, adapter_path, written, folder, difference, allowed))
+        write_json(folder / CERTIFICATE, certificate(adapted, written, folder, difference, allowed))
     return _told(adapted, written, destination, format, difference["relative"], allowed)
 
 
@@ -204,12 +215,12 @@ def _copy(
     card = adapter_path / "README.md"
     described = saved.method.describe(record)
     text = card.read_text(encoding="utf-8") if card.is_file() else model_card(record, described, checkpoint)
-    with whole_folder(destination, overwrite=overwrite) as folder:
+    with whole_folder(destination, MERGED, overwrite=overwrite) as folder:
         trained = dict(saved.trained) | {HEAD + name: tensor for name, tensor in saved.head.items()}
         write_adapter(folder, record, trained, frozen, text)
-        copied = {"adapter": {"sha256": sha256_of(adapter_path / TENSOR_FILE)}, "versions": versions()}
+        copied = {"adapter": {"sha256": saved.sha256}, "versions": versions()}
         write_json(folder / CERTIFICATE, copied)
-        files = tuple(sorted(file.name for file in folder.iterdir()))
+        files = tuple(sorted(file.name for file in folder.iterdir() if file.name != MARKER))
     return Merged(
         output=str(destination),
         format=ADAPTER,
@@ -240,7 +251,7 @@ def _told(
     return Merged(
         output=str(destination),
         format=format,
-        files=tuple(sorted(file.name for file in destination.iterdir())),
+        files=tuple(sorted(written_by_craft.files)) if (written_by_craft := read_marker(destination)) else (),
         dtype=str(written.dtype).removeprefix("torch."),
         tensors_changed=len(written.changed),
         difference=difference,
@@ -260,8 +271,7 @@ def _destination(output: str | Path | None, found: Path, adapter: Path, format: 
         default = Path(f"{found.name}-{name}")
     elif adapter.parent.name == "checkpoints":  # of a run, beside which others may be merged
         default = adapter.parent.parent / f"{name}-{adapter.name}"
-    destination = Path(output).expanduser() if output else default
-    return Path(os.path.realpath(destination)) if destination.is_symlink() else destination
+    return Path(output).expanduser() if output else default
 
 
 def _write(
@@ -290,18 +300,6 @@ def _write(
     if not written.changed and (adapted.changes_something() or not trained_head):
         raise CraftError(f"{adapted.saved.path}: merging changes no tensor: the trained numbers are (or round to) zero")
     return written
-
-
-def _check_destination(destination: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse a folder whose replacement would take away what is merged, or anything but an earlier merge."""
-    out = destination.resolve()
-    for source in sources:
-        if source.resolve().is_relative_to(out):
-            raise ConfigError(f"--output-dir: {destination} holds {source}, which is merged; choose another")
-    if overwrite and out.is_dir() and holds_something(out) and not (out / CERTIFICATE).is_file():
-        raise FileError(
-            f"{destination} holds no merged model of craft's: --overwrite does not touch it; choose another"
-        )
 
 
 def _check_options(

@@ -15,6 +15,7 @@ from craft_cli.config import RunConfig
 from craft_cli.data.readers import SUFFIXES, TEXT, Row, read_rows, read_stdin
 from craft_cli.data.writers import RecordWriter, format_of, open_records
 from craft_cli.errors import CraftError, DataError, plain
+from craft_cli.files import check_inputs
 
 STDIN = "-"
 _BATCHES_AT_ONCE = 16
@@ -120,6 +121,8 @@ def predict_file(
         else format_of(Path("standard output"), output_format or "jsonl")
     )
     origin = "standard input" if str(input) == STDIN else str(input)
+    if output:
+        check_inputs("--output", Path(output).expanduser(), [Path(input).expanduser()])
     rows = read_stdin(TEXT) if str(input) == STDIN else read_rows(Path(input).expanduser(), (*SUFFIXES, TEXT))
     first = next(rows, None)  # a missing file is told before a model is loaded
     if first is None:

@@ -13,23 +13,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from filelock import FileLock
-
 from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
 from craft_cli.errors import ConfigError, CraftError, FileError
-from craft_cli.files import LOCK_FILE, cannot_write, check_free, holds_something
-from craft_cli.sweeps.loop import Listener, Sweep, devices
-from craft_cli.sweeps.pictures import draw
-from craft_cli.sweeps.plan import Header, Plan, make_plan, read_header, shown, trials_wanted, write_header
+from craft_cli.files import LOCK_FILE, SWEEP, cannot_write, check_place, locked, write_marker
+from craft_cli.sweeps.loop import BEST_FILE, Listener, Sweep, devices
+from craft_cli.sweeps.pictures import BY_NUMBERS, BY_RATE, draw
+from craft_cli.sweeps.plan import PLAN_FILE, Header, Plan, make_plan, read_header, shown, trials_wanted, write_header
 from craft_cli.sweeps.space import parse_sets
 from craft_cli.sweeps.studies import Studies, find_plan, import_optuna
-from craft_cli.sweeps.table import Results, is_sweep, write_tables
+from craft_cli.sweeps.table import RESULTS_FILE, Results, is_sweep, write_tables
 from craft_cli.sweeps.work import RUNS, one_step, run_name
 from craft_cli.training.signals import end_by
 
 SWEEPS = Path("sweeps")
 """Where sweeps without an output folder of their own lie, from the working folder."""
 STORAGE_FILE = "study.db"
+_WRITTEN = (PLAN_FILE, STORAGE_FILE, BEST_FILE, RESULTS_FILE, "table.csv", "trials.csv", BY_NUMBERS, BY_RATE)
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _open(asked: SweepOptions, listener: Listener) -> tuple[Path, Header, Studie
     if asked.resume and folder and is_sweep(folder):
         header = _former(asked, folder)
         _check_test_rows(asked, header.plan, listener)
-        with FileLock(folder / LOCK_FILE):  # who began it may just be making its database
+        with locked(folder / LOCK_FILE):  # who began it may just be making its database
             studies = Studies(folder, header.plan, _storage(asked, folder), header.name)
             studies.open()
     else:
@@ -215,9 +214,10 @@ def _begin(folder: Path, header: Header, storage: str | Path) -> Studies:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from error
-    with FileLock(folder / LOCK_FILE):
+    with locked(folder / LOCK_FILE):
         if is_sweep(folder):
             raise ConfigError(f"{folder} was just begun by another process: --resume takes part in it")
+        write_marker(folder, SWEEP, _WRITTEN)
         if studies:
             studies.claim()
         write_header(folder, header)  # first: a sweep that is killed from here on goes on
@@ -233,6 +233,11 @@ def _join(storage: str, folder: Path) -> None:
     if found is None:
         return
     _check_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    write_marker(folder, SWEEP, _WRITTEN)
     write_header(folder, Header(name, found[0], True, found[1]))
 
 
@@ -242,13 +247,11 @@ def _check_folder(folder: Path) -> None:
     Raises:
         FileError: it does, or it is a file.
     """
-    check_free(folder, overwrite=True)
+    check_place(folder, SWEEP, overwrite=True)
     try:
         str(folder.resolve()).encode()
     except UnicodeEncodeError:
         raise FileError(f"--output-dir: {str(folder)!r} is no UTF-8; choose another") from None
-    if folder.is_dir() and holds_something(folder):
-        raise FileError(f"{folder} is not empty and holds no sweep; choose another --output-dir")
 
 
 def _former(asked: SweepOptions, folder: Path) -> Header:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,16 @@ from torch import Tensor
 
 from craft_cli.config import THRESHOLD, RunConfig
 from craft_cli.errors import FileError, ModelError
-from craft_cli.files import check_version, quoted, read_json, read_tensors, write_bytes, write_json, write_tensors
+from craft_cli.files import (
+    check_version,
+    quoted,
+    read_json,
+    read_tensors,
+    steadily,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from craft_cli.methods import METHODS, method_named
 from craft_cli.methods.base import Chain, Method
 from craft_cli.methods.frozen import Frozen
@@ -48,6 +58,7 @@ class SavedAdapter:
         frozen: what the method kept of the base, of the folder or of the cache.
         trained: what was trained, by the names of the change's parameters.
         head: the trained head by the names of the model's parameters.
+        sha256: of the file that it was read from.
     """
 
     path: Path
@@ -56,6 +67,7 @@ class SavedAdapter:
     frozen: Frozen
     trained: Mapping[str, Tensor]
     head: Mapping[str, Tensor]
+    sha256: str
 
     @property
     def base(self) -> Base:
@@ -145,6 +157,10 @@ def read_adapter(path: Path, cache_dir: str | Path | None = None, *, make: bool 
     Raises:
         FileError: it is no adapter, is damaged, or refers to what cannot be had.
     """
+    return steadily(path, lambda: _read(path, cache_dir, make=make))
+
+
+def _read(path: Path, cache_dir: str | Path | None, *, make: bool) -> SavedAdapter:
     record = read_record(path)
     method = method_named(record["method"])
     file = path / TENSOR_FILE
@@ -178,7 +194,8 @@ def read_adapter(path: Path, cache_dir: str | Path | None = None, *, make: bool 
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES or not torch.isfinite(tensor).all():
             raise FileError(f"{file} is damaged: {quoted(name)} holds values that are not finite numbers")
-    return SavedAdapter(path, record, method, frozen, {name: tensors[name] for name in shapes}, head)
+    trained = {name: tensors[name] for name in shapes}
+    return SavedAdapter(path, record, method, frozen, trained, head, sha256(file.read_bytes()).hexdigest())
 
 
 def write_adapter(

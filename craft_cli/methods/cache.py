@@ -6,13 +6,13 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from craft_cli.errors import CraftError, FileError
-from craft_cli.files import cache_folder, read_header, read_json, stamp, write_json
+from craft_cli.files import cache_folder, locked, read_header, read_json, stamp, write_json
 from craft_cli.methods.frozen import Frozen, alike
 from craft_cli.models.hub import resolve
 from craft_cli.models.stacks import Weights, read_weights
@@ -127,18 +127,14 @@ class FrozenCache(Generic[Entry]):
         Raises:
             FileError: the cache folder cannot be written.
         """
-        from filelock import FileLock
-
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_suffix(".lock"))
-            lock.acquire()
+            held = ExitStack()
+            held.enter_context(locked(path.with_suffix(".lock")))
         except OSError as error:
             raise FileError(f"cannot use the cache folder {self.folder}: {error.strerror}; give --cache-dir") from error
-        try:
+        with held:
             yield
-        finally:
-            lock.release()
 
     def _whole(self, path: Path, header: Mapping[str, Any]) -> Entry:
         """An entry that holds what its header promises."""

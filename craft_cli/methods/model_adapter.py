@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craft_cli.errors import ConfigError, FileError, ModelError, nearest
-from craft_cli.files import FORMAT_VERSION, whole_folder
+from craft_cli.errors import ConfigError, ModelError, nearest
+from craft_cli.files import ADAPTER, FORMAT_VERSION, whole_folder
 from craft_cli.methods.adapter import Adapter
-from craft_cli.methods.adapter_folder import CONFIG_FILE, HEAD, INCLUDE, REFERENCE, SavedAdapter, write_adapter
+from craft_cli.methods.adapter_folder import HEAD, INCLUDE, REFERENCE, SavedAdapter, write_adapter
 from craft_cli.methods.base import Method
 from craft_cli.methods.frozen import Frozen, sketches
 from craft_cli.methods.html import adapter_html
@@ -297,10 +297,7 @@ class ModelAdapter(Adapter):
         Raises:
             FileError: it cannot be written, or reads back different; a former adapter there is untouched.
         """
-        path = Path(path)
-        if path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
-            raise FileError(f"{path} is a folder with something else than an adapter in it; choose another")
-        with whole_folder(path, overwrite=True) as folder:
+        with whole_folder(Path(path), ADAPTER, overwrite=True) as folder:
             self.write(folder, card=card, factors=factors)
 
     def write(self, folder: Path, *, card: str | None = None, factors: str = INCLUDE) -> None:

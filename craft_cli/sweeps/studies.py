@@ -20,10 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from craft_cli.errors import ConfigError, CraftError
-from craft_cli.files import LOCK_FILE
+from craft_cli.files import LOCK_FILE, locked
 from craft_cli.sweeps.plan import Plan
 from craft_cli.sweeps.space import Range
 from craft_cli.tasks.metrics import lower_is_better
@@ -103,7 +101,7 @@ class Studies:
 
     def __init__(self, folder: Path, plan: Plan, storage: str | Path, name: str) -> None:
         self._optuna, self._plan, self._name = import_optuna(), plan, name
-        self._lock = FileLock(folder / LOCK_FILE)
+        self._lock = folder / LOCK_FILE
         self._storage = _connect(self._optuna, storage, self._wait_again)
         self._studies: dict[str, optuna.Study] = {}
 
@@ -138,7 +136,7 @@ class Studies:
 
     def queue(self, trials: int | None) -> None:
         """Let so many trials wait in all, those of the methods in turn; without a number one, if none waits."""
-        with self._lock:
+        with locked(self._lock):
             there = {method: len(self._originals(study)) for method, study in self._studies.items()}
             if self._plan.sampler == "grid":
                 for method, study in self._studies.items():
@@ -159,7 +157,7 @@ class Studies:
 
     def take(self) -> Taken | None:
         """The next trial that waits; None where none does."""
-        with self._lock:  # SQLite would let two workers take the same one
+        with locked(self._lock):  # SQLite would let two workers take the same one
             self._reclaim()
             waiting = self._waiting()
             if not waiting:
@@ -258,7 +256,7 @@ class Studies:
 
     def retry(self) -> None:
         """Let all trials that failed wait again."""
-        with self._lock:
+        with locked(self._lock):
             for study in self._studies.values():
                 newest = {
                     t.user_attrs.get("first", t.number): t for t in study.get_trials() if t.user_attrs.get("queued")

@@ -121,7 +121,7 @@ class Work:
         run, name = self._run, run_name(self.taken.name, self._seed)
         recipe = run.path.with_name(f"{name}.yaml")
         write_recipe(recipe, self._plan, self.taken, self._seed)
-        again = ["--resume"] if checkpoints(run) else ["--overwrite"] if run.is_run() else []
+        again = ["--resume"] if checkpoints(run) else ["--overwrite"] if run.is_ours() else []
         with open(run.path.with_name(f"{name}.log"), "ab") as log:
             self._logged = log.tell()
             self._process = subprocess.Popen(

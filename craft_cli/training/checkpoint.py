@@ -27,7 +27,15 @@ from torch import Tensor
 
 from craft_cli.data.tokens import Encoded
 from craft_cli.errors import FileError, OtherVersion
-from craft_cli.files import cannot_write, delete_folder, read_tensors, tidy, whole_folder, write_bytes, write_tensors
+from craft_cli.files import (
+    CHECKPOINT,
+    cannot_write,
+    delete_folder,
+    read_tensors,
+    whole_folder,
+    write_bytes,
+    write_tensors,
+)
 from craft_cli.methods.adapter_folder import HEAD, TENSOR_FILE, read_adapter
 from craft_cli.methods.frozen import Frozen
 from craft_cli.methods.model_adapter import ModelAdapter
@@ -101,12 +109,15 @@ def save_checkpoint(
         tensors |= {f"optimizer.{number}.{key}": value for key, value in values.items()}
     tensors["record"] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
     path = run.checkpoints / f"step-{record['step']}"
-    with whole_folder(path, overwrite=True) as folder:
+    with whole_folder(path, CHECKPOINT, overwrite=True) as folder:
         adapter.write(folder)
         write_tensors(folder / STATE_FILE, KIND, tensors, {})
         write_bytes(folder / METRICS_FILE, metrics)
-    for former in checkpoints(run)[keep:]:
-        delete_folder(former)
+    try:
+        for former in checkpoints(run)[keep:]:
+            delete_folder(former)
+    except OSError as error:
+        raise cannot_write(former, error) from error
     return path
 
 
@@ -117,8 +128,6 @@ def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:
         OtherVersion: a checkpoint was written by one.
     """
     notes: list[str] = []
-    if run.checkpoints.is_dir():
-        tidy(run.checkpoints, ["step-*"])
     for path in checkpoints(run):
         try:
             state = read_checkpoint(path)
@@ -127,9 +136,9 @@ def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:
         except FileError as error:
             notes.append(f"{error}; going on from the checkpoint before")
             aside = path.with_name(f"{path.name}.damaged")  # or they would be kept in place of whole ones
-            if aside.exists():
-                delete_folder(aside)
             try:
+                if aside.exists():
+                    delete_folder(aside)
                 path.rename(aside)
             except OSError as failure:
                 raise cannot_write(path, failure) from failure

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from craft_cli.config import GROUPS, METHOD_OPTIONS, RunConfig, flag, free_settings, option_names, parse_settings
 from craft_cli.errors import ConfigError, FileError
+from craft_cli.files import MARKER, RUN, check_inputs, check_place
 from craft_cli.methods.adapter_folder import SavedAdapter, read_adapter, read_record
 from craft_cli.methods.frozen import Frozen
 from craft_cli.models.identity import Base
@@ -61,6 +62,10 @@ def find_start(config: RunConfig, processes: int, held: ExitStack, runs: Path = 
         FileError: the output folder is taken, or something in it cannot be read.
     """
     start = _resumed(config, processes, held, runs) if config.resume else Start(config)
+    output = start.run.path if start.run else Path(config.output_dir).expanduser() if config.output_dir else None
+    if output:  # of a run that goes on by its own recipe, too
+        sources = (start.config.data_dir, start.config.train_file, start.config.validation_file, start.config.init_from)
+        check_inputs("--output-dir", output, [Path(path).expanduser() for path in sources if path])
     if start.run is None and config.output_dir and not config.dry_run:
         usable_output(config.output_dir, runs, overwrite=config.overwrite)
     if start.state is None and start.config.init_from:
@@ -71,9 +76,16 @@ def find_start(config: RunConfig, processes: int, held: ExitStack, runs: Path = 
 
 def _resumed(config: RunConfig, processes: int, held: ExitStack, runs: Path) -> Start:
     run = resumed_run(config.output_dir, runs)
+    if run.is_run() and not run.is_ours():
+        raise FileError(
+            f"--resume: {run.path} has a recipe.yaml but no {MARKER}, so craft did not begin a run there or the file was lost in "
+            f"copying: `craft train --recipe {run.path / 'recipe.yaml'} --output-dir` with another folder begins one"
+        )
     if not run.is_run():
         where = run.path if config.output_dir else runs
         return Start(config, notes=(f"nothing to resume in {where}: starting from the beginning",))
+    check_place(run.path, RUN, overwrite=True)
+    run.check_room()
     held.enter_context(run.being_trained())
     state, notes = newest_state(run)
     config = continued(config, run, state, processes)

@@ -6,6 +6,9 @@ training_curve.png
 adapter/              the best adapter
 checkpoints/step-N/   what `--resume` goes on from; each is an adapter's folder with the state of the training beside it
 all_results.json      the summary; only a finished run has one
+.craft.json           what of all this is craft's own, written first
+
+Only what craft wrote is deleted or replaced.
 """
 
 from __future__ import annotations
@@ -14,32 +17,44 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from craft_cli.config import comment, load_recipe
 from craft_cli.errors import FileError
 from craft_cli.files import (
+    ADAPTER,
+    CHECKPOINT,
     LOCK_FILE,
+    RUN,
+    Busy,
     cannot_write,
-    check_free,
+    check_place,
+    delete_folder,
+    hidden,
     holds_something,
+    is_kind,
+    locked,
     read_json,
+    read_marker,
+    steadily,
     tidy,
+    turn,
     write_bytes,
     write_json,
+    write_marker,
 )
-from craft_cli.methods.adapter_folder import BESIDE, adapter_at
+from craft_cli.methods.adapter_folder import BESIDE, CONFIG_FILE, adapter_at
 
 RUNS = Path("runs")
 """Where runs without an output folder of their own lie, and the link to the latest one, from the working folder."""
 _SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
-_WRITTEN = ("adapter", "recipe.yaml", "metrics.jsonl", "training_curve.png", "all_results.json")
+_WRITTEN = ("all_results.json", "metrics.jsonl", "recipe.yaml", "training_curve.png")
+_TRACKERS = ("tensorboard/**/events.out.tfevents.*", "tensorboard/**/hparams.yml")
+"""What tensorboard writes, under names of its own."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +79,19 @@ class Run:
         """Picture of loss and metrics."""
         return self.path / "training_curve.png"
 
-    def start(self, recipe: dict[str, Any], *, again: bool = False) -> None:
-        """Make it, empty, with its recipe, and point `runs/latest` to it. `being_trained` must hold it.
+    def start(self, recipe: dict[str, Any]) -> None:
+        """Begin it, without what a former training wrote, and point `runs/latest` to it. `being_trained` must hold it.
 
         Args:
             recipe: its settings.
-            again: it is begun once more; what no training wrote stays.
 
         Raises:
             FileError: it cannot be written.
         """
         try:
-            _empty(self.path, [*_WRITTEN, "checkpoints", "tensorboard"] if again else None)
+            if not self.is_ours():
+                write_marker(self.path, RUN, _WRITTEN)
+            self._clear()
             self.write_recipe(recipe)
             self._point_latest()
         except OSError as error:
@@ -98,14 +114,48 @@ class Run:
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
+    def _clear(self) -> None:
+        """Delete what a former training wrote."""
+        for name in _WRITTEN:
+            (self.path / name).unlink(missing_ok=True)
+        for folder in self._folders():
+            delete_folder(folder)
+        for pattern in _TRACKERS:
+            for file in self.path.glob(pattern):
+                file.unlink()
+        for folder in (self.checkpoints, *sorted(self.path.glob("tensorboard/**/"), reverse=True)):
+            with contextlib.suppress(OSError):  # it holds something that is not ours
+                folder.rmdir()
+
+    def _folders(self) -> list[Path]:
+        """Those that trainings write."""
+        return [path for path in (self.adapter, *self.checkpoints.glob("step-*")) if path.is_dir()]
+
+    def check_room(self) -> None:
+        """Refuse to train where something that is not craft's is in the way.
+
+        Raises:
+            FileError: so.
+        """
+        for folder in self._folders():
+            if holds_something(folder) and not is_kind(folder, ADAPTER if folder == self.adapter else CHECKPOINT):
+                raise FileError(f"{folder} is in the way and was not written by craft; move it elsewhere")
+        files = [self.path / name for name in _WRITTEN]
+        odd = [path for path in files if path.is_symlink() or path.is_dir()]
+        odd += [path for path in (self.adapter, self.checkpoints) if os.path.lexists(path) and not path.is_dir()]
+        if odd:
+            raise FileError(f"{odd[0]} is in the way and was not written by craft; move it elsewhere")
+
     def _point_latest(self) -> None:
         """Make `runs/latest` a link to this run."""
         self.runs.mkdir(exist_ok=True)
-        link = self.runs / f".latest.{os.getpid()}"
-        with contextlib.suppress(OSError):  # a file system without symbolic links has no latest run
-            link.unlink(missing_ok=True)
+        latest = self.runs / "latest"
+        if latest.exists() and not latest.is_symlink():  # something of the user's
+            return
+        link = hidden(latest, "part")
+        with contextlib.suppress(OSError), turn(self.runs):  # a file system without symbolic links has no latest run
             link.symlink_to(os.path.relpath(self.path.resolve(), self.runs.resolve()), target_is_directory=True)
-            os.replace(link, self.runs / "latest")
+            os.replace(link, latest)
 
     def write_recipe(self, recipe: dict[str, Any]) -> None:
         """Write recipe.yaml."""
@@ -134,28 +184,31 @@ class Run:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / LOCK_FILE)
-            lock.acquire(timeout=0.3)  # somebody may just be looking whether it runs
-        except Timeout:
-            raise FileError(
-                f"{self.path} is being trained by another process: wait for its end, or choose another --output-dir"
-            ) from None
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        try:
-            tidy(self.path, _WRITTEN)
+        with contextlib.ExitStack() as held:
+            try:  # somebody may just be looking whether it runs
+                held.enter_context(locked(self.path / LOCK_FILE, timeout=0.3))
+            except Busy:
+                raise FileError(
+                    f"{self.path} is being trained by another process: wait for its end, or choose another --output-dir"
+                ) from None
+            except OSError as error:
+                raise cannot_write(self.path / LOCK_FILE, error) from error
+            for folder in (self.path, self.checkpoints):
+                if folder.is_dir():
+                    with turn(folder) as ours:
+                        tidy(folder, ours=ours)
             yield
-        finally:
-            lock.release()
 
     def is_running(self) -> bool:
         """Whether a process is training in it now."""
         if not (self.path / LOCK_FILE).is_file():
             return False
         try:
-            with FileLock(self.path / LOCK_FILE, timeout=0):
+            with locked(self.path / LOCK_FILE, timeout=0):
                 return False
-        except Timeout:
+        except Busy:
             return True
         except OSError:  # somebody else's folder
             return False
@@ -201,14 +254,24 @@ class Run:
         return read_json(path) if path.is_file() else {}
 
     def is_run(self) -> bool:
-        """Whether this is a run folder at all."""
+        """Whether this looks like a run folder, wherever it comes from."""
         return (self.path / "recipe.yaml").is_file()
+
+    def is_ours(self) -> bool:
+        """Whether craft began a run here, which may then go on or be overwritten."""
+        return is_kind(self.path, RUN)
 
 
 def checkpoints(run: Run) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    found = [path for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit()]
+    found = [path for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit() and not _is_emptied(path)]
     return sorted(found, key=lambda path: -int(path.name[5:]))
+
+
+def _is_emptied(checkpoint: Path) -> bool:
+    """Whether only what is not craft's is left of it."""
+    marker = read_marker(checkpoint)
+    return marker is not None and not marker.files
 
 
 def new_run(output_dir: str | None, label: str, runs: Path = RUNS, *, overwrite: bool) -> Run:
@@ -245,11 +308,8 @@ def usable_output(output_dir: str, runs: Path = RUNS, *, overwrite: bool) -> Run
         FileError: the folder is taken.
     """
     run = Run(Path(output_dir).expanduser(), runs)
-    check_free(run.path, overwrite=overwrite)
-    if run.path.is_dir() and holds_something(run.path) and not run.is_run():
-        raise FileError(
-            f"{run.path} is not empty and is no run of craft's: --overwrite does not touch it; choose another"
-        )
+    check_place(run.path, RUN, overwrite=overwrite)
+    run.check_room()
     return run
 
 
@@ -285,23 +345,17 @@ def find_adapter(path: Path) -> Path | None:
         FileError: a run without an adapter.
         ModelError: it can only be a hub id, and the hub has no such repository or cannot be reached.
     """
-    folder = adapter_at(path)
-    if folder is None and Run(path).is_run():
-        raise FileError(
-            f"{path} is a run without an adapter: it stopped before its first evaluation; "
-            f"go on with `craft train --resume --output-dir {shlex.quote(str(path))}`"
-        )
-    return folder
+    run = Run(path)
 
+    def found() -> Path:
+        folder = adapter_at(path)
+        if folder is None:
+            raise FileError(
+                f"{path} is a run without an adapter: it stopped before its first evaluation; "
+                f"go on with `craft train --resume --output-dir {shlex.quote(str(path))}`"
+            )
+        return folder
 
-def _empty(folder: Path, names: Sequence[str] | None = None) -> None:
-    """Delete what is in a folder, or only these entries; the recipe last, by which a run is known as one."""
-    import shutil
-
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "recipe.yaml"):
-        if entry.name == LOCK_FILE or (names is not None and entry.name not in names):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+    if run.is_run() and not (path / CONFIG_FILE).is_file():
+        return steadily(run.adapter, found)
+    return steadily(path, lambda: adapter_at(path))

@@ -332,7 +332,7 @@ def _open_run(start: Start, prepared: Prepared, recipe: dict[str, Any], held: Ex
         held.enter_context(run.being_trained())
         if config.output_dir:  # another process may have trained there while this one prepared
             usable_output(config.output_dir, runs, overwrite=config.overwrite)
-    run.start(recipe, again=start.run is not None)
+    run.start(recipe)
     return run.path
 
 

@@ -45,7 +45,10 @@ def saved_adapter(base: Path, folder: str = "adapter") -> Path:
 def test_merged_is_a_plain_checkpoint_that_computes_the_same(family: str, pico: Make) -> None:
     base = pico(family)
     result = craft.merge(saved_adapter(base), "merged")
-    assert set(os.listdir("merged")) == {"config.json", "model.safetensors", "merge.json", "README.md"} | TOKENIZER
+    assert (
+        set(os.listdir("merged"))
+        == {"config.json", "model.safetensors", "merge.json", "README.md", ".craft.json"} | TOKENIZER
+    )
     for name in TOKENIZER:
         assert Path("merged", name).read_bytes() == (base / name).read_bytes()
     plain, report = AutoModelForSequenceClassification.from_pretrained("merged", output_loading_info=True)

@@ -163,13 +163,14 @@ def test_a_real_process_ends_in_the_same_way(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_empty_is_left_alone(run: Path) -> None:
     assert "run is not empty; choose another --output-dir or give --overwrite" in failure(*TRAIN, "--output-dir", "run")
     assert "data is not empty" in failure("merge", "run", "--output-dir", "data")
-    assert "data/train.jsonl is a file" in failure(*TRAIN, "--output-dir", "data/train.jsonl")
+    assert "base/config.json is a file" in failure(*TRAIN, "--output-dir", "base/config.json")
     assert not Path("cache").exists()  # said before anything was decomposed
 
 
 def test_overwrite_empties_runs_only(run: Path) -> None:
-    told = "data is not empty and is no run of craft's: --overwrite does not touch it"
-    assert told in failure(*TRAIN, "--output-dir", "data", "--overwrite")
+    assert "--output-dir: data is data, which is read" in failure(*TRAIN, "--output-dir", "data", "--overwrite")
+    told = "base is not empty and is not replaced: craft did not write config.json"
+    assert told in failure(*TRAIN, "--output-dir", "base", "--overwrite")
 
 
 def test_what_is_no_run_cannot_be_merged(run: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 import craft_cli as craft
 from craft_cli.errors import FileError
+from craft_cli.files import hidden
 from craft_cli.training.checkpoint import checkpoints
 from craft_cli.training.progress import Listener
 from craft_cli.training.run import Run
@@ -159,15 +160,15 @@ def test_a_checkpoint_of_a_later_version_is_no_damage(
 
 def test_what_a_killed_process_left_is_cleared_away(pico: Make, data_dir: Path) -> None:
     cut(config(pico(), data_dir), Cut(9))
-    adapter = Path("out/adapter").rename("out/.adapter.x1.old")  # cut between two renames
-    shutil.copytree(adapter, "out/.adapter.x2.part")
-    shutil.copytree("out/checkpoints/step-9", "out/checkpoints/.step-10.x3.part")
-    Path("out/.recipe.yaml.17.part").write_text("tas")
+    adapter = Path("out/adapter").rename(hidden(Path("out/adapter"), "old"))  # cut between two renames
+    shutil.copytree(adapter, hidden(Path("out/adapter"), "part"))
+    shutil.copytree("out/checkpoints/step-9", hidden(Path("out/checkpoints/step-10"), "part"))
+    hidden(Path("out/recipe.yaml"), "part").write_text("tas")
     craft.train(config(pico(), data_dir, resume=True, save_strategy="no"))
     assert leftovers() == []
     assert craft.evaluate("out").examples == 23
-    Path("half/.recipe.yaml.17.part").parent.mkdir()
-    Path("half/.recipe.yaml.17.part").write_text("tas")
+    Path("half").mkdir()
+    hidden(Path("half/recipe.yaml"), "part").write_text("tas")
     craft.train(config(pico(), data_dir, output_dir="half", max_steps=1))  # killed before it was a run
 
 

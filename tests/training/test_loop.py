@@ -298,7 +298,7 @@ def test_a_folder_that_is_not_empty_is_refused_before_training(pico: Make, data_
     Path("out/thesis.tex").write_text("do not touch")
     with pytest.raises(FileError, match="out is not empty"):
         craft.train(config(pico(), data_dir))
-    with pytest.raises(FileError, match="no run of craft's"):
+    with pytest.raises(FileError, match="craft did not write thesis"):
         craft.train(config(pico(), data_dir, overwrite=True))
     assert os.listdir("out") == ["thesis.tex"]
 

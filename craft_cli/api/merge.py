@@ -21,7 +21,6 @@ from craft_cli.files import (
     MERGED,
     cannot_write,
     check_inputs,
-    check_place,
     read_json,
     read_marker,
     whole_folder,
@@ -136,7 +135,6 @@ def merge(
         raise FileError(f"{found} is neither a run nor an adapter: there is nothing to merge")
     destination = _destination(output_dir, found, adapter_path, format)
     check_inputs("--output-dir", destination, [found, adapter_path])
-    check_place(destination, MERGED, overwrite=overwrite)
     shared: dict[str, Any] = {"push_to_hub": push_to_hub, "private": private, "notice": notice}
     allowed = {"trust_remote_code": trust_remote_code, "allow_other_base": allow_other_base}
     if format == ADAPTER:

@@ -8,8 +8,7 @@ trained on stay rows to train on, and equal texts of one label are never in both
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 from craft_cli.data.sources import Split
@@ -17,10 +16,13 @@ from craft_cli.errors import DataError
 
 ALL = "all"
 """Where rows are not divided by label."""
+SALT = "salt"
+"""Goes into the marks: another one where a text of many rows would go to the wrong side."""
+_TRIES = 8
 
 
 def hold_out(split: Split, share: float, seed: int, *, stratify: bool) -> dict[str, str]:
-    """The highest mark that is held out, by label number or for `ALL`.
+    """The highest mark that is held out, by label number or for `ALL`, and the `SALT` of the marks.
 
     Args:
         split: rows to divide.
@@ -31,23 +33,30 @@ def hold_out(split: Split, share: float, seed: int, *, stratify: bool) -> dict[s
     Raises:
         DataError: too few rows, or all with one text.
     """
-    marks, rows = _marks(split, seed), len(split)
-    if len(set(marks)) < 2:
+    rows, texts = len(split), len(set(split.texts))
+    if texts < 2:
         why = f"{rows} row(s)" if rows < 2 else f"{rows:,} rows of one text"
         raise DataError(f"{split.origin}: {why} cannot be divided into training and validation")
     apart = min(max(1, round(share * rows)), rows - 1)
     keys = [str(label) for label in split.labels] if stratify and split.labels else [ALL] * rows
-    counts = Counter(keys)
-    if len(counts) > min(apart, rows - apart):
-        keys, counts = [ALL] * rows, Counter({ALL: rows})
+    if len(set(keys)) > min(apart, rows - apart):
+        keys = [ALL] * rows
+    tries = []
+    for salt in map(str, range(_TRIES)):
+        limits = _limits(keys, _marks(split, seed, salt), apart) | {SALT: salt}
+        tries.append((abs(len(divided(split, limits, seed)[1]) - apart), limits))
+        if tries[-1][0] <= apart / 10:
+            break
+    return min(tries, key=lambda found: found[0])[1]
+
+
+def _limits(keys: Sequence[str], marks: Sequence[str], apart: int) -> dict[str, str]:
     by_key: dict[str, list[str]] = {}
     for key, mark in zip(keys, marks, strict=True):
         by_key.setdefault(key, []).append(mark)
-    found: dict[str, str] = {}
-    for key, quota in _quotas(counts, apart).items():
-        if limit := _limit(by_key[key], quota):
-            found[key] = limit
-    return found or {ALL: _limit(marks, apart)}
+    quotas = _quotas({key: len(those) for key, those in by_key.items()}, apart)
+    found = {key: _limit(by_key[key], quota) for key, quota in quotas.items()}
+    return {key: limit for key, limit in found.items() if limit} or {ALL: _limit(list(marks), apart)}
 
 
 def _limit(marks: list[str], count: int) -> str:
@@ -64,7 +73,7 @@ def divided(split: Split, limits: Mapping[str, str], seed: int) -> tuple[list[in
     """
     labels = [ALL] * len(split) if ALL in limits or not split.labels else [str(label) for label in split.labels]
     parts: tuple[list[int], list[int]] = ([], [])
-    for row, (key, mark) in enumerate(zip(labels, _marks(split, seed), strict=True)):
+    for row, (key, mark) in enumerate(zip(labels, _marks(split, seed, limits.get(SALT, "0")), strict=True)):
         parts[mark <= limits.get(key, "")].append(row)
     if not all(parts):
         which = "no row" if not parts[1] else "every row"
@@ -72,8 +81,8 @@ def divided(split: Split, limits: Mapping[str, str], seed: int) -> tuple[list[in
     return parts
 
 
-def _marks(split: Split, seed: int) -> list[str]:
-    return [sha256(json.dumps([seed, *text]).encode()).hexdigest()[:16] for text in split.texts]
+def _marks(split: Split, seed: int, salt: str) -> list[str]:
+    return [sha256(json.dumps([seed, salt, *text]).encode()).hexdigest()[:16] for text in split.texts]
 
 
 def _quotas(counts: Mapping[str, int], apart: int) -> dict[str, int]:

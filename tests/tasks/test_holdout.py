@@ -57,9 +57,9 @@ def test_the_share_is_kept_and_every_label_in_both_parts(share: float) -> None:
     for label in range(4):
         count = sum(rows[row][1] == label for row in held)
         assert abs(count - share * sum(row[1] == label for row in rows)) <= 1
-    assert len(limits) == 4
+    assert len(limits) == 4 + 1
     assert sorted(kept + held) == list(range(400))
-    assert len(hold_out(split, share, 5, stratify=False)) == 1
+    assert len(hold_out(split, share, 5, stratify=False)) == 1 + 1
 
 
 def test_equal_texts_of_a_label_are_never_in_both_parts() -> None:
@@ -67,6 +67,13 @@ def test_equal_texts_of_a_label_are_never_in_both_parts() -> None:
     kept, held = divided(split, hold_out(split, 0.3, 0, stratify=True), 0)
     assert not {split.texts[row] for row in kept} & {split.texts[row] for row in held}
     assert len(held) == 60
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_text_of_many_rows_does_not_decide_how_many_are_held_out(seed: int) -> None:
+    split = split_of([(f"text {number}" if number % 3 else "n/a", 0) for number in range(300)])
+    _, held = divided(split, hold_out(split, 0.1, seed, stratify=False), seed)
+    assert 27 <= len(held) <= 33
 
 
 def test_thousands_of_labels_are_divided_in_proportion() -> None:

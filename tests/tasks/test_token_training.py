@@ -155,9 +155,9 @@ def test_two_processes_compute_what_one_does(pico: Make, words: Path) -> None:
 
 
 def test_an_update_without_a_target_changes_nothing(pico: Make) -> None:
-    write(
-        "train.conll", conll([(["bad", "good"], ["O", "B-plus"])] * 3 + [([" "], ["O"])]).replace(" \tO", "\u00a0\tO")
-    )
+    content = conll([(["bad", "good"], ["O", "B-plus"])] * 3 + [([" "], ["O"])]).replace(" \tO", "\u00a0\tO")
+    for split in ("train", "validation"):
+        write(f"{split}.conll", content)
     result = craft.train(settings(pico(), Path(), per_device_train_batch_size=1, num_train_epochs=1, weight_decay=0.0))
     assert min(line["loss"] for line in lines() if "loss" in line) == 0.0
     assert math.isfinite(result.metrics["loss"])

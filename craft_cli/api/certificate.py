@@ -24,8 +24,18 @@ def verified(actual: Tensor, expected: Tensor, tolerance: float) -> dict[str, fl
     """The largest difference of logits, absolute, and relative to the largest of them.
 
     Raises:
-        CraftError: it is above the tolerance, or not a number.
+        CraftError: it is above the tolerance, or some logits are not finite.
     """
+    if not expected.isfinite().all():
+        raise CraftError(
+            "the adapted model's logits are not finite: check the weights of its base, or train again with a lower "
+            "--learning-rate; nothing was written"
+        )
+    if not actual.isfinite().all():
+        raise CraftError(
+            "the merged model's logits are not finite: its numbers are too large for the dtype of its weights; "
+            "write them with --dtype bfloat16 or float32; nothing was written"
+        )
     absolute = float((actual - expected).abs().max())
     relative = absolute / max(float(expected.abs().max()), 1e-12)
     if not relative <= tolerance:

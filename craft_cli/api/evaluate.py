@@ -115,7 +115,7 @@ def evaluate(
                     f"{part.origin} keeps its labels hidden: craft eval --split test --submission FILE, or craft predict"
                 )
             encoded = predictor.encode(part, task, max_seq_length)
-            scores = predictor.scores(encoded, task, per_device_eval_batch_size, progress)
+            scores = predictor.scores(encoded, task, per_device_eval_batch_size, progress, part.place_of)
             metrics |= renamed(task.measure(scores, part.labels), name, loaded.splits)
             gold += part.labels
             every += scores

@@ -167,7 +167,8 @@ def _answers(
     rows = chain([first], rows)
     while block := list(islice(rows, at_once)):
         split = read(block)
-        scores = predictor.scores(predictor.encode(split, task, max_seq_length), task, batch_size)
+        encoded = predictor.encode(split, task, max_seq_length)
+        scores = predictor.scores(encoded, task, batch_size, place=split.place_of)
         yield list(task.records(scores, split))
 
 

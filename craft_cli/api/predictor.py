@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from craft_cli.config import RunConfig
+from craft_cli.config import MERGED_KEY, RunConfig
 from craft_cli.data.batches import length_sorted_batches
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.data.tokens import Encoded
-from craft_cli.errors import ConfigError
+from craft_cli.errors import ConfigError, ModelError
 from craft_cli.methods.adapter_folder import read_record
 from craft_cli.methods.attach import load
 from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import resolve
 from craft_cli.models.loading import load_model, load_tokenizer
+from craft_cli.models.tables import agree_on_padding, tables_of
 from craft_cli.tasks import kind_of_model
 from craft_cli.tasks.base import Task
-from craft_cli.tasks.inference import in_order, predict_batches
+from craft_cli.tasks.inference import in_order, not_finite, predict_batches
 from craft_cli.training.run import find_adapter, find_run
 
 
@@ -70,8 +71,11 @@ class Predictor:
 
     def encode(self, split: Split, task: Task, max_seq_length: int | None = None) -> Encoded:
         """Token ids, at the length of its training where none is given."""
+        tables = tables_of(self.model, self.name)
         limit = max_seq_length or int(self.record.get("max_seq_length", RunConfig.max_seq_length))
-        return task.encode(split, self.tokenizer, limit)
+        encoded = task.encode(split, self.tokenizer, tables.limit(limit))
+        tables.check(encoded.features, self.tokenizer, split.place_of)
+        return encoded
 
     def scores(
         self,
@@ -79,12 +83,23 @@ class Predictor:
         task: Task,
         batch_size: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        place: Callable[[int], str] = "row {}".format,
     ) -> list[Tensor]:
-        """The scores of a task of the same labels, in the order of the rows; each row is computed once."""
+        """The scores of a task of the same labels, in the order of the rows; each row is computed once.
+
+        Raises:
+            ModelError: some are not finite.
+        """
         fitted = task.on_head(self.model.config)
         batches = length_sorted_batches(encoded, batch_size)
         outputs = predict_batches(self.model, fitted, encoded, batches, self.tokenizer, self.device, progress)
-        return in_order(outputs, batches, len(encoded))
+        scores = in_order(outputs, batches, len(encoded))
+        if odd := not_finite(scores):
+            raise ModelError(
+                f"{place(odd[0])}: {self.name} gives numbers that are not finite for {len(odd):,} of "
+                f"{len(scores):,} rows: check the weights of its base, or train it again with a lower --learning-rate"
+            )
+        return scores
 
 
 def load_predictor(
@@ -119,14 +134,42 @@ def load_predictor(
         checkpoint = resolve(str(path or found), trust_remote_code=trust_remote_code)
         kind = kind_of_model({}, checkpoint.config().architectures)
         model, fresh = load_model(checkpoint, str(kind.auto_model))
+        record = merged_record(model.config)
         if fresh:
             raise ConfigError(f"{found} has no trained head ({', '.join(fresh)} would be random): train it first")
     tokenizer = load_tokenizer(checkpoint)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    agree_on_padding(model, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
     task = kind.of_record(record, model.config)
     return Predictor(str(path or found), model.to(device), tokenizer, device, task, record)
+
+
+def merged_record(config: Any) -> dict[str, Any]:
+    """What the config.json of a merged model keeps of its training, in the form of an adapter's record; empty without.
+
+    Raises:
+        ModelError: it is not what `craft merge` writes.
+    """
+    kept = getattr(config, MERGED_KEY, {})
+    kinds: dict[str, Any] = {
+        "threshold": (int, float),
+        "max_seq_length": int,
+        "text_columns": list,
+        "label_column": str,
+        "label_separator": str,
+    }
+    for name, value in kept.items() if isinstance(kept, dict) else [("it", kept)]:
+        columns = value if name == "text_columns" else ()
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, kinds.get(name, ()))
+            or not all(isinstance(column, str) for column in columns)
+        ):
+            raise ModelError(
+                f"config.json: {name} under {MERGED_KEY} is {value!r}, which craft merge does not write: correct or delete it"
+            )
+    settings = {name: kept[name] for name in ("threshold", "max_seq_length") if name in kept}
+    return settings | {"data": {name: value for name, value in kept.items() if name not in settings}}
 
 
 def load_adapted(

@@ -43,8 +43,8 @@ Auto = Literal["auto"]
 """Of settings that are numbers unless they are left to craft."""
 THRESHOLD = 0.5
 """Where nothing was found on validation rows."""
-THRESHOLD_KEY = "craft_threshold"
-"""What another threshold is called in the config.json of a merged model, where no other tool looks for it."""
+MERGED_KEY = "craft"
+"""Under it the config.json of a merged model keeps what `craft eval` and `craft predict` need and no other tool looks for."""
 
 GROUPS = (
     "Model and data", "Adapter", "Optimisation", "Evaluation and checkpoints", "Processes and precision", "This call only"

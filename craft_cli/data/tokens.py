@@ -231,8 +231,17 @@ def _tokenise(
         feature = {name: batch[name][row] for name in batch if name != "attention_mask"}
         if of_words:
             feature[_WORDS] = [-1 if word is None else word for word in batch.word_ids(row)]
+        if not feature["input_ids"]:  # nothing stands around a text, and there is none: a model needs one token
+            feature = {name: [0] for name in feature} | {"input_ids": [_blank(tokenizer)]}
+            feature |= {_WORDS: [-1]} if of_words else {}
         features.append(feature)
     return features, cut
+
+
+def _blank(tokenizer: Any) -> int:
+    """The one token of a text without tokens, the same for every such text."""
+    usual = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return next((token for token in usual if token is not None), 0)
 
 
 def _encoded(features: list[dict[str, list[int]]], split: Split, cut: int, limit: int, *, of_words: bool) -> Encoded:
@@ -272,23 +281,19 @@ def _blank_before_words(tokenizer: Any) -> str:
 
 
 def collate(encoded: Encoded, rows: Sequence[int], tokenizer: Any) -> Batch:
-    """A batch, padded to its longest row; what is padding has no target, whatever its token is."""
-    inputs = dict(tokenizer.pad([encoded.features[row] for row in rows], padding="longest", return_tensors="pt"))
-    width = inputs["input_ids"].shape[1]
-    before = [0] * len(rows)
-    if tokenizer.padding_side == "left":
-        before = [width - len(encoded.features[row]["input_ids"]) for row in rows]
-    words, targets = None, None
-    if encoded.words is not None:
-        words = [
-            [place + start if place >= 0 else -1 for place in encoded.words[row]]
-            for row, start in zip(rows, before, strict=True)
-        ]
+    """A batch, padded to its longest row; what is padding has no target, whatever its token is.
+
+    Padding stands on the right, whatever the tokenizer's own side is: there no position and no token of a text depends on
+    the rows beside it.
+    """
+    features = [encoded.features[row] for row in rows]
+    inputs = dict(tokenizer.pad(features, padding="longest", padding_side="right", return_tensors="pt"))
+    words = None if encoded.words is None else [encoded.words[row] for row in rows]
+    targets = None
     if encoded.targets is not None:
-        targets = torch.full((len(rows), width), IGNORED)  # (rows, tokens)
-        for number, (row, start) in enumerate(zip(rows, before, strict=True)):
-            own = torch.tensor(encoded.targets[row])
-            targets[number, start : start + len(own)] = own
+        targets = torch.full(inputs["input_ids"].shape, IGNORED)  # (rows, tokens)
+        for number, row in enumerate(rows):
+            targets[number, : len(encoded.targets[row])] = torch.tensor(encoded.targets[row])
     elif encoded.labels is not None:
         targets = torch.tensor([encoded.labels[row] for row in rows])
     return Batch(inputs, targets, words)

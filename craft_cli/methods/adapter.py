@@ -157,13 +157,16 @@ class Adapter(nn.Module):
             The paths of the modules whose weight changed.
 
         Raises:
-            ValueError: no weight changes; merging nothing is a mistake somewhere before.
+            ValueError: no weight changes (merging nothing is a mistake somewhere before), or the change is not finite.
         """
         if not self._views:
             raise ValueError("this adapter is attached to no model")
         changed = []
+        chains = {name: self.change.chains(name) for name in self._views}
+        if not all(delta(chain).isfinite().all() for layers in chains.values() for chain in layers):
+            raise ValueError("the change is not finite: train again with a lower learning rate")
         for name, views in self._views.items():
-            for view, chain in zip(views, self.change.chains(name), strict=True):
+            for view, chain in zip(views, chains[name], strict=True):
                 weight = view.module_of(root).get_parameter("weight").data
                 before = weight.clone()
                 view.add_to_weight(weight, delta(chain))

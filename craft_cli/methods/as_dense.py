@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from craft_cli.config import THRESHOLD, THRESHOLD_KEY
+from craft_cli.config import MERGED_KEY, THRESHOLD
 from craft_cli.errors import ModelError
 from craft_cli.files import quoted, stamp
 from craft_cli.methods.adapter import Adapter
@@ -66,6 +67,17 @@ class AdaptedBase:
     def threshold(self) -> float:
         """Above which a label applies, where several can."""
         return float(self.saved.record.get("training", {}).get("threshold", THRESHOLD))
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What of the training those must know who evaluate and predict: threshold, length, names of columns."""
+        training = self.saved.record.get("training", {})
+        data = training.get("data") or {}
+        columns = {name: data.get(name) for name in ("text_columns", "label_column", "label_separator")}
+        found = {"max_seq_length": training.get("max_seq_length"), **columns}
+        if self.threshold != THRESHOLD:
+            found["threshold"] = self.threshold
+        return {name: value for name, value in found.items() if value}
 
     def changes(self) -> dict[str, list[tuple[View, str, int]]]:
         """Which views, of which projection and layer, the adapter changes in a tensor, by the tensor's name."""
@@ -160,9 +172,9 @@ class Dense:
         config = adapted.base.model.config
         config.architectures = [type(adapted.base.model).__name__]
         config.dtype = self.dtype
-        vars(config).pop(THRESHOLD_KEY, None)  # of a base that was merged too
-        if adapted.threshold != THRESHOLD:
-            setattr(config, THRESHOLD_KEY, adapted.threshold)
+        vars(config).pop(MERGED_KEY, None)  # of a base that was merged too
+        if adapted.kept:
+            setattr(config, MERGED_KEY, adapted.kept)
         config.save_pretrained(folder)
         for file in adapted.checkpoint.tokenizer_files():
             shutil.copyfile(file, folder / file.name)

@@ -30,7 +30,7 @@ from craft_cli.models.views import View, layer_of
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank; an adapter's rank may be any up to it."""
 VLLM_FAMILIES = ("llama",)
 """Of ours, those whose architectures vLLM serves with LoRA."""
@@ -228,7 +228,10 @@ def vllm_hint(adapted: AdaptedBase, rank: int) -> str:
     if adapted.base.model.config.model_type not in VLLM_FAMILIES:
         return f"{line}; it serves no {adapted.base.model.config.model_type} with LoRA"
     if adapted.saved.head:
-        return f"{line}; it takes no trained head from a LoRA (modules_to_save): serve what `craft merge` writes"
+        return (
+            f"{line}; older versions take no trained head from a LoRA (modules_to_save), newer ones (pull request 53555) only where "
+            "the base they serve has a head of as many labels: else serve what `craft merge` writes"
+        )
     return line
 
 

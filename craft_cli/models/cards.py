@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ With PEFT: `craft merge PATH --format peft` writes a LoRA.""",
     "checkpoint": """With plain transformers (the folder is PATH):
 
     from transformers import pipeline
-    pipeline("{pipeline}", "PATH")("some text")
-
+    pipeline("{pipeline}", "PATH"{options})({text})
+{differences}
 With craft: `craft eval PATH --task TASK` or `craft predict PATH`. With PEFT: nothing is needed, the change is merged.""",
     "peft": """With PEFT (the folder is PATH):
 
@@ -183,6 +183,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
             base=name,
             labels=labels,
             pipeline=pipeline,
+            **_in_a_pipeline(training, pipeline),
         )
     )
     parts.append(f"Method: {method.title}, {method.source}.")
@@ -191,6 +192,25 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         recipe = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=math.inf).strip()
         parts.append(f"## Recipe\n\n```yaml\n{recipe}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _in_a_pipeline(training: Mapping[str, Any], pipeline: str) -> dict[str, str]:
+    """How a pipeline of transformers is to be called so that it answers as craft does, and what is left to its user."""
+    options, text, differences = "", '"some text"', []
+    if pipeline == "text-classification":
+        if training.get("max_seq_length"):
+            options += f", truncation=True, max_length={training['max_seq_length']}"
+        if training.get("problem_type") == "multi_label_classification":
+            options += ", top_k=None"
+            differences.append(
+                f"It gives the score of every label: one applies where it is above {training['threshold']:g}."
+            )
+        columns: Sequence[str] = (training.get("data") or {}).get("text_columns") or ()
+        if len(columns) == 2:
+            text = '{"text": "one text", "text_pair": "another"}'
+            differences.append(f"The first text is the training data's {columns[0]}, the second its {columns[1]}.")
+    lines = "".join(f"\n{line}" for line in differences)
+    return {"options": options, "text": text, "differences": f"{lines}\n" if lines else ""}
 
 
 def base_licence(base: Checkpoint) -> str | None:

@@ -76,7 +76,9 @@ class Checkpoint:
             if "/" in str(content.get(name)) and not self.trusted:  # transformers would fetch and run it
                 raise ModelError(f"{path}: {name} names code on the hub, which runs only with --trust-remote-code")
         with told_in_one_line(str(path)):
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trusted)
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trusted)
+        config.id2label = output_names(config.id2label)
+        return config
 
     def tokenizer_files(self) -> list[Path]:
         """The files a tokenizer is made of; of one that the user trusts, its code too."""
@@ -198,6 +200,15 @@ class TensorReader:
             else:
                 self._open[file] = _unpickled(path)
         return self._open[file]
+
+
+def output_names(id2label: Mapping[int, Any] | None) -> dict[int, str]:
+    """The names of a head's outputs as text; LABEL_0, LABEL_1, ... where a configuration does not name each of them."""
+    names = {number: str(name) for number, name in (id2label or {}).items() if isinstance(name, (str, int, float))}
+    count = len(id2label or ()) or 2
+    if sorted(names) != list(range(count)) or len(set(names.values())) != count:
+        return {number: f"LABEL_{number}" for number in range(count)}
+    return dict(sorted(names.items()))
 
 
 def fingerprint(layers: Iterable[Any], dtype: torch.dtype | None = None) -> str:

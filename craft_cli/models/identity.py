@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from craft_cli.config import THRESHOLD_KEY
+from craft_cli.config import MERGED_KEY
 from craft_cli.errors import FileError, ModelError
 from craft_cli.files import cache_folder, quoted, raw_bytes, read_json, stamp, write_json
 from craft_cli.models.checkpoint import Checkpoint, TensorReader
@@ -28,7 +28,7 @@ _NOT_COMPUTED_WITH = {
     "architectures", "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id",
     "num_labels", "problem_type", "finetuning_task", "pad_token_id", "use_cache", "output_attentions", "output_hidden_states",
     "return_dict", "auto_map", "attn_implementation", "quantization_config", "chunk_size_feed_forward", "torchscript",
-    "gradient_checkpointing", "task_specific_params", THRESHOLD_KEY,
+    "gradient_checkpointing", "task_specific_params", MERGED_KEY,
 }  # fmt: skip
 """Of a configuration; labels and padding are the adapter's own."""
 

@@ -11,7 +11,7 @@ import torch
 
 from craft_cli.errors import ModelError
 from craft_cli.files import quoted
-from craft_cli.models.checkpoint import CONFIG, MOST_LAYERS, Checkpoint
+from craft_cli.models.checkpoint import CONFIG, MOST_LAYERS, Checkpoint, output_names
 from craft_cli.models.damage import told_in_one_line
 from craft_cli.models.quantization import after_loading, quantization_config
 
@@ -67,6 +67,7 @@ def load_model(
             **(options or {}),
             **more,
         )
+    model.config.id2label = output_names(model.config.id2label)
     return model, sorted(set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]})
 
 
@@ -190,7 +191,7 @@ def head_of(model: Any, fresh: Sequence[str]) -> list[str]:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer, able to pad.
+    """The checkpoint's tokenizer; what it pads with is settled by `models.tables.agree_on_padding`.
 
     Raises:
         ModelError: it has none that transformers can load.
@@ -199,10 +200,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     problem = f"{checkpoint.name} holds no tokenizer that transformers can load"
     with told_in_one_line(problem), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trusted)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trusted)
 
 
 def check_model(model: Any, told: str) -> None:

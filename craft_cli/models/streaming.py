@@ -18,6 +18,7 @@ from craft_cli.errors import ModelError
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.damage import told_in_one_line
 from craft_cli.models.loading import base_tensors, build_empty, load_tokenizer, stored_names
+from craft_cli.models.tables import settle_padding, tables_in
 from craft_cli.models.views import layer_of
 
 Read = Callable[[str], Tensor]
@@ -144,11 +145,13 @@ def probe(checkpoint: Checkpoint) -> dict[str, Tensor]:
     Raises:
         ModelError: it has none that works.
     """
-    tokenizer = load_tokenizer(checkpoint)
-    positions = getattr(checkpoint.config(), "max_position_embeddings", None) or 128  # some families count from 2
-    limit = min(tokenizer.model_max_length, 64, positions // 2)
+    tokenizer, tables = load_tokenizer(checkpoint), tables_in(checkpoint)
+    settle_padding(tokenizer, tables)
+    limit = tables.limit(min(tokenizer.model_max_length, 64))
     with told_in_one_line(f"{checkpoint.name}: its tokenizer fails"):
-        return dict(tokenizer(list(_PROBE), padding=True, truncation=True, max_length=limit, return_tensors="pt"))
+        batch = dict(tokenizer(list(_PROBE), padding=True, truncation=True, max_length=limit, return_tensors="pt"))
+    batch["input_ids"] = batch["input_ids"].clamp(max=tables.tokens - 1)  # a tokenizer may give more than that
+    return batch
 
 
 def _skeleton(checkpoint: Checkpoint, class_name: str, told: Mapping[str, Any]) -> Any:

@@ -49,3 +49,9 @@ def in_order(outputs: Sequence[Sequence[Any]], batches: Sequence[Sequence[int]],
         raise CraftError(f"evaluation counted {len(rows)} rows of {examples}; please report this")
     found = dict(zip(rows, (scores for batch in outputs for scores in batch), strict=True))
     return [found[row] for row in range(examples)]
+
+
+def not_finite(scores: Sequence[Tensor]) -> list[int]:
+    """The rows whose scores are not all finite; words (words, labels) without a token, whose scores are all -inf, apart."""
+    seen = [row[~row.isneginf().all(dim=-1)] if row.ndim > 1 else row for row in scores]
+    return [number for number, row in enumerate(seen) if not row.isfinite().all()]

@@ -219,7 +219,10 @@ def _names(value: Any, task: Task, place: Place, row: int) -> list[str]:
     elif is_missing(value) or value == "":
         raise DataError(f"{place(row)}: column '{task.label_column}' has no label")
     elif isinstance(value, (list, tuple)):
-        raise DataError(f"{place(row)}: column '{task.label_column}' is a list; one label a row is expected")
+        raise DataError(
+            f"{place(row)}: column '{task.label_column}' is a list; one label a row is expected "
+            f"(--problem-type {MULTI} where several can apply)"
+        )
     else:
         parts = [value]
     for part in parts:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from craft_cli.config import THRESHOLD, THRESHOLD_KEY
+from craft_cli.config import MERGED_KEY, THRESHOLD
 from craft_cli.errors import ModelError
 from craft_cli.tasks.labels import MULTI, REGRESSION
 from craft_cli.tasks.probe import Linear, Progress, fit_labels, fit_numbers, fit_several
@@ -112,16 +112,16 @@ def balanced_weights(gold: Sequence[Any], problem_type: str, labels: int) -> lis
     return [len(gold) / (labels * max(counts[number], 1)) for number in range(labels)]
 
 
-def kept_threshold(record: Mapping[str, Any], config: Any) -> float:
-    """The threshold that an adapter's record tells, or the configuration of a merged model.
+def kept_threshold(record: Mapping[str, Any]) -> float:
+    """The threshold that the record of a training tells.
 
     Raises:
         ModelError: it is none.
     """
-    told = record.get("threshold", getattr(config, THRESHOLD_KEY, THRESHOLD))
+    told = record.get("threshold", THRESHOLD)
     if not isinstance(told, (int, float)) or not 0 < told < 1:
         raise ModelError(
-            f"the model's threshold ({THRESHOLD_KEY}) is {told!r}, not a number between 0 and 1: correct it"
+            f"the model's threshold (in config.json, under {MERGED_KEY}) is {told!r}, not a number between 0 and 1: correct it"
         )
     return float(told)
 

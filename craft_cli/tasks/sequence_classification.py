@@ -44,13 +44,11 @@ from craft_cli.tasks.problems import (
     summed_loss,
     units_of,
 )
-from craft_cli.tasks.texts import columns_of, guess_texts, text_of, texts_of
+from craft_cli.tasks.texts import columns_of, settled_columns, text_of, texts_of
 
 if TYPE_CHECKING:
     from craft_cli.data.readers import Row
     from craft_cli.data.tables import Table
-
-_LABELS = ("label", "labels", "score", "target", "class")
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class SequenceClassification(Labelled):
     @classmethod
     def of_record(cls, record: Mapping[str, Any], config: Any) -> SequenceClassification:
         """Of a checkpoint: what its configuration says, or what one output and several usually mean."""
-        threshold = kept_threshold(record, config)
+        threshold = kept_threshold(record)
         if record.get("task", OWN) != OWN:
             from craft_cli.tasks.glue import task_named
 
@@ -145,17 +143,26 @@ class SequenceClassification(Labelled):
 
     def chosen(self, source: DataSource) -> SequenceClassification:
         """With columns, separator and kind of problem as the user names them."""
+        problem = source.problem_type or self.problem_type
+        separator = source.label_separator or self.label_separator
+        task = self
+        if problem != self.problem_type and self.labels:  # of a trained head that does not tell
+            if REGRESSION in (problem, self.problem_type):
+                raise ConfigError(f"--problem-type {problem}: the model was trained for {self.problem_type}")
+            task = replace(self, metrics=OWN_METRICS[problem])
+            separator = (separator or ",") if problem == MULTI else None
         return replace(
-            self,
+            task,
             text_columns=source.text_columns or self.text_columns,
-            label_separator=source.label_separator or self.label_separator,
-            problem_type=source.problem_type or self.problem_type,
+            label_separator=separator,
+            problem_type=problem,
             label_column=source.label_column or self.label_column,
         )
 
     def read(self, table: Table, *, labelled: bool) -> tuple[SequenceClassification, Split]:
         """Texts, and gold where there is a column of labels."""
-        task = self._with_columns(table, labelled=labelled)
+        columns, label = settled_columns(table, self.text_columns, self.label_column, labelled=labelled)
+        task = replace(self, text_columns=columns, label_column=label)
         texts = list(zip(*(texts_of(table, column) for column in task.text_columns), strict=True))
         labels = None
         if task.label_column in table.columns:
@@ -179,7 +186,9 @@ class SequenceClassification(Labelled):
                 return one, two
             return tuple(text_of(row.cells.get(name), name, lambda: f"{origin}, {row.place}") for name in names)
 
-        return lambda rows: Split([texts(row) for row in rows], None, origin)
+        return lambda rows: Split(
+            [texts(row) for row in rows], None, origin, place=lambda row: f"{origin}, {rows[row].place}"
+        )
 
     def notes(self, rows: Mapping[str, Split]) -> list[str]:
         """Of the labels or the numbers too."""
@@ -381,19 +390,3 @@ class SequenceClassification(Labelled):
             "label_column": self.label_column,
             "problem_type": self.problem_type,
         }
-
-    def _with_columns(self, table: Table, *, labelled: bool) -> SequenceClassification:
-        """The task with its columns: as given, as the task has them, or as they are usually called."""
-        texts = self.text_columns or guess_texts(table.columns)
-        if not texts:
-            raise DataError(
-                f"{table.origin}: which columns hold the text? It has {', '.join(table.columns)} (choose with --text-columns)"
-            )
-        label = self.label_column or next((guess for guess in _LABELS if guess in table.columns), _LABELS[0])
-        wanted_columns = dict.fromkeys(texts, "--text-columns") | ({label: "--label-column"} if labelled else {})
-        for column, wanted in wanted_columns.items():
-            if column not in table.columns:
-                raise DataError(
-                    f"{table.origin} has no column '{column}'; it has {', '.join(table.columns)} (choose with {wanted})"
-                )
-        return replace(self, text_columns=texts, label_column=label)

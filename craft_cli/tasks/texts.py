@@ -18,6 +18,8 @@ _TEXTS = (
     ("question", "sentence"),
 )  # fmt: skip
 
+_LABELS = ("label", "labels", "score", "target", "class")
+
 
 def guess_texts(columns: Sequence[str]) -> tuple[str, ...]:
     """The columns of one text or a pair by their usual names; none if there are none."""
@@ -37,6 +39,27 @@ def columns_of(first: Row, origin: str, wanted: Sequence[str]) -> tuple[str, ...
         needed = f"no columns {' and '.join(wanted)}" if wanted else "no column that is usually a text"
         raise DataError(f"{origin} has {needed}; it has {', '.join(first.cells)} (choose with --text-columns)")
     return found
+
+
+def settled_columns(table: Table, texts: tuple[str, ...], label: str, *, labelled: bool) -> tuple[tuple[str, ...], str]:
+    """The columns of texts and of labels: those wanted, or as they are usually called.
+
+    Raises:
+        DataError: one of them is not there.
+    """
+    texts = texts or guess_texts(table.columns)
+    if not texts:
+        raise DataError(
+            f"{table.origin}: which columns hold the text? It has {', '.join(table.columns)} (choose with --text-columns)"
+        )
+    label = label or next((guess for guess in _LABELS if guess in table.columns), _LABELS[0])
+    wanted_columns = dict.fromkeys(texts, "--text-columns") | ({label: "--label-column"} if labelled else {})
+    for column, wanted in wanted_columns.items():
+        if column not in table.columns:
+            raise DataError(
+                f"{table.origin} has no column '{column}'; it has {', '.join(table.columns)} (choose with {wanted})"
+            )
+    return texts, label
 
 
 def texts_of(table: Table, column: str) -> list[str]:

@@ -145,14 +145,18 @@ class TokenClassification(Labelled):
 
         def read(rows: Sequence[Row]) -> Split:
             cells = [row.cells.get(name) for row in rows]
+
+            def place(number: int) -> str:
+                return f"{origin}, {rows[number].place}"
+
             for row, cell in zip(rows, cells, strict=True):
                 if in_lines and not isinstance(cell, str):
                     raise DataError(f"{origin}, {row.place}: column '{name}' holds no text")
             if in_lines:
-                return Split([tuple(_NOT_BLANK.findall(str(line))) for line in cells], None, origin, [*map(str, cells)])
-            places = [lambda row=row: f"{origin}, {row.place}" for row in rows]
-            texts = [_parts(cell, "words", name, place) for cell, place in zip(cells, places, strict=True)]
-            return Split(texts, None, origin)
+                words = [tuple(_NOT_BLANK.findall(str(line))) for line in cells]
+                return Split(words, None, origin, [*map(str, cells)], place=place)
+            texts = [_parts(cell, "words", name, partial(place, row)) for row, cell in enumerate(cells)]
+            return Split(texts, None, origin, place=place)
 
         return read
 

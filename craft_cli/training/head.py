@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from craft_cli.config import AUTO, RunConfig
 from craft_cli.data.batches import length_sorted_batches
 from craft_cli.errors import ModelError
-from craft_cli.tasks.inference import in_order, predict_batches
+from craft_cli.tasks.inference import in_order, not_finite, predict_batches
 from craft_cli.training.preparation import Prepared
 
 MOST_ROWS = 10_000
@@ -222,14 +222,12 @@ def _inputs(features: Sequence[Tensor], name: str) -> Tensor:
     Raises:
         ModelError: some are not finite.
     """
-    seen = [row[~row.isneginf().all(dim=-1)] if row.ndim > 1 else row[None] for row in features]
-    odd = sum(not row.isfinite().all() for row in seen)
-    if odd:
+    if odd := len(not_finite(features)):
         raise ModelError(
-            f"{name} gives numbers that are not finite for {odd:,} of {len(seen):,} training rows, so no head can be fitted: "
+            f"{name} gives numbers that are not finite for {odd:,} of {len(features):,} training rows, so no head can be fitted: "
             f"{WHY_NOT_FINITE}"
         )
-    return torch.cat(seen)
+    return torch.cat([row[~row.isneginf().all(dim=-1)] if row.ndim > 1 else row[None] for row in features])
 
 
 def share_of_rows(gold: Sequence[Any], most: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -17,6 +17,7 @@ from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.models.cards import model_card
 from craft_cli.plots import training_curve
 from craft_cli.tasks.base import Task
+from craft_cli.tasks.inference import not_finite
 from craft_cli.tasks.metrics import lower_is_better, renamed
 from craft_cli.training.head import KEPT, RANDOM, WHY_NOT_FINITE, LastLayer
 from craft_cli.training.preparation import Measured, Prepared, data_record, resolved_recipe
@@ -98,14 +99,15 @@ class Journal:
         self.baselines = {SAME_ANSWER: prepared.task.baseline(prepared.train.labels or [], gold)}
         self.evaluated = -1
 
-    def update(self, step: int, epoch: float, loss: float, rate: float, examples: int) -> None:
+    def update(self, step: int, epoch: float, loss: float, rate: float, examples: int, gradient: float = 0.0) -> None:
         """An update was made.
 
         Raises:
-            CraftError: its loss is not finite.
+            CraftError: its loss or the norm of its gradient is not finite.
         """
-        if not math.isfinite(loss):
-            raise CraftError(f"the loss is {loss} at update {step}{self._advice(step - 1)}")
+        for what, value in (("loss", loss), ("gradient", gradient)):
+            if not math.isfinite(value):
+                raise CraftError(f"the {what} is {value} at update {step}{self._advice(step - 1)}")
         self._since.append(loss)
         told = step % self._config.logging_steps == 0 or step == 1
         if told:
@@ -114,6 +116,17 @@ class Journal:
         self._listener.updated(step, self._loss, rate, examples)
         if told:
             self._listener.logged(step, epoch, self._loss, rate)
+
+    def check_scores(self, step: int, scores: Sequence[Tensor]) -> None:
+        """Before anything is made of the scores of an evaluation.
+
+        Raises:
+            CraftError: some are not finite.
+        """
+        if odd := not_finite(scores):
+            when = f"after update {step}" if step else "before the first update"
+            rows = f"{len(odd):,} of {len(scores):,} validation rows"
+            raise CraftError(f"the scores of {rows} are not finite {when}{self._advice(step)}")
 
     def evaluation(self, step: int, epoch: float, measured: Measured) -> None:
         """An evaluation is complete.

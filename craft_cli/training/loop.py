@@ -8,6 +8,7 @@ An interrupted training resumes from its newest checkpoint and computes what it 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 
@@ -48,17 +49,19 @@ def update(training: Training, rows: Sequence[int]) -> None:
     loss = accumulate_gradients(training, rows)
     if training.sharded:  # it leaves whole parameters alone
         average_gradients(training.trainable)
-    if training.config.max_grad_norm:
-        accelerator.clip_grad_norm_(training.trainable, training.config.max_grad_norm)
+    norm = accelerator.clip_grad_norm_(training.trainable, training.config.max_grad_norm or math.inf)
+    if accelerator.scaler is not None:  # it leaves out an update that overflows, and goes on with a smaller scale
+        norm = None
     optimizer.step()
     rate = training.schedule.get_last_lr()[0]
     training.schedule.step()
     optimizer.zero_grad()
     training.step += 1
     # One exchange for the loss and for a signal on any process, so that all stop after the same update.
-    told = accelerator.gather(torch.stack([loss, loss.new_tensor(training.stop.received)])).view(-1, 2)
+    of_gradient = loss.new_zeros(()) if norm is None else norm.to(loss)
+    told = accelerator.gather(torch.stack([loss, loss.new_tensor(training.stop.received), of_gradient])).view(-1, 3)
     loss_in_units = float(told[:, 0].mean()) * training.prepared.task.units[1] ** 2
-    training.journal.update(training.step, training.epoch, loss_in_units, rate, len(rows))
+    training.journal.update(training.step, training.epoch, loss_in_units, rate, len(rows), float(told[:, 2].sum()))
     training.stopped = int(told[:, 1].max())
 
 
@@ -107,6 +110,7 @@ def measure(training: Training) -> Measured | None:
         found = everyones_scores(training, encoded)
         if found is None:
             return None
+        training.journal.check_scores(training.step, found)
         scores[name] = found
     return training.prepared.measure(scores, calibrate=training.config.calibrate)
 

@@ -28,6 +28,7 @@ from craft_cli.models.hub import resolve
 from craft_cli.models.identity import Base, base_of
 from craft_cli.models.loading import head_of, load_model, load_quantised, load_tokenizer, recompute_activations
 from craft_cli.models.stacks import Weights, read_weights
+from craft_cli.models.tables import agree_on_padding, tables_in
 from craft_cli.tasks.base import OWN, Task
 from craft_cli.tasks.metrics import renamed
 from craft_cli.tasks.splits import load_splits
@@ -160,6 +161,7 @@ def prepare(
     if former and not config.allow_other_base:
         former.check(base, "--resume: the run" if config.resume else f"--init-from: {config.init_from}", training=True)
     progress("reading the base", 1, 1)
+    tables = tables_in(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     if loaded.task.name == OWN or config.dry_run:
         notes += loaded.task.notes(rows)
@@ -167,16 +169,18 @@ def prepare(
         name: loaded.task.encode(
             split,
             tokenizer,
-            config.max_seq_length,
+            tables.limit(config.max_seq_length),
             lambda done, total: progress("tokenising", done, total),
             cache_folder(config.cache_dir),
         )
         for name, split in rows.items()
     }
     for name, part in encoded.items():
+        tables.check(part.features, tokenizer, rows[name].place_of)
         if part.cut:
             share = f"{part.cut:,} of {len(part):,} rows of {rows[name].origin}"
-            notes.append(f"{share} are longer than {part.limit} tokens and were cut (--max-seq-length)")
+            why = "--max-seq-length" if part.limit == config.max_seq_length else "the model takes no more"
+            notes.append(f"{share} are longer than {part.limit} tokens and were cut ({why})")
     if config.load_in_4bit or config.load_in_8bit:
         notes.append("the base is quantised in training only: craft eval, predict and merge take it in full precision")
     train = encoded.pop(TRAIN)
@@ -252,8 +256,7 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
     else:
         model, fresh = load_model(prepared.checkpoint, name, options)
     freeze_cache(model)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = prepared.tokenizer.pad_token_id
+    agree_on_padding(model, prepared.tokenizer)
     head = head_of(model, fresh)
     adapter = attach_prepared(model, prepared.method, prepared.frozen, config.method_options, head, prepared.base)
     if config.gradient_checkpointing:

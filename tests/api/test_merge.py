@@ -194,7 +194,7 @@ def test_a_threshold_goes_with_the_merged_model(pico: Make) -> None:
     craft.train(own_config(pico(), data, threshold=0.23))
     result = craft.merge("out")
     assert result.threshold == 0.23
-    assert json.loads(Path(result.output, "config.json").read_text())["craft_threshold"] == 0.23
+    assert json.loads(Path(result.output, "config.json").read_text())["craft"]["threshold"] == 0.23
     run = craft.evaluate("out", predictions="run.jsonl")
     merged = craft.evaluate(result.output, source=DataSource(data_dir="data"), predictions="merged.jsonl")
     assert merged.metrics == pytest.approx(dict(run.metrics), abs=1e-5)
@@ -220,15 +220,56 @@ def test_a_threshold_of_the_base_does_not_outlive_its_model(pico: Make) -> None:
     craft.train(own_config(Path(craft.merge("first").output), data, threshold=0.5, num_train_epochs=1))
     result = craft.merge("out")
     assert result.threshold is None
-    assert "craft_threshold" not in json.loads(Path(result.output, "config.json").read_text())
+    assert "threshold" not in json.loads(Path(result.output, "config.json").read_text())["craft"]
     assert "threshold" not in invoke("merge", "out", "--output-dir", "again").stdout
 
 
-@pytest.mark.parametrize("value", ["0.3; rm", 2.0, None, True])
-def test_a_threshold_that_is_none_is_refused(value: object, pico: Make) -> None:
-    data = several_labels(Path("data"))
-    craft.train(own_config(pico(), data, threshold=0.23, num_train_epochs=1))
-    config = Path(craft.merge("out").output, "config.json")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"craft_threshold": value}))
-    with pytest.raises(ModelError, match="not a number between 0 and 1"):
-        craft.evaluate(config.parent, source=DataSource(data_dir="data"))
+def test_a_merged_model_keeps_its_length_and_its_columns(pico: Make) -> None:
+    """It answers as the run does: at the same length, pairs as pairs, several labels as such; its card tells a pipeline."""
+    rows = [{"premise": f"{row['sentence']} " * 3, "hypothesis": "the film was", "verdict": ["no", "yes"][row["label"]]}
+            for row in opinions(24, 1)]  # fmt: skip
+    for split in ("train", "validation"):
+        write_rows(Path(f"data/{split}.jsonl"), rows)
+    craft.train(own_config(pico(), Path("data"), label_column="verdict", max_seq_length=16, num_train_epochs=1))
+    merged = craft.merge("out").output
+    run = craft.evaluate("out")
+    assert craft.evaluate(merged, source=DataSource(data_dir="data")).metrics == pytest.approx(
+        dict(run.metrics), abs=1e-5
+    )
+    assert craft.evaluate(merged, source=DataSource(data_dir="data"), max_seq_length=40).metrics[
+        "loss"
+    ] != pytest.approx(run.metrics["loss"], abs=1e-5)
+    for line in (["the film was good"], ["the film\tbad room"]):
+        Path("lines.txt").write_text("\n".join(line) + "\n")
+        said = [invoke("predict", path, "--input", "lines.txt") for path in ("out", merged)]
+        assert [result.exit_code for result in said] == ([1, 1] if "\t" not in line[0] else [0, 0])
+        assert said[0].stdout == said[1].stdout
+    config = json.loads(Path(merged, "config.json").read_text())
+    assert config["craft"] == {
+        "max_seq_length": 16, "text_columns": ["premise", "hypothesis"], "label_column": "verdict"
+    }  # fmt: skip
+    card = Path(merged, "README.md").read_text()
+    assert "truncation=True, max_length=16" in card
+    call = next(line for line in card.splitlines() if "PATH" in line and "pipeline(" in line).strip()
+    from transformers import pipeline
+
+    pair = {"text": rows[0]["premise"], "text_pair": rows[0]["hypothesis"]}
+    call = call.replace('"PATH"', repr(merged)).replace('{"text": "one text", "text_pair": "another"}', "pair")
+    (answer,) = [eval(call, {"pipeline": pipeline, "pair": pair})]
+    invoke("predict", merged, "--input", "data/train.jsonl", "--output", "answers.jsonl")
+    first = json.loads(Path("answers.jsonl").read_text().splitlines()[0])
+    assert first["prediction"] == answer["label"]
+    assert first["scores"][answer["label"]] == pytest.approx(answer["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("threshold", "0.3; rm"), ("threshold", 2.0), ("threshold", True), ("max_seq_length", "long"), ("columns", ["a"]),
+     ("text_columns", [3]), ("label_column", None)],
+)  # fmt: skip
+def test_what_a_merged_model_cannot_have_kept_is_refused(name: str, value: object, run: Path) -> None:
+    config = Path(craft.merge("run").output, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"craft": {name: value}}))
+    with pytest.raises(ModelError, match=r"not a number between 0 and 1|does not write") as refused:
+        craft.evaluate(config.parent, source=DataSource(task="sst2", data_dir="data"))
+    assert "\n" not in str(refused.value)

@@ -148,7 +148,7 @@ def test_a_base_that_gives_no_finite_numbers_is_named_with_the_rows(broken: Path
 def test_before_the_first_update_no_lower_rate_is_advised(broken: Path, data_dir: Path) -> None:
     with pytest.raises(CraftError) as stopped:
         craft.train(config(broken, data_dir))
-    assert "the validation loss is nan before the first update" in str(stopped.value)
+    assert "validation rows are not finite before the first update" in str(stopped.value)
     with pytest.raises(CraftError) as later:
         craft.train(config(broken, data_dir, output_dir="blind", eval_strategy="no", per_device_train_batch_size=45))
     assert "the loss is nan at update 1" in str(later.value)

@@ -124,7 +124,7 @@ def _adapter(path: Path, folder: Path) -> Inspection:
         facts["metrics"] = training.get("metrics") or None
         facts |= training.get("baselines") or {}
     if run and run.results():
-        facts["examples"] = run.results()["examples"]
+        facts["examples"] = run.results().get("examples")
     if run:
         facts["state"] = run.state()
     projections = []

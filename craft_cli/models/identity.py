@@ -165,16 +165,20 @@ def _sha256(tensor: Tensor) -> str:
 
 def _file_hashes(reader: TensorReader, cache_dir: str | Path | None) -> dict[str, str]:
     """The hash of every tensor in the files of a checkpoint, computed once for each file."""
+    try:
+        folder: Path | None = cache_folder(cache_dir) / "hashes"
+    except FileError:  # a user without a home: they are computed each time
+        folder = None
     found: dict[str, str] = {}
     for path in reader.weight_files():
-        key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-        record, mark = cache_folder(cache_dir) / "hashes" / f"{key}.json", stamp(path)
-        names = reader.names_in(path.name)
-        known = _known(record, mark)
+        key, mark = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16], stamp(path)
+        names, record = reader.names_in(path.name), folder and folder / f"{key}.json"
+        known = _known(record, mark) if record else {}
         if known.keys() != set(names):
             known = {name: _sha256(reader.read(name)) for name in names}
             with suppress(FileError):  # they are only kept to save time
-                write_json(record, {"stamp": mark, "sha256": known})
+                if record:
+                    write_json(record, {"stamp": mark, "sha256": known})
         found |= known
     return found
 

@@ -200,7 +200,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     problem = f"{checkpoint.name} holds no tokenizer that transformers can load"
     with told_in_one_line(problem), quiet_transformers():
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trusted)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trusted)
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, (int, float)) or not longest > 0:
+        raise ModelError(f"{problem}: its model_max_length is {quoted(longest)}")
+    return tokenizer
 
 
 def check_model(model: Any, told: str) -> None:

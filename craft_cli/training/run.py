@@ -23,6 +23,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from craft_cli.config import comment, load_recipe
 from craft_cli.errors import FileError
 from craft_cli.files import (
@@ -38,6 +40,7 @@ from craft_cli.files import (
     holds_something,
     is_kind,
     locked,
+    quoted,
     read_json,
     read_marker,
     steadily,
@@ -228,12 +231,14 @@ class Run:
         return load_recipe(str(path)) if path.is_file() else {}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; one that was cut while it was written is left out."""
+        """The lines of metrics.jsonl; one that was cut while it was written, or damaged, is left out."""
         lines = []
         if self.metrics_file.is_file():
             for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
-                    lines.append(json.loads(line))
+                with contextlib.suppress(ValueError, RecursionError):
+                    found = json.loads(line)
+                    if isinstance(found, dict) and type(found.get("step")) is int and _plain(found):
+                        lines.append(found)
         return lines
 
     def append_metrics(self, line: dict[str, Any]) -> None:
@@ -249,9 +254,21 @@ class Run:
         write_json(self.path / "all_results.json", results)
 
     def results(self) -> dict[str, Any]:
-        """What all_results.json says; empty for a run that did not end."""
+        """What all_results.json says; empty for a run that did not end.
+
+        Raises:
+            FileError: it is damaged.
+        """
         path = self.path / "all_results.json"
-        return read_json(path) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        content = read_json(path)
+        try:
+            _Results.model_validate(content)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            raise FileError(f"{path} is damaged: {quoted(where)}: {error.errors()[0]['msg']}") from None
+        return content
 
     def is_run(self) -> bool:
         """Whether this looks like a run folder, wherever it comes from."""
@@ -260,6 +277,21 @@ class Run:
     def is_ours(self) -> bool:
         """Whether craft began a run here, which may then go on or be overwritten."""
         return is_kind(self.path, RUN)
+
+
+class _Results(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    metrics: dict[str, float] | None = None
+    baselines: dict[str, dict[str, float]] = {}
+    tables: dict[str, Any] = {}
+    examples: int = 0
+    updates: int = 0
+    epoch: float = 0.0
+
+
+def _plain(line: dict[str, Any]) -> bool:
+    return all(value is None or isinstance(value, (int, float, str)) for value in line.values())
 
 
 def checkpoints(run: Run) -> list[Path]:

@@ -137,3 +137,13 @@ def test_resuming_and_going_on_from_another_run(pico: Callable[..., Path], data_
     weight(Path("base"), "encoder.layer.0.attention.self.query.weight")
     again = config(Path("base"), data_dir, max_steps=4, resume=True, allow_other_base=True, **settings)
     assert craft.train(again).updates >= 1
+
+
+def test_a_user_without_a_home_is_served(pico: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    one = identity(pico())
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nobody)
+    assert identity(pico()) == one

@@ -227,3 +227,13 @@ def test_a_base_that_is_replaced_while_it_is_merged(base: Path) -> None:
     with pytest.raises(ModelError, match="was replaced while it was read"):
         craft.merge("adapter", "merged", progress=replaced)
     assert not Path("merged").exists()
+
+
+@pytest.mark.parametrize("longest", ["save", 0, -3, None, [5]])
+def test_a_tokenizer_of_no_length(base: Path, longest: Any) -> None:
+    edit(base / "tokenizer_config.json", model_max_length=longest)
+    if longest is None:  # transformers then takes any length
+        assert load_tokenizer(resolve(str(base))).model_max_length > 1e6
+    else:
+        with pytest.raises(ModelError, match="its model_max_length is"):
+            load_tokenizer(resolve(str(base)))

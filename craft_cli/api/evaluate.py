@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from craft_cli.api.predictor import Predictor, load_predictor
 from craft_cli.config import RunConfig, parse_settings
 from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
+from craft_cli.data.tokens import Unseen
 from craft_cli.data.writers import format_of, open_records
 from craft_cli.errors import DataError, nearest
 from craft_cli.tasks.metrics import renamed
@@ -107,6 +108,7 @@ def evaluate(
     gold: list[Any] = []
     every: list[Tensor] = []
     mistakes: list[tuple[float, dict[str, Any]]] = []
+    unseen: list[str] = []
     with open_records(Path(predictions), format_of(Path(predictions))) if predictions else nullcontext() as writer:
         for name, whole in loaded.splits.items():
             part = whole.first(max_eval_samples)
@@ -116,6 +118,7 @@ def evaluate(
                 )
             encoded = predictor.encode(part, task, max_seq_length)
             scores = predictor.scores(encoded, task, per_device_eval_batch_size, progress, part.place_of)
+            unseen.append(Unseen().add(encoded).note(part.origin, max_seq_length))
             metrics |= renamed(task.measure(scores, part.labels), name, loaded.splits)
             gold += part.labels
             every += scores
@@ -130,7 +133,7 @@ def evaluate(
         labels=task.labels,
         worst=[row for _, row in mistakes] if worst else None,
         predictions=str(predictions) if predictions else None,
-        notes=_notes(predictor, source, loaded) or None,
+        notes=[*_notes(predictor, source, loaded), *filter(None, unseen)] or None,
         **task.tables(every, gold),
     )
 

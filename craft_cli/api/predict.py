@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from craft_cli.api.predictor import Predictor, load_predictor
 from craft_cli.config import RunConfig
 from craft_cli.data.readers import SUFFIXES, TEXT, Row, read_rows, read_stdin
+from craft_cli.data.tokens import Encoded, Unseen
 from craft_cli.data.writers import RecordWriter, format_of, open_records
 from craft_cli.errors import CraftError, DataError, plain
 from craft_cli.files import check_inputs
@@ -62,7 +63,7 @@ def predict(
     blocks = _answers(
         predictor, iter(rows), "texts", in_lines, (), max_seq_length, per_device_eval_batch_size, len(rows)
     )
-    return [answer for block in blocks for answer in block]
+    return [answer for block, _ in blocks for answer in block]
 
 
 def _cells(text: Any, place: str, columns: Sequence[str]) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def predict_file(
     trust_remote_code: bool = False,
     allow_other_base: bool = False,
     progress: Callable[[int], None] = lambda rows: None,
+    noticed: Callable[[str], None] = lambda what: None,
 ) -> int:
     """Predict for the rows of a file or of standard input; neither rows nor predictions are ever held whole.
 
@@ -108,6 +110,7 @@ def predict_file(
         trust_remote_code: run Python code that comes with the model.
         allow_other_base: take an adapter whose base is not as it was in training.
         progress: called with the number of rows done.
+        noticed: called at the end with what the user should know: rows that were cut.
 
     Returns:
         How many rows there were.
@@ -143,11 +146,15 @@ def predict_file(
         size,
     )
     done = 0
+    unseen = Unseen()
     with _writer(output, kind) as writer:
-        for block in answers:
+        for block, encoded in answers:
             writer.write(block)
+            unseen.add(encoded)
             done += len(block)
             progress(done)
+    if note := unseen.note(origin, max_seq_length):
+        noticed(note)
     return done
 
 
@@ -160,8 +167,8 @@ def _answers(
     max_seq_length: int | None,
     batch_size: int,
     at_once: int,
-) -> Iterator[list[dict[str, Any]]]:
-    """The answers for so many rows at once, in their order; there is one row at least."""
+) -> Iterator[tuple[list[dict[str, Any]], Encoded]]:
+    """The answers for so many rows at once, in their order, and their tokens; there is one row at least."""
     task, first = predictor.task, next(rows)
     read = task.reader(first, origin, plain=in_lines, columns=columns)
     rows = chain([first], rows)
@@ -169,7 +176,7 @@ def _answers(
         split = read(block)
         encoded = predictor.encode(split, task, max_seq_length)
         scores = predictor.scores(encoded, task, batch_size, place=split.place_of)
-        yield list(task.records(scores, split))
+        yield list(task.records(scores, split)), encoded
 
 
 class _Screen:

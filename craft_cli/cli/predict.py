@@ -50,6 +50,7 @@ def command(
             output=output,
             output_format=output_format,
             progress=lambda done: progress(f"{done:,} rows predicted"),
+            noticed=console.note,
             **given,
         )
     if output:

@@ -34,11 +34,12 @@ def sentences(lines: Iterable[tuple[int, str]], origin: str) -> Iterator[Row]:
     Lines of `-DOCSTART-` divide documents; comments before a sentence (`# id ...`, `# text = ...`) are left out.
 
     Raises:
-        DataError: a word without a tag among words with one, columns that are no words.
+        DataError: a word without a tag among words with one, other columns than on the first line, columns that are no words.
     """
     words: list[str] = []
     tags: list[str] = []
     start, tagged = 0, None
+    shape: tuple[int, int] | None = None  # columns of the first line, and how many of them are filled
     for number, text in chain(lines, [(0, "")]):
         line = text.strip(" \t\r\n")
         if not words and _is_comment(line):
@@ -50,6 +51,10 @@ def sentences(lines: Iterable[tuple[int, str]], origin: str) -> Iterator[Row]:
             if tagged != (len(fields) > 1):
                 found = "has none" if tagged else f"has one, '{fields[-1]}'"
                 raise DataError(f"{origin}, line {number}: every word needs a tag in the last column, or none; '{fields[0]}' {found}")  # fmt: skip
+            found_shape = len(fields), sum(map(bool, fields))
+            shape = shape or found_shape
+            if not any(map(int.__eq__, shape, found_shape)):
+                raise DataError(f"{origin}, line {number}: {len(fields)} columns, where the lines before it have {shape[0]}; is its tag missing?")  # fmt: skip
             start = start or number
             words.append(fields[0])
             tags += [fields[-1]] if tagged else []
@@ -68,7 +73,9 @@ def _is_comment(line: str) -> bool:
     fields = line.split()
     if not line.startswith("#") or len(fields) < 2:
         return False
-    return bool(_KEY.match(line)) or (line.startswith("# ") and len(fields) > 2 and not re.fullmatch(_TAG, fields[-1]))
+    if re.fullmatch(_TAG, fields[-1]) and (len(fields) == 2 or not _KEY.match(line)):
+        return False
+    return bool(_KEY.match(line)) or (line.startswith("# ") and len(fields) > 2)
 
 
 def _fields(text: str, place: str) -> list[str]:

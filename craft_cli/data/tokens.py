@@ -82,6 +82,43 @@ class Encoded:
         return [float(sum(target != IGNORED for target in row)) for row in self.targets]
 
 
+@dataclass
+class Unseen:
+    """How much of some rows no model sees: what was cut, words without a token."""
+
+    rows: int = 0
+    cut: int = 0
+    limit: int = 0
+    words: int = 0
+    without: int = 0
+
+    def add(self, encoded: Encoded) -> Unseen:
+        """Count these rows too; itself."""
+        places = [place for row in encoded.words or [] for place in row]
+        self.rows, self.cut, self.limit = self.rows + len(encoded), self.cut + encoded.cut, encoded.limit
+        self.words, self.without = self.words + len(places), self.without + sum(place < 0 for place in places)
+        return self
+
+    def note(self, origin: str, asked: int | None = None) -> str:
+        """A line for the user; empty where all is seen.
+
+        Args:
+            origin: where the rows come from.
+            asked: the length that the user wants; a model may take less.
+        """
+        why = "--max-seq-length" if asked in (None, self.limit) else "the model takes no more"
+        parts = []
+        if self.cut:
+            share = f"{self.cut:,} of {self.rows:,} rows of {origin}"
+            parts.append(f"{share} are longer than {self.limit} tokens and were cut ({why})")
+        if self.without:
+            share = f"{self.without:,} of {self.words:,} words{'' if parts else f' of {origin}'}"
+            parts.append(
+                f"{share} {'has' if self.without == 1 else 'have'} no token and count{'s' if self.without == 1 else ''} as O"
+            )
+        return "; ".join(parts)
+
+
 class Batch(NamedTuple):
     """Padded rows.
 
@@ -163,11 +200,8 @@ def _blocks(
     held = 0
     for row in texts:
         if sum(map(len, row)) > _FAR * limit:
-            row = (
-                _first_words(row, tokenizer, limit)
-                if of_words
-                else tuple(_near_end(text, tokenizer, limit) for text in row)
-            )
+            row = _first_words(row, tokenizer, limit) if of_words else row
+            row = tuple(_near_end(text, tokenizer, limit) for text in row)
         held += sum(map(len, row))
         block.append(row)
         if len(block) == _ROWS_AT_ONCE or held > _AT_ONCE:

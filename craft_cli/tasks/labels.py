@@ -46,6 +46,8 @@ HIDDEN = (None, -1, "-1")
 
 _PLAIN = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 """A number as people and libraries write it: neither `007` nor `1_000` nor `nan`."""
+_OF_LISTS = re.compile(r"""[,'"]|^[][\d.\s+-]+$""")
+"""What lists written as text hold, and names in brackets do not."""
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0")
 """A whole number as pandas writes it in a column with gaps."""
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")
@@ -154,6 +156,8 @@ def _lists_read(values: Sequence[Any], task: Task, origin: str) -> Sequence[Any]
     if not given or not all(map(looks_like_list, given)):
         return values
     found = all_lists(values)
+    if found is None and not any(_OF_LISTS.search(value) for value in given):
+        return values  # names in brackets
     if found is None:
         bad = next(value for value in given if list_in(value) is None)
         raise DataError(

@@ -11,7 +11,13 @@ from craft_cli.errors import DataError
 OUTSIDE = "O"
 READ = ("B-", "I-", "E-", "S-")
 """How the tags begin that `entities_of` reads."""
-_TAG = re.compile("([BIESLUM])[-_](.+)")
+_TAG = re.compile("([BIESLUM])[-_](.+)", re.DOTALL)
+_UNREAD = {
+    r"[BIESLUM][-_]": "names no kind; write one behind it, such as B-person",
+    r"o|[bi][-_].+": "write O, B- and I- in capitals",
+    r"\*\)*|\(.*\*\)*": "has the brackets of CoNLL-2005 and CoNLL-2012; write O, B-... and I-... in their place",
+}
+"""Tags that look like no name of a kind, and what to do."""
 _AS_IOBES = {"L": "E", "U": "S", "M": "I"}
 
 Entity = tuple[str, int, int]  # its kind, its first word and its last
@@ -63,7 +69,7 @@ def one_form(rows: Sequence[Sequence[str]], place: Callable[[int], str]) -> list
     """All tags as `B-`, `I-`, `E-` or `S-` and a kind; without a prefix neighbours of one kind are one entity.
 
     Raises:
-        DataError: some tags have a prefix and others none, or they are numbers.
+        DataError: some tags have a prefix and others none, or they are numbers, or of a scheme that is not read.
     """
     with_prefix: bool | None = None
     found = []
@@ -76,6 +82,8 @@ def one_form(rows: Sequence[Sequence[str]], place: Callable[[int], str]) -> list
             if tag == OUTSIDE:
                 form.append(tag)
                 continue
+            if problem := next((told for form, told in _UNREAD.items() if re.fullmatch(form, tag)), ""):
+                raise DataError(f"{place(row)}: tag '{tag}'{'' if problem[0] in 'nh' else ':'} {problem}")
             if tag.isdecimal():
                 raise DataError(
                     f"{place(row)}: tag {tag} is a number without a name: write names such as B-person, or use a data set "
@@ -94,7 +102,9 @@ def scheme(rows: Sequence[Sequence[str]], tags: Sequence[Sequence[str]], origin:
     """A note on the scheme of all these tags, in one form and as they were, where it is not plain IOB2."""
     used = {tag for row in tags for tag in row} - {OUTSIDE}
     if used and not any(_TAG.fullmatch(tag) for tag in used):
-        return f"the tags of {origin} have no B- or I-: neighbouring words of one kind are read as one entity"
+        note = f"the tags of {origin} have no B- or I-: neighbouring words of one kind are read as one entity"
+        outside = any(OUTSIDE in row for row in tags)
+        return note if outside else f"{note}; no tag is O, so every word is part of an entity"
     letters = {tag[0] for tag in used}
     if letters - set("BI"):
         name = "BILOU" if letters & set("LU") else "BMES" if "M" in letters else "IOBES"

@@ -23,12 +23,13 @@ from torch.nn import functional
 from craft_cli.config import AUTO, RunConfig
 from craft_cli.config.names import join_names
 from craft_cli.data.cells import as_list, is_missing, whole_text
-from craft_cli.data.sources import DataSource, Split
+from craft_cli.data.sources import TRAIN, DataSource, Split
 from craft_cli.data.tokens import IGNORED, Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError, ModelError, listed
 from craft_cli.tasks.base import OWN, Labelled
 from craft_cli.tasks.probe import Progress, fit_labels, silent
 from craft_cli.tasks.tags import OUTSIDE, READ, Entity, by_kind, entities_of, entity_metrics, one_form, scheme
+from craft_cli.tasks.texts import text_of
 
 if TYPE_CHECKING:
     from craft_cli.data.readers import Row
@@ -141,7 +142,11 @@ class TokenClassification(Labelled):
             raise DataError(
                 f"{origin} has no column '{guesses[0]}'; it has {', '.join(first.cells)} (choose with --text-columns)"
             )
-        in_lines = isinstance(as_list(first.cells[name]), str)
+        cell = first.cells[name]
+        if plain or (name in _LINES and name not in self.text_columns):  # a text in brackets is no list
+            in_lines = not isinstance(cell, (list, tuple))
+        else:
+            in_lines = isinstance(as_list(cell), str)
 
         def read(rows: Sequence[Row]) -> Split:
             cells = [row.cells.get(name) for row in rows]
@@ -149,12 +154,10 @@ class TokenClassification(Labelled):
             def place(number: int) -> str:
                 return f"{origin}, {rows[number].place}"
 
-            for row, cell in zip(rows, cells, strict=True):
-                if in_lines and not isinstance(cell, str):
-                    raise DataError(f"{origin}, {row.place}: column '{name}' holds no text")
             if in_lines:
-                words = [tuple(_NOT_BLANK.findall(str(line))) for line in cells]
-                return Split(words, None, origin, [*map(str, cells)], place=place)
+                lines = [text_of(cell, name, partial(place, row)) for row, cell in enumerate(cells)]
+                words = [tuple(_NOT_BLANK.findall(line)) for line in lines]
+                return Split(words, None, origin, lines, place=place)
             texts = [_parts(cell, "words", name, partial(place, row)) for row, cell in enumerate(cells)]
             return Split(texts, None, origin, place=place)
 
@@ -175,6 +178,14 @@ class TokenClassification(Labelled):
         words = [number for row in gold for number in row]
         counts = [max(words.count(number), 1) for number in range(len(self.labels))]
         return [len(words) / (len(counts) * count) for count in counts]
+
+    def notes(self, rows: Mapping[str, Split]) -> list[str]:
+        """Of the words, and of rows to evaluate on that hold nothing to be found."""
+        found = super().notes(rows)
+        for name, split in rows.items():
+            if name != TRAIN and not any(map(any, split.labels or [])):
+                found.append(f"{split.origin} holds no entity: precision, recall and f1 are 0 whatever is found")
+        return found
 
     # -- model ----------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from craft_cli.config import RunConfig
 from craft_cli.data.batches import plan_epoch
 from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
-from craft_cli.data.tokens import Encoded, padding
+from craft_cli.data.tokens import Encoded, Unseen, padding
 from craft_cli.errors import DataError, ModelError
 from craft_cli.files import cache_folder
 from craft_cli.methods import method_named
@@ -177,10 +177,8 @@ def prepare(
     }
     for name, part in encoded.items():
         tables.check(part.features, tokenizer, rows[name].place_of)
-        if part.cut:
-            share = f"{part.cut:,} of {len(part):,} rows of {rows[name].origin}"
-            why = "--max-seq-length" if part.limit == config.max_seq_length else "the model takes no more"
-            notes.append(f"{share} are longer than {part.limit} tokens and were cut ({why})")
+        if note := Unseen().add(part).note(rows[name].origin, config.max_seq_length):
+            notes.append(note)
     if config.load_in_4bit or config.load_in_8bit:
         notes.append("the base is quantised in training only: craft eval, predict and merge take it in full precision")
     train = encoded.pop(TRAIN)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from craft_cli.data import tokens
 from craft_cli.data.sources import Split
 from craft_cli.data.tokens import Encoded, collate, encode, padding
 
@@ -187,6 +188,16 @@ def test_of_a_sentence_with_many_words_only_the_first_are_read(tokenizer: Any, m
     monkeypatch.setattr("craft_cli.data.tokens._FAR", 8)
     assert encode(split, tokenizer, 12, of_words=True) == whole
     assert len(whole.words[0] if whole.words else []) == len(sentence)
+
+
+def test_of_a_long_word_only_the_beginning_is_read(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = Split([("good", "good-film-" * 300, "bad")], [[1, 2, 0]], "here")
+    whole = encode(split, tokenizer, 12, of_words=True)
+    monkeypatch.setattr("craft_cli.data.tokens._FAR", 8)
+    (block,) = tokens._blocks(split.texts, tokenizer, 12, of_words=True)
+    assert sum(map(len, block[0])) < 300
+    assert encode(split, tokenizer, 12, of_words=True) == whole
+    assert whole.words == [[1, 2, -1]]
 
 
 @pytest.mark.slow

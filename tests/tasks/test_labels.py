@@ -152,6 +152,12 @@ def test_lists_that_nothing_can_read_are_refused(cell: str) -> None:
     )
 
 
+@pytest.mark.parametrize("cells", [["[/pos]", "[neg]"], ["[PAD]", "[very good]", "[PAD]"]])
+def test_names_in_brackets_are_names(cells: list[str]) -> None:
+    task, _ = own(labelled(cells))
+    assert (task.problem_type, task.labels) == (SINGLE, tuple(sorted(set(cells))))
+
+
 def test_a_name_in_brackets_among_others_is_a_name() -> None:
     assert names(labelled(["[spam]", "ham", "[spam]"])) == ["[spam]", "ham", "[spam]"]
 

@@ -123,6 +123,10 @@ def test_every_form_of_file_gives_the_same_rows(form: str) -> None:
         ("a B-x\n\nb O\nc y\n", "t.conll, line 3: tag 'y' has no prefix"),
         ("a O\n", "column 'tags' holds no entity"),
         ("a\nb\n", "t.conll has no column 'tags'; it has tokens (choose with --label-column)"),
+        ("EU NNP I-NP B-ORG\nrejects VBZ I-VP\n", "t.conll, line 2: 3 columns, where the lines before it have 4"),
+        ("a B-x\nb B-\n", "t.conll, line 1: tag 'B-' names no kind"),
+        ("a o\nb b-x\n", "t.conll, line 1: tag 'o': write O, B- and I- in capitals"),
+        ("a *\nb (PER*\n", "t.conll, line 1: tag '*' has the brackets of CoNLL-2005 and CoNLL-2012"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_its_line(content: str, told: str) -> None:
@@ -148,6 +152,31 @@ def test_rows_that_cannot_be_used_are_told() -> None:
     ):
         with pytest.raises(ConfigError, match=r"leave it out"):
             load_splits(source, ["train"])
+
+
+def test_a_word_may_begin_as_a_comment_does() -> None:
+    loaded = read(write("t.conll", "#a=b\tO\nc\tB-x\n\n# text = c\n#a=b B-x\n"))
+    assert loaded.splits["train"].texts == [("#a=b", "c"), ("#a=b",)]
+
+
+def test_a_tag_may_hold_any_character() -> None:
+    kinds = ["[/pos]", "a,b", "x\ny", "\x1b[31m", "B-x", "O"]
+    path = write_rows(Path("t.jsonl"), [{"tokens": ["a"] * len(kinds), "tags": [f"B-{kind}" for kind in kinds]}])
+    task = read(str(path)).task
+    assert task.answers == tuple(sorted(kinds))
+
+
+def test_tags_of_which_none_is_outside_are_pointed_out() -> None:
+    loaded = read(write("t.conll", "a -\nb PER\n"))
+    assert "; no tag is O, so every word is part of an entity" in loaded.notes[0]
+    assert "no tag is O" not in read(write("t.conll", "a O\nb PER\n")).notes[0]
+
+
+def test_rows_to_evaluate_on_without_an_entity_are_pointed_out() -> None:
+    splits = {"train": Split([("a", "b")], [[1, 3]], "here"), "validation": Split([("c",)], [[0]], "there")}
+    assert task().notes(splits) == ["there holds no entity: precision, recall and f1 are 0 whatever is found"]
+    splits["validation"] = Split([("c",)], [[3]], "there")
+    assert task().notes(splits) == []
 
 
 def test_text_files_of_texts_are_no_tags() -> None:

@@ -16,6 +16,7 @@ from helpers import Cut, conll, craft_command, cut, lines, same, sentences, tens
 
 import craft_cli as craft
 from craft_cli.config import RunConfig
+from craft_cli.data.readers import read_rows
 from craft_cli.data.sources import DataSource
 
 Make = Callable[..., Path]
@@ -114,6 +115,64 @@ def test_every_form_of_input_gives_the_same_spans(trained: Path) -> None:
         "odd.jsonl, line 2: column 'tokens' holds no list of words"
         in invoke("predict", str(trained), "-i", "odd.jsonl", "--use-cpu").stderr
     )
+
+
+def test_a_line_of_text_is_never_a_list(trained: Path) -> None:
+    shown = predicted(trained, stdin='["great"]\n[1]\ngreat [good]\n')
+    assert [row["text"] for row in shown] == ['["great"]', "[1]", "great [good]"]
+    write_rows(Path("text.jsonl"), [{"text": "[1]"}, {"text": "great"}])
+    assert [row["text"] for row in predicted(trained, "--input", "text.jsonl")] == ["[1]", "great"]
+    write("lists.csv", "tokens\n\"['great', 'film']\"\n")
+    assert [row["text"] for row in predicted(trained, "--input", "lists.csv")] == ["great film"]
+
+
+@pytest.mark.parametrize("cell", ["\ud800 good", None, ["a"]])
+def test_a_cell_without_text_is_refused_by_its_line(trained: Path, cell: Any) -> None:
+    Path("in.jsonl").write_text(json.dumps({"text": "good"}) + "\n" + json.dumps({"text": cell}) + "\n")
+    assert "in.jsonl, line 2: column 'text' " in invoke("predict", str(trained), "-i", "in.jsonl").stderr
+
+
+def test_words_that_are_not_looked_at_are_reported(trained: Path, words: Path) -> None:
+    file = str(words / "validation.conll")
+    done = invoke("eval", str(trained), "--validation-file", file, "--max-seq-length", "12", "--use-cpu", "--json")
+    count = sum(max(len(row.cells["tokens"]) - 10, 0) for row in read_rows(Path(file)))
+    total = sum(len(row.cells["tokens"]) for row in read_rows(Path(file)))
+    told = (
+        f"7 of 23 rows of {file} are longer than 12 tokens and were cut (--max-seq-length); {count} of {total:,} words have "
+        "no token and count as O"
+    )
+    assert told in done.stderr
+    assert json.loads(done.stdout)["notes"] == [told]
+    done = invoke("predict", str(trained), "--input", file, "--max-seq-length", "12", "--use-cpu")
+    assert done.stderr == f"note: {told}\n"
+    write("in.conll", "great\n\u00a0\ngood\n")
+    done = invoke("predict", str(trained), "-i", "in.conll", "--use-cpu")
+    assert done.stderr == "note: 1 of 3 words of in.conll has no token and counts as O\n"
+
+
+def test_a_merged_model_answers_as_a_pipeline_of_transformers(trained: Path) -> None:
+    from transformers import pipeline
+
+    craft.merge(trained, "merged")
+    texts = ["the great good film was awful", "book", "awful awful the good"]
+    ask = pipeline("token-classification", "merged", aggregation_strategy="simple", device="cpu")
+    for mine, theirs in zip(craft.predict(trained, texts, use_cpu=True), ask(texts), strict=True):
+        found = [(e["entity_group"], e["start"], e["end"], e["word"]) for e in theirs]
+        assert [(e["label"], e["start"], e["end"], e["text"]) for e in mine["prediction"]] == found
+        assert [e["score"] for e in mine["prediction"]] == pytest.approx([float(e["score"]) for e in theirs], abs=1e-5)
+
+
+def test_predictions_recount_to_the_metrics(trained: Path) -> None:
+    metrics = craft.evaluate(trained, predictions="p.jsonl", max_seq_length=9, use_cpu=True).metrics
+    rows = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
+    gold, found = (
+        {(number, it["label"], it["start"], it["end"]) for number, row in enumerate(rows) for it in row[side]}
+        for side in ("label", "prediction")
+    )
+    precision, recall = len(gold & found) / len(found), len(gold & found) / len(gold)
+    assert 0 < recall < 1  # words beyond the length are missed
+    expected = [precision, recall, 2 * precision * recall / (precision + recall)]
+    assert [metrics[name] for name in ("precision", "recall", "f1")] == pytest.approx(expected)
 
 
 def test_a_merged_model_answers_the_same(trained: Path, words: Path) -> None:

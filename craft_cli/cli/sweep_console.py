@@ -138,15 +138,7 @@ def show(results: Any) -> None:
         ]
         for row in results.rows
     ]
-    if _width(columns, rows) <= out.width:
-        console.table(columns, rows)
-    else:  # a line each, so that no number is broken
-        for row in rows:
-            _line(
-                out,
-                row[0],
-                [f"{name} {console.show(cell)}" for name, cell in zip(columns[1:], row[1:], strict=True) if cell != ""],
-            )
+    _table(columns, rows)
     seeds = f"over the seeds {','.join(map(str, results.seeds))}" if len(results.seeds) > 1 else "one seed"
     below = [f"{results.metric} on the validation rows, which chose; {seeds}"]
     if tested:
@@ -172,18 +164,21 @@ def show(results: Any) -> None:
 def show_rehearsal(rehearsed: Any) -> None:
     """The trials that there would be, their numbers and their time."""
     names = list(dict.fromkeys(name for row in rehearsed["rows"] for name in row["setting"]))
-    console.table(
+    refused = [row for row in rehearsed["rows"] if row["reason"]]
+    _table(
         ["method", "numbers", *names, "seconds a run"],
         [
             [
                 row["method"],
-                row["reason"] or row["numbers"],
+                "" if row["numbers"] is None else row["numbers"],
                 *(setting(row["setting"][name]) if name in row["setting"] else "" for name in names),
                 "" if row["seconds"] is None else f"{row['seconds']:.0f}",
             ]
             for row in rehearsed["rows"]
         ],
     )
+    for line in dict.fromkeys(f"{row['method']}: {row['reason']}" for row in refused):
+        out.print(console.show(line), markup=False, soft_wrap=True)
     out.print()
     if rehearsed["sampler"] != "grid":
         for method, space in rehearsed["spaces"].items():
@@ -198,6 +193,16 @@ def show_rehearsal(rehearsed: Any) -> None:
             "dry run": "nothing was written",
         }
     )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table where it is wide enough; else a line for each row, so that no number is broken."""
+    if _width(columns, rows) <= out.width:
+        console.table(columns, rows)
+        return
+    for row in rows:
+        cells = zip(columns[1:], row[1:], strict=True)
+        _line(out, row[0], [f"{name} {console.show(cell)}" for name, cell in cells if cell != ""])
 
 
 def _line(to: Console, head: str, parts: Sequence[str]) -> None:

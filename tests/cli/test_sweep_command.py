@@ -118,6 +118,34 @@ def test_on_a_terminal_there_is_a_bar_with_the_best_and_the_time_left(given: tup
     assert not re.search(r"accuracy +\d\.\d*\r?\n *\d", table)  # no number is broken
 
 
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_what_would_be_tried_is_whole_at_any_width(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from craft_cli.cli import sweep_console
+
+    monkeypatch.setattr(sweep_console.out, "_width", columns)
+    rates = {"learning_rate": 0.001, "head_learning_rate": 0.003}
+    reason = "--superlora-groups 7 does not divide the 12 weights of query and value; choose 6, or leave it out here"
+    rows = [
+        {"method": "craft", "numbers": 16456, "reason": None, "setting": rates | {"ranks": "64,64,6"}, "seconds": 12.3},
+        {"method": "lora-xs", "numbers": 1536, "reason": None, "setting": rates | {"rank": 16}, "seconds": 9.0},
+        {"method": "superlora", "numbers": None, "reason": reason, "setting": rates, "seconds": None},
+    ]
+    rest = {"sampler": "grid", "spaces": {}, "seeds": [1], "trials": 3, "jobs": 1, "metric": "f1", "seconds": 60.0}
+    sweep_console.show_rehearsal({"rows": rows} | rest)
+    shown = capsys.readouterr().out
+    for word in (
+        "craft ",
+        "lora-xs ",
+        "16,456",
+        "1,536",
+        "head_learning_rate",
+        "64,64,6",
+        "0.003",
+        f"superlora: {reason}\n",
+    ):
+        assert word in shown
+
+
 def test_sentences_are_broken_between_words_only() -> None:
     shown = on_a_terminal((sys.executable, "-m", "craft_cli", "recipes"), 60)
     lines = [line.rstrip() for line in shown.splitlines()]

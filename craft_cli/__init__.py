@@ -67,6 +67,10 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
+        from craft_cli.installation import OTHERS_NAMES, collision
+
+        if name in OTHERS_NAMES and (reason := collision()):  # an AttributeError would be shown without its text
+            raise ImportError(f"craft_cli has no {name!r}: {reason}")
         raise AttributeError(f"module 'craft_cli' has no attribute '{name}'")
     found = getattr(import_module(f"craft_cli.{_HOME[name]}"), name)
     if isfunction(found) and not _HOME[name].startswith("tucker"):

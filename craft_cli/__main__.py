@@ -1,6 +1,18 @@
-"""`python -m craft_cli`, the same as `craft`."""
+"""`craft`, and `python -m craft_cli`."""
 
-from craft_cli.cli import main
+
+def main() -> None:
+    """Start the command line. Where another project's files took the place of ours, say so."""
+    try:
+        from craft_cli.cli import main as start
+    except ImportError:
+        from craft_cli.installation import collision
+
+        if reason := collision():
+            raise SystemExit(f"error: {reason}") from None
+        raise
+    start()
+
 
 if __name__ == "__main__":
     main()

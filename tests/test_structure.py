@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "craft_cli"
 BELOW = {"files", "config", "errors", "tucker"}
 MAY_IMPORT = {
     "errors": set(),
+    "installation": set(),
     "tucker": set(),
     "config": {"errors"},
     "files": {"errors"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "tasks": BELOW | {"data"},
     "training": BELOW | {"methods", "models", "tasks", "data", "plots"},
     "sweeps": BELOW | {"training", "tasks", "data", "plots"},
-    "api": BELOW | {"sweeps", "training", "methods", "models", "tasks", "data", "plots"},
+    "api": BELOW | {"sweeps", "training", "methods", "models", "tasks", "data", "plots", "installation"},
     "cli": BELOW | {"api", "sweeps", "training", "methods", "models", "tasks", "data"},
 }
 

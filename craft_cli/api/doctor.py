@@ -29,10 +29,10 @@ from craft_cli import __version__
 from craft_cli.api.pico import save_pico, save_rows
 from craft_cli.config import RunConfig
 from craft_cli.errors import CraftError, below_home
+from craft_cli.installation import DISTRIBUTION, collision
 
 State = Literal["ok", "note", "broken"]
 
-DISTRIBUTION = "craft-cli"
 SHOWN = ("transformers", "accelerate", "datasets", "safetensors", "huggingface-hub")
 OPTIONAL = ("tensorboard", "wandb", "mlflow", "bitsandbytes", "peft", "optuna")
 HUB_SECONDS = 3.0
@@ -132,7 +132,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _craft() -> tuple[State, str]:
-    return "ok", f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    told = f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    reason = collision()
+    return ("note", f"{told}; {reason}") if reason else ("ok", told)
 
 
 def _torch() -> tuple[State, str]:

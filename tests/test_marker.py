@@ -243,6 +243,10 @@ def test_an_output_that_is_an_input_is_refused() -> None:
         assert "is texts.txt, which is read" in failure(
             "predict", "run", "--input", "texts.txt", "--output", output, "--format", "csv"
         )
+    os.link("data/validation.jsonl", "rows.jsonl")
+    for output in ("data/train.jsonl", "rows.jsonl"):
+        told = failure("eval", "run", "--task", "sst2", "--data-dir", "data", "--predictions", output, "--use-cpu")
+        assert "which is read; choose another" in told
     Path("alias").symlink_to("base")
     for output in ("base", "alias", "run", "run/adapter"):
         assert "choose another" in failure("merge", "run", "-o", output, "--overwrite")

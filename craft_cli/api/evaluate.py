@@ -17,6 +17,7 @@ from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
 from craft_cli.data.tokens import Unseen
 from craft_cli.data.writers import format_of, open_records
 from craft_cli.errors import DataError, nearest
+from craft_cli.files import check_inputs
 from craft_cli.tasks.metrics import renamed
 from craft_cli.tasks.splits import Loaded, load_splits
 
@@ -102,6 +103,8 @@ def evaluate(
         path, use_cpu=use_cpu, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
     )
     source = source or DataSource()
+    if predictions:
+        check_inputs("--predictions", Path(predictions), _files_of(predictor.source(source)))
     loaded = load_splits(predictor.source(source), [split], predictor.task)
     task = loaded.task
     metrics: dict[str, float] = {}
@@ -136,6 +139,12 @@ def evaluate(
         notes=[*_notes(predictor, source, loaded), *filter(None, unseen)] or None,
         **task.tables(every, gold),
     )
+
+
+def _files_of(source: DataSource) -> list[Path]:
+    """The files that rows may be read from."""
+    named = [Path(file).expanduser() for file in (source.train_file, source.validation_file) if file]
+    return [*named, *(Path(source.data_dir).expanduser().glob("*") if source.data_dir else ())]
 
 
 def _named(data: Mapping[str, Any], source: DataSource | None) -> DataSource:

@@ -103,9 +103,7 @@ def evaluate(
         path, use_cpu=use_cpu, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
     )
     source = source or DataSource()
-    if predictions:
-        check_inputs("--predictions", Path(predictions), _files_of(predictor.source(source)))
-    loaded = load_splits(predictor.source(source), [split], predictor.task)
+    loaded = load_splits(_checked(predictor.source(source), predictions), [split], predictor.task)
     task = loaded.task
     metrics: dict[str, float] = {}
     gold: list[Any] = []
@@ -141,10 +139,12 @@ def evaluate(
     )
 
 
-def _files_of(source: DataSource) -> list[Path]:
-    """The files that rows may be read from."""
+def _checked(source: DataSource, predictions: str | Path | None) -> DataSource:
+    """The source, unless predictions are to be written over a file that rows may be read from."""
     named = [Path(file).expanduser() for file in (source.train_file, source.validation_file) if file]
-    return [*named, *(Path(source.data_dir).expanduser().glob("*") if source.data_dir else ())]
+    files = [*named, *(Path(source.data_dir).expanduser().glob("*") if source.data_dir else ())]
+    check_inputs("--predictions", Path(predictions or ""), files if predictions else [])
+    return source
 
 
 def _named(data: Mapping[str, Any], source: DataSource | None) -> DataSource:

@@ -198,6 +198,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoTokenizer
 
+    checkpoint.config()  # checked, before transformers reads it to find the tokenizer's class
     problem = f"{checkpoint.name} holds no tokenizer that transformers can load"
     with told_in_one_line(problem), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trusted)

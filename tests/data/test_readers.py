@@ -291,7 +291,7 @@ def test_comments_before_a_sentence_are_no_words(comment: str, end: str) -> None
 
 
 def test_a_number_sign_is_a_word() -> None:
-    assert words_and_tags("# O\n#tag B-x\na O\n# NN O\n") == [(["#", "#tag", "a", "#"], ["O", "B-x", "O", "O"])]
+    assert words_and_tags("# O\n#tag B-x\na O\n# O\n") == [(["#", "#tag", "a", "#"], ["O", "B-x", "O", "O"])]
     assert words_and_tags("# NN B-NP O\na NN I-NP O\n")[0][0] == ["#", "a"]
 
 

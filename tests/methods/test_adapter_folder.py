@@ -74,6 +74,7 @@ def fuzz(good: Path, seed: int, count: int, merges: int) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 def test_a_few_hundred_mutated_files(good: Path) -> None:
     fuzz(good, 1, 300, 10)
 
@@ -234,6 +235,7 @@ def test_an_entry_that_holds_less_than_its_header_promises_is_passed_over(good: 
     assert craft.inspect(good / "small").kind == "adapter"
 
 
+@pytest.mark.slow
 def test_many_layers_of_large_matrices_are_inspected(good: Path) -> None:
     rewrite(good / "whole", of_many_layers)
     assert len(craft.inspect(good / "whole").projections[0]["change_by_layer"]) == 1000

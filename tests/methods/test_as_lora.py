@@ -169,6 +169,7 @@ def test_the_pipeline_takes_it(pico: Make) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.slow
 def test_onnx_takes_it(family: str, pico: Make) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

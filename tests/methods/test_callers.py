@@ -324,6 +324,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.slow
 def test_a_model_that_somebody_compiles_whole_computes_the_change(method: str, pico: Make) -> None:
     model, adapter = adapted(pico(), method)
     compiled = torch.compile(model, backend="aot_eager")
@@ -338,6 +339,7 @@ def test_a_model_that_somebody_compiles_whole_computes_the_change(method: str, p
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_change_of_the_moment(method: str, pico: Make) -> None:
     from craft_cli.training.compile import compile_blocks
 

@@ -47,8 +47,11 @@ def test_many_killed_trainings_end_as_the_uncut_one() -> None:
     assert len(result["where"]) >= 3  # at events of several kinds
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("after", "in_evaluation"), [(4, False), (6, False), (6, True), (12, True)])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("after", "in_evaluation"),
+    [(4, False), (6, True), *(pytest.param(*moment, marks=pytest.mark.slow) for moment in ((6, False), (12, True)))],
+)
 def test_a_signal_ends_it_whole_and_it_goes_on(
     number: int, after: int, in_evaluation: bool, pico: Make, data_dir: Path
 ) -> None:
@@ -79,6 +82,7 @@ def test_it_can_be_cut_twice_before_it_is_evaluated_at_all(pico: Make, data_dir:
     same("out", "uncut")
 
 
+@pytest.mark.slow
 def test_an_uncut_half_is_the_same_as_a_cut_one_with_accumulation_and_early_stopping(
     pico: Make, data_dir: Path
 ) -> None:

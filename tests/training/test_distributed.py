@@ -200,6 +200,7 @@ def test_a_signal_to_the_launcher_ends_all_whole(number: signal.Signals, pico: M
     assert [line["step"] for line in lines() if "loss" in line] == [*range(1, newest + 4)]
 
 
+@pytest.mark.slow
 def test_one_process_killed_ends_all_with_its_error(pico: Make) -> None:
     with training(pico()) as process:
         victim = psutil.Process(process.pid).children()[1]

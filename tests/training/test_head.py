@@ -87,6 +87,7 @@ def test_random_is_as_before(pico: Make, data_dir: Path) -> None:
     assert lines()[0]["step"] == 0
 
 
+@pytest.mark.slow
 def test_the_same_start_resumed_and_on_two_processes(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir, output_dir="uncut", save_steps=4, **PROBE))
     cut(config(pico(), data_dir, save_steps=4, **PROBE), Cut(9))
@@ -214,6 +215,7 @@ def test_a_threshold_is_found_kept_and_used(pico: Make) -> None:
     assert json.loads(Path("fixed/adapter/adapter_config.json").read_text())["training"]["threshold"] == 0.5
 
 
+@pytest.mark.slow
 def test_calibrated_scores_are_probabilities(pico: Make) -> None:
     """One temperature, in the head's weights: no answer changes, the loss falls, and everybody sees the same."""
     for split, count, seed in (("train", 60, 1), ("validation", 40, 2)):

@@ -38,6 +38,7 @@ def test_a_run_leaves_what_it_promises_and_learns(pico: Make, data_dir: Path) ->
     heard = Remember()
     result = craft.train(config(pico(), data_dir, num_train_epochs=12, ranks="24,24,3"), heard)
     assert sorted(os.listdir("out")) == [
+        ".craft.json",
         ".lock",
         "adapter",
         "all_results.json",
@@ -46,7 +47,12 @@ def test_a_run_leaves_what_it_promises_and_learns(pico: Make, data_dir: Path) ->
         "recipe.yaml",
         "training_curve.png",
     ]
-    assert sorted(os.listdir("out/adapter")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir("out/adapter")) == [
+        ".craft.json",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert Path("out/training_curve.png").read_bytes().startswith(b"\x89PNG")
     assert Path("runs/latest").resolve() == Path("out").resolve()
     assert heard.plan is not None
@@ -112,6 +118,7 @@ def test_the_first_updates_are_those_of_a_plain_torch_loop(pico: Make, data_dir:
         assert torch.allclose(saved[name], k, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_and_accumulation_compute_what_one_batch_does(pico: Make, data_dir: Path) -> None:
     """45 rows in updates of 8: the last update holds 5, which two processes cannot share evenly."""
     one = config(pico(), data_dir)
@@ -176,6 +183,7 @@ def run_with(pico: Make, data: Path, **settings: Any) -> tuple[TrainResult, Plan
     return result, heard.plan
 
 
+@pytest.mark.slow
 def test_every_setting_has_an_effect(pico: Make, data_dir: Path) -> None:
     """Each setting changes what the run computes or reports; those of data and processes have tests of their own."""
     craft.train(config(pico(), data_dir, num_train_epochs=1))
@@ -262,7 +270,7 @@ def test_what_is_noticed_in_the_data_is_told(pico: Make) -> None:
     ],
 )
 def test_settings_that_contradict_the_data_are_refused(pico: Make, settings: dict[str, Any], told: str) -> None:
-    write_rows(Path("real.jsonl"), [{"text": "good", "label": row / 4} for row in range(12)])
+    write_rows(Path("real.jsonl"), [{"text": f"good {row}", "label": row / 4} for row in range(12)])
     with pytest.raises(ConfigError, match=told):
         craft.train(config(pico(), Path(), **({"task": None, "data_dir": None} | settings)))
 

@@ -120,6 +120,7 @@ def test_without_a_terminal_there_is_a_line_every_few_updates(pico: Make, data_d
         assert re.fullmatch(rf"update +\d+/12  loss {number}  lr {number}  [\d,]+ examples/s", line)
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_bar_shows_loss_speed_time_left_and_the_last_metric(pico: Make, data_dir: Path) -> None:
     command = [sys.executable, "-m", "craft_cli", "train", *flags(pico(), data_dir, num_train_epochs=9)]
     text = on_a_terminal(command, 120)

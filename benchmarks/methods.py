@@ -160,7 +160,7 @@ def tables(done: Sequence[dict[str, Any]], given: Any) -> None:
             for row in mine:
                 values = row["metrics"][first]
                 std = statistics.stdev(values) if len(values) > 1 else None
-                point = {"x": row["numbers"], "mean": statistics.mean(values), "std": std, "chosen": "best"}
+                point = {"x": row["numbers"], "mean": statistics.mean(values), "std": std, "chosen": ""}
                 points.setdefault(row["method"], []).append(point)
             path = Path(given.plot).with_stem(f"{Path(given.plot).stem}_{data}")
             title = f"{data}, {mine[0]['rows']:,} rows: mean and standard deviation over {len(mine[0]['seeds'])} seeds"

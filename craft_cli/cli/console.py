@@ -53,6 +53,7 @@ class _Console(Console):
         try:
             super()._check_buffer()
         except OSError:
+            del self._buffer[:]  # rich would print it again before the next line
             if not self.stderr:
                 raise
             discard(sys.stderr)  # the terminal is closed, or `craft train 2>&1 | head`: it goes on in silence

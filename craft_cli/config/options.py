@@ -76,7 +76,7 @@ class PissaOptions:
 class LoraXsOptions:
     """What `--method lora-xs` can be told."""
 
-    own_rate: ClassVar[float] = 3e-3
+    own_rate: ClassVar[float] = 1e-2
     keeps_factors: ClassVar[bool] = True
 
     rank: Positive = setting(25, "Singular vectors of every weight between which R is trained.")
@@ -104,7 +104,7 @@ class LotrOptions:
 class SuperloraOptions:
     """What `--method superlora` can be told."""
 
-    own_rate: ClassVar[float] = 3e-3
+    own_rate: ClassVar[float] = 1e-2
     keeps_factors: ClassVar[bool] = False
 
     rank: Positive = setting(8, "Rank of every factor.")

@@ -191,6 +191,10 @@ def test_results_to_a_reader_that_is_gone_end_the_command(monkeypatch: pytest.Mo
         with pytest.raises(BrokenPipeError):
             console.facts({"a": 1})
         console.discard(stream)
+        after = io.StringIO()
+        monkeypatch.setattr(sys, "stdout", after)
+        console.facts({"b": 2})
+    assert after.getvalue() == "b  2\n"  # and nothing of what could not be written
 
 
 @pytest.mark.usefixtures("run")

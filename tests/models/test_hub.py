@@ -85,6 +85,7 @@ def test_training_from_the_hub_then_offline(hub: LoopbackHub, tmp_path: Path, da
     assert craft(hub, "merge", "out").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_branch_that_moved_on_is_another_revision(hub: LoopbackHub, tmp_path: Path) -> None:
     old = build_pico("bert", tmp_path / "old")
     first = hub.add("someone/pico", old, branch="v1")

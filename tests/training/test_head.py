@@ -109,6 +109,7 @@ def test_cut_before_the_first_update_it_starts_alike(pico: Make, data_dir: Path)
     same("out", "uncut")
 
 
+@pytest.mark.slow
 def test_it_is_fitted_on_an_adapter_that_is_taken_over(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir, output_dir="first", num_train_epochs=6))
     craft.train(config(pico(), data_dir, init_from="first", max_steps=1, **PROBE))

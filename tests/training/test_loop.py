@@ -275,6 +275,7 @@ def test_settings_that_contradict_the_data_are_refused(pico: Make, settings: dic
         craft.train(config(pico(), Path(), **({"task": None, "data_dir": None} | settings)))
 
 
+@pytest.mark.slow
 def test_rare_labels_weigh_more_when_balanced(pico: Make) -> None:
     """With one rare label and no signal, a head of bias alone ends at even odds, not at the frequencies."""
     write_rows(Path("t.jsonl"), [{"text": "the film", "label": int(row % 8 == 0)} for row in range(4000)])

@@ -258,19 +258,19 @@ class World:
 
     def _interrupted(self, words: str, after: str) -> tuple[int, str]:
         """Ctrl-C once a line with these words is printed."""
-        process = subprocess.Popen(
+        with subprocess.Popen(
             shlex.split(words), cwd=self.folder, env=self._environment(), text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, executable=shutil.which("craft", path=self._environment()["PATH"]),
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it is ignored below nohup
-        )  # fmt: skip
-        assert process.stdout
-        printed, sent = "", False
-        for line in process.stdout:
-            printed += line
-            if after in line and not sent:
-                process.send_signal(signal.SIGINT)
-                sent = True
-        return process.wait(), printed
+        ) as process:  # fmt: skip
+            assert process.stdout
+            printed, sent = "", False
+            for line in process.stdout:
+                printed += line
+                if after in line and not sent:
+                    process.send_signal(signal.SIGINT)
+                    sent = True
+        return process.returncode, printed
 
     def _environment(self) -> dict[str, str]:
         """With the `craft` and `python` of this interpreter first."""

@@ -227,10 +227,12 @@ def test_a_page_is_followed(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, list[str]]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, list[str]]]:
     """A folder in which the page of the start was followed, and what differed."""
     world = World(tmp_path_factory.mktemp("docs"))
-    return world, world.follow(START)
+    with pytest.MonkeyPatch.context() as patch:  # a cache of their own says nothing of earlier versions
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+        yield world, world.follow(START)
 
 
 @pytest.mark.slow

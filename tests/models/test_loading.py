@@ -203,24 +203,24 @@ def test_weights_and_config_that_contradict_each_other(base: Path) -> None:
         load(base)
 
 
-def test_a_tokenizer_with_files_of_its_own_leaves_whole(base: Path) -> None:
-    """PhoBERT and BERTweet: vocab.txt and bpe.codes."""
+def give_phobert_tokenizer(base: Path) -> None:
+    """A tokenizer with files of its own, as PhoBERT and BERTweet have: vocab.txt and bpe.codes."""
     for name in ("tokenizer.json", "special_tokens_map.json"):
         (base / name).unlink(missing_ok=True)
     (base / "vocab.txt").write_text("".join(f"{word} 5\n" for word in WORDS))
     (base / "bpe.codes").write_text("t h 100\nth e</w> 90\n")
     (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PhobertTokenizer"}))
+
+
+def test_a_tokenizer_with_files_of_its_own_leaves_whole(base: Path) -> None:
+    give_phobert_tokenizer(base)
     (base / "notes.txt").write_text("the user's own")
     names = [path.name for path in Checkpoint("base", None, base).tokenizer_files()]
     assert names == ["bpe.codes", "tokenizer_config.json", "vocab.txt"]
 
 
 def test_a_merged_model_has_every_file_of_its_tokenizer(base: Path) -> None:
-    for name in ("tokenizer.json", "special_tokens_map.json"):
-        (base / name).unlink(missing_ok=True)
-    (base / "vocab.txt").write_text("".join(f"{word} 5\n" for word in WORDS))
-    (base / "bpe.codes").write_text("t h 100\nth e</w> 90\n")
-    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PhobertTokenizer"}))
+    give_phobert_tokenizer(base)
     adapter = craft.attach(classifier(base), craft.decompose(str(base), ranks="4,4,2"))
     shake(adapter)
     adapter.save("adapter")

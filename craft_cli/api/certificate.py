@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from craft_cli import __version__
 from craft_cli.errors import CraftError
+from craft_cli.files import sha256_of
 from craft_cli.methods.as_dense import AdaptedBase, Dense
 from craft_cli.methods.as_lora import LoraWriter
 from craft_cli.models.cards import public_name
@@ -90,12 +90,3 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "safetensors": safetensors.__version__,
     }
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file of any size."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

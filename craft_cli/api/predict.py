@@ -30,6 +30,8 @@ def predict(
     max_seq_length: int | None = None,
     per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
     use_cpu: bool = False,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
 ) -> list[dict[str, Any]]:
     """Predict for texts, and give the answers.
 
@@ -43,6 +45,8 @@ def predict(
         max_seq_length: tokens kept; as in training without.
         per_device_eval_batch_size: texts at once.
         use_cpu: stay on the CPU.
+        trust_remote_code: run Python code that comes with the model.
+        allow_other_base: take an adapter whose base is not as it was in training.
 
     Returns:
         For each text what `craft predict` writes: `prediction` and `scores`, or `entities`.
@@ -53,7 +57,9 @@ def predict(
     """
     if isinstance(texts, str):
         raise TypeError("texts: expected a list of texts, not a single string: put it into a list")
-    predictor = load_predictor(path, use_cpu=use_cpu)
+    predictor = load_predictor(
+        path, use_cpu=use_cpu, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
+    )
     places = [f"text {number}" for number in range(1, len(texts) + 1)]
     columns = predictor.task.text_columns
     rows = [Row(place, _cells(text, place, columns)) for place, text in zip(places, texts, strict=True)]

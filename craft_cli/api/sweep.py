@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tempfile
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
 from craft_cli.errors import ConfigError, CraftError, FileError
-from craft_cli.files import LOCK_FILE, SWEEP, cannot_write, check_place, locked, write_marker
+from craft_cli.files import LOCK_FILE, SWEEP, cannot_write, check_place, locked, sha256_of, write_marker
 from craft_cli.sweeps.loop import BEST_FILE, Listener, Sweep, devices
 from craft_cli.sweeps.pictures import BY_NUMBERS, BY_RATE, draw
 from craft_cli.sweeps.plan import PLAN_FILE, Header, Plan, make_plan, read_header, shown, trials_wanted, write_header
@@ -329,7 +328,7 @@ def _score_on_test_rows(work: Sweep, file: Path) -> None:
     from craft_cli.api.evaluate import evaluate
 
     plan, source = work.plan, DataSource(validation_file=str(file))
-    content = hashlib.sha256(file.read_bytes()).hexdigest()
+    content = sha256_of(file)
     for row in [row for row in work.results().rows if row.chosen]:
         known = work.studies.tests(row.method)
         if (known.get("trial"), known.get("file"), known.get("sha256")) == (row.trial, str(file), content):

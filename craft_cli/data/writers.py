@@ -84,9 +84,3 @@ def open_records(path: Path, kind: str) -> Iterator[RecordWriter]:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         yield RecordWriter(text, kind)
         text.detach()
-
-
-def write_records(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a predictions file in one step."""
-    with open_records(path, format_of(path)) as writer:
-        writer.write(rows)

@@ -15,7 +15,7 @@ from craft_cli.files.marker import (
     is_kind,
     read_marker,
 )
-from craft_cli.files.reading import quoted, read_json, reason_of, stamp
+from craft_cli.files.reading import quoted, read_json, reason_of, sha256_of, stamp
 from craft_cli.files.tensors import (
     FORMAT_VERSION,
     check_version,
@@ -25,7 +25,7 @@ from craft_cli.files.tensors import (
     read_tensors,
     write_tensors,
 )
-from craft_cli.files.writing import cache_folder, cannot_write, hidden, tidy, whole_file, write_bytes, write_json
+from craft_cli.files.writing import cache_folder, cannot_write, hidden, tidied, whole_file, write_bytes, write_json
 
 __all__ = [
     "ADAPTER",
@@ -56,9 +56,10 @@ __all__ = [
     "read_marker",
     "read_tensors",
     "reason_of",
+    "sha256_of",
     "stamp",
     "steadily",
-    "tidy",
+    "tidied",
     "turn",
     "whole_file",
     "whole_folder",

@@ -17,14 +17,14 @@ from craft_cli.files.locks import take, turn, wait_until
 from craft_cli.files.marker import (
     HIDDEN,
     MARKER,
+    counts,
     delete_listed,
     files_in,
     foreign,
     holds_something,
-    is_kind,
     read_marker,
 )
-from craft_cli.files.writing import bring_home, cannot_write, hidden, sync_folder, tidy, write_bytes
+from craft_cli.files.writing import bring_home, cannot_write, hidden, sync_folder, tidied, write_bytes
 
 _TRIES = 50
 _MOMENT = 1.0
@@ -48,8 +48,8 @@ def whole_folder(destination: Path, kind: str, *, overwrite: bool) -> Iterator[P
             a file is to be written, is a mount point, the working folder or above it, or something cannot be written.
     """
     place = Path(os.path.realpath(destination))
-    with turn(place.parent) as ours:  # a former one may come back
-        tidy(place.parent, ours=ours)
+    with tidied(place.parent):  # a former one may come back
+        pass
     check_place(destination, kind, overwrite=overwrite)
     if os.path.ismount(place):
         raise FileError(f"{destination} is a mount point and cannot be replaced; choose a folder inside it")
@@ -164,12 +164,13 @@ def check_place(destination: Path, kind: str, *, overwrite: bool) -> None:
         raise FileError(f"{destination} is under version control (.git); choose a folder of its own")
     if not holds_something(destination):
         return
-    if is_kind(destination, kind):
+    marker = read_marker(destination)
+    if marker and marker.kind == kind:
         if not overwrite:
             raise FileError(f"{destination} is not empty; choose another --output-dir or give --overwrite")
         return
-    marker = read_marker(destination)
-    what = f"it holds {marker.kind}" if marker else f"craft did not write {listed(foreign(destination), 3)}"
+    strange = sorted(entry.name for entry in destination.iterdir() if counts(entry.name))
+    what = f"it holds {marker.kind}" if marker else f"craft did not write {listed(strange, 3)}"
     raise FileError(f"{destination} is not empty and is not replaced: {what}; choose another folder")
 
 
@@ -195,9 +196,9 @@ def steadily(folder: Path, read: Callable[[], T]) -> T:
         FileError: what `read` raises of a folder that stays; or it is replaced all the time.
     """
     for _ in range(_TRIES):
-        if not wait_until(lambda: folder.exists() or not _gives_way(folder), _MOMENT):
-            with turn(folder.parent) as ours:  # whoever replaced it was killed
-                tidy(folder.parent, ours=ours)
+        if not wait_until(lambda: not _gives_way(folder), _MOMENT):
+            with tidied(folder.parent):  # whoever replaced it was killed
+                pass
         before = _identity(folder)
         try:
             result = read()

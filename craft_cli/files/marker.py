@@ -79,12 +79,12 @@ def foreign(folder: Path) -> list[str]:
 
 def holds_something(folder: Path) -> bool:
     """Whether a folder is not empty; a lock, a marker and what a killed process left of ours do not count."""
-    return any(
-        entry.name != LOCK_FILE
-        and not HIDDEN.fullmatch(entry.name)
-        and not (entry.name == MARKER and read_marker(folder))
-        for entry in folder.iterdir()
-    )
+    return any(counts(entry.name) and not (entry.name == MARKER and read_marker(folder)) for entry in folder.iterdir())
+
+
+def counts(name: str) -> bool:
+    """Whether an entry of a folder is something that it holds: no lock, and nothing that a killed process left of ours."""
+    return name != LOCK_FILE and not HIDDEN.fullmatch(name)
 
 
 def delete_listed(folder: Path) -> None:

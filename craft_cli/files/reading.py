@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ def reason_of(error: BaseException) -> str:
     """What a reader says, in one short line: it may quote the file, or say nothing."""
     line = "".join(letter if letter.isprintable() else " " for letter in str(error))
     return " ".join(line.split())[:200] or type(error).__name__
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file of any size."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stamp(path: Path) -> list[int]:

@@ -112,8 +112,7 @@ def _check_replaceable(path: Path, target: Path) -> None:
 
 def _new_part(target: Path) -> tuple[Path, int]:
     """A temporary file for one in this place, open and locked. What a killed process left in this folder is cleared away."""
-    with turn(target.parent) as ours:
-        tidy(target.parent, ours=ours)
+    with tidied(target.parent):
         name = os.fsencode(target.name)[:200].decode(errors="ignore")  # with ours, no longer than names may be
         temporary = hidden(target.with_name(name), "part")
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -145,19 +144,19 @@ def cannot_write(path: Path, error: Exception) -> FileError:
 # -- what a killed process left ----------------------------------------------------------------------------------------------
 
 
-def tidy(folder: Path, *, ours: bool | None) -> None:
-    """Clear away what killed processes left of writing entries of a folder; a folder cut while it was replaced comes back.
+@contextmanager
+def tidied(folder: Path) -> Iterator[None]:
+    """Hold a folder (`turn`) without what killed processes left of writing its entries; one cut while it was replaced is back.
 
-    Args:
-        folder: where they lie.
-        ours: whether we have its `turn`; None where there are no locks. Then only what is a day old is cleared away.
+    Where there are no locks, only what is a day old is cleared away.
     """
-    if ours is False:
-        return
-    with contextlib.suppress(OSError):  # it can be written all the same
-        for entry in [Path(found.path) for found in os.scandir(folder) if HIDDEN.fullmatch(found.name)]:
-            with contextlib.suppress(OSError):
-                _clear(entry, ours=bool(ours))
+    with turn(folder) as ours:
+        if ours is not False:
+            with contextlib.suppress(OSError):  # it can be written all the same
+                for entry in [Path(found.path) for found in os.scandir(folder) if HIDDEN.fullmatch(found.name)]:
+                    with contextlib.suppress(OSError):
+                        _clear(entry, ours=bool(ours))
+        yield
 
 
 def _clear(entry: Path, *, ours: bool) -> None:

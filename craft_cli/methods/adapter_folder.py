@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ from craft_cli.files import (
     quoted,
     read_json,
     read_tensors,
+    sha256_of,
     steadily,
     write_bytes,
     write_json,
@@ -195,7 +195,7 @@ def _read(path: Path, cache_dir: str | Path | None, *, make: bool) -> SavedAdapt
         if tensor.dtype not in _DTYPES or not torch.isfinite(tensor).all():
             raise FileError(f"{file} is damaged: {quoted(name)} holds values that are not finite numbers")
     trained = {name: tensors[name] for name in shapes}
-    return SavedAdapter(path, record, method, frozen, trained, head, sha256(file.read_bytes()).hexdigest())
+    return SavedAdapter(path, record, method, frozen, trained, head, sha256_of(file))
 
 
 def write_adapter(

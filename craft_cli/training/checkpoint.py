@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -135,10 +136,12 @@ def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:
             raise
         except FileError as error:
             notes.append(f"{error}; going on from the checkpoint before")
-            aside = path.with_name(f"{path.name}.damaged")  # or they would be kept in place of whole ones
+            aside, number = path.with_name(f"{path.name}.damaged"), 2  # or they would be kept in place of whole ones
             try:
                 if aside.exists():
                     delete_folder(aside)
+                while os.path.lexists(aside):  # it holds something that is not ours
+                    aside, number = path.with_name(f"{path.name}.damaged-{number}"), number + 1
                 path.rename(aside)
             except OSError as failure:
                 raise cannot_write(path, failure) from failure

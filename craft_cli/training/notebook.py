@@ -68,9 +68,8 @@ class NotebookListener(Listener):
     def interrupted(self, step: int, run: Path | None, *, resumable: bool) -> None:
         """See `Listener`."""
         self.close()
-        self._say(
-            f"interrupted after update {step:,}" + (f"; resume it with resume=True, output_dir='{run}'" if run else "")
-        )
+        how = f"; resume it with resume=True, output_dir={str(run)!r}" if run and resumable else ""
+        self._say(f"interrupted after update {step:,}{how}")
 
     def _show(self, what: str, done: int, total: int) -> None:
         from tqdm.auto import tqdm

@@ -44,7 +44,7 @@ from craft_cli.files import (
     read_json,
     read_marker,
     steadily,
-    tidy,
+    tidied,
     turn,
     write_bytes,
     write_json,
@@ -200,8 +200,8 @@ class Run:
                 raise cannot_write(self.path / LOCK_FILE, error) from error
             for folder in (self.path, self.checkpoints):
                 if folder.is_dir():
-                    with turn(folder) as ours:
-                        tidy(folder, ours=ours)
+                    with tidied(folder):
+                        pass
             yield
 
     def is_running(self) -> bool:

@@ -99,9 +99,9 @@ def run(cell: dict[str, Any], given: Any) -> dict[str, Any]:
     seeds = [int(seed) for seed in given.seeds.split(",")]
     last = folder / f"{name}-best"
     _losses(last, recipe, (best,), seeds, given.jobs)
-    runs = [
-        Run(last / "runs" / name) for name in sorted(path.name for path in (last / "runs").iterdir() if path.is_dir())
-    ]
+    runs = [Run(path) for path in sorted((last / "runs").iterdir()) if path.is_dir() and not path.is_symlink()]
+    if len(runs) != len(seeds):
+        raise SystemExit(f"{last / 'runs'} holds {len(runs)} runs, not one for each of the seeds {seeds}")
     found = [
         craft.evaluate(run.path, source=DataSource(validation_file=str(files["test"])), use_cpu=True).metrics
         for run in runs

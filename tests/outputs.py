@@ -20,6 +20,10 @@ _FREE = (
     (re.compile(r"after (epoch|update) \d+"), r"after \1 N"),
     (re.compile(r"^epoch +\d+$"), "epoch N"),
     (re.compile(r"\bbest so far\b"), ""),
+    (
+        re.compile(r"\d(?:\.\d+)?e-\d+ of the largest"),
+        "DIFFERENCE of the largest",
+    ),  # rounding; what is allowed is compared
 )
 BAR = re.compile(r"update +\d+/\d+ |starting$")
 """On a terminal this is a bar."""
@@ -38,7 +42,8 @@ def _close(shown: str, printed: str) -> bool:
     if "." not in shown + printed and "e" not in shown + printed:
         return shown == printed
     first, second = float(shown.replace(",", "")), float(printed.replace(",", ""))
-    return abs(first - second) <= 0.01 + 0.05 * max(abs(first), abs(second))
+    measured = all(len(number.partition(".")[2]) >= 4 and "e" not in number for number in (shown, printed))  # metrics
+    return abs(first - second) <= 0.05 * max(abs(first), abs(second)) + 0.01 * measured
 
 
 def alike(shown: str, printed: str, timed: bool = False) -> bool:

@@ -17,6 +17,8 @@ import pytest
 from followed import World, blocks, craft_calls, parse
 from outputs import alike, difference, refreshed
 
+from craft_cli.files import FORMAT_VERSION
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "craft_cli"
 HOUSE = ROOT / "docs" / "house.py"
@@ -243,12 +245,21 @@ def test_a_page_is_followed_from_top_to_bottom(page: Path, started: tuple[World,
     assert (wrong if page == START else world.copy(tmp_path / "page").follow(page)) == []
 
 
+def test_the_format_version_is_the_one_described() -> None:
+    assert f"The version is {FORMAT_VERSION};" in text("docs/files.md")
+
+
 def test_what_matters_of_an_output_is_compared() -> None:
     assert alike("│ data  800 to train on │", "data 800 to train on")
     assert not alike("data  800 to train on", "data  801 to train on")
     assert alike("accuracy 0.7591  loss 0.5049  best so far", "accuracy 0.7500  loss 0.5120")
     assert not alike("accuracy 0.7591", "accuracy 0.5091")
     assert not alike("accuracy 0.7591", "precision 0.7591")
+    assert not alike("learning_rate 0.01", "learning_rate 0.001")
+    assert alike("differ by 2.4e-07 of the largest (allowed 1e-05)", "differ by 9e-07 of the largest (allowed 1e-05)")
+    assert not alike(
+        "differ by 2.4e-07 of the largest (allowed 1e-05)", "differ by 9e-03 of the largest (allowed 1e-02)"
+    )
     assert alike("time  300 updates in 44 s", "time  300 updates in 1,044 s")
     assert alike("run runs/a-20261127-220531/adapter", "run runs/a-20261128-000000/adapter")
     assert difference(["a", "...", "c"], ["a", "b", "c"]) is None

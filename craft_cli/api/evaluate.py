@@ -38,7 +38,7 @@ class Evaluation:
         confusion: rows by gold label (down) and predicted label (across); of one label a row only.
         by_label: precision, recall, f1 and support of each label or kind of entity; not of a regression.
         ece: the expected calibration error: how far probabilities are from frequencies; not of a regression.
-        worst: the surest wrong answers, or the largest errors of a regression, as many as were asked for: `place`, `label`,
+        worst: the most confident wrong answers, or the largest errors of a regression, as many as were asked for: `place`, `label`,
             `prediction`, `texts`, and `confidence` or `error`.
         predictions: the file written.
         notes: what the user should know of the rows.
@@ -82,7 +82,7 @@ def evaluate(
         source: task or files; what is not given is as in training (runs and adapters know it); or give them by name.
         split: `validation`, or `test` where that is labelled.
         predictions: write a row for each example into this file (.jsonl or .csv).
-        worst: collect so many of the surest wrong answers.
+        worst: collect so many of the most confident wrong answers.
         max_eval_samples: only the first rows of each split.
         max_seq_length: tokens kept; as in training without, 128 for a checkpoint.
         per_device_eval_batch_size: rows at once.

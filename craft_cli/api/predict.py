@@ -49,7 +49,8 @@ def predict(
         allow_other_base: take an adapter whose base is not as it was in training.
 
     Returns:
-        For each text what `craft predict` writes: `prediction` and `scores`, or `entities`.
+        For each text what `craft predict` writes: `prediction` and `scores`; where words are tagged `prediction`, a list of
+        entities, and `text`.
 
     Raises:
         TypeError: `texts` is a single string, or holds something else than texts.

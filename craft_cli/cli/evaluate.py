@@ -35,7 +35,9 @@ def command(
     ] = False,
     worst: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Show the N surest mistakes: where wrong labels are found first."),
+        typer.Option(
+            metavar="N", min=1, help="Show the N most confident mistakes: where wrong labels are found first."
+        ),
     ] = None,
     predictions: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a row for each example (.jsonl or .csv).")

@@ -1,6 +1,6 @@
 """Rows held out to evaluate on, remembered by what they say.
 
-Every row has a mark, a checksum of seed and texts. Of every label the rows with the lowest marks are held out, and the
+Every row has a mark, a checksum of salt and texts. Of every label the rows with the lowest marks are held out, and the
 highest of these is remembered. So a row is held out or not wherever it stands and whatever is added: rows that were
 trained on stay rows to train on, and equal texts of one label are never in both parts.
 """
@@ -17,7 +17,7 @@ from craft_cli.errors import DataError
 ALL = "all"
 """Where rows are not divided by label."""
 SALT = "salt"
-"""Goes into the marks: another one where a text of many rows would go to the wrong side."""
+"""Goes into the marks: the seed, and another number where a text of many rows would go to the wrong side."""
 _TRIES = 8
 
 
@@ -42,9 +42,10 @@ def hold_out(split: Split, share: float, seed: int, *, stratify: bool) -> dict[s
     if len(set(keys)) > min(apart, rows - apart):
         keys = [ALL] * rows
     tries = []
-    for salt in map(str, range(_TRIES)):
-        limits = _limits(keys, _marks(split, seed, salt), apart) | {SALT: salt}
-        tries.append((abs(len(divided(split, limits, seed)[1]) - apart), limits))
+    for number in range(_TRIES):
+        marks = _marks(split, salt := f"{seed}.{number}")
+        limits = _limits(keys, marks, apart) | {SALT: salt}
+        tries.append((abs(len(_parts(split, limits, marks)[1]) - apart), limits))
         if tries[-1][0] <= apart / 10:
             break
     return min(tries, key=lambda found: found[0])[1]
@@ -65,24 +66,31 @@ def _limit(marks: list[str], count: int) -> str:
     return limit if limit < max(marks) else max((mark for mark in marks if mark < limit), default="")
 
 
-def divided(split: Split, limits: Mapping[str, str], seed: int) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows held out, by what `hold_out` found for this seed.
+def divided(split: Split, limits: Mapping[str, str]) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows held out, by what `hold_out` found.
 
     Raises:
         DataError: no row of these is held out, or every one.
     """
-    labels = [ALL] * len(split) if ALL in limits or not split.labels else [str(label) for label in split.labels]
-    parts: tuple[list[int], list[int]] = ([], [])
-    for row, (key, mark) in enumerate(zip(labels, _marks(split, seed, limits.get(SALT, "0")), strict=True)):
-        parts[mark <= limits.get(key, "")].append(row)
+    parts = _parts(split, limits, _marks(split, limits.get(SALT, "")))
     if not all(parts):
         which = "no row" if not parts[1] else "every row"
         raise DataError(f"{split.origin}: {which} of these was held out in training: give --validation-file")
     return parts
 
 
-def _marks(split: Split, seed: int, salt: str) -> list[str]:
-    return [sha256(json.dumps([seed, salt, *text]).encode()).hexdigest()[:16] for text in split.texts]
+def _parts(split: Split, limits: Mapping[str, str], marks: Sequence[str]) -> tuple[list[int], list[int]]:
+    labels = [ALL] * len(split) if ALL in limits or not split.labels else [str(label) for label in split.labels]
+    parts: tuple[list[int], list[int]] = ([], [])
+    for row, (key, mark) in enumerate(zip(labels, marks, strict=True)):
+        parts[mark <= limits.get(key, "")].append(row)
+    return parts
+
+
+def _marks(split: Split, salt: str) -> list[str]:
+    seed, _, number = salt.partition(".")
+    begin = f'[{seed}, "{number}", '  # of the JSON of all; a salt that is read from a record may be any text
+    return [sha256((begin + json.dumps(text)[1:]).encode()).hexdigest()[:16] for text in split.texts]
 
 
 def _quotas(counts: Mapping[str, int], apart: int) -> dict[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from craft_cli.data.holdout import divided, hold_out
+from craft_cli.data.holdout import SALT, divided, hold_out
 from craft_cli.data.sources import (
     TEST,
     TRAIN,
@@ -84,9 +84,10 @@ def load_splits(source: DataSource, parts: Sequence[str], known: Task | None = N
     limits: Mapping[str, str] = {}
     notes = [splits[TRAIN].note] if TRAIN in parts and splits[TRAIN].note else []
     if held_out:
-        share, seed = source.validation_share or 0.1, source.seed or 0
-        limits = source.held_out or hold_out(splits[TRAIN], share, seed, stratify=task.stratified)
-        kept, apart = divided(splits[TRAIN], limits, seed)
+        share = source.validation_share or 0.1
+        limits = source.held_out or hold_out(splits[TRAIN], share, source.seed or 0, stratify=task.stratified)
+        kept, apart = divided(splits[TRAIN], limits)
+        seed = limits.get(SALT, "").partition(".")[0]  # perhaps that of another run
         note = (
             f"{len(apart)} of {len(splits[TRAIN])} rows of {splits[TRAIN].origin} held out to evaluate on (seed {seed})"
         )

@@ -55,7 +55,7 @@ class TrainingState:
     Attributes:
         step: updates made.
         record: everything that is no tensor: `step`, `settings` (the resolved recipe), `update_size` (rows), `data` (a
-            checksum), `seconds`, `journal`, `rng` (of every process), `scaler`, `tracker_id`, `metrics_sha256`.
+            checksum), `held_out` (see `data.holdout`), `seconds`, `journal`, `rng` (of every process), `scaler`, `tracker_id`, `metrics_sha256`.
         frozen: what the method keeps of the base's weights.
         base: that is trained on.
         trained: what is trained, the head too, by its names in an adapter's file.

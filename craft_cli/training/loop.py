@@ -158,6 +158,7 @@ def save(training: Training) -> None:
                 "settings": training.recipe,
                 "update_size": training.update_size,
                 "data": training.data,
+                "held_out": dict(training.prepared.rows["held_out"]),
                 "seconds": time.perf_counter() - training.began,
                 "journal": training.journal.record(),
                 "rng": rng,

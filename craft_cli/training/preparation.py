@@ -18,7 +18,6 @@ from craft_cli.data.tokens import Encoded, Unseen, padding
 from craft_cli.errors import DataError, ModelError
 from craft_cli.files import cache_folder
 from craft_cli.methods import method_named
-from craft_cli.methods.adapter_folder import read_record
 from craft_cli.methods.attach import attach_prepared
 from craft_cli.methods.base import Method
 from craft_cli.methods.frozen import Frozen
@@ -33,7 +32,6 @@ from craft_cli.tasks.base import OWN, Task
 from craft_cli.tasks.metrics import renamed
 from craft_cli.tasks.splits import load_splits
 from craft_cli.training.compile import compile_blocks, freeze_cache
-from craft_cli.training.resume import adapter_to_start_from
 
 
 @dataclass(frozen=True)
@@ -130,6 +128,7 @@ def prepare(
     progress: Callable[[str, int, int], None],
     frozen: Frozen | None = None,
     former: Base | None = None,
+    held_out: Mapping[str, str] | None = None,
 ) -> Prepared:
     """Data, checkpoint and what the method keeps of it; the same on every process.
 
@@ -138,9 +137,10 @@ def prepare(
         progress: called with (what, done, total).
         frozen: what the method kept of the base before; prepared, or taken from its cache, without.
         former: the base that was trained on before.
+        held_out: which rows were held out before, see `data.holdout`; found anew without.
     """
     progress("loading data", 0, 1)
-    loaded = load_splits(_source(config), [TRAIN, VALIDATION])
+    loaded = load_splits(replace(DataSource.of(config), held_out=held_out), [TRAIN, VALIDATION])
     rows = {
         name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
         for name, split in loaded.splits.items()
@@ -188,23 +188,6 @@ def prepare(
         )
     task = task.on_head(checkpoint.config(), strict=False)
     return Prepared(checkpoint, base, method, frozen, task, tokenizer, train, encoded, notes, loaded.record())
-
-
-def _source(config: RunConfig) -> DataSource:
-    """Where rows come from; what the run to start from held out of the same rows is never trained on, nor the reverse."""
-    source = DataSource.of(config)
-    if not config.init_from:
-        return source
-    record = read_record(adapter_to_start_from(config.init_from)).get("training", {})
-    former = DataSource.of(record.get("data", {})).resolved()
-    mine = source.resolved()
-    same = (mine.data_dir, mine.train_file, mine.dataset_name, mine.seed) == (
-        former.data_dir,
-        former.train_file,
-        former.dataset_name,
-        former.seed,
-    )
-    return replace(source, held_out=former.held_out) if same else source
 
 
 def _on(weights: Weights, frozen: Frozen, *, allow_other: bool) -> Frozen:

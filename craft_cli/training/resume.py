@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from craft_cli.config import GROUPS, METHOD_OPTIONS, RunConfig, flag, free_settings, option_names, parse_settings
+from craft_cli.data.sources import DataSource
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.files import MARKER, RUN, check_inputs, check_place
 from craft_cli.methods.adapter_folder import SavedAdapter, read_adapter, read_record
@@ -36,6 +37,7 @@ class Start:
         frozen: what the method kept of the base's weights then; prepared, or taken from a cache, without.
         base: that was trained on then.
         trained: the trained numbers of another run, by their names in an adapter's file.
+        held_out: which rows were held out before, see `data.holdout`.
         notes: what the user should know.
     """
 
@@ -45,6 +47,7 @@ class Start:
     frozen: Frozen | None = None
     base: Base | None = None
     trained: Mapping[str, Tensor] = field(default_factory=dict)
+    held_out: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -70,7 +73,8 @@ def find_start(config: RunConfig, processes: int, held: ExitStack, runs: Path = 
         usable_output(config.output_dir, runs, overwrite=config.overwrite)
     if start.state is None and start.config.init_from:
         other = _other_run(start.config, start.config.init_from)
-        start = replace(start, frozen=other.frozen, base=other.base, trained=other.trained)
+        held_out = _held_out(start.config, other.record.get("training", {}).get("data", {}))
+        start = replace(start, frozen=other.frozen, base=other.base, trained=other.trained, held_out=held_out)
     return start
 
 
@@ -98,7 +102,8 @@ def _resumed(config: RunConfig, processes: int, held: ExitStack, runs: Path) -> 
     if state is None:
         notes.append(f"{run.path} has no checkpoint yet: starting from the beginning")
         return Start(config, run, notes=tuple(notes))
-    return Start(config, run, state, state.frozen, state.base, notes=tuple(notes))
+    held_out = state.record["held_out"]
+    return Start(config, run, state, state.frozen, state.base, held_out=held_out, notes=tuple(notes))
 
 
 def continued(config: RunConfig, run: Run, state: TrainingState | None, processes: int) -> RunConfig:
@@ -195,6 +200,19 @@ def _other_run(config: RunConfig, path: str) -> SavedAdapter:
     if problem:
         raise ConfigError(f"--init-from: {path} {problem}")
     return saved
+
+
+def _held_out(config: RunConfig, record: Mapping[str, Any]) -> Mapping[str, str] | None:
+    """What the other run held out of the same rows: it is never trained on, nor the reverse.
+
+    Args:
+        config: of this run.
+        record: what the other run keeps of its data.
+    """
+    mine, former = DataSource.of(config).resolved(), DataSource.of(record).resolved()
+    given = [name for name in ("text_columns", "label_column") if getattr(mine, name)]
+    names = ("data_dir", "train_file", "dataset_name", "dataset_config_name", "train_split", *given)
+    return former.held_out if all(getattr(mine, name) == getattr(former, name) for name in names) else None
 
 
 def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

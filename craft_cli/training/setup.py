@@ -184,7 +184,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     start = from_main(accelerator, lambda: find_start(config, processes, held, runs))
     config, state = start.config, start.state
     with accelerator.main_process_first():  # the others then find the caches filled
-        prepared = prepare(config, listener.preparing, start.frozen, start.base)
+        prepared = prepare(config, listener.preparing, start.frozen, start.base, start.held_out)
 
     update_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     if state:  # whatever the number of processes is now

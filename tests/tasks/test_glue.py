@@ -154,7 +154,7 @@ def test_a_tenth_is_held_out_if_nothing_else_is_said(tmp_path: Path) -> None:
 
 def test_labels_too_rare_to_be_in_both_parts_do_not_stop_it() -> None:
     split = Split([(str(row),) for row in range(9)], [0] * 8 + [1], "here")
-    kept, held = divided(split, hold_out(split, 0.3, 0, stratify=True), 0)
+    kept, held = divided(split, hold_out(split, 0.3, 0, stratify=True))
     assert sorted(kept + held) == list(range(9))
     assert 8 in kept
     with pytest.raises(DataError, match="cannot be divided"):

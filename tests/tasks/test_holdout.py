@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 import craft_cli as craft
+from craft_cli.config import RunConfig
 from craft_cli.data.holdout import divided, hold_out
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.tasks.splits import load_splits
+from craft_cli.training.resume import _held_out
 
 Make = Callable[..., Path]
 ROWS = some.lists(some.tuples(some.text("abc ", max_size=3), some.integers(0, 3)), min_size=2, max_size=60)
@@ -36,14 +39,14 @@ def test_rows_that_are_added_or_moved_change_no_part(
         assert "cannot be divided" in problem(hold_out, split, share, seed, stratify=stratify)
         return
     limits = hold_out(split, share, seed, stratify=stratify)
-    kept, held = divided(split, limits, seed)
+    kept, held = divided(split, limits)
     assert sorted(kept + held) == list(range(len(rows)))
     assert kept
     assert held
     trained = {rows[row] for row in kept}
     grown = [*rows, *more]
     random.Random(seed).shuffle(grown)
-    again = divided(split_of(grown), limits, seed)
+    again = divided(split_of(grown), limits)
     assert not {grown[row] for row in again[1]} & trained
     assert {rows[row] for row in held} <= {grown[row] for row in again[1]}
 
@@ -52,7 +55,7 @@ def test_rows_that_are_added_or_moved_change_no_part(
 def test_the_share_is_kept_and_every_label_in_both_parts(share: float) -> None:
     rows = [(f"text {number}", number % 10 // 3) for number in range(400)]
     split = split_of(rows)
-    kept, held = divided(split, limits := hold_out(split, share, 5, stratify=True), 5)
+    kept, held = divided(split, limits := hold_out(split, share, 5, stratify=True))
     assert len(held) == round(share * 400)
     for label in range(4):
         count = sum(rows[row][1] == label for row in held)
@@ -64,7 +67,7 @@ def test_the_share_is_kept_and_every_label_in_both_parts(share: float) -> None:
 
 def test_equal_texts_of_a_label_are_never_in_both_parts() -> None:
     split = split_of([(f"text {number % 20}", number % 2) for number in range(200)])
-    kept, held = divided(split, hold_out(split, 0.3, 0, stratify=True), 0)
+    kept, held = divided(split, hold_out(split, 0.3, 0, stratify=True))
     assert not {split.texts[row] for row in kept} & {split.texts[row] for row in held}
     assert len(held) == 60
 
@@ -72,13 +75,13 @@ def test_equal_texts_of_a_label_are_never_in_both_parts() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_text_of_many_rows_does_not_decide_how_many_are_held_out(seed: int) -> None:
     split = split_of([(f"text {number}" if number % 3 else "n/a", 0) for number in range(300)])
-    _, held = divided(split, hold_out(split, 0.1, seed, stratify=False), seed)
+    _, held = divided(split, hold_out(split, 0.1, seed, stratify=False))
     assert 27 <= len(held) <= 33
 
 
 def test_thousands_of_labels_are_divided_in_proportion() -> None:
     split = split_of([(f"text {number}", number % 4000) for number in range(16_000)])
-    kept, held = divided(split, hold_out(split, 0.5, 0, stratify=True), 0)
+    kept, held = divided(split, hold_out(split, 0.5, 0, stratify=True))
     assert len(held) == len(kept) == 8000
     assert {split.labels[row] for row in held} == set(range(4000))  # type: ignore[index]
 
@@ -168,3 +171,36 @@ def test_a_run_that_starts_from_another_keeps_its_division(pico: Make, run: dict
         == json.loads(Path("out/adapter/adapter_config.json").read_text())["training"]["data"]["held_out"]
     )
     assert not wrong & run["train"]
+
+
+def test_another_seed_keeps_the_division_and_a_resumed_run_needs_no_other_adapter(
+    pico: Make, run: dict[str, set[str]]
+) -> None:
+    given = {"data_dir": None, "train_file": "train.jsonl", "validation_share": 0.3, "output_dir": "next", "seed": 7}
+    craft.train(own_config(pico(), Path(), **given, init_from="out", max_steps=2))
+    assert craft.evaluate("next", use_cpu=True).examples == len(run["validation"])
+    wrong = {row["texts"][0] for row in craft.evaluate("next", worst=10_000, use_cpu=True).worst or []}
+    assert not wrong & run["train"]
+    record = json.loads(Path("next/adapter/adapter_config.json").read_text())["training"]["data"]
+    assert record["held_out"]["salt"].startswith("42.")
+    shutil.rmtree("out")
+    assert craft.train(own_config(pico(), Path(), **given, resume=True, max_steps=4)).updates == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        ({}, True),
+        ({"seed": 7}, True),
+        ({"label_column": "label"}, True),
+        ({"dataset_config_name": "rte"}, False),
+        ({"train_split": "more"}, False),
+        ({"text_columns": "premise"}, False),
+        ({"label_column": "kind"}, False),
+    ],
+)
+def test_a_division_is_that_of_the_same_rows_only(changed: dict[str, Any], kept: bool) -> None:
+    given = {"model": "demo", "dataset_name": "glue", "dataset_config_name": "sst2"}
+    limits = {"all": "80", "salt": "42.0"}
+    record = given | {"text_columns": ["text"], "label_column": "label", "seed": 42, "held_out": limits}
+    assert _held_out(RunConfig.build(given | changed), record) == (limits if kept else None)

@@ -31,6 +31,7 @@ from craft_cli.models.views import View
 _REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
 _SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 _Call = tuple[FrameType, nn.Module]
+_NOT_FINITE = "the change is not finite: train again with a lower learning rate"
 
 
 class _Layer:
@@ -164,7 +165,7 @@ class Adapter(nn.Module):
         changed = []
         chains = {name: self.change.chains(name) for name in self._views}
         if not all(delta(chain).isfinite().all() for layers in chains.values() for chain in layers):
-            raise ValueError("the change is not finite: train again with a lower learning rate")
+            raise ValueError(_NOT_FINITE)
         for name, views in self._views.items():
             for view, chain in zip(views, chains[name], strict=True):
                 weight = view.module_of(root).get_parameter("weight").data
@@ -184,15 +185,21 @@ class Adapter(nn.Module):
         Args:
             state: weights by name.
             prefix: of the names of the root's weights in it.
+
+        Raises:
+            ModelError: the change is not finite.
         """
         copied = set()
         for projection, views in self._views.items():
             for view, chain in zip(views, self.change.chains(projection), strict=True):
+                change = delta(chain)
+                if not change.isfinite().all():
+                    raise ModelError(_NOT_FINITE)
                 name = f"{prefix}{view.module}.weight"
                 if name not in copied:
                     state[name] = state[name].detach().clone()
                     copied.add(name)
-                view.add_to_weight(state[name], delta(chain).to(state[name].device))
+                view.add_to_weight(state[name], change.to(state[name].device))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

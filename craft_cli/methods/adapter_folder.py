@@ -211,14 +211,15 @@ def write_adapter(
         card: text of README.md.
 
     Raises:
-        FileError: one cannot be written, or reads back different; or a number is none.
+        FileError: one cannot be written, or reads back different; or a number is not finite.
     """
     state = dict(trained)
     if record.get("factors", {}).get("stored", INCLUDE) == INCLUDE:
         state |= frozen.tensors()
-    odd = [name for name, tensor in trained.items() if torch.isnan(tensor).any()]
-    if odd:  # no nan equals itself, so it would read back different
-        raise FileError(f"{folder}: the adapter is not written, since {odd[0]} holds nan, which is no number")
+    for name, tensor in trained.items():
+        if not torch.isfinite(tensor).all():  # it could not be read again
+            held = "nan, which is no number" if torch.isnan(tensor).any() else "an infinite number"
+            raise FileError(f"{folder}: the adapter is not written, since {name} holds {held}")
     write_tensors(folder / TENSOR_FILE, KIND, state, {"targets": list(frozen.targets)} | frozen.identity())
     write_json(folder / CONFIG_FILE, record)
     if card is not None:

@@ -15,7 +15,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.families import layer_views
 from craft_cli.models.identity import Base, base_in, base_of
 from craft_cli.models.loading import check_model, head_names
-from craft_cli.models.stacks import weights_in
+from craft_cli.models.stacks import read_weights, weights_in
 from craft_cli.models.views import View
 
 
@@ -98,7 +99,8 @@ def attach_prepared(
     """
     views = layer_views(model.config, frozen.targets)
     check_base(model, frozen, views)
-    base = base or base_in(model, getattr(torch, frozen.dtype))
+    head = tuple(head)
+    base = base or base_in(model, getattr(torch, frozen.dtype), head)
     adapter = ModelAdapter(model, method, frozen, options, head, base)
     _put_on(adapter, views)
     return adapter
@@ -124,7 +126,8 @@ def load(
         revision: branch, tag or commit of an adapter on the hub.
         cache_dir: where factors are looked for that the adapter only refers to, and made of the base where they are not
             there; `~/.cache/craft` without.
-        allow_other_base: whether the base's weights, configuration or tokenizer may be others than in training.
+        allow_other_base: whether the base's weights, configuration or tokenizer may be others than in training. What is saved
+            afterwards names this base.
         checkpoint: that the model was loaded from: then its tokenizer is compared too, and weights by its files.
 
     Raises:
@@ -143,19 +146,23 @@ def load(
         raise ModelError("this model carries an adapter already: detach it first, or give name=... to hold several")
     saved = read_adapter(folder, cache_dir, make=True)
     views = layer_views(model.config, saved.frozen.targets)
-    base = saved.base
+    base, frozen = saved.base, saved.frozen
     if held is None:
-        check_base(model, saved.frozen, views, allow_other=allow_other_base)
-        now = base_of(checkpoint, cache_dir) if checkpoint else base_in(model, getattr(torch, saved.frozen.dtype))
+        check_base(model, frozen, views, allow_other=allow_other_base)
+        if allow_other_base:
+            frozen = _on(model, frozen, views, checkpoint)
+        dtype = getattr(torch, frozen.dtype)
+        now = base_of(checkpoint, cache_dir) if checkpoint else base_in(model, dtype, saved.head)
         if allow_other_base:
             base = now
         base.check(now, str(path))
     elif not _held_together(held, saved):
         raise ModelError(f"{path} has another method, base or size than the adapter on this model: load it on its own")
     saved.check_head(model)
-    adapter = ModelAdapter(model, saved.method, saved.frozen, saved.options, saved.head, base) if held is None else held
+    adapter = ModelAdapter(model, saved.method, frozen, saved.options, saved.head, base) if held is None else held
     if held is None:
         adapter.active = name or DEFAULT_NAME
+        adapter.made_on.append(dict(saved.frozen.fingerprints))
     if set(saved.head) != set(adapter.head):
         raise ModelError(f"{path} trains another head than the adapter on this model: load it on its own")
     adapter.hold(name or DEFAULT_NAME, saved)
@@ -164,12 +171,25 @@ def load(
     return adapter
 
 
+def _on(model: Any, frozen: Frozen, views: Mapping[str, Sequence[View]], checkpoint: Checkpoint | None) -> Frozen:
+    """What was kept of another base, as of this one."""
+    if checkpoint is not None:
+        return replace(frozen, **read_weights(checkpoint, frozen.targets).origin())
+    if getattr(model, "is_quantized", False):  # what its weights were is not known
+        return frozen
+    here = weights_in(model, frozen.targets).origin()
+    with suppress(ModelError):
+        check_base(model, frozen, views)  # the same weights: in memory they may be rounded
+        here |= {"dtype": frozen.dtype, "fingerprints": frozen.fingerprints}
+    return replace(frozen, **here)
+
+
 def _held_together(held: ModelAdapter, saved: SavedAdapter) -> bool:
     """Whether a saved adapter is of the method, the base, the frozen tensors and the options of the one held."""
     mine, theirs = held.method.settings(held.frozen, held.options), saved.method.settings(saved.frozen, saved.options)
     return (
-        (held.method.name, mine, held.frozen.sha256(), dict(held.frozen.fingerprints))
-        == (saved.method.name, theirs, saved.frozen.sha256(), dict(saved.frozen.fingerprints))
+        (held.method.name, mine, held.frozen.sha256()) == (saved.method.name, theirs, saved.frozen.sha256())
+        and dict(saved.frozen.fingerprints) in held.made_on
     )  # fmt: skip
 
 
@@ -178,7 +198,6 @@ def _put_on(adapter: ModelAdapter, views: Mapping[str, Sequence[View]]) -> None:
         adapter.attach(adapter.model.base_model, views)
     except ValueError as error:
         raise ModelError(str(error)) from error
-    head = set(adapter.head)
-    trained = {id(parameter) for parameter in adapter.parameters()}
+    trained = adapter.trained_names()
     for name, parameter in adapter.model.named_parameters():
-        parameter.requires_grad_(name in head or id(parameter) in trained)
+        parameter.requires_grad_(name in trained)

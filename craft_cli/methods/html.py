@@ -19,7 +19,7 @@ _NUMBER = ' style="text-align: right"'
 def adapter_html(adapter: ModelAdapter) -> str:
     """What is adapted, how many numbers are trained and how much they weigh."""
     settings = {"targets": list(adapter.frozen.targets)} | adapter.method.settings(adapter.frozen, adapter.options)
-    trained = {name: parameter.detach() for name, parameter in adapter.change.trained().items()}
+    trained = adapter.change_state()
     facts = {name: adapter.method.facts(adapter.frozen, settings, trained, name) for name in adapter.frozen.targets}
     every = sum(parameter.numel() for parameter in adapter.model.parameters())
     numbers, head = adapter.count_parameters(), adapter.count_head_parameters()

@@ -55,6 +55,8 @@ class ModelAdapter(Adapter):
         base: which one it is.
         training_record: what the adapter was trained on, for those who find its folder later.
         active: name of the one in use, of those held.
+        made_on: fingerprints of the bases whose adapters may be held beside it: its own, and with `allow_other_base` that of
+            its training.
     """
 
     model: Any
@@ -69,6 +71,7 @@ class ModelAdapter(Adapter):
         self.head, self.base = tuple(head), base
         self.training_record: dict[str, Any] = {}
         self.active = DEFAULT_NAME
+        self.made_on = [dict(frozen.fingerprints)]
         self._held: dict[str, _Held] = {}
         self._untrained = {name: tensor.clone() for name, tensor in self.head_state().items()}
 
@@ -113,11 +116,16 @@ class ModelAdapter(Adapter):
             mine[name].copy_(tensor)
 
     def _trained(self) -> dict[str, Tensor]:
-        return self._changing() | {HEAD + name: tensor for name, tensor in self.head_state().items()}
+        return self.change_state() | {HEAD + name: tensor for name, tensor in self.head_state().items()}
 
-    def _changing(self) -> dict[str, Tensor]:
+    def change_state(self) -> dict[str, Tensor]:
         """The parameters of the change by their names in the adapter's file."""
         return {name: parameter.detach() for name, parameter in self.change.trained().items()}
+
+    def trained_names(self) -> set[str]:
+        """Names of the model's parameters that are trained: the change's, while it is attached, and the head's."""
+        mine = {id(parameter) for parameter in self.parameters()}
+        return {*self.head, *(name for name, parameter in self.model.named_parameters() if id(parameter) in mine)}
 
     def count_head_parameters(self) -> int:
         """How many numbers of the head are trained."""
@@ -196,8 +204,7 @@ class ModelAdapter(Adapter):
             ConfigError: none is held by this name, or inside `disabled`.
         """
         self.refuse_disabled()
-        if name not in self.names:
-            raise ConfigError(f"no adapter '{name}' is held here{nearest(name, self.names)}")
+        self._check_held(name)
         if name != self.active:
             self._put_away()
             self._show(name)
@@ -209,14 +216,17 @@ class ModelAdapter(Adapter):
             ConfigError: none is held by this name, it is the only one, or inside `disabled`.
         """
         self.refuse_disabled()
-        if name not in self.names:
-            raise ConfigError(f"no adapter '{name}' is held here{nearest(name, self.names)}")
+        self._check_held(name)
         others = [other for other in self.names if other != name]
         if not others:
             raise ConfigError(f"'{name}' is the only adapter here: adapter.detach() takes it off the model")
         if name == self.active:
             self.use(others[0])
         del self._held[name]
+
+    def _check_held(self, name: str) -> None:
+        if name not in self.names:
+            raise ConfigError(f"no adapter '{name}' is held here{nearest(name, self.names)}")
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -232,7 +242,7 @@ class ModelAdapter(Adapter):
     def _put_away(self) -> None:
         """What is in use may have been trained on since it was loaded."""
         self._held[self.active] = _Held(
-            {name: tensor.clone() for name, tensor in self._changing().items()},
+            {name: tensor.clone() for name, tensor in self.change_state().items()},
             {name: tensor.clone() for name, tensor in self.head_state().items()},
             self._model_record(),
             self.training_record,
@@ -250,7 +260,7 @@ class ModelAdapter(Adapter):
 
     def _show(self, name: str) -> None:
         held, self.active = self._held[name], name
-        for key, tensor in self._changing().items():
+        for key, tensor in self.change_state().items():
             tensor.copy_(held.trained[key])
         self._set_head(held.head)
         self.training_record = held.training
@@ -311,5 +321,5 @@ class ModelAdapter(Adapter):
             raise ConfigError(f"factors: expected {INCLUDE} or {REFERENCE}, not '{factors}'")
         if factors == REFERENCE and self.frozen.sha256() is None:
             raise ConfigError(f"factors: {self.method.name} has none to refer to; leave '{INCLUDE}'")
-        change = {name: tensor.float() for name, tensor in self._changing().items()}  # the model may be cast: half()
+        change = {name: tensor.float() for name, tensor in self.change_state().items()}  # the model may be cast: half()
         write_adapter(folder, self.record(factors), self._trained() | change, self.frozen, card)

@@ -57,7 +57,7 @@ class Saving:
 
         Raises:
             ConfigError: inside `disabled`, or with `distributed_checkpoint`, which cannot be merged.
-            ModelError: the model is quantised.
+            ModelError: the model is quantised, or the change is not finite.
         """
         self.adapter.refuse_disabled()
         folder, whole = Path(save_directory), self.model is self.adapter.model
@@ -77,7 +77,8 @@ class Saving:
             self.adapter.save(folder / BESIDE)
         state = dict(self.model.state_dict() if state_dict is None else state_dict)
         state = {name: tensor for name, tensor in state.items() if not name.startswith(self._own)}
-        self.adapter.merge_into(state, self._prefix)
+        if state or is_main_process:  # other processes may be given nothing: the main one writes
+            self.adapter.merge_into(state, self._prefix)
         return type(self.model).save_pretrained(self.model, save_directory, is_main_process, state, **options)
 
     @property
@@ -93,11 +94,11 @@ class Saving:
 
         folder.mkdir(parents=True, exist_ok=True)
         self.adapter.write(folder)
-        trained = {id(parameter) for parameter in self.adapter.parameters()}
+        trained = self.adapter.trained_names()
         state = {
             name: parameter.detach().cpu().contiguous()
             for name, parameter in self.model.named_parameters()
-            if id(parameter) in trained or name in self.adapter.head
+            if name in trained
         }
         state[f"{self._own}{_BASIS}"] = self._basis()
         write_bytes(folder / WEIGHTS_FILE, save(state, metadata={"format": "pt"}))
@@ -141,9 +142,7 @@ class Saving:
     def after_loading(self, model: Any, keys: Any) -> None:
         """What is frozen is not in a small checkpoint, and not missing."""
         if self._loads_small:
-            trained = {id(parameter) for parameter in self.adapter.parameters()}
-            kept = {name for name, parameter in model.named_parameters() if id(parameter) in trained}
-            kept |= set(self.adapter.head)
+            kept = self.adapter.trained_names()
             keys.missing_keys[:] = [name for name in keys.missing_keys if name in kept]
             self._loads_small = False
 

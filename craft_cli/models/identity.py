@@ -32,6 +32,7 @@ _NOT_COMPUTED_WITH = {
 }  # fmt: skip
 """Of a configuration; labels and padding are the adapter's own."""
 
+_POOLER = "weights of the pooler"
 _KEPT_FROM = 1 << 24
 """Bytes of a file whose hashes are kept: smaller ones are hashed in milliseconds."""
 
@@ -114,7 +115,7 @@ def base_of(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Base
     return Base(weights, _computed_with(checkpoint.config()), _tokenizer(checkpoint))
 
 
-def base_in(model: Any, dtype: torch.dtype) -> Base:
+def base_in(model: Any, dtype: torch.dtype, head: Iterable[str] = ()) -> Base:
     """The base in a transformers model in memory, an adapter on it left out.
 
     Its tokenizer is the one in the folder that it was loaded from; of a hub model it is not known.
@@ -122,6 +123,7 @@ def base_in(model: Any, dtype: torch.dtype) -> Base:
     Args:
         model: of transformers.
         dtype: of the checkpoint: of a model in a narrower one, or quantised, only the configuration is known.
+        head: names of the parameters that are trained in full; a pooler among them is no part of the base.
     """
     parameters = [
         (name, parameter.detach())
@@ -133,6 +135,8 @@ def base_in(model: Any, dtype: torch.dtype) -> Base:
         parameters = []
     folder = Path(str(model.name_or_path))
     tokenizer = _tokenizer(Checkpoint(str(folder), None, folder)) if folder.is_dir() else {}
+    if any(_part(name) == _POOLER for name in head):
+        parameters = [(name, tensor) for name, tensor in parameters if _part(name) != _POOLER]
     weights = _weights((name, _sha256(tensor)) for name, tensor in parameters)
     return Base(weights, _computed_with(model.config), tokenizer or None)
 
@@ -152,7 +156,7 @@ def _weights(hashes: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 def _part(name: str) -> str:
     if "pooler." in name:
-        return "weights of the pooler"
+        return _POOLER
     if re.search(r"(^|\.)\d+\.", name):
         return "layers"
     return "embeddings" if "embed" in name or name.startswith(("wte.", "wpe.")) else "other weights"

@@ -69,6 +69,21 @@ def test_the_base_model_alone_is_saved_with_the_change(pico: Make) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_change_that_is_no_number_is_not_saved(pico: Make) -> None:
+    model, adapter = adapted(pico())
+    with torch.no_grad():
+        next(adapter.parameters()).fill_(float("inf"))
+    with pytest.raises(ModelError, match="the change is not finite"):
+        model.bert.save_pretrained("encoder")
+
+
+def test_a_process_that_writes_nothing_may_be_given_nothing(pico: Make) -> None:
+    model, adapter = adapted(pico())
+    shake(adapter)
+    model.save_pretrained("saved", is_main_process=False, state_dict={})  # as Accelerate does with FSDP
+    assert not list(Path("saved").glob("*"))
+
+
 def test_a_copy_saves_itself(pico: Make) -> None:
     model, adapter = adapted(pico())
     twin = copy.deepcopy(model)

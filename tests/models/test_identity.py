@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_pico, classifier, failure, invoke, shake
-from helpers import config
+from helpers import config, logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -123,6 +123,41 @@ def test_in_python_too(pico: Callable[..., Path]) -> None:
         craft.load(classifier(Path("base")), "adapter")
     craft.load(classifier(Path("base")), "adapter", allow_other_base=True).save("other")
     craft.load(classifier(Path("base")), "other")  # which is its base from now on
+
+
+@pytest.mark.parametrize("method", ["craft", "lora"])
+def test_what_is_saved_on_another_base_belongs_to_it(method: str, pico: Callable[..., Path]) -> None:
+    adapter = craft.attach(classifier(pico()), method=method)
+    shake(adapter)
+    for name in ("adapter", "second"):
+        adapter.save(name)
+    shutil.copytree(pico(), "base")
+    weight(Path("base"), "encoder.layer.0.attention.self.query.weight")
+    weight(Path("base"), FEED_FORWARD)
+    model = classifier(Path("base"))
+    other = craft.load(model, "adapter", allow_other_base=True)
+    craft.load(model, "second", name="second", allow_other_base=True)  # held beside it
+    other.save("other")
+    craft.load(classifier(Path("base")), "other")
+    craft.load(model, "other", name="other")
+    assert other.names == ("default", "second", "other")
+    craft.merge("other", "merged")  # it finds this base by its name
+    with pytest.raises(ModelError, match="other weights"):
+        craft.load(classifier(pico()), "other")
+
+
+def test_a_pooler_that_is_trained_is_no_part_of_the_base(pico: Callable[..., Path]) -> None:
+    shutil.copytree(pico(), "base")
+    stored = load_file("base/model.safetensors")
+    save_file({name: tensor for name, tensor in stored.items() if "pooler." not in name}, "base/model.safetensors")
+    model = classifier(Path("base"))
+    head = [name for name, _ in model.named_parameters() if "pooler." in name or "classifier." in name]
+    adapter = craft.attach(model, method="lora", head=head)
+    shake(adapter)
+    adapter.save("adapter")
+    again = classifier(Path("base"))  # with another random pooler
+    craft.load(again, "adapter")
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_resuming_and_going_on_from_another_run(pico: Callable[..., Path], data_dir: Path) -> None:

@@ -175,15 +175,16 @@ def test_no_room_for_any_word_is_refused(length: int, pico: Make) -> None:
     )
 
 
-def test_what_is_no_number_is_not_written(pico: Make, data_dir: Path) -> None:
+@pytest.mark.parametrize(("value", "told"), [(float("nan"), "holds nan"), (float("inf"), "holds an infinite number")])
+def test_what_is_no_number_is_not_written(value: float, told: str, pico: Make) -> None:
     from conftest import classifier
 
     from craft_cli.errors import FileError
 
     adapter = craft.attach(classifier(pico()), craft.decompose(str(pico()), ranks="6,5,2", cache_dir="factors"))
     with torch.no_grad():
-        next(iter(adapter.head_state().values())).fill_(float("nan"))
-    with pytest.raises(FileError, match="holds nan"):
+        next(iter(adapter.head_state().values())).fill_(value)
+    with pytest.raises(FileError, match=told):
         adapter.save("adapter")
 
 

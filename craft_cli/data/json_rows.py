@@ -62,7 +62,7 @@ def _listed(content: Any, origin: str) -> Iterable[Any]:
     if not isinstance(content, dict) or not content:
         raise DataError(f"{origin}: expected a JSON list of objects")
     if isinstance(content.get("columns"), list) and isinstance(content.get("data"), list):  # pandas, orient="split"
-        return [dict(zip(map(str, content["columns"]), cells, strict=False)) for cells in content["data"]]
+        return _of_split(list(map(str, content["columns"])), content["data"], origin)
     below = {name: value for name, value in content.items() if _are_objects(value)}
     if len(below) > 1:
         raise DataError(
@@ -79,6 +79,16 @@ def _listed(content: Any, origin: str) -> Iterable[Any]:
 
 def _are_objects(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(part, dict) for part in value)
+
+
+def _of_split(columns: list[str], data: list[Any], origin: str) -> list[dict[str, Any]]:
+    for number, cells in enumerate(data, start=1):
+        if not isinstance(cells, list) or len(cells) != len(columns):
+            cells_of = "cell" if len(columns) == 1 else "cells"
+            raise DataError(
+                f"{origin}, row {number}: expected a list of {len(columns):,} {cells_of}, as many as there are columns"
+            )
+    return [dict(zip(columns, cells, strict=True)) for cells in data]
 
 
 def _across(columns: Mapping[str, list[Any]], origin: str) -> list[dict[str, Any]]:

@@ -70,6 +70,7 @@ def settle_task(task: Task, values: Sequence[Any], place: Place, origin: str) ->
     if problem == REGRESSION:
         return replace(task, labels=NUMBER)
     if problem == MULTI:
+        values = [as_list(value) for value in values]
         task = replace(task, label_separator=task.label_separator or SEPARATOR)
         if width := _width_of_vectors(values, task, origin):
             return replace(task, labels=_nameless(width))
@@ -79,9 +80,8 @@ def settle_task(task: Task, values: Sequence[Any], place: Place, origin: str) ->
         names = {name.removesuffix(".0") for name in names}
     labels = tuple(sorted(names, key=_order))
     if len(labels) < 2:
-        raise DataError(
-            f"{origin}: column '{task.label_column}' holds one label only ({', '.join(labels)}); nothing can be learned from it"
-        )
+        held = f"one label only ({labels[0]})" if labels else "no label"
+        raise DataError(f"{origin}: column '{task.label_column}' holds {held}; nothing can be learned from it")
     if len(labels) == len(cells) >= ALL_DIFFERENT:
         amounts = problem == SINGLE and all(_PLAIN.fullmatch(name) for name in labels)
         raise DataError(
@@ -104,16 +104,17 @@ def label_numbers(values: Sequence[Any], task: Task, place: Place) -> list[Any] 
     numbers = {name: number for number, name in enumerate(task.labels)}
     if task.name != OWN:  # a known task's data may hold the numbers themselves
         numbers |= {str(number): number for number in range(len(task.labels))}
+    nameless = task.labels == _nameless(len(task.labels))
     found: list[Any] = []
     for row, value in enumerate(values):
         if task.problem_type == MULTI and isinstance(value, str) and value not in numbers:
             value = as_list(value)
-        if task.labels == _nameless(len(task.labels)) and _is_vector(value) and len(value) == len(task.labels):
+        if nameless and _is_vector(value) and len(value) == len(task.labels):
             found.append([float(part) for part in value])
             continue
         chosen = set()
         for name in _names(value, task, place, row):
-            number = _number_of(name, numbers)
+            number = _number_of(name, numbers, nameless=nameless)
             if number is None:
                 raise DataError(f"{place(row)}: label '{name}' is not among those trained on ({listed(task.labels)})")
             chosen.add(number)
@@ -218,7 +219,7 @@ def _names(value: Any, task: Task, place: Place, row: int) -> list[str]:
         if is_missing(value):
             return []
         if isinstance(value, str):
-            return split_names(value, task.label_separator or SEPARATOR)
+            value = split_names(value, task.label_separator or SEPARATOR)
         parts = value if isinstance(value, (list, tuple)) else [value]
     elif is_missing(value) or value == "":
         raise DataError(f"{place(row)}: column '{task.label_column}' has no label")
@@ -242,13 +243,13 @@ def _name(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _number_of(name: str, numbers: Mapping[str, int]) -> int | None:
+def _number_of(name: str, numbers: Mapping[str, int], *, nameless: bool) -> int | None:
     """The number of a label: by its very name, else as another library writes the same whole number, true or false."""
     if name in numbers:
         return numbers[name]
     if (whole := _WHOLE.fullmatch(name)) and whole[1] in numbers:
         return numbers[whole[1]]
-    if f"LABEL_{name}" in numbers and tuple(numbers) == _nameless(len(numbers)):
+    if nameless and f"LABEL_{name}" in numbers:
         return numbers[f"LABEL_{name}"]
     alike = [
         number

@@ -151,6 +151,8 @@ def test_every_form_of_json_gives_the_same_rows(form: str) -> None:
             "t.json: rows below 'train' and 'test': write each list into a file",
         ),
         ('{"a": [1, 2], "b": [1]}', "t.json: columns of different lengths ('a' 2, 'b' 1)"),
+        ('{"columns": ["a"], "data": [[1], 1]}', "t.json, row 2: expected a list of 1 cell"),
+        ('{"columns": ["a", "b"], "data": [[1, 2], [1, 2, 3]]}', "t.json, row 2: expected a list of 2 cells"),
         ('{"a": {"x": 1}, "b": {"y": 1}}', "t.json: expected a JSON list of objects, not objects by name"),
         ('{"a": 1}\n{"a": \n', "t.json, line 2: not JSON"),
         ('{"a": 1', "t.json: not JSON"),

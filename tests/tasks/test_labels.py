@@ -145,6 +145,21 @@ def test_lists_that_pandas_and_json_wrote_into_a_csv() -> None:
     assert [sum(row) for row in again.splits["train"].labels or []] == [1, 0]
 
 
+def test_a_list_beside_names_is_a_list_when_labels_are_found_too() -> None:
+    path = labelled(["a", "['a', 'b']", "b, c"])
+    assert names(path, problem_type=MULTI) == [["a"], ["a", "b"], ["b", "c"]]
+    assert own(path, problem_type=MULTI)[0].labels == ("a", "b", "c")
+
+
+def test_cells_that_are_all_empty_hold_no_label() -> None:
+    assert "column 'label' holds no label; nothing" in problem(own, labelled([[], []], ".jsonl"))
+
+
+def test_half_a_character_is_refused_where_several_labels_apply_too() -> None:
+    Path("t.jsonl").write_text('{"text": "x", "label": "a, \\ud800"}\n{"text": "y", "label": "b"}\n')
+    assert "t.jsonl, line 1: column 'label' holds half a character" in problem(own, "t.jsonl", problem_type=MULTI)
+
+
 @pytest.mark.parametrize("cell", ["['neg' 'pos']", "[0. 1. 0.]", "[neg, pos]"])
 def test_lists_that_nothing_can_read_are_refused(cell: str) -> None:
     assert f"looks like lists written as text, but {cell} cannot be read: write them as JSON" in problem(

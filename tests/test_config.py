@@ -254,6 +254,9 @@ def test_an_unknown_recipe_names_the_nearest_one() -> None:
     [
         ("task: [sst2", "not readable YAML"),
         ("task: sst2: 3", "not readable YAML"),
+        ("bf16: !!bool maybe", "not readable YAML: 'bf16' is not what !!bool says"),
+        ("seed: !!int ''", "not readable YAML: 'seed' is not what !!int says"),
+        ("seed: !!timestamp x", "not readable YAML: 'seed' is not what !!timestamp says"),
         ("- task\n- sst2", "expected lines of the form 'key: value'"),
         ("sst2", "expected lines of the form 'key: value'"),
         ("", "expected lines of the form 'key: value'"),
@@ -269,6 +272,12 @@ def test_a_recipe_file_that_does_not_exist_or_is_no_text() -> None:
     assert recipe_problem("no.yaml") == "--recipe: no.yaml: no such file"
     Path("latin.yaml").write_bytes("task: caf\u00e9".encode("latin-1"))
     assert recipe_problem("latin.yaml").startswith("--recipe: latin.yaml: not readable YAML")
+
+
+def test_python_users_give_paths_as_paths() -> None:
+    built = RunConfig(model="demo", task="opinions", output_dir=Path("x"), cache_dir=Path("y"))  # type: ignore[arg-type]
+    assert (built.output_dir, built.cache_dir) == ("x", "y")
+    assert parse_settings({"data_dir": Path("data")}) == {"data_dir": "data"}
 
 
 def test_a_recipe_never_builds_python_objects() -> None:

@@ -21,7 +21,7 @@ def decompose(
     ranks: str | Sequence[int] = RunConfig.ranks,
     *,
     revision: str | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | Path | None = None,
     device: str | None = None,
     force: bool = False,
 ) -> Factors:

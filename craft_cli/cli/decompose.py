@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from craft_cli.cli.options import JsonFlag, reports_errors
-from craft_cli.config import RunConfig
+from craft_cli.config import RunConfig, parse_settings
 
 
 @reports_errors
@@ -31,7 +31,7 @@ def command(
     from craft_cli.methods.craft.ranks import Ranks
     from craft_cli.models.stacks import find_checkpoint, read_weights
 
-    names = tuple(name.strip() for name in targets.split(","))
+    names = parse_settings({"targets": targets})["targets"]
     wanted = Ranks.parse(ranks)
     with console.status(f"looking for {model}"):
         checkpoint = find_checkpoint(model, names, revision)

@@ -52,7 +52,6 @@ def command(
     from craft_cli.cli import console
     from craft_cli.config import parse_settings
     from craft_cli.data.sources import DataSource
-    from craft_cli.tasks.metrics import MOST_CONFUSED
 
     given = parse_settings({name: value for name, value in settings.items() if value is not None})
     given["source"] = DataSource(
@@ -84,19 +83,34 @@ def command(
         else:
             console.facts(asdict(written))
         return
-    if result.by_label is None and (report or confusion):
-        raise ConfigError(f"{'--report' if report else '--confusion'}: a regression has no labels")
-    if confusion and result.confusion is None:
-        raise ConfigError(
-            f"--confusion: only of one label a row, and of at most {MOST_CONFUSED} labels, there is a matrix; --report shows each"
-        )
-    for note in result.notes or ():
+    for note in _notes(result, report=report, confusion=confusion):
         console.note(note)
     if json:
         content = asdict(result)
         console.print_json({name: value for name, value in content.items() if value is not None})
         return
-    _show(result, report=report, confusion=confusion)
+    _show(result, report=report, confusion=confusion and result.confusion is not None)
+
+
+def _notes(result: Any, *, report: bool, confusion: bool) -> list[str]:
+    """What is said beside the metrics; a matrix that would be too large is no reason to lose them.
+
+    Raises:
+        ConfigError: there is no table of the kind asked for.
+    """
+    from craft_cli.tasks.metrics import MOST_CONFUSED
+
+    if result.by_label is None and (report or confusion):
+        raise ConfigError(f"{'--report' if report else '--confusion'}: a regression has no labels")
+    notes = list(result.notes or ())
+    if not confusion or result.confusion is not None:
+        return notes
+    if len(result.labels) <= MOST_CONFUSED:
+        raise ConfigError("--confusion: there is a matrix only of one label a row; --report shows each label")
+    return [
+        *notes,
+        f"--confusion: no matrix of {len(result.labels):,} labels, since at most {MOST_CONFUSED} can be shown; --report shows each",
+    ]
 
 
 def _show(result: Any, *, report: bool, confusion: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from craft_cli.cli.options import JsonFlag, reports_errors
-from craft_cli.config import RunConfig
+from craft_cli.config import RunConfig, parse_settings
 
 
 @reports_errors
@@ -26,7 +26,7 @@ def command(
     with console.status("reading") as progress:
         from craft_cli.api.methods import list_methods
 
-        names = tuple(part.strip() for part in targets.split(","))
+        names = parse_settings({"targets": targets})["targets"]
         found = list_methods(model, targets=names, budget=budget, progress=progress)
     if json:
         console.print_json([asdict(method) for method in found])

@@ -64,7 +64,11 @@ def _settings(text: str, path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: unknown key '{plain(key[:80])}'{nearest(key[:80], names)}")
         is_text = isinstance(node, yaml.ScalarNode) and not node.tag.endswith(":null")
         keeps = is_text and not {"int", "float", "bool"} & set(re.findall(r"\w+", str(hints[key])))
-        found[key] = node.value if keeps else loader.construct_object(node, deep=True)
+        try:
+            found[key] = node.value if keeps else loader.construct_object(node, deep=True)
+        except (LookupError, AttributeError):  # of PyYAML, for `!!bool maybe`
+            kind = node.tag.rpartition(":")[2]
+            raise ValueError(f"'{key}' is not what !!{kind} says") from None
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -347,7 +348,7 @@ def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     problems, values = [], {}
     hints = get_type_hints(RunConfig, include_extras=True)
     for name, raw in given.items():
-        value: Any = raw
+        value: Any = os.fspath(raw) if isinstance(raw, os.PathLike) else raw
         try:
             if name in _PARSED:
                 values[name] = _PARSED[name](value)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from craft_cli.config import GROUPS, METHOD_OPTIONS, RunConfig, flag, parse_settings
+from craft_cli.config.names import join_names
 from craft_cli.config.options import LEARNING_RATES, owners
 from craft_cli.errors import ConfigError, nearest
 
@@ -115,7 +116,7 @@ def _value(name: str, text: str) -> Any:
 
 def plain(value: Any) -> Any:
     """A setting as it stands in a recipe."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return join_names(map(str, value)) if isinstance(value, tuple) else value
 
 
 def methods_of(space: Space, base: str) -> tuple[str, ...]:

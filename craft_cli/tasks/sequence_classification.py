@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from craft_cli.config import AUTO, THRESHOLD, RunConfig
-from craft_cli.config.names import join_names
+from craft_cli.config.names import SEPARATOR, join_names
 from craft_cli.data.sources import TEST, DataSource, Home, Split
 from craft_cli.data.tokens import Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError
@@ -137,7 +137,7 @@ class SequenceClassification(Labelled):
             OWN_METRICS[problem],
             problem,
             label_column=data.get("label_column") or "",
-            label_separator=(data.get("label_separator") or ",") if problem == MULTI else None,
+            label_separator=(data.get("label_separator") or SEPARATOR) if problem == MULTI else None,
             threshold=threshold,
         )
 
@@ -150,7 +150,7 @@ class SequenceClassification(Labelled):
             if REGRESSION in (problem, self.problem_type):
                 raise ConfigError(f"--problem-type {problem}: the model was trained for {self.problem_type}")
             task = replace(self, metrics=OWN_METRICS[problem])
-            separator = (separator or ",") if problem == MULTI else None
+            separator = (separator or SEPARATOR) if problem == MULTI else None
         return replace(
             task,
             text_columns=source.text_columns or self.text_columns,

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from craft_cli.config import GROUPS, METHOD_OPTIONS, RunConfig, flag, free_settings, option_names, parse_settings
+from craft_cli.config.names import join_names
 from craft_cli.data.sources import DataSource
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.files import MARKER, RUN, check_inputs, check_place
@@ -185,7 +186,7 @@ def comparable(name: str, value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return "not given" if value is None else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return "not given" if value is None else join_names(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _other_run(config: RunConfig, path: str) -> SavedAdapter:

@@ -20,6 +20,7 @@ from craft_cli.config import RunConfig
 from craft_cli.data.readers import read_rows
 from craft_cli.data.sources import DataSource
 from craft_cli.errors import figure
+from craft_cli.tasks import metrics, sequence_classification
 
 Make = Callable[..., Path]
 ROW = ("place", "label", "prediction", "confidence", "texts")
@@ -135,6 +136,17 @@ def test_several_labels_and_words_have_a_report_but_no_matrix(home: Path) -> Non
         refused = invoke(*asked(home, kind, "--confusion"))
         assert (refused.exit_code, refused.stdout) == (1, "")
         assert "only of one label a row" in refused.stderr
+
+
+def test_a_matrix_of_too_many_labels_is_a_note_and_the_evaluation_is_kept(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (metrics, sequence_classification):
+        monkeypatch.setattr(module, "MOST_CONFUSED", 1)
+    found = invoke(*asked(home, "single", "--confusion"))
+    assert found.exit_code == 0
+    assert "accuracy" in found.stdout
+    assert "--confusion: no matrix of 2 labels, since at most 1 can be shown; --report shows each" in found.stderr
 
 
 @pytest.mark.parametrize("flag", ["--report", "--confusion"])

@@ -75,6 +75,10 @@ def test_values_are_separated_by_commas_and_those_with_commas_by_slashes() -> No
     assert [values.log for values in found.values() if isinstance(values, Range)] == [True, True, False]
 
 
+def test_a_column_whose_name_holds_a_comma_is_one_value() -> None:
+    assert parse_sets(['text_columns="a,b"']) == {"text_columns": ('"a,b"',)}
+
+
 @pytest.mark.parametrize(
     ("sets", "options", "told"),
     [

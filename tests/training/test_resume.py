@@ -52,6 +52,7 @@ def test_a_finished_run_resumed_says_the_same_again(pico: Make, data_dir: Path) 
         ({"learning_rate": 0.1, "bf16": True}, "learning_rate was 0.03, is 0.1, bf16 was False, is True"),
         ({"max_train_samples": 40}, "max_train_samples was not given, is 40"),
         ({"targets": "query"}, "targets was query,value, is query"),
+        ({"text_columns": '"a,b"'}, 'text_columns was not given, is "a,b"'),
         ({"metric_for_best_model": "loss"}, "metric_for_best_model was not given, is loss"),
     ],
 )

@@ -40,7 +40,7 @@ def decompose_weights(
     weights: Weights,
     ranks: Ranks,
     *,
-    cache_dir: str | None = None,
+    cache_dir: str | Path | None = None,
     device: str | None = None,
     force: bool = False,
     progress: Callable[[str, int, int], None] = lambda target, done, total: None,

@@ -183,7 +183,7 @@ def _merge(
         check_inputs("--output-dir", destination, [adapted.checkpoint.folder])
         if push_to_hub and (seen_by := before_upload(push_to_hub, adapted.checkpoint, private=private)):
             notice(seen_by)
-        probe = adapted.base.probe()
+        probe = adapted.base.probe
         progress("computing with the adapter")
         expected = adapted.logits(probe)
         progress("writing")

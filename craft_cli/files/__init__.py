@@ -15,7 +15,7 @@ from craft_cli.files.marker import (
     is_kind,
     read_marker,
 )
-from craft_cli.files.reading import quoted, read_json, reason_of, sha256_of, stamp
+from craft_cli.files.reading import entries_of, quoted, read_json, reason_of, sha256_of, stamp
 from craft_cli.files.tensors import (
     FORMAT_VERSION,
     check_version,
@@ -44,6 +44,7 @@ __all__ = [
     "check_version",
     "checksum",
     "delete_folder",
+    "entries_of",
     "foreign",
     "hidden",
     "holds_something",

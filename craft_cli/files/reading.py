@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,23 @@ def reason_of(error: BaseException) -> str:
     """What a reader says, in one short line: it may quote the file, or say nothing."""
     line = "".join(letter if letter.isprintable() else " " for letter in str(error))
     return " ".join(line.split())[:200] or type(error).__name__
+
+
+@contextmanager
+def entries_of(path: Path) -> Iterator[None]:
+    """Around what takes entries out of a file's header and tensors: one that is missing or cannot be is damage.
+
+    Raises:
+        FileError: so.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise FileError(f"{path} is damaged: {error} is missing") from error
+    except TypeError as error:
+        raise FileError(f"{path} is damaged: its header holds something of another type than expected") from error
+    except ValueError as error:
+        raise FileError(f"{path} is damaged: {error}") from error
 
 
 def sha256_of(path: Path) -> str:

@@ -7,7 +7,6 @@ caller asks for what the cache lacks to be made again. Only `adapter_at` asks th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from craft_cli.files import (
 from craft_cli.methods import METHODS, method_named
 from craft_cli.methods.base import Chain, Method
 from craft_cli.methods.frozen import Frozen
-from craft_cli.models.hub import fetch_files
+from craft_cli.models.hub import fetch_files, is_hub_id, local_path
 from craft_cli.models.identity import Base
 from craft_cli.models.stacks import DTYPES
 
@@ -126,9 +125,9 @@ def adapter_at(path: str | Path, revision: str | None = None) -> Path | None:
         The folder; None where it is something else.
 
     Raises:
-        ModelError: it is a hub id, and the hub has no such repository or cannot be reached.
+        ModelError: it is a hub id, and the hub has no such repository or cannot be reached; or it cannot be a path.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     for folder in (path, path / BESIDE):
         if (folder / CONFIG_FILE).is_file():
             return folder
@@ -139,11 +138,7 @@ def adapter_at(path: str | Path, revision: str | None = None) -> Path | None:
 
 def _is_hub_id(path: Path) -> bool:
     """Whether a path can only be meant as OWNER/NAME on the hub: it is not here, and there is no folder OWNER either."""
-    return (
-        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path), re.ASCII) is not None
-        and not path.exists()
-        and not path.parent.exists()
-    )
+    return is_hub_id(str(path)) and not path.exists() and not path.parent.exists()
 
 
 def read_adapter(path: Path, cache_dir: str | Path | None = None, *, make: bool = False) -> SavedAdapter:

@@ -179,7 +179,7 @@ class Dense:
         for file in adapted.checkpoint.tokenizer_files():
             shutil.copyfile(file, folder / file.name)
         whole = Checkpoint(str(folder), None, folder, adapted.checkpoint.trusted)
-        tokens, former = probe(whole), adapted.base.probe()
+        tokens, former = probe(whole, adapted.base.tables), adapted.base.probe
         if any(not torch.equal(tokens[name], former[name]) for name in former):
             raise ModelError(
                 f"{folder}: the tokenizer written gives other tokens than that of {adapted.checkpoint.name}"

@@ -229,8 +229,9 @@ def vllm_hint(adapted: AdaptedBase, rank: int) -> str:
         return f"{line}; it serves no {adapted.base.model.config.model_type} with LoRA"
     if adapted.saved.head:
         return (
-            f"{line}; older versions take no trained head from a LoRA (modules_to_save), newer ones (pull request 53555) only where "
-            "the base they serve has a head of as many labels: else serve what `craft merge` writes"
+            f"{line}; vLLM takes a trained head from a LoRA (modules_to_save) only in versions with vllm-project/vllm#53555, and "
+            "only if the served base has a head with the same number of labels; otherwise serve the checkpoint that `craft merge` "
+            "writes"
         )
     return line
 

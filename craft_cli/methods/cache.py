@@ -11,11 +11,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from craft_cli.errors import CraftError, FileError
 from craft_cli.files import cache_folder, locked, read_header, read_json, stamp, write_json
 from craft_cli.methods.frozen import Frozen, alike
+from craft_cli.models.checkpoint import fingerprint
 from craft_cli.models.hub import resolve
-from craft_cli.models.stacks import Weights, read_weights
+from craft_cli.models.stacks import DTYPES, Weights, read_weights
 
 SAME = 1e-4
 """What rounding to float32 may move, relative to the whole."""
@@ -188,15 +191,23 @@ def recall(
         raise FileError(f"{told}; load or merge it once, which makes them out of its base, or {copy}")
     base = record["base_model"]
     try:
-        made = prepare(read_weights(resolve(base["model"], base["revision"]), tuple(record["targets"])))
+        weights = read_weights(resolve(base["model"], base["revision"]), tuple(record["targets"]))
+        same = _are(weights, base)
+        if same and is_it(made := prepare(weights)):
+            return made
+        reason = "decomposing its base gives others here" if same else "its base has other weights now"
     except CraftError as error:
         reason = f"its base is not at hand ({error})"
-    else:
-        if is_it(made):
-            return made
-        same = dict(made.fingerprints) == base["sha256"]
-        reason = "decomposing its base gives others here" if same else "its base has other weights now"
     raise FileError(f"{told}, and {reason}; {copy}, or save it there with factors='include'")
+
+
+def _are(weights: Weights, base: Mapping[str, Any]) -> bool:
+    """Whether weights are those of the base that a record names, which may have been loaded in another dtype than stored."""
+    same = dict(weights.fingerprints) == base["sha256"]
+    if same or base.get("dtype") not in DTYPES:
+        return same
+    dtype = getattr(torch, base["dtype"])
+    return all(fingerprint(stack, dtype) == base["sha256"].get(name) for name, stack in weights.stacks.items())
 
 
 def _verified(path: Path) -> Path:

@@ -14,7 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from craft_cli.errors import ConfigError, FileError, ModelError
+from craft_cli.errors import ConfigError, ModelError
+from craft_cli.files import entries_of
 from craft_cli.models.checkpoint import MOST_LAYERS, fingerprint
 from craft_cli.models.quantization import TOLERANCE, dense_weight, kind_of
 from craft_cli.models.stacks import Origin, Shape, Weights, read_identity
@@ -43,6 +44,16 @@ class Frozen(Origin, ABC):
             layers: in any floating-point dtype, of the shapes expected.
             tolerance: relative error allowed.
         """
+
+    def check_targets(self, targets: Sequence[str]) -> None:
+        """Refuse projections that were not prepared.
+
+        Raises:
+            ConfigError: one is not here.
+        """
+        missing = [target for target in targets if target not in self.targets]
+        if missing:
+            raise ConfigError(f"this was prepared for {', '.join(self.targets)}, not for {', '.join(missing)}")
 
     def spectra(self, target: str) -> Mapping[str, tuple[Tensor, int]]:
         """Singular values of a projection, descending, and how many are kept, by the name of a mode; none without."""
@@ -122,7 +133,7 @@ class Sketch(Frozen):
         Raises:
             FileError: an entry is missing or of the wrong kind.
         """
-        try:
+        with entries_of(path):
             identity = read_identity(header)
             sizes, sketches = {}, {}
             for target in header["targets"]:
@@ -134,12 +145,6 @@ class Sketch(Frozen):
                 if tuple(found.shape) != (size[0], NUMBERS) or found.dtype != torch.float32:
                     raise ValueError(f"{target}.sketch is {found.dtype} {tuple(found.shape)}")
                 sizes[target], sketches[target] = (size[0], size[1], size[2]), found
-        except KeyError as error:
-            raise FileError(f"{path} is damaged: {error} is missing") from error
-        except TypeError as error:
-            raise FileError(f"{path} is damaged: its header holds something of another type than expected") from error
-        except ValueError as error:
-            raise FileError(f"{path} is damaged: {error}") from error
         return cls(**identity, sizes=sizes, sketches=sketches)
 
     def select(self, targets: Sequence[str]) -> Sketch:
@@ -148,9 +153,7 @@ class Sketch(Frozen):
         Raises:
             ConfigError: one is not here.
         """
-        missing = [target for target in targets if target not in self.targets]
-        if missing:
-            raise ConfigError(f"this was prepared for {', '.join(self.targets)}, not for {', '.join(missing)}")
+        self.check_targets(targets)
         return replace(
             self,
             fingerprints={target: self.fingerprints[target] for target in targets},

@@ -27,6 +27,8 @@ WEIGHTS_FILE = "model.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 """What the Hugging Face Trainer calls the folder of a checkpoint."""
 _BASIS = "basis"
+_OF_THE_HUB = ("repo_id", "commit_message", "create_pr", "private", "token")
+"""What `save_pretrained` takes for `push_to_hub`."""
 
 
 class Saving:
@@ -79,7 +81,11 @@ class Saving:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(self._own)}
         if state or is_main_process:  # other processes may be given nothing: the main one writes
             self.adapter.merge_into(state, self._prefix)
-        return type(self.model).save_pretrained(self.model, save_directory, is_main_process, state, **options)
+        push = options.pop("push_to_hub", False)
+        asked = {name: options.pop(name) for name in _OF_THE_HUB if name in options}
+        type(self.model).save_pretrained(self.model, save_directory, is_main_process, state, **options)
+        if push and is_main_process:  # transformers itself would leave out the adapter's folder
+            self.model.push_to_hub(asked.pop("repo_id", folder.name), **asked)
 
     @property
     def _own(self) -> str:

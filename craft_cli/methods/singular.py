@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from craft_cli.errors import ConfigError, FileError, ModelError
-from craft_cli.files import checksum, read_tensors, write_tensors
+from craft_cli.errors import ConfigError, ModelError
+from craft_cli.files import checksum, entries_of, read_tensors, write_tensors
 from craft_cli.methods.base import Method, Progress
 from craft_cli.methods.cache import SAME, FrozenCache, Kept, Serves, recall
 from craft_cli.models.checkpoint import MOST_LAYERS
@@ -52,9 +52,7 @@ class SingularVectors(Kept):
         Raises:
             ConfigError: a projection or a rank is not here.
         """
-        missing = [target for target in targets if target not in self.parts]
-        if missing:
-            raise ConfigError(f"this was prepared for {', '.join(self.targets)}, not for {', '.join(missing)}")
+        self.check_targets(targets)
         chosen = {}
         for target in targets:
             u, s, v = self.parts[target]
@@ -131,7 +129,7 @@ class SingularVectors(Kept):
         Raises:
             FileError: an entry is missing or of the wrong kind.
         """
-        try:
+        with entries_of(path):
             identity, parts = read_identity(header), {}
             for target in header["targets"]:
                 u, s, v = (tensors[f"{target}.singular.{part}"] for part in _PARTS)
@@ -146,10 +144,6 @@ class SingularVectors(Kept):
             if not (niter is None or (type(niter) is int and niter > 0)):
                 raise ValueError("its header's niter is no number")
             return cls(**identity, parts=parts, niter=niter)
-        except (KeyError, TypeError) as error:
-            raise FileError(f"{path} is damaged: {error} is missing") from error
-        except ValueError as error:
-            raise FileError(f"{path} is damaged: {error}") from error
 
 
 @torch.no_grad()

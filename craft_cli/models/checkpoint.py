@@ -77,6 +77,9 @@ class Checkpoint:
                 raise ModelError(f"{path}: {name} names code on the hub, which runs only with --trust-remote-code")
         with told_in_one_line(str(path)):
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trusted)
+        layers = getattr(config, "num_hidden_layers", 1)
+        if not (type(layers) is int and 0 < layers <= MOST_LAYERS):
+            raise ModelError(f"{path}: no model has {quoted(layers)} layers")
         config.id2label = output_names(config.id2label)
         return config
 

@@ -11,8 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from craft_cli.errors import ConfigError, ModelError, nearest
-from craft_cli.files import quoted
-from craft_cli.models.checkpoint import MOST_LAYERS
 from craft_cli.models.views import Rows, View
 
 TARGETS = ("query", "key", "value", "output")
@@ -88,8 +86,6 @@ def layer_views(config: Any, targets: Sequence[str]) -> dict[str, list[View]]:
             f"supported: {', '.join(sorted(FAMILIES))}"
         )
     layers = config.num_hidden_layers
-    if not (type(layers) is int and 0 < layers <= MOST_LAYERS):
-        raise ModelError(f"a model of {quoted(layers)} layers cannot be: its config.json is damaged")
     views = {}
     for target in targets:
         template = family[target](config)

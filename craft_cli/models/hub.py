@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from craft_cli.files import sha256_of
 from craft_cli.models.checkpoint import (
     ADAPTER,
     CARD,
+    CONFIG,
     VOCABULARIES,
     WEIGHTS,
     Checkpoint,
@@ -135,18 +136,11 @@ def resolve(
     """
     if model == DEMO:
         return Checkpoint(DEMO, None, _demo_folder())
-    try:
-        folder = Path(model).expanduser()
-        is_folder = folder.is_dir()
-        has_config = (folder / "config.json").is_file()
-        has_adapter = (folder / ADAPTER).is_file()
-    except (OSError, RuntimeError) as error:  # too long a name, or the home of nobody
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ModelError(f"'{model[:80]}{'...' * (len(model) > 80)}' names no folder ({reason})") from error
-    if is_folder:
-        if not has_config:
+    folder = local_path(model)
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
             raise ModelError(f"{model} holds no config.json, so it is no Hugging Face checkpoint")
-        if has_adapter:  # which may even name another base
+        if (folder / ADAPTER).is_file():  # which may even name another base
             raise ModelError(
                 f"{model} holds {ADAPTER} beside its weights, and transformers would put that adapter on top of them: "
                 "move the adapter's files to a folder of their own"
@@ -155,6 +149,31 @@ def resolve(
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelError(f"{model}: no such folder")
     return _from_hub(model, revision, only, trusted=trust_remote_code)
+
+
+def local_path(given: str | Path) -> Path:
+    """A path as the user gave it, which may be there or not.
+
+    Raises:
+        ModelError: it cannot be one: too long a name, the home of nobody, or a folder that may not be entered.
+    """
+    try:
+        path = Path(given).expanduser()
+        (path / CONFIG).is_file()
+    except (OSError, RuntimeError) as error:
+        reason, name = getattr(error, "strerror", None) or str(error), str(given)
+        raise ModelError(f"'{name[:80]}{'...' * (len(name) > 80)}' names no folder ({reason})") from error
+    return path
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be OWNER/NAME of a hub repository."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    with suppress(HFValidationError):
+        validate_repo_id(name)
+        return name.isascii() and name.count("/") == 1
+    return False
 
 
 def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:

@@ -11,7 +11,7 @@ import torch
 
 from craft_cli.errors import ModelError
 from craft_cli.files import quoted
-from craft_cli.models.checkpoint import CONFIG, MOST_LAYERS, Checkpoint, output_names
+from craft_cli.models.checkpoint import CONFIG, Checkpoint, output_names
 from craft_cli.models.damage import told_in_one_line
 from craft_cli.models.quantization import after_loading, quantization_config
 
@@ -114,8 +114,6 @@ def base_tensors(checkpoint: Checkpoint) -> dict[str, str]:
             random, or take any amount of memory for it.
     """
     config = checkpoint.config()
-    if not 0 < getattr(config, "num_hidden_layers", 1) <= MOST_LAYERS:
-        raise ModelError(f"{checkpoint.folder / CONFIG}: no model has {config.num_hidden_layers} layers")
     with told_in_one_line(checkpoint.name), torch.device("meta"):
         empty = build_empty(config, "AutoModel", trusted=checkpoint.trusted)
     reader = checkpoint.open()

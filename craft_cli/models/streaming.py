@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from craft_cli.errors import ModelError
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.damage import told_in_one_line
 from craft_cli.models.loading import base_tensors, build_empty, load_tokenizer, stored_names
-from craft_cli.models.tables import settle_padding, tables_in
+from craft_cli.models.tables import Tables, settle_padding, tables_of
 from craft_cli.models.views import layer_of
 
 Read = Callable[[str], Tensor]
@@ -84,9 +85,15 @@ class StreamedModel:
             return self._own[name]
         return self.reader.read(self._stored[name]) if name in self._stored else self._buffers[name]
 
+    @cached_property
+    def tables(self) -> Tables:
+        """The sizes of its embeddings."""
+        return tables_of(self.model, self.checkpoint.name)
+
+    @cached_property
     def probe(self) -> dict[str, Tensor]:
         """Token ids of a few sentences."""
-        return probe(self.checkpoint)
+        return probe(self.checkpoint, self.tables)
 
     @torch.no_grad()
     def logits(
@@ -139,13 +146,13 @@ class StreamedModel:
         return found
 
 
-def probe(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Token ids of a few sentences, by a checkpoint's tokenizer.
+def probe(checkpoint: Checkpoint, tables: Tables) -> dict[str, Tensor]:
+    """Token ids of a few sentences, by a checkpoint's tokenizer and for these tables.
 
     Raises:
         ModelError: it has none that works.
     """
-    tokenizer, tables = load_tokenizer(checkpoint), tables_in(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     settle_padding(tokenizer, tables)
     limit = tables.limit(min(tokenizer.model_max_length, 64))
     with told_in_one_line(f"{checkpoint.name}: its tokenizer fails"):

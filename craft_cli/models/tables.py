@@ -82,9 +82,8 @@ def tables_of(model: Any, name: str) -> Tables:
     types = next((found[leaf] for leaf in _TYPES if leaf in found), None)
     before, counts_padding = 0, False
     if positions is not None and positions.padding_idx is not None:
-        counts_padding = (
-            True  # the first position follows that of padding; torch counts a padding index of -1 from the end
-        )
+        counts_padding = True
+        # the first position follows that of padding; torch counts a padding index of -1 from the end
         before = (positions.padding_idx + 1) % positions.num_embeddings
     return Tables(
         name,

@@ -51,6 +51,7 @@ from craft_cli.files import (
     write_marker,
 )
 from craft_cli.methods.adapter_folder import BESIDE, CONFIG_FILE, adapter_at
+from craft_cli.models.hub import local_path
 
 RUNS = Path("runs")
 """Where runs without an output folder of their own lie, and the link to the latest one, from the working folder."""
@@ -350,9 +351,10 @@ def find_run(path: str | None) -> Path:
 
     Raises:
         FileError: there is no latest run.
+        ModelError: it cannot be a path.
     """
     if path is not None:
-        return Path(path).expanduser()
+        return local_path(path)
     latest = _latest()
     if latest is None:
         raise FileError(f"no run yet below {RUNS.resolve()}: train one first, or give a path")

@@ -18,7 +18,7 @@ from fuzz import memory
 from safetensors.torch import load_file
 
 import craft_cli as craft
-from craft_cli.errors import ModelError
+from craft_cli.errors import CraftError, ModelError
 from craft_cli.files import read_header, write_tensors
 from craft_cli.methods.adapter_folder import read_adapter
 from craft_cli.methods.craft.change import Transforms, slices_in_turn
@@ -216,6 +216,17 @@ def test_a_strange_adapter_is_refused_in_one_line(good: Path, what: str) -> None
     assert told in failure(*COMMANDS[command])
     assert memory() - began < BOUND
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("given", ["~nobody_x/y", "x" * 300, "foo/bar--baz"])
+def test_what_cannot_be_a_path_is_told_in_one_line(given: str, pico: Callable[..., Path]) -> None:
+    Path("in.txt").write_text("good film\n")
+    with pytest.raises(CraftError, match=r"names no folder|is no adapter"):
+        craft.load(classifier(pico()), given)
+    for arguments in (("merge", given), ("predict", given, "--use-cpu", "--input", "in.txt")):
+        said = failure(*arguments)
+        assert "unexpected" not in said
+        assert given[:80] in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import classifier, shake
+from safetensors.torch import load_file, save_file
 
 import craft_cli as craft
 from craft_cli.errors import FileError, ModelError
@@ -132,3 +133,20 @@ def test_an_adapter_that_refers_is_made_again_but_for_rounding(method: str, pico
     file.write_text(json.dumps(record))
     with pytest.raises(FileError, match="gives others here"):
         read_adapter(Path("adapter"), make=True)
+
+
+@pytest.mark.parametrize("method", ["craft", "lora-xs"])
+def test_nothing_is_made_of_a_base_that_is_another_one_now(
+    method: str, pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(pico(), "base")
+    craft.attach(classifier(Path("base")), method=method).save("adapter", factors="reference")
+    tensors = load_file("base/model.safetensors")
+    tensors["encoder.layer.0.attention.self.query.weight"] *= 2
+    save_file(tensors, "base/model.safetensors", metadata={"format": "pt"})
+    before = list((tmp_path / "cache").rglob("*.safetensors"))
+    for path in before:
+        path.unlink()
+    with pytest.raises(FileError, match="its base has other weights now"):
+        read_adapter(Path("adapter"), make=True)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))

@@ -104,6 +104,21 @@ def test_what_cannot_be_saved_is_refused(pico: Make) -> None:
     assert not Path("saved").exists()
 
 
+def test_what_is_saved_and_pushed_is_pushed_with_the_adapter(pico: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = adapted(pico())
+    pushed: dict[str, Any] = {}
+
+    def push_to_hub(self: Any, repository: str, **options: Any) -> None:
+        self.save_pretrained("pushed")
+        pushed[repository] = options
+
+    monkeypatch.setattr(type(model), "push_to_hub", push_to_hub)
+    model.save_pretrained("saved", push_to_hub=True, repo_id="someone/tuned", private=True)
+    assert pushed == {"someone/tuned": {"private": True}}
+    for folder in ("saved", "pushed"):
+        assert {"config.json", "model.safetensors", "adapter"} <= {path.name for path in Path(folder).iterdir()}
+
+
 @pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub's own
 @pytest.mark.slow
 def test_a_model_pushed_to_the_hub_holds_the_change(pico: Make, hub: LoopbackHub, signed_in: None) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from craft_cli.errors import FileError
-from craft_cli.files import checksum, read_header, read_tensors, write_tensors
+from craft_cli.files import checksum, entries_of, read_header, read_tensors, write_tensors
 from craft_cli.methods.cache import SAME, FrozenCache, Kept, Serves
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.methods.html import factors_html
@@ -164,7 +164,7 @@ def from_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path:
     Raises:
         FileError: a tensor or a header entry is missing or of the wrong shape.
     """
-    try:
+    with entries_of(path):
         identity = read_identity(header)
         decompositions = {
             target: TuckerTensor(
@@ -181,10 +181,6 @@ def from_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path:
             if decomposition.shape[0] > MOST_LAYERS:
                 raise ValueError(f"{target} has {decomposition.shape[0]} layers, more than {MOST_LAYERS}")
         return Factors(**identity, decompositions=decompositions, path=path)
-    except (KeyError, TypeError) as error:
-        raise FileError(f"{path} is damaged: {error} is missing") from error
-    except ValueError as error:
-        raise FileError(f"{path} is damaged: {error}") from error
 
 
 def _by_mode(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor, Tensor]:

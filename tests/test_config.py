@@ -331,6 +331,15 @@ def test_a_wrong_value_is_shown_in_part() -> None:
     assert len(told) < 300
 
 
+def test_names_that_are_not_utf8_are_refused_before_anything_is_done() -> None:
+    """Of a file whose name is bytes of another encoding: a recipe could not keep it."""
+    assert problems(output_dir="run-\udcff", report_to="none", train_split="\udcfe") == [
+        "--train-split: '\\udcfe' is no UTF-8; choose another",
+        "--output-dir: 'run-\\udcff' is no UTF-8; choose another",
+    ]
+    assert problems(text_columns=["good", "\udcff"]) == ["--text-columns: '\\udcff' is no UTF-8; choose another"]
+
+
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=12)
 ODD = st.sampled_from(
     ["no", "yes", "on", "null", "~", "007", "1e3", "12:30", "2026-01-02", "0x1f", "1_000", "- a", "a: b", "#"]

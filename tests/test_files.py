@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import craft_cli as craft
 from craft_cli.errors import FileError
+from craft_cli.files import read_json, write_json
 
 Make = Callable[..., Path]
 ADAPTER, TENSORS, CONFIG = (
@@ -179,3 +180,22 @@ def test_a_full_disk_leaves_a_former_picture_whole(run: Path) -> None:
     assert invoke("inspect", "run", "--plot", "spectra.png").exit_code == 0
     with full_disk():
         assert "cannot write spectra.png" in failure("inspect", "run", "--plot", "spectra.png")
+
+
+def test_json_keeps_a_path_that_is_no_utf8() -> None:
+    write_json(Path("file.json"), {"model": "/data/\udcff/base", "label": "naïve"})
+    assert read_json(Path("file.json")) == {"model": "/data/\udcff/base", "label": "naïve"}
+    assert "naïve" in Path("file.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("run")
+def test_files_go_to_the_home_directory_where_the_shell_leaves_that_to_craft(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As it does in `--plot=~/spectra.png`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    evaluated = invoke("eval", "run", *DATA, "--use-cpu", "--predictions=~/rows.csv")
+    assert evaluated.exit_code == 0, evaluated.stderr
+    assert invoke("inspect", "run", "--plot=~/spectra.png", "--html=~/page.html").exit_code == 0
+    assert {path.name for path in Path("home").iterdir()} == {"rows.csv", "spectra.png", "page.html"}
+    assert not Path("~").exists()

@@ -97,20 +97,19 @@ def evaluate(
         ConfigError: a checkpoint needs a task or files.
         CraftError: the model or the data cannot be used.
     """
-    if data:
-        source = _named(data, source)
+    source = _named(data, source) if data else source or DataSource()
+    written = Path(predictions).expanduser() if predictions else None
     predictor = load_predictor(
         path, use_cpu=use_cpu, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
     )
-    source = source or DataSource()
-    loaded = load_splits(_checked(predictor.source(source), predictions), [split], predictor.task)
+    loaded = load_splits(_checked(predictor.source(source), written), [split], predictor.task)
     task = loaded.task
     metrics: dict[str, float] = {}
     gold: list[Any] = []
     every: list[Tensor] = []
     mistakes: list[tuple[float, dict[str, Any]]] = []
     unseen: list[str] = []
-    with open_records(Path(predictions), format_of(Path(predictions))) if predictions else nullcontext() as writer:
+    with open_records(written, format_of(written)) if written else nullcontext() as writer:
         for name, whole in loaded.splits.items():
             part = whole.first(max_eval_samples)
             if part.labels is None:
@@ -133,17 +132,19 @@ def evaluate(
         examples=len(gold),
         labels=task.labels,
         worst=[row for _, row in mistakes] if worst else None,
-        predictions=str(predictions) if predictions else None,
+        predictions=str(written) if written else None,
         notes=[*_notes(predictor, source, loaded), *filter(None, unseen)] or None,
         **task.tables(every, gold),
     )
 
 
-def _checked(source: DataSource, predictions: str | Path | None) -> DataSource:
+def _checked(source: DataSource, predictions: Path | None) -> DataSource:
     """The source, unless predictions are to be written over a file that rows may be read from."""
+    if predictions is None:
+        return source
     named = [Path(file).expanduser() for file in (source.train_file, source.validation_file) if file]
     files = [*named, *(Path(source.data_dir).expanduser().glob("*") if source.data_dir else ())]
-    check_inputs("--predictions", Path(predictions or ""), files if predictions else [])
+    check_inputs("--predictions", predictions, files)
     return source
 
 

@@ -75,7 +75,7 @@ def inspect(
     if plot:
         if not inspection.decompositions:
             raise ConfigError(f"--plot: {path} is a model; decompose it and plot the file of factors")
-        spectra(inspection.decompositions, Path(plot), f"Spectra of {inspection.facts['base_model']}")
+        spectra(inspection.decompositions, Path(plot).expanduser(), f"Spectra of {inspection.facts['base_model']}")
     return inspection
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,6 +43,18 @@ computed in float32, so the merged one differs by the rounding of its weights to
 CHECKPOINT, PEFT, ADAPTER = FORMATS = "checkpoint", "peft", "adapter"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Notice = Callable[[str], None]
+Announce = Callable[[Checkpoint], None]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be written; see `merge`."""
+
+    format: str
+    dtype: str | None
+    max_shard_size: str | int | None
+    trim: bool
+    tolerance: float | None
 
 
 @dataclass(frozen=True)
@@ -126,33 +138,20 @@ def merge(
         CraftError: the adapter changes no weight, what was written does not compute what the adapted model does, or the
             upload failed.
     """
-    _check_options(
-        format, dtype, max_shard_size, trim=trim, tolerance=tolerance, push_to_hub=push_to_hub, private=private
-    )
+    asked = _Asked(format, dtype, max_shard_size, trim, tolerance)
+    _check_options(asked, push_to_hub, private=private)
     found = find_run(None if path is None else str(path))
     adapter_path = find_adapter(found)
     if adapter_path is None:
         raise FileError(f"{found} is neither a run nor an adapter: there is nothing to merge")
     destination = _destination(output_dir, found, adapter_path, format)
     check_inputs("--output-dir", destination, [found, adapter_path])
-    shared: dict[str, Any] = {"push_to_hub": push_to_hub, "private": private, "notice": notice}
-    allowed = {"trust_remote_code": trust_remote_code, "allow_other_base": allow_other_base}
+    announce = partial(_announce, push_to_hub, private, notice) if push_to_hub else None
     if format == ADAPTER:
-        result = _copy(adapter_path, destination, overwrite=overwrite, **shared)
+        result = _copy(adapter_path, destination, announce, overwrite=overwrite)
     else:
-        result = _merge(
-            adapter_path,
-            destination,
-            format,
-            dtype,
-            max_shard_size,
-            overwrite,
-            trim,
-            tolerance,
-            allowed,
-            progress,
-            **shared,
-        )
+        permitted = {"trust_remote_code": trust_remote_code, "allow_other_base": allow_other_base}
+        result = _merge(adapter_path, destination, asked, permitted, progress, announce, overwrite=overwrite)
     if push_to_hub:
         progress("uploading")
         upload(destination, result.files, push_to_hub, private=private)
@@ -160,45 +159,43 @@ def merge(
     return result
 
 
+def _announce(repository: str, private: bool, notice: Notice, base: Checkpoint) -> None:
+    """Before anything is written, look whether it can be uploaded, and say who will see it."""
+    if seen_by := before_upload(repository, base, private=private):
+        notice(seen_by)
+
+
 def _merge(
     adapter_path: Path,
     destination: Path,
-    format: str,
-    dtype: str | None,
-    max_shard_size: str | int | None,
-    overwrite: bool,
-    trim: bool,
-    tolerance: float | None,
+    asked: _Asked,
     permitted: Mapping[str, bool],
     progress: Callable[[str], None],
+    announce: Announce | None,
     *,
-    push_to_hub: str | None,
-    private: bool,
-    notice: Notice,
+    overwrite: bool,
 ) -> Merged:
-    """A checkpoint or a LoRA, compared with the adapted model."""
+    """A checkpoint or a LoRA, compared with the adapted model; `announce` is called where it is uploaded."""
     with whole_folder(destination, MERGED, overwrite=overwrite) as folder:
         progress("reading the adapter")
         adapted = AdaptedBase(read_adapter(adapter_path, make=True), **permitted)
         check_inputs("--output-dir", destination, [adapted.checkpoint.folder])
-        if push_to_hub and (seen_by := before_upload(push_to_hub, adapted.checkpoint, private=private)):
-            notice(seen_by)
+        if announce:
+            announce(adapted.checkpoint)
         probe = adapted.base.probe
         progress("computing with the adapter")
         expected = adapted.logits(probe)
         progress("writing")
-        written = _write(adapted, folder, format, dtype, max_shard_size, trim=trim, tolerance=tolerance)
-        allowed = max(TOLERANCE[written.dtype], tolerance or 0.0)
+        written = _write(adapted, folder, asked)
+        allowed = max(TOLERANCE[written.dtype], asked.tolerance or 0.0)
         progress("verifying")
         difference = verified(adapted.base.logits(written.read, probe), expected, allowed)
-        _add_card(adapted, folder, format, shared=push_to_hub is not None)
+        _add_card(adapted, folder, asked.format, shared=announce is not None)
         write_json(folder / CERTIFICATE, certificate(adapted, written, folder, difference, allowed))
-    return _told(adapted, written, destination, format, difference["relative"], allowed)
+    return _told(adapted, written, destination, asked.format, difference["relative"], allowed)
 
 
-def _copy(
-    adapter_path: Path, destination: Path, *, overwrite: bool, push_to_hub: str | None, private: bool, notice: Notice
-) -> Merged:
+def _copy(adapter_path: Path, destination: Path, announce: Announce | None, *, overwrite: bool) -> Merged:
     """The adapter with all that belongs to it; where it is shared, without where things lie on this machine."""
     saved = read_adapter(adapter_path, make=True)
     base = saved.record["base_model"]
@@ -206,13 +203,16 @@ def _copy(
     local, frozen, record = Path(base["model"]).is_absolute(), saved.frozen, dict(saved.record)
     if "factors" in record:
         record["factors"] = {**record["factors"], "stored": INCLUDE}
-    if push_to_hub:
-        if seen_by := before_upload(push_to_hub, checkpoint, private=private):
-            notice(seen_by)
+    if announce:
+        announce(checkpoint)
         record, frozen = without_folders(record), replace(frozen, model=without_folders(frozen.model))
     card = adapter_path / "README.md"
     described = saved.method.describe(record)
-    text = card.read_text(encoding="utf-8") if card.is_file() else model_card(record, described, checkpoint)
+    text = (
+        card.read_text(encoding="utf-8", errors="replace")
+        if card.is_file()
+        else model_card(record, described, checkpoint)
+    )
     with whole_folder(destination, MERGED, overwrite=overwrite) as folder:
         trained = dict(saved.trained) | {HEAD + name: tensor for name, tensor in saved.head.items()}
         write_adapter(folder, record, trained, frozen, text)
@@ -246,10 +246,11 @@ def _add_card(adapted: AdaptedBase, folder: Path, format: str, *, shared: bool) 
 def _told(
     adapted: AdaptedBase, written: Dense | LoraWriter, destination: Path, format: str, difference: float, allowed: float
 ) -> Merged:
+    marker = read_marker(destination)
     return Merged(
         output=str(destination),
         format=format,
-        files=tuple(sorted(written_by_craft.files)) if (written_by_craft := read_marker(destination)) else (),
+        files=tuple(sorted(marker.files)) if marker else (),
         dtype=str(written.dtype).removeprefix("torch."),
         tensors_changed=len(written.changed),
         difference=difference,
@@ -272,26 +273,19 @@ def _destination(output: str | Path | None, found: Path, adapter: Path, format: 
     return Path(output).expanduser() if output else default
 
 
-def _write(
-    adapted: AdaptedBase,
-    folder: Path,
-    format: str,
-    dtype: str | None,
-    max_shard_size: str | int | None,
-    *,
-    trim: bool,
-    tolerance: float | None,
-) -> Dense | LoraWriter:
+def _write(adapted: AdaptedBase, folder: Path, asked: _Asked) -> Dense | LoraWriter:
     """The change in one of the two formats, as files in `folder`.
 
     Raises:
         CraftError: it cannot be written, or no weight changes.
     """
     try:
-        if format == CHECKPOINT:
-            written: Dense | LoraWriter = Dense(adapted, folder, DTYPES.get(dtype or ""), max_shard_size)
+        if asked.format == CHECKPOINT:
+            dtype = DTYPES.get(asked.dtype or "")
+            written: Dense | LoraWriter = Dense(adapted, folder, dtype, asked.max_shard_size)
         else:
-            written = LoraWriter(adapted, folder, trim=trim, tolerance=EXACT if tolerance is None else tolerance)
+            tolerance = EXACT if asked.tolerance is None else asked.tolerance
+            written = LoraWriter(adapted, folder, trim=asked.trim, tolerance=tolerance)
     except OSError as error:
         raise cannot_write(folder, error) from error
     trained_head = bool(adapted.saved.head and adapted.saved.record.get("training"))
@@ -300,21 +294,13 @@ def _write(
     return written
 
 
-def _check_options(
-    format: str,
-    dtype: str | None,
-    max_shard_size: str | int | None,
-    *,
-    trim: bool,
-    tolerance: float | None,
-    push_to_hub: str | None,
-    private: bool,
-) -> None:
+def _check_options(asked: _Asked, push_to_hub: str | None, *, private: bool) -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    format, dtype, max_shard_size, tolerance = asked.format, asked.dtype, asked.max_shard_size, asked.tolerance
     if format not in FORMATS:
         raise ConfigError(f"--format: expected {CHECKPOINT}, {PEFT} or {ADAPTER}, not '{format}'")
-    if format == ADAPTER and (dtype or max_shard_size is not None or trim or tolerance is not None):
+    if format == ADAPTER and (dtype or max_shard_size is not None or asked.trim or tolerance is not None):
         raise ConfigError(
             "--dtype, --max-shard-size, --trim and --tolerance are for merging: --format adapter copies the adapter as it is"
         )
@@ -327,7 +313,7 @@ def _check_options(
     shard_bytes(max_shard_size)
     if private and not push_to_hub:
         raise ConfigError("--private needs --push-to-hub")
-    if format == CHECKPOINT and trim:
+    if format == CHECKPOINT and asked.trim:
         raise ConfigError("--trim is for --format peft: a checkpoint has no rank")
     if format == CHECKPOINT and tolerance is not None:
         raise ConfigError("--tolerance is for --format peft: a checkpoint holds the whole change")

@@ -84,7 +84,7 @@ def write_page(path: str | Path | None, file: str | Path, *, evaluated: bool = T
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-    write_bytes(Path(file), page.encode(errors="backslashreplace"))
+    write_bytes(Path(file).expanduser(), page.encode(errors="backslashreplace"))
     return found
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from craft_cli.config import no_utf8
 from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
 from craft_cli.errors import ConfigError, CraftError, FileError
-from craft_cli.files import LOCK_FILE, SWEEP, cannot_write, check_place, locked, sha256_of, write_marker
+from craft_cli.files import LOCK_FILE, SWEEP, check_place, locked, make_folder, sha256_of, write_marker
 from craft_cli.sweeps.loop import BEST_FILE, Listener, Sweep, devices
 from craft_cli.sweeps.pictures import BY_NUMBERS, BY_RATE, draw
 from craft_cli.sweeps.plan import PLAN_FILE, Header, Plan, make_plan, read_header, shown, trials_wanted, write_header
@@ -209,16 +210,13 @@ def _begin(folder: Path, header: Header, storage: str | Path) -> Studies:
     _check_folder(folder)
     # A database that cannot be used leaves nothing behind.
     studies = Studies(folder, header.plan, storage, header.name) if header.elsewhere else None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    make_folder(folder)
     with locked(folder / LOCK_FILE):
         if is_sweep(folder):
             raise ConfigError(f"{folder} was just begun by another process: --resume takes part in it")
         write_marker(folder, SWEEP, _WRITTEN)
         if studies:
-            studies.claim()
+            studies.claim(header.trials)
         write_header(folder, header)  # first: a sweep that is killed from here on goes on
         studies = studies or Studies(folder, header.plan, storage, header.name)
         studies.open()
@@ -232,10 +230,7 @@ def _join(storage: str, folder: Path) -> None:
     if found is None:
         return
     _check_folder(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    make_folder(folder)
     write_marker(folder, SWEEP, _WRITTEN)
     write_header(folder, Header(name, found[0], True, found[1]))
 
@@ -244,13 +239,11 @@ def _check_folder(folder: Path) -> None:
     """Refuse to make a sweep of a folder that holds something else.
 
     Raises:
-        FileError: it does, or it is a file.
+        FileError: it does, it is a file, or its name is no UTF-8.
     """
     check_place(folder, SWEEP, overwrite=True)
-    try:
-        str(folder.resolve()).encode()
-    except UnicodeEncodeError:
-        raise FileError(f"--output-dir: {str(folder)!r} is no UTF-8; choose another") from None
+    if problems := no_utf8("output_dir", str(folder.resolve())):
+        raise FileError(problems[0])
 
 
 def _former(asked: SweepOptions, folder: Path) -> Header:

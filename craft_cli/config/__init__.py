@@ -1,6 +1,6 @@
 """Settings, the options of the methods among them, and recipes. Nothing here needs torch, so that `--help` stays fast."""
 
-from craft_cli.config.contradictions import TRACKERS, contradictions, flag
+from craft_cli.config.contradictions import TRACKERS, contradictions, flag, no_utf8
 from craft_cli.config.options import (
     METHOD_OPTIONS,
     CraftOptions,
@@ -13,7 +13,7 @@ from craft_cli.config.options import (
     parse_budget,
     parse_ranks,
 )
-from craft_cli.config.recipes import comment, describe_recipe, load_recipe, recipe_path, shipped_recipes
+from craft_cli.config.recipes import comment, describe_recipe, how_to_repeat, load_recipe, recipe_path, shipped_recipes
 from craft_cli.config.settings import (
     AUTO,
     GROUPS,
@@ -49,7 +49,9 @@ __all__ = [
     "describe_recipe",
     "flag",
     "free_settings",
+    "how_to_repeat",
     "load_recipe",
+    "no_utf8",
     "option_names",
     "parse_budget",
     "parse_ranks",

@@ -19,9 +19,22 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def contradictions(config: RunConfig) -> list[str]:
-    """What in these settings excludes each other, a line each."""
+def no_utf8(name: str, value: object) -> list[str]:
+    """A line about a text, or some of several, that no recipe can keep: bytes of another encoding, as a file's name may be."""
     problems = []
+    for text in value if isinstance(value, tuple) else (value,):
+        try:
+            str(text).encode()
+        except UnicodeEncodeError:
+            problems.append(f"{flag(name)}: {text!r} is no UTF-8; choose another")
+    return problems
+
+
+def contradictions(config: RunConfig) -> list[str]:
+    """What in these settings excludes each other or cannot be kept, a line each."""
+    problems = [
+        line for field in dataclasses.fields(config) for line in no_utf8(field.name, getattr(config, field.name))
+    ]
     if config.bf16 and config.fp16:
         problems.append("--bf16 and --fp16 exclude each other")
     if bool(config.data_dir) + bool(config.train_file or config.validation_file) + bool(config.dataset_name) > 1:

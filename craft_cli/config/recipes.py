@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import shlex
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -95,6 +96,11 @@ def _loader() -> Any:
 def comment(text: str) -> str:
     """A comment on one line of a recipe, whatever a path in it holds."""
     return f"# {' '.join(text.split())}\n" if text.splitlines()[1:] else f"# {text}\n"
+
+
+def how_to_repeat(path: Path) -> str:
+    """The comment at the head of a recipe in this file: the command that trains with it."""
+    return comment(f"craft train --recipe {shlex.quote(str(path))}")
 
 
 def recipe_path(name: str) -> Path:

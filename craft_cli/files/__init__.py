@@ -25,7 +25,17 @@ from craft_cli.files.tensors import (
     read_tensors,
     write_tensors,
 )
-from craft_cli.files.writing import cache_folder, cannot_write, hidden, tidied, whole_file, write_bytes, write_json
+from craft_cli.files.writing import (
+    cache_folder,
+    cannot_change,
+    cannot_write,
+    hidden,
+    make_folder,
+    tidied,
+    whole_file,
+    write_bytes,
+    write_json,
+)
 
 __all__ = [
     "ADAPTER",
@@ -38,6 +48,7 @@ __all__ = [
     "SWEEP",
     "Busy",
     "cache_folder",
+    "cannot_change",
     "cannot_write",
     "check_inputs",
     "check_place",
@@ -50,6 +61,7 @@ __all__ = [
     "holds_something",
     "is_kind",
     "locked",
+    "make_folder",
     "quoted",
     "raw_bytes",
     "read_header",

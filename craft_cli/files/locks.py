@@ -7,6 +7,7 @@ FUSE) is no reason to stop: there nobody waits for anybody.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import time
@@ -15,11 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from craft_cli.files.marker import HIDDEN
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 _LOOK = 0.02
 _SAID_AFTER = 1.0
@@ -33,8 +29,6 @@ class Busy(Exception):
 
 def take(descriptor: int) -> bool | None:
     """Try to lock an open file or folder: whether it is ours now, or None where this file system has no locks."""
-    if fcntl is None:
-        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

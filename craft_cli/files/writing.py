@@ -52,8 +52,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace `path` by `content` as indented JSON."""
-    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    """Replace `path` by `content` as indented JSON; of a path that is no UTF-8 the odd bytes are escaped."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 @contextmanager
@@ -141,6 +141,23 @@ def cannot_write(path: Path, error: Exception) -> FileError:
     return FileError(f"cannot write {path}: {reason}; free space or choose another place (what was there is untouched)")
 
 
+def cannot_change(path: Path, error: OSError) -> FileError:
+    """One line for what could not be deleted or renamed."""
+    return FileError(f"cannot delete or rename {path}: {error.strerror}; allow it with chmod, or choose another place")
+
+
+def make_folder(path: Path) -> None:
+    """Make it and those above it, where they are missing.
+
+    Raises:
+        FileError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 # -- what a killed process left ----------------------------------------------------------------------------------------------
 
 
@@ -153,16 +170,14 @@ def tidied(folder: Path) -> Iterator[None]:
     with turn(folder) as ours:
         if ours is not False:
             with contextlib.suppress(OSError):  # it can be written all the same
-                for entry in [Path(found.path) for found in os.scandir(folder) if HIDDEN.fullmatch(found.name)]:
+                for entry in list(os.scandir(folder)):
                     with contextlib.suppress(OSError):
-                        _clear(entry, ours=bool(ours))
+                        if found := HIDDEN.fullmatch(entry.name):
+                            _clear(Path(entry.path), found, ours=bool(ours))
         yield
 
 
-def _clear(entry: Path, *, ours: bool) -> None:
-    found = HIDDEN.fullmatch(entry.name)
-    if found is None:
-        return
+def _clear(entry: Path, found: re.Match[str], *, ours: bool) -> None:
     if entry.is_symlink():
         entry.unlink()
     elif found["end"] == "old" and (ours or _is_old(entry)):  # its owner would hold the folder
@@ -198,8 +213,8 @@ def _move_into(former: Path, place: Path) -> None:
         there = place / entry.name
         if entry.name == MARKER:
             continue
-        if HIDDEN.fullmatch(entry.name):
-            _clear(entry, ours=True)
+        if found := HIDDEN.fullmatch(entry.name):
+            _clear(entry, found, ours=True)
         elif not os.path.lexists(there):
             entry.rename(there)
         elif entry.is_dir() and not entry.is_symlink() and there.is_dir():

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from craft_cli.config import RunConfig, comment
+from craft_cli.config import RunConfig, comment, how_to_repeat
 from craft_cli.files import write_bytes
 from craft_cli.sweeps.plan import Plan
 from craft_cli.sweeps.studies import Studies, Taken
@@ -170,7 +169,7 @@ def write_best(folder: Path, plan: Plan, results: Results) -> None:
     run = choose(runs, key=lambda run: run["score"])
     over = f"{best.mean:.4f} over the seeds {','.join(map(str, plan.seeds))}" if len(runs) > 1 else f"{best.mean:.4f}"
     told = f"The best of {folder.name}, {best.trial}: {plan.metric} {over}; with this seed {run['score']:.4f}"
-    head = comment(told) + comment(f"craft train --recipe {shlex.quote(str(folder / BEST_FILE))}")
+    head = comment(told) + how_to_repeat(folder / BEST_FILE)
     write_bytes(folder / BEST_FILE, recipe_text(plan, best.method, best.setting, run["seed"], head).encode())
 
 

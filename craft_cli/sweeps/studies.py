@@ -33,6 +33,8 @@ HEARTBEAT = 10
 """Seconds between two signs of life of a trial."""
 GRACE = 60
 """Seconds without one after which a trial's worker counts as dead; on the same machine it is noticed at once."""
+_LOOK = 0.5
+"""Seconds between two looks at a sweep whose trials are being queued."""
 _BUSY = 100
 """Seconds to wait for an SQLite database in which another worker writes."""
 _STARTUP_TRIALS = 5
@@ -105,18 +107,21 @@ class Studies:
         self._storage = _connect(self._optuna, storage, self._wait_again)
         self._studies: dict[str, optuna.Study] = {}
 
-    def claim(self) -> None:
-        """Take this name in the storage, which only one worker can.
+    def claim(self, trials: int | None) -> None:
+        """Take this name in the storage, which only one worker can, for so many trials. From here on others can join.
 
         Raises:
             ConfigError: the storage has a sweep of this name.
         """
         try:
-            self._study(self._plan.methods[0], found=False)
+            study = self._study(self._plan.methods[0], found=False)
         except self._optuna.exceptions.DuplicatedStudyError:
             raise ConfigError(
-                f"--storage: it has a sweep '{self._name}' already: --resume takes part in it, another --output-dir is another"
+                f"--storage: it has a sweep '{self._name}' already: --resume takes part in it; "
+                "choose another --output-dir for a new sweep"
             ) from None
+        study.set_user_attr("asked", trials)
+        study.set_user_attr("plan", json.dumps(self._plan.record()))
 
     def open(self) -> None:
         """Find the studies, and make those that are missing: who began may have been killed at any moment."""
@@ -151,9 +156,10 @@ class Studies:
                     there[method] += 1
             for study in self._studies.values():  # for those who take part from elsewhere, now that all is queued
                 known = study.user_attrs
-                if known.get("trials") != trials or "plan" not in known:
-                    study.set_user_attr("trials", trials)
+                if "plan" not in known:
                     study.set_user_attr("plan", json.dumps(self._plan.record()))
+                if "trials" not in known or known["trials"] != trials:
+                    study.set_user_attr("trials", trials)
 
     def take(self) -> Taken | None:
         """The next trial that waits; None where none does."""
@@ -310,12 +316,23 @@ class Studies:
 
 
 def find_plan(storage: str, name: str) -> tuple[Plan, int | None] | None:
-    """The plan of a sweep that others began in this storage, and how many trials there are to be."""
+    """The plan of a sweep that others began in this storage, and how many trials there are to be.
+
+    While its trials are queued it waits: until all are, or until none was for `GRACE` seconds, as who began was killed.
+    """
     optuna = import_optuna()
-    for study in optuna.get_all_study_summaries(_connect(optuna, storage, None)):
-        if study.study_name.startswith(f"{name}/") and "plan" in study.user_attrs:
-            return Plan.of(json.loads(study.user_attrs["plan"])), study.user_attrs.get("trials")
-    return None
+    connected, queued, since = _connect(optuna, storage, None), -1, time.monotonic()
+    while True:
+        studies = [s for s in optuna.get_all_study_summaries(connected) if s.study_name.startswith(f"{name}/")]
+        known = next((s.user_attrs for s in studies if "plan" in s.user_attrs), None)
+        if known is None:
+            return None
+        there = sum(study.n_trials for study in studies)
+        if there != queued:
+            queued, since = there, time.monotonic()
+        if "trials" in known or time.monotonic() - since > GRACE:
+            return Plan.of(json.loads(known["plan"])), known.get("trials", known.get("asked"))
+        time.sleep(_LOOK)
 
 
 def _connect(optuna: Any, storage: str | Path, stale: Any, *, again: bool = True) -> Any:

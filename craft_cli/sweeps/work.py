@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from craft_cli.config import comment
+from craft_cli.config import how_to_repeat
 from craft_cli.files import write_bytes
 from craft_cli.sweeps.plan import Plan
 from craft_cli.sweeps.studies import Studies, Taken
@@ -168,7 +167,7 @@ class Work:
             return True
         else:
             log = self._run.path.with_name(f"{self._run.path.name}.log")
-            found = {"state": "failed", "score": None, "reason": reason_of(log, code, self._logged)}
+            found = {"state": "failed", "score": None, "reason": why_failed(log, code, self._logged)}
         self.runs.append({"seed": self._seed, "run": f"{RUNS}/{self._run.path.name}", **found})
         self._studies.runs(self.taken, self.runs)
         state = "complete" if found["state"] == "finished" else found["state"]
@@ -214,7 +213,7 @@ def one_step(
             check=False,
         )
     if done.returncode:
-        return {"numbers": None, "seconds": None, "reason": reason_of(log, done.returncode)}
+        return {"numbers": None, "seconds": None, "reason": why_failed(log, done.returncode)}
     result = json.loads(done.stdout)
     return {"numbers": result["parameters"]["adapter"], "seconds": result["estimate"], "reason": ""}
 
@@ -225,12 +224,7 @@ def _cache(folder: str | None) -> list[str]:
 
 def write_recipe(path: Path, plan: Plan, taken: Taken, seed: int) -> None:
     """Write what a run is started with; its paths mean the same from any folder."""
-    write_bytes(
-        path,
-        recipe_text(
-            plan, taken.method, taken.setting, seed, comment(f"craft train --recipe {shlex.quote(str(path))}")
-        ).encode(),
-    )
+    write_bytes(path, recipe_text(plan, taken.method, taken.setting, seed, how_to_repeat(path)).encode())
 
 
 def recipe_text(plan: Plan, method: str, setting: Mapping[str, Any], seed: int, head: str) -> str:
@@ -242,7 +236,7 @@ def recipe_text(plan: Plan, method: str, setting: Mapping[str, Any], seed: int, 
     return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
-def reason_of(log: Path, code: int, since: int = 0) -> str:
+def why_failed(log: Path, code: int, since: int = 0) -> str:
     """Why a run failed, in a few words: what it said last, or how its process ended.
 
     Args:

@@ -30,7 +30,7 @@ from craft_cli.data.tokens import Encoded
 from craft_cli.errors import FileError, OtherVersion
 from craft_cli.files import (
     CHECKPOINT,
-    cannot_write,
+    cannot_change,
     delete_folder,
     read_tensors,
     whole_folder,
@@ -118,7 +118,7 @@ def save_checkpoint(
         for former in checkpoints(run)[keep:]:
             delete_folder(former)
     except OSError as error:
-        raise cannot_write(former, error) from error
+        raise cannot_change(former, error) from error
     return path
 
 
@@ -144,7 +144,7 @@ def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:
                     aside, number = path.with_name(f"{path.name}.damaged-{number}"), number + 1
                 path.rename(aside)
             except OSError as failure:
-                raise cannot_write(path, failure) from failure
+                raise cannot_change(path, failure) from failure
         else:
             return state, notes
     return None, notes

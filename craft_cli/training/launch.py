@@ -21,7 +21,7 @@ from typing import Any
 import craft_cli
 from craft_cli.config import RunConfig
 from craft_cli.errors import CraftError
-from craft_cli.training.signals import LAUNCHER, ONE_PRESS, StopSignals, end_by
+from craft_cli.training.signals import LAUNCHER, ONE_PRESS, StopSignals, end_by, launcher_died
 
 _JOINING = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """In the environment of a process that torch's launcher started. Some of them alone are left over from a scheduler."""
@@ -137,7 +137,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         thread.start()
         while thread.is_alive():
             thread.join(0.1)
-            if began_by and os.getppid() != int(began_by) and not signals:  # it was killed
+            if launcher_died(began_by) and not signals:  # it was killed
                 os.kill(os.getpid(), signal.SIGTERM)
             if signals and not _children():  # they have ended, or none had started yet
                 thread.join(_LAST_WORDS)

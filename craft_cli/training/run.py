@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from craft_cli.config import comment, load_recipe
+from craft_cli.config import how_to_repeat, load_recipe
 from craft_cli.errors import FileError
 from craft_cli.files import (
     ADAPTER,
@@ -40,6 +40,7 @@ from craft_cli.files import (
     holds_something,
     is_kind,
     locked,
+    make_folder,
     quoted,
     read_json,
     read_marker,
@@ -167,7 +168,7 @@ class Run:
 
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
         path = self.path / "recipe.yaml"
-        write_bytes(path, (comment(f"craft train --recipe {shlex.quote(str(path))}") + text).encode())
+        write_bytes(path, (how_to_repeat(path) + text).encode())
 
     @property
     def checkpoints(self) -> Path:
@@ -186,10 +187,7 @@ class Run:
         Raises:
             FileError: another process is training in it, or it cannot be made.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
+        make_folder(self.path)
         with contextlib.ExitStack() as held:
             try:  # somebody may just be looking whether it runs
                 held.enter_context(locked(self.path / LOCK_FILE, timeout=0.3))

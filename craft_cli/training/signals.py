@@ -85,8 +85,7 @@ class StopSignals:
     @property
     def received(self) -> int:
         """Number of the first signal, or 0. A process whose launcher has died was told to end, too."""
-        launcher = os.environ.get(LAUNCHER)
-        if not self._received and launcher and os.getppid() != int(launcher):
+        if not self._received and launcher_died(os.environ.get(LAUNCHER)):
             self._received = signal.SIGTERM
         return self._received
 
@@ -102,6 +101,11 @@ class StopSignals:
             yield
         finally:
             self._shielded = False
+
+
+def launcher_died(launcher: str | None) -> bool:
+    """Whether the process that began this one, by its id in `LAUNCHER`, is gone; where nobody did, no."""
+    return os.getppid() != int(launcher) if launcher else False
 
 
 def end_by(number: int) -> BaseException:

@@ -63,6 +63,12 @@ def test_merged_is_a_plain_checkpoint_that_computes_the_same(family: str, pico: 
     assert result.tensors_changed == (3 if family == "gpt2" else 6)
 
 
+def test_a_copy_takes_a_card_that_is_no_utf8(pico: Make) -> None:
+    (saved_adapter(pico()) / "README.md").write_bytes(b"Gr\xfc\xdfe")
+    craft.merge("adapter", "copy", format="adapter")
+    assert Path("copy/README.md").read_text(encoding="utf-8") == "Gr\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}e"
+
+
 def test_merging_keeps_the_dtype_of_the_base(tmp_path: Path) -> None:
     base = build_pico("bert", tmp_path / "half", dtype=torch.bfloat16)
     craft.merge(saved_adapter(base), "merged")

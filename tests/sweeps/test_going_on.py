@@ -10,6 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +182,40 @@ def test_a_folder_of_its_own_can_take_part_in_a_sweep_in_a_database(asked: Any) 
     assert "shared.db" not in Path("a/one/sweep.json").read_text()  # a URL may hold a password
     with pytest.raises(ConfigError, match="are in a database: give its --storage"):
         sweep(SweepOptions(output_dir="a/one", resume=True))
-    with pytest.raises(ConfigError, match="it has a sweep 'one' already"):
+    with pytest.raises(
+        ConfigError,
+        match="it has a sweep 'one' already: --resume takes part in it; choose another --output-dir for a new sweep",
+    ):
         sweep(asked(RATES, output_dir="c/one", storage=url))
+
+
+@pytest.mark.usefixtures("pretend")
+def test_a_sweep_whose_beginner_was_killed_before_all_was_queued_can_be_joined(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "GRACE", 1)
+    url, sampled = "sqlite:///shared.db", "learning_rate=1e-4..1e-1"
+    process = apart(dying, asked(sampled, trials=3, output_dir="a/one", storage=url), "Study.enqueue_trial", 2)
+    process.join()
+    assert process.exitcode == 9
+    joined = sweep(SweepOptions(output_dir="b/one", storage=url, resume=True))
+    assert sorted((row.trial, row.state) for row in joined.rows) == [(f"craft-00{n}", "complete") for n in (1, 2, 3)]
+
+
+def test_who_joins_waits_while_trials_are_queued(asked: Any) -> None:
+    """Or both would queue the same ones."""
+    url = "sqlite:///shared.db"
+    plan = asked(RATES).plan()
+    Path("a").mkdir()
+    begun = studies.Studies(Path("a"), plan, url, "one")
+    begun.claim(3)
+    begun.open()
+    with ThreadPoolExecutor() as pool:
+        joined = pool.submit(studies.find_plan, url, "one")
+        with pytest.raises(TimeoutError):
+            joined.result(0.2)
+        begun.queue(3)
+        assert joined.result() == (plan, 3)
 
 
 @pytest.mark.usefixtures("pretend")

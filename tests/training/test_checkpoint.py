@@ -20,7 +20,7 @@ from safetensors import safe_open
 import craft_cli as craft
 from craft_cli.errors import FileError
 from craft_cli.files import hidden
-from craft_cli.training.checkpoint import checkpoints
+from craft_cli.training.checkpoint import checkpoints, newest_state
 from craft_cli.training.progress import Listener
 from craft_cli.training.run import Run
 
@@ -197,3 +197,14 @@ def test_a_full_disk_leaves_the_former_checkpoint(pico: Make, data_dir: Path, mo
         craft.train(config(base, data_dir, resume=True))
     craft.train(config(base, data_dir, resume=True))
     same("out", "uncut")
+
+
+@pytest.mark.usefixtures("half")
+def test_a_damaged_checkpoint_that_cannot_be_set_aside_asks_for_no_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    flip(Path("out/checkpoints/step-9/training_state.safetensors"))
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(FileError, match="cannot delete or rename out/checkpoints/step-9: Permission denied; allow it"):
+        newest_state(Run(Path("out")))

@@ -128,6 +128,16 @@ class Journal:
             rows = f"{len(odd):,} of {len(scores):,} validation rows"
             raise CraftError(f"the scores of {rows} are not finite {when}{self._advice(step)}")
 
+    def check_weights(self, step: int) -> None:
+        """Before they are written, which they could not be.
+
+        Raises:
+            CraftError: some that are trained are not finite.
+        """
+        for name, tensor in self._adapter.trained_state().items():
+            if not tensor.isfinite().all():
+                raise CraftError(f"{name} is not finite after update {step}{self._advice(step)}")
+
     def evaluation(self, step: int, epoch: float, measured: Measured) -> None:
         """An evaluation is complete.
 

@@ -153,6 +153,7 @@ def save(training: Training) -> None:
     with training.stop.shielded():
         rng = gather_object([rng_state(accelerator.device)])
         if training.run and accelerator.is_main_process:
+            training.journal.check_weights(training.step)
             record = {
                 "step": training.step,
                 "settings": training.recipe,

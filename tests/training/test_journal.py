@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_the_best_is_kept(pico: 
         with pytest.raises(CraftError) as stopped:
             craft.train(config(pico(), data_dir), Break())
     assert str(stopped.value) == (
-        "the loss is nan at update 7: start again with a lower learning_rate or head_learning_rate; "
+        "head.classifier.weight is not finite after update 6: start again with a lower learning_rate or head_learning_rate; "
         "the best adapter so far is in out/adapter"
     )
     assert craft.evaluate("out").metrics["loss"] == pytest.approx(lines()[-1]["eval_loss"], rel=1e-5)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,14 @@ GROUP = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What launchers set is taken back after a test."""
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What launchers set is taken back after a test; the terminal that runs it may close, even below nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for name in [*GROUP, "ACCELERATE_DYNAMO_MODE", "ACCELERATE_MIXED_PRECISION", "PYTHONSAFEPATH", signals.LAUNCHER]:
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

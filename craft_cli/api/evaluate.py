@@ -81,7 +81,7 @@ def evaluate(
         path: a run, an adapter, a checkpoint's folder or a hub id; the latest run without.
         source: task or files; what is not given is as in training (runs and adapters know it); or give them by name.
         split: `validation`, or `test` where that is labelled.
-        predictions: write a row for each example into this file (.jsonl or .csv).
+        predictions: write a row for each example into this file (.jsonl or .csv), with its number in the data.
         worst: collect so many of the most confident wrong answers.
         max_eval_samples: only the first rows of each split.
         max_seq_length: tokens kept; as in training without, 128 for a checkpoint.
@@ -124,7 +124,8 @@ def evaluate(
             every += scores
             mistakes = nlargest(worst, chain(mistakes, task.mistakes(scores, part)), key=itemgetter(0))
             if writer:
-                writer.write(task.records(scores, part))
+                records = zip(part.numbers, task.records(scores, part), strict=True)
+                writer.write({"row": number} | record for number, record in records)
     return Evaluation(
         subject=predictor.name,
         data=" and ".join(part.origin for part in loaded.splits.values()),

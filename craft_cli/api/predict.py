@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -12,10 +13,12 @@ from typing import Any, TextIO
 
 from craft_cli.api.predictor import Predictor, load_predictor
 from craft_cli.config import RunConfig
+from craft_cli.data.opened import ending
 from craft_cli.data.readers import SUFFIXES, TEXT, Row, read_rows, read_stdin
+from craft_cli.data.tables import column_named
 from craft_cli.data.tokens import Encoded, Unseen
-from craft_cli.data.writers import RecordWriter, format_of, open_records
-from craft_cli.errors import CraftError, DataError, plain
+from craft_cli.data.writers import RecordWriter, format_of, open_records, parts_of
+from craft_cli.errors import ConfigError, CraftError, DataError, plain
 from craft_cli.files import check_inputs
 
 STDIN = "-"
@@ -94,28 +97,35 @@ def predict_file(
     output: str | Path | None = None,
     output_format: str | None = None,
     text_columns: Sequence[str] | None = None,
+    keep_columns: Sequence[str] = (),
     max_seq_length: int | None = None,
     per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
     use_cpu: bool = False,
     trust_remote_code: bool = False,
     allow_other_base: bool = False,
+    ready: Callable[[], None] = lambda: None,
     progress: Callable[[int], None] = lambda rows: None,
     noticed: Callable[[str], None] = lambda what: None,
 ) -> int:
     """Predict for the rows of a file or of standard input; neither rows nor predictions are ever held whole.
 
+    Every prediction begins with its `row`, counted from 1, or with the columns that are kept in its place. At the keyboard
+    every line is answered as soon as it is typed.
+
     Args:
         path: a run, an adapter, a checkpoint's folder or a hub id; the latest run without.
         input: a file (jsonl, csv, tsv, parquet, conll, or txt with a text a line), or `-` for texts a line on standard
-            input. A pair in one line is divided by a tab.
+            input. Several texts in one line are divided by tabs.
         output: the file to write (.jsonl or .csv); standard output without.
         output_format: `jsonl` or `csv`, where the file's name does not say it.
         text_columns: as in training without, or as columns are usually called.
+        keep_columns: columns of the input to repeat beside each answer.
         max_seq_length: tokens kept; as in training without.
         per_device_eval_batch_size: rows at once.
         use_cpu: stay on the CPU.
         trust_remote_code: run Python code that comes with the model.
         allow_other_base: take an adapter whose base is not as it was in training.
+        ready: called when the model is loaded.
         progress: called with the number of rows done.
         noticed: called at the end with what the user should know: rows that were cut.
 
@@ -133,36 +143,79 @@ def predict_file(
     origin = "standard input" if str(input) == STDIN else str(input)
     if output:
         check_inputs("--output", Path(output).expanduser(), [Path(input).expanduser()])
+    by_hand = str(input) == STDIN and at_the_keyboard()
     rows = read_stdin(TEXT) if str(input) == STDIN else read_rows(Path(input).expanduser(), (*SUFFIXES, TEXT))
-    first = next(rows, None)  # a missing file is told before a model is loaded
-    if first is None:
-        raise DataError(f"{origin} holds no rows")
+    kept = None if by_hand else _Kept(rows, origin, keep_columns)  # a missing file is told before a model is loaded
     predictor = load_predictor(
         path, use_cpu=use_cpu, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
     )
-    in_lines = origin == "standard input" or Path(origin).suffix.lower() == TEXT
-    size = per_device_eval_batch_size * (1 if str(input) == STDIN else _BATCHES_AT_ONCE)
+    ready()
+    kept = kept or _Kept(rows, origin, keep_columns)
+    in_lines = origin == "standard input" or ending(Path(origin)) == TEXT
+    at_once = 1 if by_hand else per_device_eval_batch_size * (1 if str(input) == STDIN else _BATCHES_AT_ONCE)
     answers = _answers(
-        predictor,
-        chain([first], rows),
-        origin,
-        in_lines,
-        text_columns or (),
-        max_seq_length,
-        per_device_eval_batch_size,
-        size,
+        predictor, kept, origin, in_lines, text_columns or (), max_seq_length, per_device_eval_batch_size, at_once
     )
     done = 0
     unseen = Unseen()
     with _writer(output, kind) as writer:
         for block, encoded in answers:
-            writer.write(block)
+            writer.write(map(kept.beside, block))
             unseen.add(encoded)
             done += len(block)
             progress(done)
     if note := unseen.note(origin, max_seq_length):
         noticed(note)
     return done
+
+
+def at_the_keyboard() -> bool:
+    """Whether standard input is a terminal."""
+    return bool(sys.stdin and sys.stdin.isatty())
+
+
+class _Kept:
+    """Passes rows on, and remembers of each until it is answered what is to stand beside the answer.
+
+    Raises:
+        DataError: there are no rows.
+        ConfigError: the first row has no such column.
+    """
+
+    def __init__(self, rows: Iterator[Row], origin: str, columns: Sequence[str]) -> None:
+        first = next(rows, None)
+        if first is None:
+            raise DataError(f"{origin} holds no rows")
+        self._rows, self._count = chain([first], rows), 0
+        self._waiting = deque[dict[str, Any]]()
+        self._columns: list[str] = []
+        for name in columns:
+            found = column_named(name, list(first.cells))
+            if found is None:
+                raise ConfigError(f"--keep-columns: {origin} has no column '{name}'; it has {', '.join(first.cells)}")
+            self._columns.append(found)
+
+    def __iter__(self) -> _Kept:
+        return self
+
+    def __next__(self) -> Row:
+        row = next(self._rows)
+        self._count += 1
+        names = self._columns
+        self._waiting.append({name: row.cells.get(name) for name in names} if names else {"row": self._count})
+        return row
+
+    def beside(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """The answer to the next row, with what is kept of the row before it.
+
+        Raises:
+            ConfigError: a column is called as a part of the answer.
+        """
+        kept = self._waiting.popleft()
+        parts = parts_of(answer)
+        if taken := [name for name in kept if name in parts and kept[name] != parts[name]]:
+            raise ConfigError(f"--keep-columns: a part of the answer is called '{taken[0]}' too: rename the column")
+        return kept | answer
 
 
 def _answers(

@@ -155,6 +155,7 @@ def merged_record(config: Any) -> dict[str, Any]:
         "threshold": (int, float),
         "max_seq_length": int,
         "text_columns": list,
+        "text_separator": str,
         "label_column": str,
         "label_separator": str,
     }

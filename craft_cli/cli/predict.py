@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,14 @@ def command(
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FILE", help="File to write.", show_default="stdout")
     ] = None,
+    keep_columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Columns of the input to repeat beside each answer: id,text.",
+            show_default="row, its number",
+        ),
+    ] = None,
     output_format: Annotated[
         str | None, typer.Option("--format", help="jsonl or csv.", show_default="as FILE ends, else jsonl")
     ] = None,
@@ -35,21 +44,33 @@ def command(
     """Predict for texts without labels: a row for each, with its answer and scores."""
     from craft_cli.cli import console
     from craft_cli.config import parse_settings
+    from craft_cli.config.names import split_names
 
     given = parse_settings({name: value for name, value in settings.items() if value is not None})
-    if input == "-" and sys.stdin and sys.stdin.isatty():
-        console.note("reading texts from the keyboard, a line each; end with Ctrl-D")
-    with console.status("starting") as progress:
+    by_hand = input == "-" and sys.stdin and sys.stdin.isatty()
+    on_screen = not output and sys.stdout and sys.stdout.isatty()
+    with ExitStack() as spinning:
+        progress = spinning.enter_context(console.status("starting"))
         from craft_cli.api.predict import predict_file
 
-        if not output:  # the rows themselves show that it goes on
-            progress("predicting")
+        def ready() -> None:
+            if by_hand or on_screen:  # what is typed, or the answers, show that it goes on
+                spinning.close()
+            if by_hand:
+                console.note("type texts, a line each; end with Ctrl-D")
+
+        def done(rows: int) -> None:
+            if not (by_hand or on_screen):
+                progress(f"{rows:,} rows predicted")
+
         rows = predict_file(
             path,
             input=input,
             output=output,
             output_format=output_format,
-            progress=lambda done: progress(f"{done:,} rows predicted"),
+            keep_columns=split_names(keep_columns or ""),
+            ready=ready,
+            progress=done,
             noticed=console.note,
             **given,
         )

@@ -14,6 +14,9 @@ from craft_cli.errors import ConfigError, nearest, plain
 
 MOST_BYTES = 100_000
 """A recipe is a page of settings; what is larger is another file."""
+_DATA = ("data_dir", "train_file", "validation_file")
+_FOLDERS = ("model", "init_from")
+"""Settings that are a folder, or a name."""
 _TYPES = {
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?(0|[1-9][0-9]*)",
@@ -25,6 +28,8 @@ _TYPES = {
 
 def load_recipe(name: str) -> dict[str, Any]:
     """The settings in a recipe: a shipped one by its name, or a YAML file. A setting that is text stays as it is written.
+
+    Data of a recipe file are looked for beside it, and so are its model and its `init_from` where such a folder is there.
 
     Raises:
         ConfigError: there is none, or it is no YAML mapping.
@@ -39,12 +44,25 @@ def load_recipe(name: str) -> dict[str, Any]:
             data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise ConfigError(f"--recipe: {path}: larger than {MOST_BYTES // 1000} kB, so it is no recipe")
-        return _settings(data.decode(), path)
+        settings = _settings(data.decode(), path)
+        return settings if path in shipped_recipes().values() else settings | _beside(path.parent, settings)
     except FileNotFoundError:
         raise ConfigError(f"--recipe: {path}: no such file") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = plain(" ".join(str(error).split()))[:200]
         raise ConfigError(f"--recipe: {path}: not readable YAML: {reason}") from error
+
+
+def _beside(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The paths of a recipe in this folder, from the working folder."""
+    found = {}
+    for name in (*_DATA, *_FOLDERS):
+        value = settings.get(name)
+        if isinstance(value, str) and not value.startswith(("~", "/")):
+            path = folder / value
+            if name in _DATA or value.startswith(".") or path.is_dir():
+                found[name] = str(path)
+    return found
 
 
 def _settings(text: str, path: Path) -> dict[str, Any]:

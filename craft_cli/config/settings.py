@@ -65,7 +65,7 @@ class RunConfig(MethodOptions):
         None, "Kind of task for your own data: sequence-classification or token-classification; detected by default."
     )
     data_dir: str | None = setting(None, "Folder with train.* and validation.*, or one saved by datasets.")
-    train_file: str | None = setting(None, "Training file (jsonl, json, csv, tsv, parquet, conll).")
+    train_file: str | None = setting(None, "Training file (jsonl, json, csv, tsv, parquet, conll; .gz too).")
     validation_file: str | None = setting(None, "Validation file; without, a share of the training rows is held out.")
     dataset_name: str | None = setting(None, "Data set on the hub.")
     dataset_config_name: str | None = setting(None, "Its configuration.")
@@ -75,14 +75,16 @@ class RunConfig(MethodOptions):
         None, "Share of the training rows held out without validation data; 0.1 without."
     )
     text_columns: tuple[str, ...] | None = setting(
-        None, "One or two text columns (sentence1,sentence2), or the column of words."
+        None, "Text columns (sentence1,sentence2; more than two are joined), or the column of words."
     )
     label_column: str | None = setting(None, "Label column.")
     label_separator: str | None = setting(None, "What stands between labels where several apply, as in: a;b.")
     problem_type: ProblemType | None = setting(
         None, "Of own data: single_label_classification, multi_label_classification or regression; found without."
     )
-    max_train_samples: Positive | None = setting(None, "Use only the first rows for training.")
+    max_train_samples: Positive | None = setting(
+        None, "Use only the first rows for training, of every label its share."
+    )
     max_eval_samples: Positive | None = setting(None, "Use only the first rows for evaluation.")
     max_seq_length: Positive = setting(128, "Tokens kept of each example.")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from craft_cli.data.cells import Row
 from craft_cli.data.lines import lines_of
+from craft_cli.data.opened import opened
 from craft_cli.errors import DataError
 
 _TAG = r"O|[BIESLUM][-_].+"
@@ -20,7 +21,7 @@ def holds_tags(path: Path) -> bool:
     """Whether a text file begins with words and their tags, as CoNLL's do, and not with texts."""
     if not path.is_file():
         return False
-    with open(path, "rb") as file:
+    with opened(path) as file:
         try:
             lines = [text.split() for _, text in islice(lines_of(file, str(path)), 200)]
         except DataError:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
-from craft_cli.data.sources import Split
+from craft_cli.data.sources import Split, shares
 from craft_cli.errors import DataError
 
 ALL = "all"
@@ -55,7 +55,7 @@ def _limits(keys: Sequence[str], marks: Sequence[str], apart: int) -> dict[str, 
     by_key: dict[str, list[str]] = {}
     for key, mark in zip(keys, marks, strict=True):
         by_key.setdefault(key, []).append(mark)
-    quotas = _quotas({key: len(those) for key, those in by_key.items()}, apart)
+    quotas = shares({key: len(those) for key, those in by_key.items()}, apart, spared=1)
     found = {key: _limit(by_key[key], quota) for key, quota in quotas.items()}
     return {key: limit for key, limit in found.items() if limit} or {ALL: _limit(list(marks), apart)}
 
@@ -91,16 +91,3 @@ def _marks(split: Split, salt: str) -> list[str]:
     seed, _, number = salt.partition(".")
     begin = f'[{seed}, "{number}", '  # of the JSON of all; a salt that is read from a record may be any text
     return [sha256((begin + json.dumps(text)[1:]).encode()).hexdigest()[:16] for text in split.texts]
-
-
-def _quotas(counts: Mapping[str, int], apart: int) -> dict[str, int]:
-    """How many rows of every label are held out: in proportion, and of as many labels as can be."""
-    rows = sum(counts.values())
-    exact = {key: count * apart / rows for key, count in counts.items()}
-    quotas = {key: int(part) for key, part in exact.items()}
-    open_to_more = sorted(
-        (key for key in counts if counts[key] > 1), key=lambda key: (quotas[key] > 0, quotas[key] - exact[key], key)
-    )
-    for key in open_to_more[: apart - sum(quotas.values())]:
-        quotas[key] += 1
-    return quotas

@@ -1,5 +1,7 @@
 """Rows out of files, one after another: jsonl, json, csv, tsv, parquet, CoNLL and plain text, from a path or stdin.
 
+All but parquet may be packed by gzip (`train.csv.gz`).
+
 One reader serves training and prediction. It never holds a file whole (but json, which is one value), names the line of
 whatever it cannot read, and keeps every cell of a csv as the text it is: "007" stays "007" and "NA" stays "NA"; only an
 empty cell is missing.
@@ -8,6 +10,8 @@ empty cell is missing.
 from __future__ import annotations
 
 import csv
+import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -17,6 +21,7 @@ from typing import Any, BinaryIO
 from craft_cli.data import conll, json_rows
 from craft_cli.data.cells import Row, plain
 from craft_cli.data.lines import lines_of
+from craft_cli.data.opened import ending, opened
 from craft_cli.errors import DataError
 
 CONLL = ".conll"
@@ -25,6 +30,8 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", CONLL)
 TEXT = ".txt"
 """A text a line for prediction, which needs no labels; CoNLL where labels are needed."""
 
+MARKS = ",;\t|"
+"""What divides the columns of a .csv file; in a .tsv file only a tab does."""
 _DIALECTS: dict[str, Any] = {
     ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL, "strict": True},
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # as GLUE's files: a quote is a character
@@ -37,15 +44,16 @@ def read_rows(path: Path, kinds: Sequence[str] = SUFFIXES, kind: str | None = No
     Raises:
         DataError: it is missing, empty, of an unknown kind, or a row cannot be read (file and line named).
     """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name one file in it, or train with --data-dir {shlex.quote(str(path))}")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    suffix = path.suffix.lower()
-    if suffix not in kinds:
-        raise DataError(f"{path}: unknown kind of file; use one of {', '.join(kinds)}")
+    if ending(path) not in kinds:
+        raise DataError(f"{path}: unknown kind of file; use one of {', '.join(kinds)} (.gz after all but .parquet)")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
-    with open(path, "rb") as file:
-        yield from rows_of(file, kind or suffix, str(path))
+    with opened(path) as file:
+        yield from rows_of(file, kind or ending(path), str(path))
 
 
 def read_stdin(kind: str) -> Iterator[Row]:
@@ -111,8 +119,9 @@ def _separated(lines: Iterable[tuple[int, str]], kind: str, origin: str) -> Iter
 
 
 def _as_in_header(line: str) -> dict[str, Any]:
-    """Excel divides by semicolons where commas are decimal; some write a blank behind every comma."""
-    delimiter = next((mark for mark in ",;\t" if mark in line), ",")
+    """The mark that is most often between the names. Excel writes semicolons; some write a blank behind every comma."""
+    line = re.sub('"[^"]*"', "", line)
+    delimiter = max(MARKS, key=line.count)
     blank = f"{delimiter} "
     return {"delimiter": delimiter, "skipinitialspace": line.count(delimiter) == line.count(blank) > 0}
 

@@ -105,6 +105,7 @@ class Split:
         lines: for each row the line that its words come from, where there was one.
         note: what the user should know of how it was read.
         place: where a row stands, for messages: `train.csv, line 3`.
+        rows: the numbers of the rows in what they were read from, from 0; without, these are all of it.
     """
 
     texts: list[tuple[str, ...]]
@@ -113,9 +114,15 @@ class Split:
     lines: list[str] | None = None
     note: str = field(default="", compare=False)
     place: Callable[[int], str] | None = field(default=None, compare=False, repr=False)
+    rows: Sequence[int] | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Of each row its number in what it was read from, from 1."""
+        return range(1, len(self) + 1) if self.rows is None else [row + 1 for row in self.rows]
 
     def place_of(self, row: int) -> str:
         """Where a row stands, for messages."""
@@ -128,9 +135,17 @@ class Split:
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()
 
-    def first(self, rows: int | None) -> Split:
-        """Only the first rows."""
-        return self if rows is None else self.select(range(min(rows, len(self))))
+    def first(self, rows: int | None, *, by_label: bool = False) -> Split:
+        """Only the first rows; `by_label` those of every label, each with its share, in their order."""
+        if rows is None or rows >= len(self):
+            return self
+        if not by_label or not self.labels:
+            return self.select(range(rows))
+        places: dict[Any, list[int]] = {}
+        for row, label in enumerate(self.labels):
+            places.setdefault(label, []).append(row)
+        counts = shares({label: len(those) for label, those in places.items()}, rows)
+        return self.select(sorted(row for label, those in places.items() for row in those[: counts[label]]))
 
     def select(self, rows: Sequence[int], part: str = "") -> Split:
         """Only these rows; `part` says which, for messages."""
@@ -141,7 +156,28 @@ class Split:
             origin=self.origin + part,
             lines=None if self.lines is None else [self.lines[row] for row in rows],
             place=lambda row: self.place_of(rows[row]),
+            rows=[self.rows[row] for row in rows] if self.rows is not None else list(rows),
         )
+
+
+def shares(counts: Mapping[Any, int], total: int, *, spared: int = 0) -> dict[Any, int]:
+    """How many of `total` rows are of each label: in proportion to `counts`, and of as many labels as can be.
+
+    Args:
+        counts: rows of each label.
+        total: rows to choose.
+        spared: labels with so few rows get none above their whole share.
+    """
+    rows = sum(counts.values())
+    exact = {label: count * total / rows for label, count in counts.items()}
+    found = {label: int(part) for label, part in exact.items()}
+    by_need = sorted(
+        (label for label in counts if counts[label] > spared),
+        key=lambda label: (found[label] > 0, found[label] - exact[label], label),
+    )
+    for label in by_need[: total - sum(found.values())]:
+        found[label] += 1
+    return found
 
 
 # -- where the splits are ------------------------------------------------------------------------------------------------

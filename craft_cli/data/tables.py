@@ -11,7 +11,8 @@ from typing import Any
 
 from craft_cli.data.cells import plain
 from craft_cli.data.conll import holds_tags
-from craft_cli.data.readers import CONLL, SUFFIXES, TEXT, read_rows
+from craft_cli.data.opened import ending, stem
+from craft_cli.data.readers import CONLL, MARKS, SUFFIXES, TEXT, read_rows
 from craft_cli.errors import DataError
 
 WHOLE = "train"
@@ -41,7 +42,7 @@ def read_file(path: Path) -> Table:
     Raises:
         DataError: it is missing, empty, of an unknown kind, or a row cannot be read (file and line named).
     """
-    tagged = path.suffix.lower() == TEXT and holds_tags(path)
+    tagged = ending(path) == TEXT and holds_tags(path)
     rows = list(read_rows(path, (*SUFFIXES, TEXT), CONLL) if tagged else read_rows(path))
     if not rows:
         raise DataError(f"{path} holds no rows")
@@ -70,6 +71,23 @@ def _of_dataset(dataset: Any, origin: str) -> Table:
     return Table(origin, dataset.column_names, column, lambda row: f"{origin}, row {row + 1}")
 
 
+def column_named(name: str, columns: Sequence[str]) -> str | None:
+    """The column of this name: as it is written, or the only one that differs in nothing but case; None without."""
+    if name in columns:
+        return name
+    alike = [column for column in columns if column.casefold() == name.casefold()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def columns_told(columns: Sequence[str], flag: str) -> str:
+    """The end of a message on a column that is not there: those that are, and the flag that names others."""
+    if len(columns) == 1 and any(mark in columns[0] for mark in MARKS):
+        return (
+            f"it has one column '{columns[0]}': a .tsv file has tabs between its columns; name it .csv if it has none"
+        )
+    return f"it has {', '.join(columns)} (choose with {flag})"
+
+
 NAMES = {"validation": ("validation", "valid", "val", "dev")}
 """What else a split is called."""
 
@@ -83,10 +101,10 @@ def split_files(folder: Path, split: str) -> list[Path]:
     """The files of a folder that hold this split; a text file where there is no other, and it holds tags."""
     names = NAMES.get(split, (split,))
     stems = (
-        [path for path in sorted(folder.iterdir()) if path.stem in names and path.is_file()] if folder.is_dir() else []
+        [path for path in sorted(folder.iterdir()) if stem(path) in names and path.is_file()] if folder.is_dir() else []
     )
-    found = [path for name in names for path in stems if path.stem == name and path.suffix.lower() in SUFFIXES]
-    return found or [path for path in stems if path.suffix.lower() == TEXT and holds_tags(path)]
+    found = [path for name in names for path in stems if stem(path) == name and ending(path) in SUFFIXES]
+    return found or [path for path in stems if ending(path) == TEXT and holds_tags(path)]
 
 
 def split_file(folder: Path, split: str) -> Path:
@@ -95,6 +113,8 @@ def split_file(folder: Path, split: str) -> Path:
     Raises:
         DataError: there is none, or there are several.
     """
+    if folder.is_file():
+        raise DataError(f"--data-dir: {folder} is a file: give it as --{split}-file")
     if not folder.is_dir():
         raise DataError(f"--data-dir: {folder}: no such folder")
     found = split_files(folder, split)

@@ -149,19 +149,24 @@ def encode(
 ) -> Encoded:
     """Tokenise a split in blocks of rows; of a pair the longer text is cut first.
 
+    More than two texts are one, with the tokenizer's separator between them.
+
     Args:
         split: texts, and gold where it is known.
         tokenizer: of transformers.
         max_seq_length: tokens kept of each row; never more than the tokenizer's own limit.
         progress: called with (rows done, rows in all).
         cache: folder to keep the ids in, found again by texts, tokenizer and length.
-        of_words: a row is the words of a sentence, not one text or two.
+        of_words: a row is the words of a sentence, not one text or several.
 
     Raises:
         DataError: so few tokens leave no room for any text.
         ModelError: the tokenizer cannot tell which tokens a word became.
     """
     limit = min(max_seq_length, tokenizer.model_max_length)
+    if not of_words and any(len(row) > 2 for row in split.texts[:1]):
+        between = separator(tokenizer)
+        split = replace(split, texts=[(between.join(row),) for row in split.texts])
     kept = None
     if (
         cache is not None and len(split) >= _ROWS_WORTH_KEEPING and tokenizer.is_fast
@@ -182,6 +187,11 @@ def encode(
     if kept is not None:
         write_tensors(kept, KIND, _pack(features, cut), {"rows": len(features)})
     return _encoded(features, split, cut, limit, of_words=of_words)
+
+
+def separator(tokenizer: Any) -> str:
+    """What stands between more than two texts: the tokenizer's separator, else its end of text, else a line end."""
+    return str(tokenizer.sep_token or tokenizer.eos_token or "\n")
 
 
 def _check_room(tokenizer: Any, limit: int, *, pair: bool) -> None:

@@ -15,6 +15,8 @@ from craft_cli.errors import ConfigError, as_json, is_utf8
 from craft_cli.files import whole_file
 
 FORMATS = ("jsonl", "csv")
+SCORES = "scores"
+"""The part of a record that csv divides into a column for each label."""
 
 
 class RecordWriter:
@@ -34,16 +36,21 @@ class RecordWriter:
         self._file.flush()
 
     def _write_csv(self, row: dict[str, Any]) -> None:
-        cells: dict[str, Any] = {}
-        for name, value in row.items():
-            if isinstance(value, dict):  # the scores, a column each
-                cells |= {f"{name.removesuffix('s')}_{key}": part for key, part in value.items()}
-            else:
-                cells[name] = value
+        cells = {name: value for name, value in parts_of(row).items() if name != SCORES}
         if not self._headed:
             self._file.write(_line(cells))
             self._headed = True
         self._file.write(_line(map(_cell, cells.values())))
+
+
+def parts_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a record by the names that they have in any format: the scores together, and each of them as in csv."""
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        found[name] = value
+        if name == SCORES:
+            found |= {f"score_{label}": score for label, score in value.items()}
+    return found
 
 
 def _line(cells: Iterable[Any]) -> str:
@@ -55,6 +62,8 @@ def _line(cells: Iterable[Any]) -> str:
 
 def _cell(value: Any) -> Any:
     """Names with commas between them, in quotes where they hold one; anything deeper as JSON."""
+    if isinstance(value, dict):
+        return as_json(value)
     if not isinstance(value, list):
         return value
     named = all(isinstance(part, str) for part in value)

@@ -282,6 +282,7 @@ class _Data(_Strict):
     text_columns: list[str] | None = None
     label_column: str | None = None
     label_separator: str | None = None
+    text_separator: str | None = None
     rows: dict[_Line, _Rows] = {}
     held_out: dict[_Line, str] = {}
 

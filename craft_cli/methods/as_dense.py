@@ -73,7 +73,9 @@ class AdaptedBase:
         """What of the training those must know who evaluate and predict: threshold, length, names of columns."""
         training = self.saved.record.get("training", {})
         data = training.get("data") or {}
-        columns = {name: data.get(name) for name in ("text_columns", "label_column", "label_separator")}
+        columns = {
+            name: data.get(name) for name in ("text_columns", "text_separator", "label_column", "label_separator")
+        }
         found = {"max_seq_length": training.get("max_seq_length"), **columns}
         if self.threshold != THRESHOLD:
             found["threshold"] = self.threshold

@@ -209,6 +209,12 @@ def _in_a_pipeline(training: Mapping[str, Any], pipeline: str) -> dict[str, str]
         if len(columns) == 2:
             text = '{"text": "one text", "text_pair": "another"}'
             differences.append(f"The first text is the training data's {columns[0]}, the second its {columns[1]}.")
+        if len(columns) > 2:
+            between = str((training.get("data") or {}).get("text_separator") or "")
+            text = repr(between.join(f"text {number}" for number in range(1, len(columns) + 1)))
+            differences.append(
+                f"Its texts are the training data's {_inline(', '.join(columns))}, with {between!r} between them."
+            )
     lines = "".join(f"\n{line}" for line in differences)
     return {"options": options, "text": text, "differences": f"{lines}\n" if lines else ""}
 

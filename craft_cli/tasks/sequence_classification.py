@@ -1,4 +1,4 @@
-"""Texts or pairs of texts with a label, several labels or a number: `--task-type sequence-classification`.
+"""Texts, alone or several a row, with a label, several labels or a number: `--task-type sequence-classification`.
 
 One place for every kind of problem: what its labels are, its loss, its predictions, scores and metrics.
 """
@@ -53,11 +53,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SequenceClassification(Labelled):
-    """What is to be told of one text or of a pair. The methods are those of `tasks.base.Task`.
+    """What is to be told of one text, of a pair or of more. The methods are those of `tasks.base.Task`.
 
     Attributes:
         name: as typed after `--task`; `own` for the user's own data.
-        text_columns: one or two.
+        text_columns: one, two, or more, which are joined (see `data.tokens.encode`).
         labels: the names, in the order of the label numbers; `NUMBER` for a regression.
         metrics: what is reported; the first one chooses the best adapter.
         problem_type: one of `PROBLEM_TYPES`; empty as long as it is not known.
@@ -162,11 +162,11 @@ class SequenceClassification(Labelled):
     def read(self, table: Table, *, labelled: bool) -> tuple[SequenceClassification, Split]:
         """Texts, and gold where there is a column of labels."""
         columns, label = settled_columns(table, self.text_columns, self.label_column, labelled=labelled)
-        task = replace(self, text_columns=columns, label_column=label)
-        texts = list(zip(*(texts_of(table, column) for column in task.text_columns), strict=True))
+        task = replace(self, text_columns=self.text_columns or columns, label_column=self.label_column or label)
+        texts = list(zip(*(texts_of(table, column) for column in columns), strict=True))
         labels = None
-        if task.label_column in table.columns:
-            values = table.column(task.label_column)
+        if label in table.columns:
+            values = table.column(label)
             task = settle_task(task, values, table.place, table.origin)
             labels = label_numbers(values, task, table.place)
         return task, Split(texts, labels, table.origin)
@@ -174,16 +174,17 @@ class SequenceClassification(Labelled):
     def reader(
         self, first: Row, origin: str, *, plain: bool, columns: Sequence[str]
     ) -> Callable[[Sequence[Row]], Split]:
-        """A pair in one line of text is divided by a tab."""
+        """Several texts in one line are divided by tabs."""
         names = ("text",) if plain else columns_of(first, origin, columns or self.text_columns)
-        divide = plain and len(self.text_columns) == 2
+        parts = len(self.text_columns) if plain else 1
 
         def texts(row: Row) -> tuple[str, ...]:
-            if divide:
-                one, tab, two = row.cells["text"].partition("\t")
-                if not tab:
-                    raise DataError(f"{origin}, {row.place}: this model takes two texts; put a tab between them")
-                return one, two
+            if parts > 1:
+                found = tuple(row.cells["text"].split("\t", parts - 1))
+                if len(found) < parts:
+                    count = "two texts; put a tab" if parts == 2 else f"{parts} texts; put tabs"
+                    raise DataError(f"{origin}, {row.place}: this model takes {count} between them")
+                return found
             return tuple(text_of(row.cells.get(name), name, lambda: f"{origin}, {row.place}") for name in names)
 
         return lambda rows: Split(

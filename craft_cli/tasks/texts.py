@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from craft_cli.data.cells import described, is_missing, list_in, looks_like_list, whole_text
+from craft_cli.data.tables import column_named, columns_told
 from craft_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ _LABELS = ("label", "labels", "score", "target", "class")
 
 def guess_texts(columns: Sequence[str]) -> tuple[str, ...]:
     """The columns of one text or a pair by their usual names; none if there are none."""
-    return next((guess for guess in _TEXTS if set(guess) <= set(columns)), ())
+    guesses = ([column_named(name, columns) for name in guess] for guess in _TEXTS)
+    return next((tuple(name for name in guess if name) for guess in guesses if all(guess)), ())
 
 
 def columns_of(first: Row, origin: str, wanted: Sequence[str]) -> tuple[str, ...]:
@@ -32,34 +34,44 @@ def columns_of(first: Row, origin: str, wanted: Sequence[str]) -> tuple[str, ...
     Raises:
         DataError: they are not there.
     """
-    if wanted and all(column in first.cells for column in wanted):
-        return tuple(wanted)
-    found = guess_texts(list(first.cells))
+    columns = list(first.cells)
+    named = [it for name in wanted if (it := column_named(name, columns))]
+    if wanted and len(named) == len(wanted):
+        return tuple(named)
+    found = guess_texts(columns)
     if not found or (wanted and len(wanted) != len(found)):
         needed = f"no columns {' and '.join(wanted)}" if wanted else "no column that is usually a text"
-        raise DataError(f"{origin} has {needed}; it has {', '.join(first.cells)} (choose with --text-columns)")
+        raise DataError(f"{origin} has {needed}; {columns_told(columns, '--text-columns')}")
     return found
 
 
 def settled_columns(table: Table, texts: tuple[str, ...], label: str, *, labelled: bool) -> tuple[tuple[str, ...], str]:
-    """The columns of texts and of labels: those wanted, or as they are usually called.
+    """The columns of texts and of labels in a table: those wanted, or as they are usually called, whatever their case.
 
     Raises:
         DataError: one of them is not there.
     """
     texts = texts or guess_texts(table.columns)
     if not texts:
-        raise DataError(
-            f"{table.origin}: which columns hold the text? It has {', '.join(table.columns)} (choose with --text-columns)"
-        )
-    label = label or next((guess for guess in _LABELS if guess in table.columns), _LABELS[0])
-    wanted_columns = dict.fromkeys(texts, "--text-columns") | ({label: "--label-column"} if labelled else {})
-    for column, wanted in wanted_columns.items():
-        if column not in table.columns:
-            raise DataError(
-                f"{table.origin} has no column '{column}'; it has {', '.join(table.columns)} (choose with {wanted})"
-            )
-    return texts, label
+        told = columns_told(table.columns, "--text-columns")
+        raise DataError(f"{table.origin}: which columns hold the text? I{told[1:]}")
+    label = label or next((guess for guess in _LABELS if column_named(guess, table.columns)), _LABELS[0])
+    found = [known_column(table, column, "--text-columns") for column in texts]
+    return tuple(found), known_column(table, label, "--label-column") if labelled else (
+        column_named(label, table.columns) or label
+    )
+
+
+def known_column(table: Table, name: str, flag: str) -> str:
+    """What a column is called in a table.
+
+    Raises:
+        DataError: it is not there.
+    """
+    found = column_named(name, table.columns)
+    if found is None:
+        raise DataError(f"{table.origin} has no column '{name}'; {columns_told(table.columns, flag)}")
+    return found
 
 
 def texts_of(table: Table, column: str) -> list[str]:

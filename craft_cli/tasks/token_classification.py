@@ -24,12 +24,13 @@ from craft_cli.config import AUTO, RunConfig
 from craft_cli.config.names import join_names
 from craft_cli.data.cells import as_list, is_missing, whole_text
 from craft_cli.data.sources import TRAIN, DataSource, Split
+from craft_cli.data.tables import column_named, columns_told
 from craft_cli.data.tokens import IGNORED, Batch, Encoded, encode
 from craft_cli.errors import ConfigError, DataError, ModelError, listed
 from craft_cli.tasks.base import OWN, Labelled
 from craft_cli.tasks.probe import Progress, fit_labels, silent
 from craft_cli.tasks.tags import OUTSIDE, READ, Entity, by_kind, entities_of, entity_metrics, one_form, scheme
-from craft_cli.tasks.texts import text_of
+from craft_cli.tasks.texts import known_column, text_of
 
 if TYPE_CHECKING:
     from craft_cli.data.readers import Row
@@ -72,9 +73,8 @@ class TokenClassification(Labelled):
         tags = (source.label_column,) if source.label_column else _first(_TAGS, table.columns)
         if len(words) != 1 or not tags:
             return False
-        return all(
-            name in table.columns and isinstance(as_list(table.column(name)[0]), list) for name in (*words, *tags)
-        )
+        columns = [column_named(name, table.columns) for name in (*words, *tags)]
+        return all(name and isinstance(as_list(table.column(name)[0]), list) for name in columns)
 
     @classmethod
     def own(cls) -> TokenClassification:
@@ -108,15 +108,18 @@ class TokenClassification(Labelled):
 
     def read(self, table: Table, *, labelled: bool) -> tuple[TokenClassification, Split]:
         """Sentences in words, and the number of each word's IOB2 tag where there is a column of tags."""
-        task = self._with_columns(table, labelled=labelled)
-        (column,) = task.text_columns
+        task = self._with_columns(table)
+        column = known_column(table, task.text_columns[0], "--text-columns")
+        if labelled:
+            known_column(table, task.label_column, "--label-column")
+        tag_column = column_named(task.label_column, table.columns)
         cells = table.column(column)
         words = [_parts(cell, "words", column, partial(table.place, row)) for row, cell in enumerate(cells)]
-        if task.label_column not in table.columns:
+        if tag_column is None:
             return task, Split(words, None, table.origin)
         tags = []
-        for row, cell in enumerate(table.column(task.label_column)):
-            tags.append(_parts(cell, "tags", task.label_column, partial(table.place, row)))
+        for row, cell in enumerate(table.column(tag_column)):
+            tags.append(_parts(cell, "tags", tag_column, partial(table.place, row)))
             if len(tags[row]) != len(words[row]):
                 found = f"{len(tags[row])} tags for {len(words[row])} words"
                 raise DataError(f"{table.place(row)}: {found}; every word needs one")
@@ -137,13 +140,12 @@ class TokenClassification(Labelled):
     ) -> Callable[[Sequence[Row]], Split]:
         """Lists of words, or texts that are divided at white space."""
         guesses = (*columns,) or (*self.text_columns, *_WORDS, *_LINES)
-        name = "text" if plain else next((guess for guess in guesses if guess in first.cells), "")
+        there = list(first.cells)
+        name = "text" if plain else next((found for guess in guesses if (found := column_named(guess, there))), "")
         if not name:
-            raise DataError(
-                f"{origin} has no column '{guesses[0]}'; it has {', '.join(first.cells)} (choose with --text-columns)"
-            )
+            raise DataError(f"{origin} has no column '{guesses[0]}'; {columns_told(there, '--text-columns')}")
         cell = first.cells[name]
-        if plain or (name in _LINES and name not in self.text_columns):  # a text in brackets is no list
+        if plain or (name.lower() in _LINES and name not in self.text_columns):  # a text in brackets is no list
             in_lines = not isinstance(cell, (list, tuple))
         else:
             in_lines = isinstance(as_list(cell), str)
@@ -331,21 +333,15 @@ class TokenClassification(Labelled):
             "label_column": self.label_column,
         }
 
-    def _with_columns(self, table: Table, *, labelled: bool) -> TokenClassification:
+    def _with_columns(self, table: Table) -> TokenClassification:
         """The task with its columns: as given, or as they are usually called."""
         words = self.text_columns or _first(_WORDS, table.columns) or _WORDS[:1]
         tags = self.label_column or (*_first(_TAGS, table.columns), _TAGS[0])[0]
-        wanted = {words[0]: "--text-columns"} | ({tags: "--label-column"} if labelled else {})
-        for column, flag in wanted.items():
-            if column not in table.columns:
-                raise DataError(
-                    f"{table.origin} has no column '{column}'; it has {', '.join(table.columns)} (choose with {flag})"
-                )
         return replace(self, text_columns=words, label_column=tags)
 
 
 def _first(guesses: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
-    return next(((guess,) for guess in guesses if guess in columns), ())
+    return next(((found,) for guess in guesses if (found := column_named(guess, columns))), ())
 
 
 def _parts(cell: Any, what: str, column: str, place: Callable[[], str]) -> tuple[str, ...]:

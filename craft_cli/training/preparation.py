@@ -14,7 +14,7 @@ from torch import Tensor
 from craft_cli.config import RunConfig
 from craft_cli.data.batches import plan_epoch
 from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
-from craft_cli.data.tokens import Encoded, Unseen, padding
+from craft_cli.data.tokens import Encoded, Unseen, padding, separator
 from craft_cli.errors import DataError, ModelError
 from craft_cli.files import cache_folder
 from craft_cli.methods import method_named
@@ -142,7 +142,9 @@ def prepare(
     progress("loading data", 0, 1)
     loaded = load_splits(replace(DataSource.of(config), held_out=held_out), [TRAIN, VALIDATION])
     rows = {
-        name: split.first(config.max_train_samples if name == TRAIN else config.max_eval_samples)
+        name: split.first(config.max_train_samples, by_label=loaded.task.stratified)
+        if name == TRAIN
+        else split.first(config.max_eval_samples)
         for name, split in loaded.splits.items()
     }
     task = loaded.task.for_training(config, rows[TRAIN].labels or [])  # what it refuses is refused before the work
@@ -249,7 +251,10 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
 
 def data_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     """Where the rows came from, so that they are found again from anywhere."""
-    return asdict(DataSource.of(config).resolved()) | prepared.task.columns() | dict(prepared.rows)
+    record = asdict(DataSource.of(config).resolved()) | prepared.task.columns() | dict(prepared.rows)
+    if len(prepared.task.text_columns) > 2:
+        record["text_separator"] = separator(prepared.tokenizer)
+    return record
 
 
 def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:

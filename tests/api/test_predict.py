@@ -87,7 +87,7 @@ def predicted(*arguments: str, stdin: str | None = None) -> list[dict[str, Any]]
 
 def test_a_text_on_standard_input_is_answered_in_a_line(runs: Path) -> None:
     (row,) = predicted(str(runs / "single"), stdin="great film\n")
-    assert set(row) == {"prediction", "scores"}
+    assert list(row) == ["row", "prediction", "scores"]
     assert row["prediction"] == max(row["scores"], key=row["scores"].get)
     assert set(row["scores"]) == {"negative", "positive"}
     assert sum(row["scores"].values()) == pytest.approx(1, abs=1e-5)
@@ -146,7 +146,8 @@ def test_a_file_is_written_in_either_format_and_whole(runs: Path) -> None:
     assert result.exit_code == 0, result.stderr
     rows = list(csv.DictReader(io.StringIO(Path("out.csv").read_text())))
     assert len(rows) == 1200
-    assert list(rows[0]) == ["prediction", "score_negative", "score_positive"]
+    assert list(rows[0]) == ["row", "prediction", "score_negative", "score_positive"]
+    assert [row["row"] for row in rows] == [str(number) for number in range(1, 1201)]
     invoke("predict", str(runs / "single"), "-i", "in.txt", "-o", "out.jsonl", "--use-cpu")
     assert [row["prediction"] for row in lines(Path("out.jsonl").read_text())] == [row["prediction"] for row in rows]
     with open("in.txt", "ab") as file:
@@ -176,10 +177,31 @@ def test_rows_are_read_as_they_are_needed(runs: Path, monkeypatch: pytest.Monkey
         if rows >= 24:
             raise Stop
 
-    monkeypatch.setattr(sys, "stdin", type("In", (), {"buffer": io.BufferedReader(Endless()), "closed": False})())
+    stdin = {"buffer": io.BufferedReader(Endless()), "closed": False, "isatty": lambda self: False}
+    monkeypatch.setattr(sys, "stdin", type("In", (), stdin)())
     with pytest.raises(Stop):
         predict_file(runs / "single", per_device_eval_batch_size=8, use_cpu=True, progress=written)
     assert len(read) <= 32
+
+
+def test_at_the_keyboard_every_line_is_answered_before_the_next(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Typed(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            events.append("typed")
+            line = {1: b"good film\n", 2: b"a dull book\n"}.get(events.count("typed"), b"")
+            buffer[: len(line)] = line
+            return len(line)
+
+    stdin = {"buffer": io.BufferedReader(Typed()), "closed": False, "isatty": lambda self: True}
+    monkeypatch.setattr(sys, "stdin", type("In", (), stdin)())
+    heard = {"ready": lambda: events.append("ready"), "progress": lambda rows: events.append(f"answer {rows}")}
+    predict_file(runs / "single", use_cpu=True, **heard)  # type: ignore[arg-type]
+    assert events[:5] == ["ready", "typed", "answer 1", "typed", "answer 2"]
 
 
 def test_python_gets_the_answers_of_the_command(runs: Path) -> None:
@@ -188,7 +210,8 @@ def test_python_gets_the_answers_of_the_command(runs: Path) -> None:
     for run in ("single", "several", "real"):
         predict_file(runs / run, input="in.txt", output="out.jsonl", use_cpu=True)
         expected = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
-        assert craft.predict(runs / run, texts, use_cpu=True) == expected
+        answers = craft.predict(runs / run, texts, use_cpu=True)
+        assert [{"row": row} | answer for row, answer in enumerate(answers, 1)] == expected
     columns = craft.predict(runs / "single", [{"sentence": text} for text in texts], use_cpu=True)
     assert columns == craft.predict(runs / "single", texts, use_cpu=True)
     assert craft.predict(runs / "single", [], use_cpu=True) == []
@@ -212,7 +235,7 @@ def test_what_cannot_be_predicted_is_told(runs: Path) -> None:
     assert len(predicted(single, "-i", "in.csv", "--text-columns", "words")) == 1
     assert "predictions are written as .jsonl or .csv" in failure("predict", single, "-i", "in.csv", "-o", "out.xlsx")
     written = invoke("predict", single, "-i", "in.csv", "--text-columns", "words", "--format", "csv", "--use-cpu")
-    assert written.stdout.splitlines()[0] == "prediction,score_negative,score_positive"
+    assert written.stdout.splitlines()[0] == "row,prediction,score_negative,score_positive"
     write_rows(Path("in.jsonl"), [{"sentence": "good"}, {"sentence": None}])
     assert "in.jsonl, line 2: column 'sentence' has no text" in invoke("predict", single, "-i", "in.jsonl").stderr
 

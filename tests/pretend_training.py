@@ -1,6 +1,7 @@
 """Stands in for `craft train` in tests of sweeps: the same flags, files, signals and endings, but no model and no torch.
 
-Its scores are a function of the recipe. A learning rate of 7 makes the loss nan, 8 kills the process, 9 needs too much memory.
+Its scores are a function of the recipe. A model called code is refused without
+--trust-remote-code. A learning rate of 7 makes the loss nan, 8 kills the process, 9 needs too much memory.
 A line of the file named by PRETEND_LOG tells of each start: the run, and the update that it goes on from.
 """
 
@@ -38,10 +39,12 @@ def main() -> None:
     parser.add_argument("--recipe")
     parser.add_argument("--output-dir")
     parser.add_argument("--cache-dir")
-    for name in ("resume", "overwrite", "json", "dry-run"):
+    for name in ("resume", "overwrite", "json", "dry-run", "trust-remote-code"):
         parser.add_argument(f"--{name}", action="store_true")
     asked = parser.parse_args()
     recipe = yaml.safe_load(Path(asked.recipe).read_text())
+    if recipe["model"].endswith("code") and not asked.trust_remote_code:
+        sys.exit("error: it needs Python code of its own")
     rate, last = recipe["learning_rate"], recipe["max_steps"]
     numbers = {"adapter": 100 * (recipe.get("rank") or 1), "head": 50}
     if asked.dry_run:

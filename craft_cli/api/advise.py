@@ -46,6 +46,7 @@ def advise(
     *,
     energy: float | None = None,
     budget: str | int | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Advice:
     """Propose ranks: the fewest numbers that keep an energy, or the most energy within a number of numbers.
@@ -54,6 +55,7 @@ def advise(
         path: a model, a run, an adapter or a file of factors (then its base and projections); the latest run without.
         energy: part of the squared norm to keep, above 0 and up to 1.
         budget: numbers trained at most, over all projections; `50k` and `1.5m` are understood.
+        trust_remote_code: run Python code that comes with the model.
         progress: called with what is being done.
 
     Raises:
@@ -66,7 +68,7 @@ def advise(
         raise ConfigError(f"--energy: expected a part above 0 and up to 1, not {energy:g}")
     most = None if budget is None else parse_budget(budget)
     model, revision, targets = _whose(path)
-    checkpoint = find_checkpoint(model, targets, revision)
+    checkpoint = find_checkpoint(model, targets, revision, trust_remote_code=trust_remote_code)
     stacks = read_stacks(checkpoint, checkpoint.config(), targets)
     found = propose(stacks, checkpoint.name, energy=energy, most=most, progress=progress)
     tables = found.tables

@@ -70,7 +70,7 @@ def certificate(
         **({"factors": {"sha256": frozen}} if frozen else {}),
         "dtype": str(written.dtype).removeprefix("torch."),
         "tensors_changed": sorted(written.changed),
-        "head": list(adapted.saved.head),
+        "head": written.head,
         "largest_logit_difference": dict(difference),
         "tolerance": {"relative": allowed},
         "sha256": {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))},

@@ -24,6 +24,7 @@ def decompose(
     cache_dir: str | Path | None = None,
     device: str | None = None,
     force: bool = False,
+    trust_remote_code: bool = False,
 ) -> Factors:
     """HOSVD factors of a model's stacked attention projections, from the cache where it has them.
 
@@ -35,6 +36,7 @@ def decompose(
         cache_dir: folder of the factor files; `~/.cache/craft` without.
         device: where to compute; the CPU without.
         force: decompose again even if the cache has it.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         TypeError: `model` is something else.
@@ -44,7 +46,8 @@ def decompose(
     """
     targets = parse_settings({"targets": targets})["targets"]
     if isinstance(model, (str, Path)):
-        weights = read_weights(find_checkpoint(str(model), targets, revision), targets)
+        found = find_checkpoint(str(model), targets, revision, trust_remote_code=trust_remote_code)
+        weights = read_weights(found, targets)
     else:
         check_model(model, "craft.decompose takes one, or the name of a checkpoint")
         if revision is not None:

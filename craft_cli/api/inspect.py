@@ -45,7 +45,11 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path | None = None, *, ranks: str | Sequence[int] | None = None, plot: str | Path | None = None
+    path: str | Path | None = None,
+    *,
+    ranks: str | Sequence[int] | None = None,
+    plot: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Inspection:
     """Look into a model, a file of factors, a run or an adapter.
 
@@ -53,6 +57,7 @@ def inspect(
         path: folder, file or hub id; the latest run without.
         ranks: of a model, to count the numbers trained.
         plot: draw the spectra into this file (png, svg, pdf).
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         ConfigError: `plot` of something without spectra, or `ranks` of something that has its own.
@@ -71,7 +76,7 @@ def inspect(
     elif path is None or found.suffix == ".safetensors":
         raise FileError(f"{found}: no such file")
     else:
-        inspection = _model(str(path), Ranks.parse(ranks or RunConfig.ranks))
+        inspection = _model(str(path), Ranks.parse(ranks or RunConfig.ranks), trusted=trust_remote_code)
     if plot:
         if not inspection.decompositions:
             raise ConfigError(f"--plot: {path} is a model; decompose it and plot the file of factors")
@@ -79,8 +84,8 @@ def inspect(
     return inspection
 
 
-def _model(model: str, ranks: Ranks) -> Inspection:
-    checkpoint = find_checkpoint(model, RunConfig.targets)
+def _model(model: str, ranks: Ranks, *, trusted: bool) -> Inspection:
+    checkpoint = find_checkpoint(model, RunConfig.targets, trust_remote_code=trusted)
     config = checkpoint.config()
     projections: list[dict[str, Any]] = []
     for target, stack in read_stacks(checkpoint, config, TARGETS).items():

@@ -30,7 +30,7 @@ from craft_cli.files import (
 from craft_cli.methods.adapter_folder import CONFIG_FILE, HEAD, INCLUDE, read_adapter, write_adapter
 from craft_cli.methods.as_dense import AdaptedBase, Dense
 from craft_cli.methods.as_lora import EXACT, LoraWriter, serve_command, vllm_hint
-from craft_cli.models.cards import model_card, public_name, without_folders
+from craft_cli.models.cards import HEADLESS, model_card, public_name, without_folders
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import before_upload, upload
 from craft_cli.models.shards import shard_bytes
@@ -55,6 +55,7 @@ class _Asked:
     max_shard_size: str | int | None
     trim: bool
     tolerance: float | None
+    head: bool
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Merged:
         threshold: above which a label applies where several can; None where it is the usual one, 0.5.
         rank: of a LoRA.
         serve: the command that serves what was written with vLLM, where that takes it.
-        hint: which ranks vLLM accepts, and why it does not take this LoRA where it does not.
+        hint: which ranks vLLM accepts, why it does not take this LoRA where it does not, and what a LoRA without its head is for.
         repository: where it was uploaded.
     """
 
@@ -100,6 +101,7 @@ def merge(
     max_shard_size: str | int | None = None,
     trim: bool = False,
     tolerance: float | None = None,
+    head: bool = True,
     push_to_hub: str | None = None,
     private: bool = False,
     trust_remote_code: bool = False,
@@ -124,6 +126,7 @@ def merge(
         trim: of a LoRA, leave out directions that are zero to numerical precision.
         tolerance: of a LoRA, the error allowed where the method changes a weight by a dense matrix (superlora), relative to
             the norm of that change; 1e-6 without. The logits may then differ by as much.
+        head: False leaves the trained head out of a LoRA, for servers that take none.
         push_to_hub: upload to this repository of the hub too.
         private: make the repository a private one, if it is made.
         trust_remote_code: run Python code that comes with the base.
@@ -138,7 +141,7 @@ def merge(
         CraftError: the adapter changes no weight, what was written does not compute what the adapted model does, or the
             upload failed.
     """
-    asked = _Asked(format, dtype, max_shard_size, trim, tolerance)
+    asked = _Asked(format, dtype, max_shard_size, trim, tolerance, head)
     _check_options(asked, push_to_hub, private=private)
     found = find_run(None if path is None else str(path))
     adapter_path = find_adapter(found)
@@ -190,9 +193,9 @@ def _merge(
         allowed = max(TOLERANCE[written.dtype], asked.tolerance or 0.0)
         progress("verifying")
         difference = verified(adapted.base.logits(written.read, probe), expected, allowed)
-        _add_card(adapted, folder, asked.format, shared=announce is not None)
+        _add_card(adapted, folder, asked, shared=announce is not None)
         write_json(folder / CERTIFICATE, certificate(adapted, written, folder, difference, allowed))
-    return _told(adapted, written, destination, asked.format, difference["relative"], allowed)
+    return _told(adapted, written, destination, asked, difference["relative"], allowed)
 
 
 def _copy(adapter_path: Path, destination: Path, announce: Announce | None, *, overwrite: bool) -> Merged:
@@ -233,23 +236,35 @@ def _copy(adapter_path: Path, destination: Path, announce: Announce | None, *, o
     )
 
 
-def _add_card(adapted: AdaptedBase, folder: Path, format: str, *, shared: bool) -> None:
+def _add_card(adapted: AdaptedBase, folder: Path, asked: _Asked, *, shared: bool) -> None:
     """Write the model card; a LoRA that is shared does not say where its base lies on this machine."""
     record = adapted.saved.record
-    card = model_card(record, adapted.saved.method.describe(record), adapted.checkpoint, form=format)
+    form = HEADLESS if adapted.saved.head and not asked.head else asked.format
+    card = model_card(record, adapted.saved.method.describe(record), adapted.checkpoint, form=form)
     write_bytes(folder / "README.md", card.encode(errors="backslashreplace"))
-    if shared and format == PEFT:
+    if shared and asked.format == PEFT:
         config = read_json(folder / CONFIG_FILE) | {"base_model_name_or_path": public_name(adapted.checkpoint)}
         write_json(folder / CONFIG_FILE, config)
 
 
 def _told(
-    adapted: AdaptedBase, written: Dense | LoraWriter, destination: Path, format: str, difference: float, allowed: float
+    adapted: AdaptedBase,
+    written: Dense | LoraWriter,
+    destination: Path,
+    asked: _Asked,
+    difference: float,
+    allowed: float,
 ) -> Merged:
     marker = read_marker(destination)
+    hint = None if written.rank is None else vllm_hint(adapted, written.rank, head=asked.head)
+    if adapted.saved.head and not asked.head:
+        hint = (
+            "the trained head is left out: this LoRA gives embeddings, and its base answers with a head of its own; for the "
+            f"answers of this adapter serve the checkpoint that `craft merge` writes; {hint}"
+        )
     return Merged(
         output=str(destination),
-        format=format,
+        format=asked.format,
         files=tuple(sorted(marker.files)) if marker else (),
         dtype=str(written.dtype).removeprefix("torch."),
         tensors_changed=len(written.changed),
@@ -257,8 +272,8 @@ def _told(
         tolerance=allowed,
         threshold=None if adapted.threshold == THRESHOLD else adapted.threshold,
         rank=written.rank,
-        serve=serve_command(adapted, written.rank, str(destination)),
-        hint=None if written.rank is None else vllm_hint(adapted, written.rank),
+        serve=serve_command(adapted, written.rank, str(destination), head=asked.head),
+        hint=hint,
     )
 
 
@@ -285,10 +300,12 @@ def _write(adapted: AdaptedBase, folder: Path, asked: _Asked) -> Dense | LoraWri
             written: Dense | LoraWriter = Dense(adapted, folder, dtype, asked.max_shard_size)
         else:
             tolerance = EXACT if asked.tolerance is None else asked.tolerance
-            written = LoraWriter(adapted, folder, trim=asked.trim, tolerance=tolerance)
+            written = LoraWriter(adapted, folder, trim=asked.trim, tolerance=tolerance, head=asked.head)
     except OSError as error:
         raise cannot_write(folder, error) from error
     trained_head = bool(adapted.saved.head and adapted.saved.record.get("training"))
+    if not written.changed and trained_head and not asked.head and not adapted.changes_something():
+        raise CraftError(f"{adapted.saved.path}: --no-head leaves nothing: only the head was trained")
     if not written.changed and (adapted.changes_something() or not trained_head):
         raise CraftError(f"{adapted.saved.path}: merging changes no tensor: the trained numbers are (or round to) zero")
     return written
@@ -311,6 +328,10 @@ def _check_options(asked: _Asked, push_to_hub: str | None, *, private: bool) -> 
     if format == PEFT and max_shard_size is not None:
         raise ConfigError("--max-shard-size is for checkpoints: a LoRA is one small file")
     shard_bytes(max_shard_size)
+    if format != PEFT and not asked.head:
+        raise ConfigError(
+            f"--no-head is for --format peft: {'a checkpoint' if format == CHECKPOINT else 'an adapter'} keeps its head"
+        )
     if private and not push_to_hub:
         raise ConfigError("--private needs --push-to-hub")
     if format == CHECKPOINT and asked.trim:

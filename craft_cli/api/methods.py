@@ -49,6 +49,7 @@ def list_methods(
     *,
     targets: Sequence[str] = RunConfig.targets,
     budget: str | int | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Listed]:
     """All adapter methods.
@@ -57,6 +58,7 @@ def list_methods(
         model: hub id, folder or `demo`; nothing is counted without.
         targets: the projections to adapt.
         budget: numbers trained at most, such as `16k`.
+        trust_remote_code: run Python code that comes with the model.
         progress: called with what is being done.
 
     Raises:
@@ -66,7 +68,9 @@ def list_methods(
     if budget is not None and model is None:
         raise ConfigError("--budget needs --model: numbers depend on its dimensions")
     most = None if budget is None else parse_budget(budget)
-    weights = read_weights(find_checkpoint(model, targets), targets) if model is not None else None
+    weights = None
+    if model is not None:
+        weights = read_weights(find_checkpoint(model, targets, trust_remote_code=trust_remote_code), targets)
     return [_listed(method_named(name), weights, most, progress) for name in METHODS]
 
 

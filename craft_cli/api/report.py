@@ -40,19 +40,22 @@ pre { background: #f5f7f9; padding: .75rem 1rem; overflow-x: auto; font-size: 13
 _ENERGY = "Energy: the part of the squared norm kept at the ranks, of a random tensor of that shape, and by each mode's rank alone."
 
 
-def write_page(path: str | Path | None, file: str | Path, *, evaluated: bool = True) -> Inspection:
+def write_page(
+    path: str | Path | None, file: str | Path, *, evaluated: bool = True, trust_remote_code: bool = False
+) -> Inspection:
     """Write the page; a run or adapter is evaluated on its data for the confusion matrix, where that is at hand.
 
     Args:
         path: run, adapter or file of factors; the latest run without.
         file: the page, replaced in one step.
         evaluated: whether to evaluate.
+        trust_remote_code: run Python code that comes with the base, to evaluate.
 
     Raises:
         ConfigError: a model has neither spectra nor a change to show.
         CraftError: it is missing or damaged, or the page cannot be written.
     """
-    found = inspect(path)
+    found = inspect(path, trust_remote_code=trust_remote_code)
     if found.kind == "model":
         raise ConfigError(f"--html: {path} is a model; decompose it, and give the file of factors, or a run")
     run = Run(Path(found.path)) if found.kind == "run" else None
@@ -71,7 +74,8 @@ def write_page(path: str | Path | None, file: str | Path, *, evaluated: bool = T
     if run:
         parts.append(_section("Training", _training(run, found.facts)))
     if found.kind != "factors":
-        parts.append(_section("Confusion", _confusion(found.path) if evaluated else "<p>Not evaluated.</p>"))
+        confusion = _confusion(found.path, trusted=trust_remote_code) if evaluated else "<p>Not evaluated.</p>"
+        parts.append(_section("Confusion", confusion))
     if run and (run.path / "recipe.yaml").is_file():
         recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
         parts.append(_section("Configuration", f"<pre>{escape(recipe)}</pre>"))
@@ -163,9 +167,9 @@ def _training(run: Run, facts: Mapping[str, Any]) -> str:
     return _image(figure, f"Training loss and validation {metric} over the updates")
 
 
-def _confusion(path: str) -> str:
+def _confusion(path: str, *, trusted: bool) -> str:
     try:
-        result = evaluate(path, use_cpu=True)
+        result = evaluate(path, use_cpu=True, trust_remote_code=trusted)
     except CraftError as error:
         return f"<p>Not evaluated: {escape(str(error))}</p>"
     return _confusion_table(result)

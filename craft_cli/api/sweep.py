@@ -49,6 +49,7 @@ class SweepOptions:
         test_file: rows on which the best of each method is scored at the end.
         output_dir: folder of the sweep; `sweeps/TASK-MODEL-TIME` without.
         cache_dir: of the factors.
+        trust_remote_code: the runs run Python code that comes with the model; said again with `resume`.
         resume: go on with the sweep in `output_dir`, or with the latest, or take part in it.
         retry_failed: with `resume`: the trials that failed are tried again.
     """
@@ -66,13 +67,16 @@ class SweepOptions:
     test_file: str | None = None
     output_dir: str | None = None
     cache_dir: str | None = None
+    trust_remote_code: bool = False
     resume: bool = False
     retry_failed: bool = False
 
     @property
-    def factors(self) -> str | None:
-        """Folder of the factors: a recipe may name it too."""
-        return self.cache_dir or {**(self.recipe or {}), **(self.settings or {})}.get("cache_dir")
+    def flags(self) -> list[str]:
+        """What the runs are told by flags, as no recipe of theirs holds it; where the factors lie the sweep's may say."""
+        factors = self.cache_dir or {**(self.recipe or {}), **(self.settings or {})}.get("cache_dir")
+        trusted = ["--trust-remote-code"] if self.trust_remote_code else []
+        return trusted + (["--cache-dir", str(Path(factors).expanduser().resolve())] if factors else [])
 
     def plan(self, former: Plan | None = None) -> Plan:
         """What is asked for, checked; what is not given is as in a former plan."""
@@ -100,7 +104,7 @@ def sweep(asked: SweepOptions, listener: Listener | None = None) -> Results:
     plan = header.plan
     work = Sweep(
         folder, plan, studies, header.trials, devices(_first_run(plan), asked.jobs), listener,
-        None if asked.timeout is None else began + asked.timeout, asked.factors,
+        None if asked.timeout is None else began + asked.timeout, asked.flags,
     )  # fmt: skip
     stopped = work.run()
     results = work.results()
@@ -110,7 +114,7 @@ def sweep(asked: SweepOptions, listener: Listener | None = None) -> Results:
         listener.interrupted(folder)
         raise end_by(stopped)
     if asked.test_file:
-        _score_on_test_rows(work, Path(asked.test_file).expanduser().resolve())
+        _score_on_test_rows(work, Path(asked.test_file).expanduser().resolve(), trusted=asked.trust_remote_code)
         results = work.results()
         write_tables(folder, results)
     if results.best is None:
@@ -138,7 +142,7 @@ def rehearse(asked: SweepOptions, listener: Listener | None = None) -> dict[str,
     with tempfile.TemporaryDirectory() as folder:
         for number, (method, setting) in enumerate(settings):
             listener.tried(number, len(settings))
-            found = one_step(Path(folder), plan, method, setting, asked.factors, places[0])
+            found = one_step(Path(folder), plan, method, setting, asked.flags, places[0])
             rows.append({"method": method, "setting": setting, **found})
     trials = trials_wanted(plan, asked.trials, asked.timeout is not None)
     times = [row["seconds"] for row in rows if row["seconds"] is not None]
@@ -316,7 +320,7 @@ def _check_test_rows(asked: SweepOptions, plan: Plan, listener: Listener) -> Non
         listener.noticed(told)
 
 
-def _score_on_test_rows(work: Sweep, file: Path) -> None:
+def _score_on_test_rows(work: Sweep, file: Path, *, trusted: bool) -> None:
     """Score the runs of the best setting of each method, once."""
     from craft_cli.api.evaluate import evaluate
 
@@ -334,7 +338,8 @@ def _score_on_test_rows(work: Sweep, file: Path) -> None:
             continue
         use_cpu = plan.run(row.method, row.setting, plan.seeds[0]).use_cpu
         scores = {
-            str(seed): evaluate(run, source=source, use_cpu=use_cpu).metrics[plan.metric] for seed, run in runs.items()
+            str(seed): evaluate(run, source=source, use_cpu=use_cpu, trust_remote_code=trusted).metrics[plan.metric]
+            for seed, run in runs.items()
         }
         if not all(map(math.isfinite, scores.values())):
             work.listener.noticed(f"--test-file: the {plan.metric} of {row.trial} on {file} is not finite")

@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import JsonFlag, reports_errors
+from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
 from craft_cli.config import RunConfig, parse_settings
 
 
 @reports_errors
+@with_settings("trust_remote_code")
 def command(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or 'demo'.")],
     targets: Annotated[str, typer.Option(help="Of query,key,value,output.")] = ",".join(RunConfig.targets),
@@ -24,6 +25,7 @@ def command(
     device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda.", show_default="cpu")] = None,
     force: Annotated[bool, typer.Option("--force", help="Decompose again even if the cache has it.")] = False,
     json: JsonFlag = False,
+    **permitted: Any,
 ) -> None:
     """Decompose the attention projections of a model once (HOSVD), and cache the factors."""
     from craft_cli.cli import console
@@ -34,7 +36,7 @@ def command(
     names = parse_settings({"targets": targets})["targets"]
     wanted = Ranks.parse(ranks)
     with console.status(f"looking for {model}"):
-        checkpoint = find_checkpoint(model, names, revision)
+        checkpoint = find_checkpoint(model, names, revision, trust_remote_code=bool(permitted["trust_remote_code"]))
     with console.bars() as progress:
         weights = read_weights(checkpoint, names)
         done = decompose_weights(weights, wanted, cache_dir=cache_dir, device=device, force=force, progress=progress)

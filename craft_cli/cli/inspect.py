@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import JsonFlag, reports_errors
+from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
 from craft_cli.errors import ConfigError, figure
 
 
 @reports_errors
+@with_settings("trust_remote_code")
 def command(
     paths: Annotated[
         list[str] | None,
@@ -36,6 +37,7 @@ def command(
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the spectra (png, svg, pdf).")] = None,
     html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page, to be read offline.")] = None,
     json: JsonFlag = False,
+    **permitted: Any,
 ) -> None:
     """Look into a model, a file of factors, a run, an adapter or a sweep; list runs, compare them; propose ranks."""
     from craft_cli.cli import console
@@ -52,7 +54,7 @@ def command(
         )
     if len(paths or []) > 1 and not compare:
         raise ConfigError("several paths are for --compare; name one")
-    path = paths[0] if paths else None
+    path, trusted = paths[0] if paths else None, bool(permitted["trust_remote_code"])
     if compare:
         with console.status("reading"):
             from craft_cli.api.compare import compare as compare_runs
@@ -63,7 +65,7 @@ def command(
         with console.status("reading") as progress:
             from craft_cli.api.advise import advise
 
-            advice = advise(path, energy=energy, budget=budget, progress=progress)
+            advice = advise(path, energy=energy, budget=budget, trust_remote_code=trusted, progress=progress)
         return console.print_json(asdict(advice)) if json else _advice(advice)
     if path and (Path(path).expanduser() / "sweep.json").is_file():
         return _sweep(Path(path).expanduser(), other=bool(ranks or plot or html), json=json)
@@ -77,9 +79,9 @@ def command(
         if html and not runs:
             from craft_cli.api.report import write_page
 
-            found = write_page(path, html)
+            found = write_page(path, html, trust_remote_code=trusted)
         if not runs and (plot or not html):
-            found = inspect(path, ranks=ranks, plot=plot)
+            found = inspect(path, ranks=ranks, plot=plot, trust_remote_code=trusted)
     if runs:
         return _list(str(path), runs, json=json)
     if json:

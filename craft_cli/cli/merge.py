@@ -53,6 +53,10 @@ def command(
             show_default="1e-6",
         ),
     ] = None,
+    no_head: Annotated[
+        bool,
+        typer.Option("--no-head", help="Of a LoRA: leave out the trained head, for vLLM; it then gives embeddings."),
+    ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this repository of the hub too.")
     ] = None,
@@ -77,6 +81,7 @@ def command(
             max_shard_size=max_shard_size,
             trim=trim,
             tolerance=tolerance,
+            head=not no_head,
             push_to_hub=push_to_hub,
             private=private,
             progress=progress,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import JsonFlag, reports_errors
+from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
 from craft_cli.config import RunConfig, parse_settings
 
 
 @reports_errors
+@with_settings("trust_remote_code")
 def command(
     model: Annotated[str | None, typer.Option(help="Count the numbers each trains: hub id, folder or 'demo'.")] = None,
     targets: Annotated[str, typer.Option(metavar="NAMES", help="Projections to adapt.")] = ",".join(RunConfig.targets),
@@ -19,6 +20,7 @@ def command(
         str | None, typer.Option(metavar="NUMBERS", help="With --model: the settings that train at most these: 16k.")
     ] = None,
     json: JsonFlag = False,
+    **permitted: Any,
 ) -> None:
     """List the methods of `craft train --method`, with their papers and the numbers they train."""
     from craft_cli.cli import console
@@ -27,7 +29,8 @@ def command(
         from craft_cli.api.methods import list_methods
 
         names = parse_settings({"targets": targets})["targets"]
-        found = list_methods(model, targets=names, budget=budget, progress=progress)
+        trusted = bool(permitted["trust_remote_code"])
+        found = list_methods(model, targets=names, budget=budget, trust_remote_code=trusted, progress=progress)
     if json:
         console.print_json([asdict(method) for method in found])
         return

@@ -50,7 +50,7 @@ RetryFlag = Annotated[bool, typer.Option("--retry-failed", help="With --resume: 
 
 
 @reports_errors
-@with_settings(*_SHARED)
+@with_settings(*_SHARED, "trust_remote_code")
 def command(
     recipe: Annotated[
         str | None, typer.Option(help="A shipped recipe's name or a YAML file; flags override it.")
@@ -92,6 +92,7 @@ def command(
 
     if dry_run and resume:
         raise ConfigError("--dry-run excludes --resume")
+    trusted = bool(settings.pop("trust_remote_code"))
     asked: dict[str, Any] = {
         "settings": {name: value for name, value in settings.items() if value is not None},
         "recipe": load_recipe(recipe) if recipe else {},
@@ -103,7 +104,8 @@ def command(
 
         options = SweepOptions(
             **asked, sets=sets or [], trials=trials, sampler=sampler, pruner=pruner, jobs=jobs, test_file=test_file,
-            storage=storage, cache_dir=cache_dir, output_dir=output_dir, resume=resume, retry_failed=retry_failed,
+            storage=storage, cache_dir=cache_dir, trust_remote_code=trusted, output_dir=output_dir, resume=resume,
+            retry_failed=retry_failed,
         )  # fmt: skip
     with sweep_console.SweepConsole() as listener:
         result: Any = (rehearse if dry_run else sweep)(options, listener)  # type: ignore[arg-type]  # a Listener but for import

@@ -38,9 +38,9 @@ class RecordWriter:
     def _write_csv(self, row: dict[str, Any]) -> None:
         cells = {name: value for name, value in parts_of(row).items() if name != SCORES}
         if not self._headed:
-            self._file.write(_line(cells))
+            self._file.write(csv_line(cells))
             self._headed = True
-        self._file.write(_line(map(_cell, cells.values())))
+        self._file.write(csv_line(map(_cell, cells.values())))
 
 
 def parts_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def parts_of(record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _line(cells: Iterable[Any]) -> str:
-    """A line of csv; a carriage return inside a cell is quoted, as only csv's own line end makes the library do."""
+def csv_line(cells: Iterable[Any]) -> str:
+    """A line of csv that no spreadsheet runs; a carriage return inside a cell is quoted, as only csv's own line end makes the library do."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\r\n").writerow(map(for_spreadsheets, cells))
     return text.getvalue().removesuffix("\r\n") + "\n"

@@ -153,6 +153,7 @@ class Dense:
     Attributes:
         changed: names of the tensors that differ from the base's.
         dtype: of the weights.
+        head: names of the trained head's parameters.
     """
 
     rank: int | None = None
@@ -161,6 +162,7 @@ class Dense:
         self, adapted: AdaptedBase, folder: Path, dtype: torch.dtype | None, max_shard_size: str | int | None
     ) -> None:
         self.changed: list[str] = []
+        self.head = list(adapted.saved.head)
         self.dtype = dtype or getattr(torch, adapted.saved.frozen.dtype)
         self._base, self._chains = adapted.base, adapted.chains()
         changes = adapted.changes()

@@ -130,22 +130,27 @@ def _filled(tensor: Tensor, dim: int, size: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(missing)], dim=dim)
 
 
-def peft_tensors(adapted: AdaptedBase, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """All tensors of adapter_model.safetensors by PEFT's names."""
+def peft_tensors(
+    adapted: AdaptedBase, pairs: Mapping[str, tuple[Tensor, Tensor]], *, head: bool = True
+) -> dict[str, Tensor]:
+    """All tensors of adapter_model.safetensors by PEFT's names, with the trained head or without."""
     tensors = {}
     for module, (a, b) in pairs.items():
         tensors[f"{_ROOT}{module}.lora_A.weight"] = a.contiguous()
         tensors[f"{_ROOT}{module}.lora_B.weight"] = b.contiguous()
-    return tensors | {f"{_ROOT}{name}": tensor.contiguous() for name, tensor in adapted.saved.head.items()}
+    kept = adapted.saved.head if head else {}
+    return tensors | {f"{_ROOT}{name}": tensor.contiguous() for name, tensor in kept.items()}
 
 
-def peft_config(adapted: AdaptedBase, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """adapter_config.json as PEFT reads it."""
+def peft_config(
+    adapted: AdaptedBase, pairs: Mapping[str, tuple[Tensor, Tensor]], *, head: bool = True
+) -> dict[str, Any]:
+    """adapter_config.json as PEFT reads it; without the head PEFT would add one of its own to a classifier."""
     rank = next(len(a) for a, _ in pairs.values())
     transposed = any(view.transposed for changes in adapted.changes().values() for view, _, _ in changes)
     return {
         "peft_type": "LORA",
-        "task_type": peft_type(adapted.saved.record["model"]["architecture"]),
+        "task_type": peft_type(adapted.saved.record["model"]["architecture"]) if head else "FEATURE_EXTRACTION",
         "base_model_name_or_path": adapted.checkpoint.name
         if adapted.checkpoint.name != "demo"
         else str(adapted.checkpoint.folder),
@@ -158,7 +163,7 @@ def peft_config(adapted: AdaptedBase, pairs: Mapping[str, tuple[Tensor, Tensor]]
         "use_dora": False,
         "fan_in_fan_out": transposed,
         "target_modules": _shortest_names(adapted, list(pairs)),
-        "modules_to_save": _head_modules(adapted) or None,
+        "modules_to_save": (_head_modules(adapted) or None) if head else None,
         "inference_mode": True,
     }
 
@@ -197,26 +202,28 @@ def _head_modules(adapted: AdaptedBase) -> list[str]:
     return list(found)
 
 
-def serve_command(adapted: AdaptedBase, rank: int | None, folder: str) -> str | None:
+def serve_command(adapted: AdaptedBase, rank: int | None, folder: str, *, head: bool = True) -> str | None:
     """How vLLM serves what was written, where it serves the architecture and takes the adapter; None otherwise.
 
     Args:
         adapted: the adapter and its base.
         rank: of the LoRA; None for a merged checkpoint.
         folder: what was written.
+        head: whether a LoRA holds the trained head.
     """
     if adapted.base.model.config.model_type not in VLLM_FAMILIES:
         return None
     if rank is None:
         return f"vllm serve {shlex.quote(folder)} --runner pooling"
-    if adapted.saved.head or rank > VLLM_RANKS[-1]:
+    if (adapted.saved.head and head) or rank > VLLM_RANKS[-1]:
         return None
     size = next(size for size in VLLM_RANKS if size >= rank)
     name, lora = shlex.quote(adapted.checkpoint.name), shlex.quote(f"tuned={folder}")
-    return f"vllm serve {name} --enable-lora --max-lora-rank {size} --lora-modules {lora}"
+    runner = " --runner pooling" if adapted.saved.head else ""
+    return f"vllm serve {name}{runner} --enable-lora --max-lora-rank {size} --lora-modules {lora}"
 
 
-def vllm_hint(adapted: AdaptedBase, rank: int) -> str:
+def vllm_hint(adapted: AdaptedBase, rank: int, *, head: bool = True) -> str:
     """Which ranks vLLM accepts, and what stands in the way of serving this LoRA with it."""
     line = f"vLLM accepts --max-lora-rank {', '.join(map(str, VLLM_RANKS))}"
     fitting = [size for size in VLLM_RANKS if size >= rank]
@@ -227,26 +234,31 @@ def vllm_hint(adapted: AdaptedBase, rank: int) -> str:
     )
     if adapted.base.model.config.model_type not in VLLM_FAMILIES:
         return f"{line}; it serves no {adapted.base.model.config.model_type} with LoRA"
-    if adapted.saved.head:
+    if adapted.saved.head and head:
         return (
             f"{line}; vLLM takes a trained head from a LoRA (modules_to_save) only in versions with vllm-project/vllm#53555, and "
             "only if the served base has a head with the same number of labels; otherwise serve the checkpoint that `craft merge` "
-            "writes"
+            "writes, or for embeddings a LoRA with --no-head"
         )
     return line
 
 
 class LoraWriter:
-    """A LoRA in PEFT's layout, written into `folder`."""
+    """A LoRA in PEFT's layout, written into `folder`.
+
+    Attributes:
+        head: names of the trained head's parameters that it holds.
+    """
 
     dtype = torch.float32
 
-    def __init__(self, adapted: AdaptedBase, folder: Path, *, trim: bool, tolerance: float) -> None:
+    def __init__(self, adapted: AdaptedBase, folder: Path, *, trim: bool, tolerance: float, head: bool) -> None:
         from safetensors.torch import load_file
 
         pairs = lora_pairs(adapted, trim=trim, tolerance=tolerance)
-        config = peft_config(adapted, pairs)
-        tensors = peft_tensors(adapted, pairs)
+        config = peft_config(adapted, pairs, head=head)
+        tensors = peft_tensors(adapted, pairs, head=head)
+        self.head = list(adapted.saved.head) if head else []
         self.rank: int | None = config["r"]
         entries = {name: Entry(tuple(t.shape), t.dtype, partial(_itself, t)) for name, t in tensors.items()}
         write_streamed(folder / PEFT_TENSORS, entries)
@@ -256,7 +268,7 @@ class LoraWriter:
         self._written = load_file(folder / PEFT_TENSORS)
 
     def read(self, name: str) -> Tensor:
-        """Base + B A, out of what was written."""
+        """Base + B A, out of what was written; a head that was left out is the adapter's."""
         own = self._written.get(f"{_ROOT}{name}")
         if own is not None:
             return own

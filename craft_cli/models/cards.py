@@ -16,10 +16,13 @@ from craft_cli.models.hub import DEMO
 DEMO_ID = "sentence-transformers/all-MiniLM-L6-v2"
 """Where the demo model comes from."""
 
+HEADLESS = "peft without head"
+
 _WHAT = {
     "adapter": "{title} adapter on {base}",
     "checkpoint": "{base}, fine-tuned with {title}",
     "peft": "LoRA on {base}, made from a {title} adapter",
+    HEADLESS: "LoRA on {base}, made from a {title} adapter without its head",
 }
 
 _PIPELINES = {
@@ -58,6 +61,17 @@ With craft: `craft eval PATH --task TASK` or `craft predict PATH`. With PEFT: no
 With plain transformers: `model.merge_and_unload(safe_merge=True).save_pretrained(...)`, or `craft merge` of the adapter.
 With craft: load the adapter that this was made from. PEFT's layout has no place for label names; they are, in order:
 {labels}.""",
+    HEADLESS: """The trained head is left out: the LoRA gives the hidden states of the adapted model, as for embeddings. The figures
+above were measured with the head. With PEFT (the folder is PATH):
+
+    import peft, transformers
+
+    base = transformers.{architecture}.from_pretrained({base!r})
+    model = peft.PeftModel.from_pretrained(base, "PATH")
+    hidden = model.get_base_model().base_model(**batch).last_hidden_state
+
+With craft: `craft merge` of the adapter that this was made from writes a checkpoint with the head, which answers;
+`craft merge --format peft` a LoRA with it.""",
 }
 
 
@@ -125,7 +139,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         record: the adapter's description, as in adapter_config.json.
         method: that it was trained by.
         base: the checkpoint it was trained on.
-        form: `adapter`, `checkpoint` or `peft`.
+        form: `adapter`, `checkpoint`, `peft` or `HEADLESS`.
     """
     import yaml
     from huggingface_hub import EvalResult, ModelCardData
@@ -133,11 +147,11 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
     training, model = record.get("training") or {}, record["model"]
     name = public_name(base)
     task = training.get("task", "not recorded")
-    pipeline = pipeline_of(model["architecture"]) or "feature-extraction"
+    pipeline = (form != HEADLESS and pipeline_of(model["architecture"])) or "feature-extraction"
     data: dict[str, Any] = {
-        "library_name": {"adapter": "craft", "checkpoint": "transformers", "peft": "peft"}[form],
+        "library_name": {"adapter": "craft", "checkpoint": "transformers"}.get(form, "peft"),
         "pipeline_tag": pipeline,
-        "tags": ["craft", pipeline] + (["lora"] if form == "peft" else []),
+        "tags": ["craft", pipeline] + (["lora"] if form in ("peft", HEADLESS) else []),
     }
     if not Path(base.name).is_absolute():  # the hub links to ids only
         data["base_model"] = name
@@ -146,7 +160,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
     if licence:
         data["license"] = licence
     metrics = training.get("metrics", {})
-    if metrics:
+    if metrics and form != HEADLESS:
         data["model_name"] = f"{name.rpartition('/')[2]}-{task}"
         data["eval_results"] = [
             EvalResult(pipeline, task, task, metric, float(f"{value:.6g}")) for metric, value in metrics.items()

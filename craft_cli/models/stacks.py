@@ -104,8 +104,16 @@ def read_identity(header: Mapping[str, Any]) -> dict[str, Any]:
     return told | {"fingerprints": {target: prints[target] for target in targets}}
 
 
-def find_checkpoint(model: str, targets: Sequence[str], revision: str | None = None) -> Checkpoint:
+def find_checkpoint(
+    model: str, targets: Sequence[str], revision: str | None = None, *, trust_remote_code: bool = False
+) -> Checkpoint:
     """The checkpoint with the files that hold these projections.
+
+    Args:
+        model: hub id, folder or `demo`.
+        targets: the projections.
+        revision: of a hub model.
+        trust_remote_code: whether the user lets Python code in it run.
 
     Raises:
         ConfigError: an unknown target.
@@ -116,6 +124,7 @@ def find_checkpoint(model: str, targets: Sequence[str], revision: str | None = N
         model,
         revision,
         only=lambda config: [view for layers in layer_views(config, targets).values() for view in layers],
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -61,7 +61,7 @@ class Sweep:
         devices: for each trial at once the environment of its processes.
         listener: receives events.
         deadline: by `time.monotonic`; no trial begins after it.
-        cache_dir: of the factors.
+        flags: of the runs, which no recipe holds.
         works: the trials at work here, by the number of their device.
     """
 
@@ -72,7 +72,7 @@ class Sweep:
     devices: Sequence[Mapping[str, str]]
     listener: Listener
     deadline: float | None = None
-    cache_dir: str | None = None
+    flags: Sequence[str] = ()
     works: dict[int, Work] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
     _ended: int = 0
@@ -127,7 +127,7 @@ class Sweep:
             taken = self.studies.take()
             if taken is None:
                 return
-            work = Work(self.folder, self.plan, self.studies, taken, environment, self.cache_dir)
+            work = Work(self.folder, self.plan, self.studies, taken, environment, self.flags)
             work.repeat(self._same(taken))
             self.works[device] = work
 

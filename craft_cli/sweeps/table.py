@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from craft_cli.data.writers import csv_line
 from craft_cli.errors import FileError
 from craft_cli.files import read_json, write_bytes, write_json
 from craft_cli.sweeps.plan import PLAN_FILE, Plan
@@ -228,12 +227,8 @@ def write_tables(folder: Path, results: Results) -> None:
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
+    lines = [csv_line(rows[0]), *(csv_line(row.values()) for row in rows)] if rows else []
+    write_bytes(path, "".join(lines).encode())
 
 
 def is_sweep(folder: Path) -> bool:

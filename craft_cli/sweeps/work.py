@@ -41,7 +41,7 @@ class Work:
         studies: to which it reports.
         taken: the trial.
         environment: of its processes, beside this one's.
-        cache_dir: of the factors.
+        flags: of its runs, which no recipe holds.
 
     Attributes:
         taken: the trial.
@@ -57,10 +57,10 @@ class Work:
         studies: Studies,
         taken: Taken,
         environment: Mapping[str, str],
-        cache_dir: str | None = None,
+        flags: Sequence[str] = (),
     ) -> None:
         self.taken, self.runs, self.state, self.stopped = taken, list[dict[str, Any]](), "", False
-        self._folder, self._plan, self._studies, self._cache_dir = folder.resolve(), plan, studies, cache_dir
+        self._folder, self._plan, self._studies, self._flags = folder.resolve(), plan, studies, flags
         self._environment = child_environment() | dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
         self._read, self._pruned, self._logged = 0, False, 0
@@ -124,7 +124,7 @@ class Work:
         with open(run.path.with_name(f"{name}.log"), "ab") as log:
             self._logged = log.tell()
             self._process = subprocess.Popen(
-                [*TRAIN, "--recipe", str(recipe), "--output-dir", f"{RUNS}/{name}", *again, *_cache(self._cache_dir)],
+                [*TRAIN, "--recipe", str(recipe), "--output-dir", f"{RUNS}/{name}", *again, *self._flags],
                 cwd=self._folder,  # its runs/latest is the sweep's own
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -185,7 +185,7 @@ class Work:
 
 
 def one_step(
-    folder: Path, plan: Plan, method: str, setting: Mapping[str, Any], cache_dir: str | None, place: Mapping[str, str]
+    folder: Path, plan: Plan, method: str, setting: Mapping[str, Any], flags: Sequence[str], place: Mapping[str, str]
 ) -> dict[str, Any]:
     """Numbers trained and seconds of a run, by `craft train --dry-run` in a process of its own.
 
@@ -194,7 +194,7 @@ def one_step(
         plan: of the sweep.
         method: of the trial.
         setting: of the trial.
-        cache_dir: of the factors.
+        flags: of its runs, which no recipe holds.
         place: environment of its process, beside this one's.
 
     Returns:
@@ -204,7 +204,7 @@ def one_step(
     recipe.write_text(recipe_text(plan, method, setting, plan.seeds[0], ""), encoding="utf-8")
     with open(log, "wb") as errors:
         done = subprocess.run(
-            [*TRAIN, "--recipe", str(recipe), "--dry-run", *_cache(cache_dir)],
+            [*TRAIN, "--recipe", str(recipe), "--dry-run", *flags],
             cwd=folder,
             env=child_environment() | dict(place),
             stdin=subprocess.DEVNULL,
@@ -216,10 +216,6 @@ def one_step(
         return {"numbers": None, "seconds": None, "reason": why_failed(log, done.returncode)}
     result = json.loads(done.stdout)
     return {"numbers": result["parameters"]["adapter"], "seconds": result["estimate"], "reason": ""}
-
-
-def _cache(folder: str | None) -> list[str]:
-    return ["--cache-dir", str(Path(folder).expanduser().resolve())] if folder else []
 
 
 def write_recipe(path: Path, plan: Plan, taken: Taken, seed: int) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,33 @@ def test_sampled_trials_begin_with_the_recipe_and_each_method_gets_as_many(asked
 
 
 def test_a_recipe_may_say_where_the_factors_lie(asked: Any) -> None:
-    assert asked(recipe={"cache_dir": "factors"}).factors == "factors"
-    assert asked(recipe={"cache_dir": "factors"}, cache_dir="others").factors == "others"
-    assert asked().factors is None
+    given = lambda **more: asked(recipe={"cache_dir": "factors"}, **more).flags  # noqa: E731
+    assert given() == ["--cache-dir", str(Path("factors").resolve())]
+    assert given(cache_dir="others") == ["--cache-dir", str(Path("others").resolve())]
+    assert asked().flags == []
+
+
+@pytest.mark.usefixtures("pretend")
+def test_code_of_the_model_runs_only_where_the_user_says_so_each_time(asked: Any) -> None:
+    trusting = asked("learning_rate=1e-3", settings={"model": "code"}, trust_remote_code=True)
+    results = sweep(trusting)
+    assert [row.state for row in results.rows] == ["complete"]
+    assert "trust_remote_code" not in "".join(path.read_text() for path in Path("out").rglob("*.yaml"))
+    with pytest.raises(CraftError, match="it needs Python code of its own"):
+        sweep(replace(trusting, trust_remote_code=False, output_dir="other"))
+    assert rehearse(trusting)["rows"][0]["reason"] == ""
+
+
+@pytest.mark.usefixtures("pretend")
+def test_spreadsheets_run_nothing_of_the_tables(asked: Any) -> None:
+    """Names of files may begin like a formula, and reasons tell what a stranger's file says."""
+    for name in ("=cmd.jsonl", "plain.jsonl"):
+        write_rows(Path(name), [{"text": row["sentence"], "label": row["label"]} for row in opinions(8, 1)])
+    files = {"task": None, "data_dir": None, "train_file": "plain.jsonl", "validation_file": "plain.jsonl"}
+    sweep(asked("train_file==cmd.jsonl,plain.jsonl", settings=files))
+    written = {row["train_file"] for file in ("table.csv", "trials.csv") for row in rows_of(f"out/{file}")}
+    assert written
+    assert not any(cell.startswith("=") for cell in written)
 
 
 # -- failures, pruning ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, build_pico, classifier, shake
+from conftest import WORDS, build_pico, classifier, failure, invoke, shake
 from safetensors.torch import load_file, save_file
 
 import craft_cli as craft
@@ -72,6 +72,26 @@ def test_code_of_a_base_runs_only_where_the_user_says_so(
     if where == "config":
         assert resolve(str(base), trust_remote_code=True).config().hidden_size == 24
         assert Path("PROOF").exists()
+
+
+def test_commands_that_look_at_a_model_run_its_code_only_with_the_flag(base: Path) -> None:
+    (base / "code.py").write_text(CODE)
+    edit(base / "config.json", auto_map={"AutoConfig": "code.Config"})
+    commands = (
+        ["decompose", "base", "--ranks", "6,5,2", "--cache-dir", "factors"],
+        ["inspect", "base", "--ranks", "6,5,2"],
+        ["inspect", "base", "--budget", "200"],
+        ["methods", "--model", "base"],
+    )
+    for command in commands:
+        assert invoke(*command).exit_code == 0  # transformers has a class for this family
+        assert not Path("PROOF").exists()
+    edit(base / "config.json", attn_implementation="someone/kernel")
+    for command in commands:
+        assert "only with --trust-remote-code" in failure(*command)
+        done = invoke(*command, "--trust-remote-code")
+        assert done.exit_code == 0, done.stderr
+    assert Path("PROOF").exists()
 
 
 def test_the_permission_is_the_users_alone() -> None:

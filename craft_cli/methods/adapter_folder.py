@@ -87,14 +87,16 @@ class SavedAdapter:
         return self.method.facts(self.frozen, self.record, self.trained, target)
 
     def check_head(self, model: Any) -> None:
-        """Refuse a model without the place for the adapter's head, or, where there is a head, of another class.
+        """Refuse a model without the place for the adapter's head; an adapter without a head fits any class and labels.
 
         Raises:
             ModelError: so.
         """
+        if not self.head:
+            return
         state, told = model.state_dict(), self.record["model"]
         kind = type(model).__name__.removeprefix("FSDP")  # which FSDP puts before it
-        if self.head and kind != told["architecture"]:
+        if kind != told["architecture"]:
             raise ModelError(
                 f"{self.path} was trained on a {told['architecture']}, this is a {kind}: load a "
                 f"{told['architecture']} with num_labels={told['num_labels']}"

@@ -145,7 +145,7 @@ def peft_tensors(
 def peft_config(
     adapted: AdaptedBase, pairs: Mapping[str, tuple[Tensor, Tensor]], *, head: bool = True
 ) -> dict[str, Any]:
-    """adapter_config.json as PEFT reads it; without the head PEFT would add one of its own to a classifier."""
+    """adapter_config.json as PEFT reads it; without the head the LoRA is one for hidden states, or PEFT adds a head of its own."""
     rank = next(len(a) for a, _ in pairs.values())
     transposed = any(view.transposed for changes in adapted.changes().values() for view, _, _ in changes)
     return {

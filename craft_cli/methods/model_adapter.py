@@ -265,6 +265,8 @@ class ModelAdapter(Adapter):
         self._set_head(held.head)
         self.training_record = held.training
         config = self.model.config
+        if (held.model["architecture"], held.model["num_labels"]) != (self.architecture, config.num_labels):
+            return  # it has no head, and its labels mean nothing here
         config.id2label = {int(number): label for number, label in held.model["id2label"].items()}
         config.label2id = {label: number for number, label in config.id2label.items()}
         config.problem_type = held.model["problem_type"]

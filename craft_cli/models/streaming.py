@@ -106,6 +106,8 @@ class StreamedModel:
             batch: the model's inputs.
             inside: entered for the forward, such as an adapter attached to `model`.
         """
+        if type(self.model).__name__.endswith("ForMultipleChoice"):  # (rows, choices, length)
+            batch = {name: tensor[None] for name, tensor in batch.items()}
         names = [*self.shapes, *self.tied]
         outside = [name for name in names if not any(name.startswith(f"{block}.") for block in self._blocks)]
         handles = []

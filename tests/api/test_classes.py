@@ -133,6 +133,34 @@ def test_an_adapter_with_a_head_is_refused_by_a_model_of_another_class(pico: Mak
     craft.load(load(pico(), num_labels=2), "adapter")
 
 
+def test_an_adapter_without_a_head_fits_every_class_of_its_base(pico: Make) -> None:
+    """Such as one trained on hidden states; the labels of the other class stay its own."""
+    model = transformers.AutoModel.from_pretrained(pico())
+    adapter = craft.attach(model, ranks=(6, 5, 2))
+    shake(adapter)
+    adapter.save("adapter")
+    names = {0: "a", 1: "b", 2: "c"}
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(
+        pico(), num_labels=3, id2label=names, problem_type="regression"
+    )
+    craft.load(other, "adapter")
+    assert torch.equal(output(other.base_model), output(model))
+    assert (other.config.id2label, other.config.problem_type) == (names, "regression")
+
+
+def test_a_class_whose_inputs_are_choices_is_merged(pico: Make) -> None:
+    load = transformers.AutoModelForMultipleChoice.from_pretrained
+    model = load(pico()).eval()
+    adapter = craft.attach(model, ranks=(6, 5, 2))
+    shake(adapter)
+    adapter.save("adapter")
+    craft.merge("adapter", "merged")
+    craft.merge("adapter", "lora", format="peft")
+    choices = {name: tensor[None] for name, tensor in token_batch().items()}
+    with torch.no_grad():
+        assert torch.allclose(load("merged").eval()(**choices).logits, model(**choices).logits, atol=1e-5)
+
+
 def test_inspect_names_the_class_and_the_task_type(pico: Make) -> None:
     model = transformers.AutoModelForTokenClassification.from_pretrained(pico(), num_labels=2)
     adapter = craft.attach(model, craft.decompose(str(pico()), ranks=(6, 5, 2)))

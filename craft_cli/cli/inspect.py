@@ -86,7 +86,14 @@ def command(
         return _list(str(path), runs, json=json)
     if json:
         console.print_json({"kind": found.kind, "path": found.path, **found.facts, "projections": found.projections})
-        return
+    else:
+        _show(found, plot, html)
+
+
+def _show(found: Any, plot: str | None, html: str | None) -> None:
+    """What holds for the whole, a row for each projection, and what it changed."""
+    from craft_cli.cli import console
+
     console.facts({found.kind: found.path, **found.facts, "plot": plot, "page": html})
     console.out.print()
     columns, rows = _table(found.projections)

@@ -17,6 +17,8 @@ from craft_cli.training.preparation import Prepared
 
 MOST_ROWS = 10_000
 """More are not worth their time: the training sees all of them."""
+MOST_LABELS = 1_000
+"""Fitting more takes hours and gigabytes, with hardly a row of each among `MOST_ROWS`."""
 FEW_ROWS = 100
 """Enough to see that it works."""
 
@@ -76,12 +78,12 @@ class LastLayer:
         """Find out where it is to start.
 
         A checkpoint's head that answers the task's question already is where a training goes on. It does not fit what
-        another run's adapter makes of the base.
+        another run's adapter makes of the base. Of very many labels no probe is fitted.
         """
         answers = not self._fresh and not config.init_from and prepared.task.continues(prepared.checkpoint.config())
         if config.head_start == AUTO and answers:
             self.start = KEPT
-        elif config.head_start != RANDOM and self.name is not None:
+        elif config.head_start != RANDOM and self.name is not None and self.layer.out_features <= MOST_LABELS:
             self.start = PROBE
 
     @property

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from craft_cli.errors import listed
 from craft_cli.training.distributed import held_here
-from craft_cli.training.head import KEPT, PROBE, RANDOM
+from craft_cli.training.head import KEPT, MOST_LABELS, PROBE, RANDOM
 from craft_cli.training.preparation import describe_tokens
 from craft_cli.training.progress import Plan
 
@@ -44,7 +44,12 @@ def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
         effective = f"{update_size}, as before; at most {each} a device at once"
     notes = [*start.notes, *prepared.notes]
     if config.head_start != RANDOM and training.last.start == RANDOM:
-        notes.append("the head has no linear layer at its end, so no probe is fitted (--head-start random)")
+        why = (
+            "the head has no linear layer at its end"
+            if training.last.name is None
+            else f"more than {MOST_LABELS:,} labels"
+        )
+        notes.append(f"{why}, so no probe is fitted (--head-start random)")
     if training.last.start == KEPT:
         known = listed(prepared.task.answers, 3)
         notes.append(

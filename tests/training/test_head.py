@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PICO, invoke, opinions, write_rows
+from conftest import PICO, WORDS, invoke, opinions, write_rows
 from helpers import Cut, Remember, config, craft_command, cut, flags, lines, numbers, own_config, same, tensors
 from sklearn.linear_model import LogisticRegression
 
@@ -125,6 +126,22 @@ def test_a_share_of_the_rows_has_every_label() -> None:
     assert counts.tolist() == [94, 5, 1]
     assert len(set(rows)) == 100
     assert share_of_rows(gold, MOST_ROWS) == list(range(1000))
+
+
+@pytest.mark.slow
+def test_of_very_many_labels_no_probe_is_fitted(pico: Make) -> None:
+    """It would take hours and gigabytes; the training itself takes them."""
+    rows = [
+        {"text": " ".join(words), "label": f"{number} {copy}"}
+        for copy in range(2)
+        for number, words in enumerate(itertools.product(WORDS[:9], repeat=3))
+    ]
+    write_rows(Path("own/train.jsonl"), rows * 2)
+    heard = Remember()
+    craft.train(own_config(pico(), Path("own"), num_train_epochs=None, max_steps=1), heard)
+    assert heard.plan is not None
+    assert "more than 1,000 labels, so no probe is fitted (--head-start random)" in heard.plan.notes
+    assert "head_alone" not in json.loads(Path("out/all_results.json").read_text())["baselines"]
 
 
 def test_a_model_is_left_as_it_was(pico: Make, data_dir: Path) -> None:

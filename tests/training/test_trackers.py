@@ -228,3 +228,19 @@ def test_the_command_line_goes_on_with_what_the_run_was_started_with(pico: Make,
     assert "all 12 updates were made before: nothing is left to train" in again.stderr
     assert again.stdout.lstrip().startswith("label ")
     assert "\nbest " in again.stdout
+
+
+def test_no_secret_of_the_environment_is_written(
+    pico: Make, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither into a run and what becomes of it, nor into what a tracker is given."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, f"hf_secret{name}")
+    assert invoke("train", *flags(pico(), data_dir, report_to="tensorboard", num_train_epochs=1)).exit_code == 0
+    for made in (["--format", "peft"], ["--format", "adapter"], []):
+        assert invoke("merge", "out", *made).exit_code == 0
+    assert invoke("inspect", "out", "--html", "page.html").exit_code == 0
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "README.md", "metrics.jsonl", "merge.json"} <= {path.name for path in written}
+    assert any(path.name.startswith("events.") for path in written)
+    assert not [path for path in written if b"hf_secret" in path.read_bytes()]

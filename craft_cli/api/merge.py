@@ -21,6 +21,7 @@ from craft_cli.files import (
     MERGED,
     cannot_write,
     check_inputs,
+    read_content,
     read_json,
     read_marker,
     whole_folder,
@@ -211,11 +212,7 @@ def _copy(adapter_path: Path, destination: Path, announce: Announce | None, *, o
         record, frozen = without_folders(record), replace(frozen, model=without_folders(frozen.model))
     card = adapter_path / "README.md"
     described = saved.method.describe(record)
-    text = (
-        card.read_text(encoding="utf-8", errors="replace")
-        if card.is_file()
-        else model_card(record, described, checkpoint)
-    )
+    text = read_content(card).decode(errors="replace") if card.is_file() else model_card(record, described, checkpoint)
     with whole_folder(destination, MERGED, overwrite=overwrite) as folder:
         trained = dict(saved.trained) | {HEAD + name: tensor for name, tensor in saved.head.items()}
         write_adapter(folder, record, trained, frozen, text)

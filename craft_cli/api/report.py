@@ -12,7 +12,7 @@ from typing import Any
 from craft_cli.api.evaluate import Evaluation, evaluate
 from craft_cli.api.inspect import Inspection, inspect
 from craft_cli.errors import ConfigError, CraftError, figure
-from craft_cli.files import write_bytes
+from craft_cli.files import read_content, write_bytes
 from craft_cli.plots import curve_figure, spectra_figure, svg
 from craft_cli.tasks.metrics import averages
 from craft_cli.training.progress import BASELINES
@@ -77,7 +77,7 @@ def write_page(
         confusion = _confusion(found.path, trusted=trust_remote_code) if evaluated else "<p>Not evaluated.</p>"
         parts.append(_section("Confusion", confusion))
     if run and (run.path / "recipe.yaml").is_file():
-        recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+        recipe = read_content(run.path / "recipe.yaml").decode(errors="replace")
         parts.append(_section("Configuration", f"<pre>{escape(recipe)}</pre>"))
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

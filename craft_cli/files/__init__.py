@@ -15,7 +15,16 @@ from craft_cli.files.marker import (
     is_kind,
     read_marker,
 )
-from craft_cli.files.reading import entries_of, quoted, read_json, reason_of, sha256_of, stamp
+from craft_cli.files.reading import (
+    cannot_read,
+    entries_of,
+    quoted,
+    read_content,
+    read_json,
+    reason_of,
+    sha256_of,
+    stamp,
+)
 from craft_cli.files.tensors import (
     FORMAT_VERSION,
     check_version,
@@ -49,6 +58,7 @@ __all__ = [
     "Busy",
     "cache_folder",
     "cannot_change",
+    "cannot_read",
     "cannot_write",
     "check_inputs",
     "check_place",
@@ -64,6 +74,7 @@ __all__ = [
     "make_folder",
     "quoted",
     "raw_bytes",
+    "read_content",
     "read_header",
     "read_json",
     "read_marker",

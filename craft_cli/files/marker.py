@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from craft_cli.files.reading import cannot_read
+
 MARKER = ".craft.json"
 LOCK_FILE = ".lock"
 """In a folder that one process at a time may write."""
@@ -37,13 +39,19 @@ class Marker:
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """What is craft's own in a folder; None where it has no marker of craft's."""
+    """What is craft's own in a folder; None where it has no marker of craft's.
+
+    Raises:
+        FileError: it may not be read.
+    """
     path = folder / MARKER
     try:
         if path.is_symlink() or path.stat().st_size > _LARGEST:
             return None
         content = json.loads(path.read_text(encoding="utf-8"))
         kind, files = content["craft"], content["files"]
+    except PermissionError as error:
+        raise cannot_read(path, error) from error
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
     if not isinstance(kind, str) or not isinstance(files, list) or not all(isinstance(name, str) for name in files):

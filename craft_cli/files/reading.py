@@ -22,11 +22,30 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
+    except PermissionError as error:
+        raise cannot_read(path, error) from error
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path} is damaged or not JSON ({reason_of(error)})") from error
     if not isinstance(content, dict):
         raise FileError(f"{path} is damaged: it holds no JSON object")
     return content
+
+
+def read_content(path: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
+def cannot_read(path: Path, error: OSError) -> FileError:
+    """The error for a file that is there and cannot be read, such as another user's."""
+    return FileError(f"cannot read {path}: {error.strerror or error}")
 
 
 def quoted(value: Any, most: int = 80) -> str:

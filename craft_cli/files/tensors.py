@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from craft_cli.errors import FileError, OtherVersion
-from craft_cli.files.reading import quoted, reason_of
+from craft_cli.files.reading import cannot_read, quoted, reason_of
 from craft_cli.files.writing import write_bytes
 
 FORMAT_VERSION = 3
@@ -60,10 +60,12 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with open(path, "rb"), safe_open(path, framework="pt") as file:  # to it, what may not be read is not there
             header = json.loads((file.metadata() or {}).get("craft", "null"))
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
+    except PermissionError as error:
+        raise cannot_read(path, error) from error
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise FileError(f"{path} is damaged or truncated ({reason_of(error)})") from error
     if not isinstance(header, dict) or header.get("kind") != kind:

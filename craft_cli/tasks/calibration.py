@@ -14,16 +14,19 @@ from torch.nn import functional
 
 BINS = 15
 """Of equal width, as in the paper."""
+_AT_ONCE = 256
 COLDEST, HOTTEST = 0.05, 20.0
 """Between these a temperature is looked for."""
 
 
 def forecast_error(logits: Tensor, gold: Tensor) -> float | None:
     """The expected calibration error of logits (rows, labels): of the label chosen, or of every label; None of no row."""
-    logits = logits.double()
     if gold.ndim == 2:
-        return expected_calibration_error(torch.sigmoid(logits).flatten(), gold.flatten())
-    confidence, chosen = torch.softmax(logits, dim=-1).max(dim=-1)
+        return expected_calibration_error(torch.sigmoid(logits.double()).flatten(), gold.flatten())
+    found = [
+        torch.softmax(rows.double(), dim=-1).max(dim=-1) for rows in logits.split(_AT_ONCE)
+    ]  # labels may be thousands
+    confidence, chosen = (torch.cat(parts) for parts in zip(*found, strict=True))
     return expected_calibration_error(confidence, chosen == gold)
 
 

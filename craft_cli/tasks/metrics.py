@@ -58,7 +58,7 @@ def _matthews(gold: Any, predictions: Any) -> Any:
 def _pearson(gold: Any, predictions: Any) -> Any:
     from scipy.stats import pearsonr
 
-    return pearsonr(gold, predictions).statistic if len(gold) > 1 else 0.0
+    return pearsonr(gold, predictions).statistic if len(gold) > 1 and np.isfinite(predictions).all() else 0.0
 
 
 def _spearman(gold: Any, predictions: Any) -> Any:

@@ -32,6 +32,7 @@ from craft_cli.files import (
     CHECKPOINT,
     cannot_change,
     delete_folder,
+    read_content,
     read_tensors,
     whole_folder,
     write_bytes,
@@ -103,7 +104,7 @@ def save_checkpoint(
     Raises:
         FileError: it cannot be written; the former ones are untouched.
     """
-    metrics = run.metrics_file.read_bytes() if run.metrics_file.is_file() else b""
+    metrics = read_content(run.metrics_file) if run.metrics_file.is_file() else b""
     record = {**record, "metrics_sha256": sha256(metrics).hexdigest()}
     tensors = {f"best.{name}": tensor for name, tensor in best.items()}
     for number, values in optimizer.state_dict()["state"].items():
@@ -162,10 +163,7 @@ def read_checkpoint(path: Path) -> TrainingState:
             raise FileError(f"{path} is damaged: it holds no {name}")
     saved = read_adapter(path)
     tensors, _ = read_tensors(path / STATE_FILE, KIND)
-    try:
-        metrics = (path / METRICS_FILE).read_bytes()
-    except OSError as error:
-        raise FileError(f"{path / METRICS_FILE}: {error.strerror}") from error
+    metrics = read_content(path / METRICS_FILE)
     record = json.loads(tensors.pop("record").numpy().tobytes())
     if sha256(metrics).hexdigest() != record["metrics_sha256"]:
         raise FileError(f"{path / METRICS_FILE} is damaged: its contents do not match their checksum")

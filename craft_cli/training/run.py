@@ -42,6 +42,7 @@ from craft_cli.files import (
     locked,
     make_folder,
     quoted,
+    read_content,
     read_json,
     read_marker,
     steadily,
@@ -233,7 +234,7 @@ class Run:
         """The lines of metrics.jsonl; one that was cut while it was written, or damaged, is left out."""
         lines = []
         if self.metrics_file.is_file():
-            for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in read_content(self.metrics_file).decode(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, RecursionError):
                     found = json.loads(line)
                     if isinstance(found, dict) and type(found.get("step")) is int and _plain(found):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
 import os
 import shutil
@@ -26,6 +28,7 @@ from craft_cli.methods.craft.factors import Factors, factor_tensors
 from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.models.hub import resolve
 
+Make = Callable[..., Path]
 BOUND = 160 << 20  # 31 MB for 10,000 files, 119 MB with 300 merges among them
 """Bytes of memory above the files that are read."""
 
@@ -274,3 +277,36 @@ def test_inspect_only_looks_into_the_cache(good: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "cache/craft").glob("*.safetensors")) == []
     craft.merge("good/small", "out")
     assert craft.inspect("good/small").kind == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("adapter/adapter_config.json", ("inspect", "adapter")),
+        ("adapter/adapter_model.safetensors", ("inspect", "adapter")),
+        ("adapter/adapter_model.safetensors", ("merge", "adapter", "-o", "merged")),
+        ("adapter/README.md", ("merge", "adapter", "-o", "copy", "--format", "adapter")),
+        ("merged/.craft.json", ("merge", "adapter", "-o", "merged", "--overwrite")),
+    ],
+)
+def test_a_file_that_another_user_keeps_to_himself_is_called_so(
+    file: str, command: tuple[str, ...], pico: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not damaged, not missing."""
+    adapter = craft.attach(classifier(pico()), ranks=(6, 5, 2))
+    shake(adapter)
+    adapter.save("adapter", card="# A card\n")
+    if file.startswith("merged"):
+        craft.merge("adapter", "merged")
+    real = io.open
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).endswith(file):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", refusing)
+    monkeypatch.setattr(io, "open", refusing)
+    done = invoke(*command)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.replace(f"{Path.cwd()}/", "") == f"error: cannot read {file}: Permission denied\n"

@@ -24,8 +24,9 @@ from torch import Tensor
 import craft_cli as craft
 from craft_cli import RunConfig, train
 from craft_cli.data import batches
+from craft_cli.data.batches import collate, padding
 from craft_cli.data.sources import TRAIN, DataSource
-from craft_cli.data.tokens import collate, encode, padding
+from craft_cli.data.tokens import encode
 from craft_cli.models.loading import quiet_transformers
 from craft_cli.tasks.splits import load_splits
 from craft_cli.training.preparation import Prepared, build, prepare
@@ -107,7 +108,7 @@ def loader(config: RunConfig, folder: Path, rounds: int, steps: int, *, small: b
 
 def load(prepared: Prepared, config: RunConfig) -> list[Batch]:
     """The batches of the first epoch, by what the training calls."""
-    updates = batches.plan_epoch(prepared.train.lengths, config.per_device_train_batch_size, seed=config.seed, epoch=0)
+    updates = batches.plan_epoch(prepared.train.lengths, prepared.train_batch, seed=config.seed, epoch=0)
     return [collate(prepared.train, rows, prepared.tokenizer)[:2] for rows in updates]
 
 
@@ -146,7 +147,8 @@ def roberta(folder: Path, *, small: bool) -> Any:
 
 def tokenising(config: RunConfig, folder: Path, rounds: int) -> dict[str, Any]:
     """Seconds to encode all training rows, and to have them again from the cache."""
-    tokenizer = prepare(config, lambda what, done, total: None).tokenizer
+    prepared = prepare(config, lambda what, done, total: None)
+    tokenizer = prepared.tokenizer
     split = load_splits(DataSource.of(config), [TRAIN]).splits[TRAIN]
     split = split.select([row % len(split) for row in range(max(len(split), 2000))])  # fewer are not kept
     seconds: dict[str, list[float]] = {"first": [], "again": []}
@@ -154,7 +156,7 @@ def tokenising(config: RunConfig, folder: Path, rounds: int) -> dict[str, Any]:
         encoded = []
         for times in seconds.values():
             began = time.perf_counter()
-            encoded.append(encode(split, tokenizer, config.max_seq_length, cache=folder / f"cache{turn}"))
+            encoded.append(encode(split, tokenizer, prepared.train.limit, cache=folder / f"cache{turn}"))
             times.append(time.perf_counter() - began)
         assert encoded[0] == encoded[1]
     results = {name: {"seconds": statistics.median(times)} for name, times in seconds.items()}
@@ -194,8 +196,9 @@ def bucketing(settings: dict[str, Any], seeds: Sequence[int], folder: Path) -> d
             )
             clock = Clock()
             with mock.patch.object(batches, "BUCKET", ARMS[name]):
-                lengths = prepare(config, lambda what, done, total: None).train.lengths
-                plan = batches.plan_epoch(lengths, config.per_device_train_batch_size, seed=seed, epoch=0)
+                prepared = prepare(config, lambda what, done, total: None)
+                lengths = prepared.train.lengths
+                plan = batches.plan_epoch(lengths, prepared.train_batch, seed=seed, epoch=0)
                 reached = train(config, clock).metrics
             results[name]["seconds"].append(clock.seconds)
             results[name]["rows"].append(clock.rows)

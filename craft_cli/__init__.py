@@ -15,6 +15,7 @@ _HOME = {
     "CraftCallback": "methods.trainer",
     "CraftError": "errors",
     "Factors": "methods.craft.factors",
+    "Generation": "tasks.generation",
     "Listener": "training.progress",
     "ModelAdapter": "methods.model_adapter",
     "Ranks": "methods.craft.ranks",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from craft_cli.methods.model_adapter import ModelAdapter as ModelAdapter
     from craft_cli.methods.trainer import CraftCallback as CraftCallback
     from craft_cli.models.hub import checkpoint_folder as checkpoint_folder
+    from craft_cli.tasks.generation import Generation as Generation
     from craft_cli.training.progress import Listener as Listener
     from craft_cli.tucker import TuckerTensor as TuckerTensor
     from craft_cli.tucker import hosvd as hosvd

@@ -136,6 +136,62 @@ def build_pico(family: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+SPOKEN = "<|im_start|>", "<|im_end|>", "<|end|>"
+"""Tokens of a pico language model's tokenizer beside the 256 bytes; the last ends a text and is its padding, as SmolLM2's is."""
+
+
+def save_spoken(folder: Path, template: str | None = None) -> None:
+    """A tokenizer of bytes, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from craft_cli.tasks.templates import CHATML
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate([*letters, *SPOKEN])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    spoken = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=SPOKEN[-1], pad_token=SPOKEN[-1], extra_special_tokens=list(SPOKEN[:2]),
+        model_max_length=160,
+    )  # fmt: skip
+    spoken.chat_template = CHATML if template is None else template or None
+    spoken.save_pretrained(folder)
+
+
+def build_pico_lm(family: str, folder: Path, **changes: Any) -> Path:
+    """Save a language model with random weights and a tokenizer of bytes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    template = changes.pop("template", None)
+    ids = {"vocab_size": 259, "bos_token_id": None, "eos_token_id": 258, "pad_token_id": 258}
+    size = {"n_positions": 160} if family == "gpt2" else {"max_position_embeddings": 160}
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **(PICO.get(family, PICO["llama"]) | ids | size | changes))
+    )
+    with torch.no_grad():  # larger than the usual start, so that attention matters
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    save_spoken(folder, template)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pico_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function of (family, **changes of the configuration) that gives the folder of a pico language model."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", **changes: Any) -> Path:
+        key = f"{family}-{changes}"
+        if key not in made:
+            made[key] = build_pico_lm(family, tmp_path_factory.mktemp(family), **changes)
+        return made[key]
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function of (family, **changes of the configuration) that gives the folder of a pico base model."""

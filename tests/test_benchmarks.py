@@ -128,7 +128,7 @@ def test_data_loads_the_batches_of_the_training_and_its_other_arm_is_random(monk
     benchmark = runpy.run_path(str(BENCHMARKS / "data.py"))
     config = RunConfig.build({"model": "demo", "task": "opinions", "max_train_samples": 90, "num_train_epochs": 1})
     prepared = prepare(config, lambda what, done, total: None)
-    timetable = Timetable(config, prepared.train.lengths, config.per_device_train_batch_size)
+    timetable = Timetable(config, prepared.train.lengths, prepared.train_batch)
     loaded = benchmark["load"](prepared, config)
     for (inputs, gold), rows in zip(loaded, timetable.updates(0), strict=True):
         ids = [prepared.train.features[row]["input_ids"] for row in rows]

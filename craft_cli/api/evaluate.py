@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from heapq import nlargest
-from itertools import chain
+from itertools import chain, zip_longest
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from craft_cli.api.predictor import Predictor, load_predictor
-from craft_cli.config import RunConfig, parse_settings
-from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
+from craft_cli.config import parse_settings
+from craft_cli.data.sources import TRAIN, VALIDATION, DataSource, Split
 from craft_cli.data.tokens import Unseen
 from craft_cli.data.writers import format_of, open_records
-from craft_cli.errors import DataError, nearest
+from craft_cli.errors import ConfigError, DataError, nearest
 from craft_cli.files import check_inputs
+from craft_cli.tasks.generation import MATCHES, MAX_NEW_TOKENS, Generation, judged
 from craft_cli.tasks.metrics import renamed
 from craft_cli.tasks.splits import Loaded, load_splits
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from craft_cli.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ def evaluate(
     worst: int = 0,
     max_eval_samples: int | None = None,
     max_seq_length: int | None = None,
-    per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
+    eval_generate: int | None = None,
+    answer_pattern: str | None = None,
+    max_new_tokens: int | None = None,
+    per_device_eval_batch_size: int | None = None,
     use_cpu: bool = False,
     trust_remote_code: bool = False,
     allow_other_base: bool = False,
@@ -84,8 +88,11 @@ def evaluate(
         predictions: write a row for each example into this file (.jsonl or .csv), with its number in the data.
         worst: collect so many of the most confident wrong answers.
         max_eval_samples: only the first rows of each split.
-        max_seq_length: tokens kept; as in training without, 128 for a checkpoint.
-        per_device_eval_batch_size: rows at once.
+        max_seq_length: tokens kept; as in training without, for a checkpoint 128, of language models 1024.
+        eval_generate: write answers to so many rows with a language model, and compare them with those of the data.
+        answer_pattern: what of them is compared, see `tasks.generation.Matcher`.
+        max_new_tokens: of a written answer; 256 without.
+        per_device_eval_batch_size: rows at once; 64 without, of language models 8.
         use_cpu: stay on the CPU.
         trust_remote_code: run Python code that comes with the model.
         allow_other_base: take an adapter whose base is not as it was in training.
@@ -104,28 +111,25 @@ def evaluate(
     )
     loaded = load_splits(_checked(predictor.source(source), written), [split], predictor.task)
     task = loaded.task
-    metrics: dict[str, float] = {}
-    gold: list[Any] = []
-    every: list[Tensor] = []
+    size, asked = per_device_eval_batch_size, _asked(task, eval_generate, answer_pattern, max_new_tokens)
+    metrics, gold, every = dict[str, float](), list[Any](), list[Any]()
     mistakes: list[tuple[float, dict[str, Any]]] = []
-    unseen: list[str] = []
+    notes = _notes(predictor, source, loaded)
     with open_records(written, format_of(written)) if written else nullcontext() as writer:
         for name, whole in loaded.splits.items():
-            part = whole.first(max_eval_samples)
-            if part.labels is None:
-                raise DataError(
-                    f"{part.origin} keeps its labels hidden: craft eval --split test --submission FILE, or craft predict"
-                )
+            part = _labelled(whole.first(max_eval_samples))
             encoded = predictor.encode(part, task, max_seq_length)
-            scores = predictor.scores(encoded, task, per_device_eval_batch_size, progress, part.place_of)
-            unseen.append(Unseen().add(encoded).note(part.origin, max_seq_length))
-            metrics |= renamed(task.measure(scores, part.labels), name, loaded.splits)
-            gold += part.labels
+            scores = predictor.scores(encoded, task, size, progress, part.place_of)
+            matches, answers = asked(predictor, part, size, progress)
+            notes += filter(None, [Unseen().add(encoded).note(part.origin, max_seq_length)])
+            metrics |= renamed(task.measure(scores, part.labels or []) | matches, name, loaded.splits)
+            gold += part.labels or []
             every += scores
             mistakes = nlargest(worst, chain(mistakes, task.mistakes(scores, part)), key=itemgetter(0))
             if writer:
-                records = zip(part.numbers, task.records(scores, part), strict=True)
-                writer.write({"row": number} | record for number, record in records)
+                rows: Iterator[Any] = zip_longest(task.records(scores, part), answers, fillvalue={})
+                numbered = zip(part.numbers, rows, strict=True)
+                writer.write({"row": number} | record | answer for number, (record, answer) in numbered)
     return Evaluation(
         subject=predictor.name,
         data=" and ".join(part.origin for part in loaded.splits.values()),
@@ -134,9 +138,48 @@ def evaluate(
         labels=task.labels,
         worst=[row for _, row in mistakes] if worst else None,
         predictions=str(written) if written else None,
-        notes=[*_notes(predictor, source, loaded), *filter(None, unseen)] or None,
+        notes=notes or None,
         **task.tables(every, gold),
     )
+
+
+def _asked(task: Task, rows: int | None, pattern: str | None, max_new_tokens: int | None) -> Callable[..., Any]:
+    """What writes answers to the first rows of a split and gives the share that match, as a metric, and each of them.
+
+    Raises:
+        ConfigError: none are written, but one of the settings is given.
+    """
+    given = {"eval_generate": rows, "answer_pattern": pattern, "max_new_tokens": max_new_tokens}
+    for name, value in given.items():
+        if value and not task.generates:
+            raise ConfigError(f"--{name.replace('_', '-')}: {task.kind} writes no answers; leave it out")
+        if value and not rows:
+            raise ConfigError(f"--{name.replace('_', '-')} needs --eval-generate")
+    settings = Generation(max_new_tokens or MAX_NEW_TOKENS)
+
+    def ask(
+        predictor: Predictor, part: Split, size: int | None, progress: Callable[[int, int], None]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        if not rows:
+            return {}, []
+        some = part.first(rows)
+        share, answers = judged(predictor.write(some, task, settings, size, progress), some.labels or [], pattern)
+        return {MATCHES: share}, answers
+
+    return ask
+
+
+def _labelled(part: Split) -> Split:
+    """The rows, if their gold is known.
+
+    Raises:
+        DataError: it is not.
+    """
+    if part.labels is None:
+        raise DataError(
+            f"{part.origin} keeps its labels hidden: craft eval --split test --submission FILE, or craft predict"
+        )
+    return part
 
 
 def _checked(source: DataSource, predictions: Path | None) -> DataSource:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from craft_cli.api.predictor import Predictor, load_predictor
-from craft_cli.config import RunConfig
 from craft_cli.data.opened import ending
 from craft_cli.data.readers import SUFFIXES, TEXT, Row, read_rows, read_stdin
 from craft_cli.data.tables import column_named
@@ -20,6 +19,7 @@ from craft_cli.data.tokens import Encoded, Unseen
 from craft_cli.data.writers import RecordWriter, format_of, open_records, parts_of
 from craft_cli.errors import ConfigError, CraftError, DataError, plain
 from craft_cli.files import check_inputs
+from craft_cli.tasks.generation import Generation
 
 STDIN = "-"
 _BATCHES_AT_ONCE = 16
@@ -31,7 +31,8 @@ def predict(
     texts: Sequence[Any],
     *,
     max_seq_length: int | None = None,
-    per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
+    generation: Generation | None = None,
+    per_device_eval_batch_size: int | None = None,
     use_cpu: bool = False,
     trust_remote_code: bool = False,
     allow_other_base: bool = False,
@@ -43,17 +44,18 @@ def predict(
 
     Args:
         path: a run, an adapter, a checkpoint's folder or a hub id; the latest run for None.
-        texts: a string each; a pair of strings where the model takes pairs; a list of words where it tags them, or a mapping
-            of columns as in the data.
+        texts: a string each; a pair of strings where the model takes pairs; a list of words where it tags them; for a
+            language model what a user says or a list of messages; or a mapping of columns as in the data.
         max_seq_length: tokens kept; as in training without.
-        per_device_eval_batch_size: texts at once.
+        generation: how a language model writes its answers; the likeliest token each time without.
+        per_device_eval_batch_size: texts at once; 64 without, of language models 8.
         use_cpu: stay on the CPU.
         trust_remote_code: run Python code that comes with the model.
         allow_other_base: take an adapter whose base is not as it was in training.
 
     Returns:
         For each text what `craft predict` writes: `prediction` and `scores`; where words are tagged `prediction`, a list of
-        entities, and `text`.
+        entities, and `text`; of a language model `answer`, `tokens` and `stopped` (`end`, `stop`, `length`).
 
     Raises:
         TypeError: `texts` is a single string, or holds something else than texts.
@@ -66,14 +68,26 @@ def predict(
     )
     places = [f"text {number}" for number in range(1, len(texts) + 1)]
     columns = predictor.task.text_columns
-    rows = [Row(place, _cells(text, place, columns)) for place, text in zip(places, texts, strict=True)]
+    cells = _to_answer if predictor.task.generates else _cells
+    rows = [Row(place, cells(text, place, columns)) for place, text in zip(places, texts, strict=True)]
     if not rows:
         return []
-    in_lines = all(isinstance(text, str) for text in texts)
+    in_lines = all(isinstance(text, str) for text in texts) and not predictor.task.generates
     blocks = _answers(
-        predictor, iter(rows), "texts", in_lines, (), max_seq_length, per_device_eval_batch_size, len(rows)
+        predictor, iter(rows), "texts", in_lines, (), max_seq_length, per_device_eval_batch_size, len(rows), generation
     )
     return [answer for block, _ in blocks for answer in block]
+
+
+def _to_answer(text: Any, place: str, columns: Sequence[str]) -> dict[str, Any]:
+    """What a language model is to answer: what a user says or a text begins with, or a conversation."""
+    if isinstance(text, Mapping):
+        return dict(text)
+    if not isinstance(text, (str, list, tuple)):
+        raise TypeError(
+            f"texts: {place} is of type {type(text).__name__}: expected a string, a list of messages or columns"
+        )
+    return {next(iter(columns), "messages"): text}
 
 
 def _cells(text: Any, place: str, columns: Sequence[str]) -> dict[str, Any]:
@@ -99,7 +113,8 @@ def predict_file(
     text_columns: Sequence[str] | None = None,
     keep_columns: Sequence[str] = (),
     max_seq_length: int | None = None,
-    per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
+    generation: Generation | None = None,
+    per_device_eval_batch_size: int | None = None,
     use_cpu: bool = False,
     trust_remote_code: bool = False,
     allow_other_base: bool = False,
@@ -121,7 +136,8 @@ def predict_file(
         text_columns: as in training without, or as columns are usually called.
         keep_columns: columns of the input to repeat beside each answer.
         max_seq_length: tokens kept; as in training without.
-        per_device_eval_batch_size: rows at once.
+        generation: how a language model writes its answers; the likeliest token each time without.
+        per_device_eval_batch_size: rows at once; 64 without, of language models 8.
         use_cpu: stay on the CPU.
         trust_remote_code: run Python code that comes with the model.
         allow_other_base: take an adapter whose base is not as it was in training.
@@ -152,16 +168,19 @@ def predict_file(
     ready()
     kept = kept or _Kept(rows, origin, keep_columns)
     in_lines = origin == "standard input" or ending(Path(origin)) == TEXT
-    at_once = 1 if by_hand else per_device_eval_batch_size * (1 if str(input) == STDIN else _BATCHES_AT_ONCE)
+    batch = per_device_eval_batch_size or int(predictor.task.defaults["per_device_eval_batch_size"])
+    soon = predictor.task.generates or str(input) == STDIN
+    at_once = 1 if by_hand else batch * (1 if soon else _BATCHES_AT_ONCE)
     answers = _answers(
-        predictor, kept, origin, in_lines, text_columns or (), max_seq_length, per_device_eval_batch_size, at_once
+        predictor, kept, origin, in_lines, text_columns or (), max_seq_length, batch, at_once, generation
     )
     done = 0
     unseen = Unseen()
     with _writer(output, kind) as writer:
         for block, encoded in answers:
             writer.write(map(kept.beside, block))
-            unseen.add(encoded)
+            if encoded:
+                unseen.add(encoded)
             done += len(block)
             progress(done)
     if note := unseen.note(origin, max_seq_length):
@@ -225,15 +244,28 @@ def _answers(
     in_lines: bool,
     columns: Sequence[str],
     max_seq_length: int | None,
-    batch_size: int,
+    batch_size: int | None,
     at_once: int,
-) -> Iterator[tuple[list[dict[str, Any]], Encoded]]:
-    """The answers for so many rows at once, in their order, and their tokens; there is one row at least."""
+    generation: Generation | None,
+) -> Iterator[tuple[list[dict[str, Any]], Encoded | None]]:
+    """The answers for so many rows at once, in their order, and the tokens that were scored; there is one row at least.
+
+    Raises:
+        ConfigError: settings of written answers, where a label is chosen.
+    """
     task, first = predictor.task, next(rows)
+    if generation and not task.generates:
+        raise ConfigError(
+            f"{predictor.name} chooses among labels: leave out --max-new-tokens, --temperature, --top-p, --seed and --stop"
+        )
     read = task.reader(first, origin, plain=in_lines, columns=columns)
     rows = chain([first], rows)
     while block := list(islice(rows, at_once)):
         split = read(block)
+        if task.generates:
+            answers = predictor.write(split, task, generation or Generation(), batch_size)
+            yield [{"answer": answer.text, "tokens": answer.tokens, "stopped": answer.why} for answer in answers], None
+            continue
         encoded = predictor.encode(split, task, max_seq_length)
         scores = predictor.scores(encoded, task, batch_size, place=split.place_of)
         yield list(task.records(scores, split)), encoded

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from craft_cli.config import MERGED_KEY, RunConfig
+from craft_cli.config import MERGED_KEY
 from craft_cli.data.batches import length_sorted_batches
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.data.tokens import Encoded
@@ -24,6 +24,7 @@ from craft_cli.models.loading import load_model, load_tokenizer
 from craft_cli.models.tables import agree_on_padding, tables_of
 from craft_cli.tasks import kind_of_model
 from craft_cli.tasks.base import Task
+from craft_cli.tasks.generation import Answer, Generation, write_answers
 from craft_cli.tasks.inference import in_order, not_finite, predict_batches
 from craft_cli.training.run import find_adapter, find_run
 
@@ -72,16 +73,34 @@ class Predictor:
     def encode(self, split: Split, task: Task, max_seq_length: int | None = None) -> Encoded:
         """Token ids, at the length of its training where none is given."""
         tables = tables_of(self.model, self.name)
-        limit = max_seq_length or int(self.record.get("max_seq_length", RunConfig.max_seq_length))
+        limit = int(max_seq_length or self.record.get("max_seq_length") or task.defaults["max_seq_length"])
         encoded = task.encode(split, self.tokenizer, tables.limit(limit))
         tables.check(encoded.features, self.tokenizer, split.place_of)
         return encoded
+
+    def write(
+        self,
+        split: Split,
+        task: Task,
+        settings: Generation,
+        batch_size: int | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        streamer: Any = None,
+    ) -> list[Answer]:
+        """Answers to the rows of a task whose answers are written, in their order."""
+        prompts = task.prompts(split, self.tokenizer)
+        tables_of(self.model, self.name).check([{"input_ids": ids} for ids in prompts], self.tokenizer, split.place_of)
+        size = batch_size or task.defaults["per_device_eval_batch_size"]
+        return write_answers(
+            self.model, self.tokenizer, prompts, task.ends(self.tokenizer), settings, batch_size=size, progress=progress,
+            streamer=streamer,
+        )  # fmt: skip
 
     def scores(
         self,
         encoded: Encoded,
         task: Task,
-        batch_size: int,
+        batch_size: int | None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         place: Callable[[int], str] = "row {}".format,
     ) -> list[Tensor]:
@@ -91,7 +110,7 @@ class Predictor:
             ModelError: some are not finite.
         """
         fitted = task.on_head(self.model.config)
-        batches = length_sorted_batches(encoded, batch_size)
+        batches = length_sorted_batches(encoded, batch_size or task.defaults["per_device_eval_batch_size"])
         outputs = predict_batches(self.model, fitted, encoded, batches, self.tokenizer, self.device, progress)
         scores = in_order(outputs, batches, len(encoded))
         if odd := not_finite(scores):
@@ -158,6 +177,9 @@ def merged_record(config: Any) -> dict[str, Any]:
         "text_separator": str,
         "label_column": str,
         "label_separator": str,
+        "form": str,
+        "train_on": str,
+        "beside": str,
     }
     for name, value in kept.items() if isinstance(kept, dict) else [("it", kept)]:
         columns = value if name == "text_columns" else ()
@@ -169,7 +191,7 @@ def merged_record(config: Any) -> dict[str, Any]:
             raise ModelError(
                 f"config.json: {name} under {MERGED_KEY} is {value!r}, which craft merge does not write: correct or delete it"
             )
-    settings = {name: kept[name] for name in ("threshold", "max_seq_length") if name in kept}
+    settings = {name: kept[name] for name in ("threshold", "max_seq_length", "form", "train_on") if name in kept}
     return settings | {"data": {name: value for name, value in kept.items() if name not in settings}}
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from craft_cli.api.predictor import load_predictor
-from craft_cli.config import RunConfig
 from craft_cli.data.sources import TEST, DataSource, Split
 from craft_cli.errors import ConfigError, DataError
 from craft_cli.files import write_bytes
@@ -42,7 +41,7 @@ def submit(
     source: DataSource | None = None,
     max_eval_samples: int | None = None,
     max_seq_length: int | None = None,
-    per_device_eval_batch_size: int = RunConfig.per_device_eval_batch_size,
+    per_device_eval_batch_size: int | None = None,
     use_cpu: bool = False,
     trust_remote_code: bool = False,
     allow_other_base: bool = False,

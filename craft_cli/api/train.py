@@ -148,14 +148,14 @@ def _estimate(training: Training, update: float) -> float:
     config = replace(training.config, dry_run=False)
     timetable = Timetable(config, training.prepared.train.lengths, training.update_size)
     evaluations = sum(timetable.evaluates(step) for step in range(timetable.total + 1))
-    batches = sum(-(-len(part) // config.per_device_eval_batch_size) for part in training.prepared.validation.values())
+    batches = sum(-(-len(part) // training.prepared.eval_batch) for part in training.prepared.validation.values())
     return update * timetable.total + batch * batches * evaluations / training.accelerator.num_processes
 
 
 def _evaluate_a_batch(training: Training) -> None:
     prepared, accelerator = training.prepared, training.accelerator
     encoded = next(iter(prepared.validation.values()))
-    batch = list(range(min(len(encoded), training.config.per_device_eval_batch_size)))
+    batch = list(range(min(len(encoded), training.prepared.eval_batch)))
     model = accelerator.unwrap_model(training.model)
     predict_batches(model, prepared.task, encoded, [batch], prepared.tokenizer, accelerator.device)
 

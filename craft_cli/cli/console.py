@@ -235,6 +235,15 @@ def status(first: str) -> Iterator[Callable[[str], None]]:
         yield spinner.update
 
 
+def _example(parts: Sequence[tuple[str, bool]]) -> Text:
+    """A row of which a part is learned."""
+    text = Text()
+    for part, learned in parts:
+        shown = plain(part, "\n")
+        text.append(shown if err.is_terminal or not learned else f">{shown}<", "green" if learned else "")
+    return text
+
+
 class TrainingConsole:
     """Shows a training run: header, bar with loss, rate and time left, a line for each evaluation."""
 
@@ -272,11 +281,12 @@ class TrainingConsole:
         grid.add_column(overflow="fold")
         rows = {
             "model": plan.model,
-            "task": f"{plan.task} ({listed(plan.labels)})",
+            "task": f"{plan.task} ({listed(plan.labels)})" if plan.labels else "answers of a language model",
             "data": f"{plan.train_examples:,} to train on, {plan.eval_examples:,} to evaluate on",
             "tokens": plan.tokens,
             "adapter": f"{plan.method} on {' and '.join(plan.targets)}, {plan.sizes}",
-            "trained": f"{plan.adapter_parameters:,} numbers in the adapter, {plan.head_parameters:,} in the head{plan.head_start}",
+            "trained": f"{plan.adapter_parameters:,} numbers in the adapter"
+            + (f", {plan.head_parameters:,} in the head{plan.head_start}" if plan.head_parameters else ""),
             "devices": plan.devices,
             "batch": plan.effective_batch,
             "updates": plan.length,
@@ -285,6 +295,9 @@ class TrainingConsole:
         for name, value in rows.items():
             grid.add_row(name, escape(value))
         err.print(Panel(grid, title="craft train", title_align="left", expand=False))
+        if plan.example:
+            say("one row as the model sees it; what it learns is green, or stands between > and < in a file:")
+            err.print(_example(plan.example))
         self._updates = plan.updates
         self._began = time.perf_counter()
         if plan.done == plan.updates:

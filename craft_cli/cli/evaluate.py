@@ -15,7 +15,7 @@ from craft_cli.errors import ConfigError
 @with_settings(
     "task", "data_dir", "validation_file", "dataset_name", "dataset_config_name", "validation_split", "text_columns",
     "label_column", "problem_type", "label_separator", "max_eval_samples", "max_seq_length", "per_device_eval_batch_size",
-    "use_cpu", "trust_remote_code", "allow_other_base",
+    "eval_generate", "answer_pattern", "max_new_tokens", "use_cpu", "trust_remote_code", "allow_other_base",
 )  # fmt: skip
 def command(
     paths: Annotated[

@@ -25,6 +25,37 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
 
 
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="Of a language model: 0 takes the likeliest token, above it one is drawn.", show_default="0"),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Draw from the likeliest tokens that have this probability together.", show_default="1"),
+]
+Seed = Annotated[int | None, typer.Option(help="Of what is drawn.", show_default="42")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be given several times.")]
+
+
+def generation_of(
+    max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None, stop: list[str] | None
+) -> Any:
+    """A `Generation` of what is given; None where nothing is.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+    given = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": tuple(stop or ())
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value not in (None, ())}
+    if not given:
+        return None
+    from craft_cli.tasks.generation import Generation
+
+    return Generation(**given)  # type: ignore[arg-type]  # each of its own type
+
+
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Every error as one line and an exit code: 1 for errors, 130 for Ctrl-C; the traceback only with -v."""
 

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import reports_errors, with_settings
+from craft_cli.cli.options import Seed, Stop, Temperature, TopP, generation_of, reports_errors, with_settings
 
 
 @reports_errors
 @with_settings(
-    "text_columns", "max_seq_length", "per_device_eval_batch_size", "use_cpu", "trust_remote_code", "allow_other_base"
-)
+    "text_columns", "max_seq_length", "max_new_tokens", "per_device_eval_batch_size", "use_cpu", "trust_remote_code",
+    "allow_other_base",
+)  # fmt: skip
 def command(
     path: Annotated[
         str | None, typer.Argument(help="Run, adapter, checkpoint or hub id.", show_default="the latest run")
@@ -39,14 +40,19 @@ def command(
     output_format: Annotated[
         str | None, typer.Option("--format", help="jsonl or csv.", show_default="as FILE ends, else jsonl")
     ] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Stop = None,
     **settings: Any,
 ) -> None:
-    """Predict for texts without labels: a row for each, with its answer and scores."""
+    """Predict for texts without labels: a row for each, with its answer and scores; a language model writes its answers."""
     from craft_cli.cli import console
     from craft_cli.config import parse_settings
     from craft_cli.config.names import split_names
 
     given = parse_settings({name: value for name, value in settings.items() if value is not None})
+    given["generation"] = generation_of(given.pop("max_new_tokens", None), temperature, top_p, seed, stop)
     by_hand = input == "-" and sys.stdin and sys.stdin.isatty()
     on_screen = not output and sys.stdout and sys.stdout.isatty()
     with ExitStack() as spinning:

@@ -13,11 +13,10 @@ from craft_cli.config.options import (
     parse_budget,
     parse_ranks,
 )
+from craft_cli.config.parsing import AUTO, LISTS
 from craft_cli.config.recipes import comment, describe_recipe, how_to_repeat, load_recipe, recipe_path, shipped_recipes
 from craft_cli.config.settings import (
-    AUTO,
     GROUPS,
-    LISTS,
     MERGED_KEY,
     THRESHOLD,
     ProblemType,

@@ -60,11 +60,14 @@ def contradictions(config: RunConfig) -> list[str]:
     if config.eval_strategy == "no":
         problems += [
             f"{flag(name)} needs evaluations: --eval-strategy epoch or steps"
-            for name in ("metric_for_best_model", "early_stopping_patience", "calibrate")
+            for name in ("metric_for_best_model", "early_stopping_patience", "calibrate", "eval_generate")
             if getattr(config, name)
         ]
     if config.early_stopping_threshold is not None and config.early_stopping_patience is None:
         problems.append("--early-stopping-threshold needs --early-stopping-patience")
+    for name in ("answer_pattern", "max_new_tokens"):
+        if getattr(config, name) and not config.eval_generate:
+            problems.append(f"{flag(name)} needs --eval-generate")
     if config.load_in_4bit and config.load_in_8bit:
         problems.append("--load-in-4bit and --load-in-8bit exclude each other")
     if config.resume and (config.overwrite or config.dry_run):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -17,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from craft_cli.config.arguments import in_python
 from craft_cli.config.contradictions import TRACKERS, contradictions, flag
-from craft_cli.config.names import join_names, split_names
+from craft_cli.config.names import join_names
 from craft_cli.config.options import (
     LEARNING_RATES,
     METHOD_OPTIONS,
@@ -27,21 +26,18 @@ from craft_cli.config.options import (
     Rate,
     option_names,
     owners,
-    parse_budget,
-    parse_ranks,
     setting,
 )
+from craft_cli.config.parsing import AUTO, Auto, parse
 from craft_cli.errors import ConfigError, nearest, plain
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-TaskType = Literal["sequence-classification", "token-classification"]
+TaskType = Literal["sequence-classification", "token-classification", "causal-lm"]
+TrainOn = Literal["assistant", "last", "completion", "all"]
 
 
 Strategy = Literal["no", "steps", "epoch"]
 
-AUTO = "auto"
-Auto = Literal["auto"]
-"""Of settings that are numbers unless they are left to craft."""
 THRESHOLD = 0.5
 """Where nothing was found on validation rows."""
 MERGED_KEY = "craft"
@@ -62,7 +58,7 @@ class RunConfig(MethodOptions):
         None, "A task of GLUE's (cola, sst2, mrpc, qqp, stsb, mnli, ...), or the sample opinions."
     )
     task_type: TaskType | None = setting(
-        None, "Kind of task for your own data: sequence-classification or token-classification; detected by default."
+        None, f"Kind of task for your own data: {', '.join(get_args(TaskType))}; detected by default."
     )
     data_dir: str | None = setting(None, "Folder with train.* and validation.*, or one saved by datasets.")
     train_file: str | None = setting(None, "Training file (jsonl, json, csv, tsv, parquet, conll; .gz too).")
@@ -75,7 +71,8 @@ class RunConfig(MethodOptions):
         None, "Share of the training rows held out without validation data; 0.1 without."
     )
     text_columns: tuple[str, ...] | None = setting(
-        None, "Text columns (sentence1,sentence2; more than two are joined), or the column of words."
+        None,
+        "Text columns (sentence1,sentence2; more than two are joined), the column of words or messages, or prompt,completion.",
     )
     label_column: str | None = setting(None, "Label column.")
     label_separator: str | None = setting(None, "What stands between labels where several apply, as in: a;b.")
@@ -86,7 +83,21 @@ class RunConfig(MethodOptions):
         None, "Use only the first rows for training, of every label its share."
     )
     max_eval_samples: Positive | None = setting(None, "Use only the first rows for evaluation.")
-    max_seq_length: Positive = setting(128, "Tokens kept of each example.")
+    max_seq_length: Positive | None = setting(
+        None, "Tokens kept of each example; 128 by default, 1024 for language models."
+    )
+    train_on: TrainOn | None = setting(
+        None,
+        "Of language models what is learned: assistant (every answer), last (the last answer), completion, or all; by default "
+        "assistant for messages, completion for prompts with completions, all for texts.",
+    )
+    chat_template: str | None = setting(
+        None,
+        "Of language models: chatml, zephyr, alpaca, or a file, in the place of the tokenizer's own chat template.",
+    )
+    packing: bool = setting(
+        False, "Of language models: several rows share a sequence in training, without seeing each other."
+    )
 
     method: MethodName = setting(
         "craft", f"How the change of the weights is written: {', '.join(METHOD_OPTIONS)}; see craft methods."
@@ -122,8 +133,12 @@ class RunConfig(MethodOptions):
         free=True,
     )  # fmt: skip
     max_steps: Positive | None = setting(None, "Stop after this many updates, whatever the epochs.", free=True)
-    per_device_train_batch_size: Positive = setting(32, "Examples a process takes at once.")
-    per_device_eval_batch_size: Positive = setting(64, "Examples a process evaluates at once.", free=True)
+    per_device_train_batch_size: Positive | None = setting(
+        None, "Examples a process takes at once; 32 by default, 8 for language models."
+    )
+    per_device_eval_batch_size: Positive | None = setting(
+        None, "Examples a process evaluates at once; 64 by default, 8 for language models.", free=True
+    )
     gradient_accumulation_steps: Positive = setting(1, "Batches a process adds up for one update.")
     class_weights: Literal["balanced"] | None = setting(None, "balanced: rows of rare labels weigh more.")
     threshold: Annotated[float, Gt(0.0), Lt(1.0)] | Auto = setting(
@@ -138,6 +153,14 @@ class RunConfig(MethodOptions):
         free=True,
     )
     eval_steps: Positive | None = setting(None, "Updates between two evaluations.", free=True)
+    eval_generate: Positive | None = setting(
+        None,
+        "Of language models: write answers to so many validation rows at each evaluation, and compare them (exact_match).",
+    )
+    answer_pattern: str | None = setting(
+        None, "Regular expression; the part of an answer that it finds is compared, its group 1 where it has one."
+    )
+    max_new_tokens: Positive | None = setting(None, "Tokens of a written answer, at most; 256 by default.")
     metric_for_best_model: str | None = setting(
         None,
         "What chooses the best adapter: loss, or a metric of the task; its first one without, of own numbers loss.",
@@ -231,6 +254,10 @@ class RunConfig(MethodOptions):
         given = {name: getattr(self, name) for name in option_names(self.method)}
         return METHOD_OPTIONS[self.method](**{name: value for name, value in given.items() if value is not None})
 
+    def settled(self, defaults: Mapping[str, Any]) -> RunConfig:
+        """The same run with the defaults of its kind of work where nothing was given."""
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
     @property
     def adapter_rate(self) -> float:
         """The learning rate of the adapter: as given, or the method's own."""
@@ -311,11 +338,6 @@ _SIZES = ("rank", "ranks")
 """What a budget chooses."""
 USERS_OWN = ("trust_remote_code", "allow_other_base")
 """What no recipe, run or adapter may say."""
-LISTS = ("targets", "text_columns", "report_to")
-"""Settings that hold several names, on the command line with commas between them."""
-
-
-_PARSED: dict[str, Callable[[Any], Any]] = {"ranks": parse_ranks, "budget": parse_budget}
 
 
 def free_settings() -> set[str]:
@@ -343,45 +365,4 @@ def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: everything that is wrong, one line each, naming the flag.
     """
-    if not given:
-        return {}
-    from pydantic import TypeAdapter, ValidationError
-
-    problems, values = [], {}
-    hints = get_type_hints(RunConfig, include_extras=True)
-    for name, raw in given.items():
-        value: Any = os.fspath(raw) if isinstance(raw, os.PathLike) else raw
-        try:
-            if name in _PARSED:
-                values[name] = _PARSED[name](value)
-                continue
-            if name in LISTS and isinstance(value, str):
-                value = tuple(split_names(value))
-            if isinstance(value, bool) and "bool" not in str(hints[name]):
-                raise ConfigError(f"{flag(name)}: expected {_expected(hints[name])}, not {str(value).lower()}")
-            hint = _hint_of(hints[name], value)
-            values[name] = TypeAdapter(hint).validate_python(value)
-        except ConfigError as error:
-            problems.append(str(error))
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"][0].lower() + error.errors()[0]["msg"][1:]
-            problems.append(f"{flag(name)}: {reason.replace('input', 'it')}, but is '{_shown(raw)}'")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return values
-
-
-def _hint_of(hint: Any, value: Any) -> Any:
-    """Of a number or `auto` the one that is meant, so that errors tell of it alone."""
-    if Auto not in get_args(hint):
-        return hint
-    return Auto if value == AUTO else next(part for part in get_args(hint) if part != Auto)
-
-
-def _shown(raw: Any) -> str:
-    text = plain(str(raw))
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _expected(hint: Any) -> str:
-    return "a number" if "int" in str(hint) or "float" in str(hint) else "text"
+    return parse(given, get_type_hints(RunConfig, include_extras=True)) if given else {}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,25 +119,6 @@ class Unseen:
         return "; ".join(parts)
 
 
-class Batch(NamedTuple):
-    """Padded rows.
-
-    Attributes:
-        inputs: of the model, (rows, tokens) each.
-        targets: (rows,), (rows, labels) or (rows, tokens); None where the gold is not known.
-        words: as in `Encoded`, in the padded rows.
-    """
-
-    inputs: dict[str, Tensor]
-    targets: Tensor | None
-    words: list[list[int]] | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        targets = None if self.targets is None else self.targets.to(device)
-        return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, targets, self.words)
-
-
 def encode(
     split: Split,
     tokenizer: Any,
@@ -211,7 +192,7 @@ def _blocks(
     for row in texts:
         if sum(map(len, row)) > _FAR * limit:
             row = _first_words(row, tokenizer, limit) if of_words else row
-            row = tuple(_near_end(text, tokenizer, limit) for text in row)
+            row = tuple(near_end(text, tokenizer, limit) for text in row)
         held += sum(map(len, row))
         block.append(row)
         if len(block) == _ROWS_AT_ONCE or held > _AT_ONCE:
@@ -221,7 +202,7 @@ def _blocks(
         yield block
 
 
-def _near_end(text: str, tokenizer: Any, limit: int) -> str:
+def near_end(text: str, tokenizer: Any, limit: int) -> str:
     """Of a long text so much that more of it would be cut away."""
     size, left = _FAR * limit, tokenizer.truncation_side == "left"
     while len(text) > size:
@@ -322,31 +303,6 @@ def _blank_before_words(tokenizer: Any) -> str:
     rules = json.loads(tokenizer.backend_tokenizer.to_str()).get("pre_tokenizer") or {}
     steps = [step for step in (rules, *rules.get("pretokenizers", ())) if step.get("type") == "ByteLevel"]
     return " " if steps and not any(step["add_prefix_space"] for step in steps) else ""
-
-
-def collate(encoded: Encoded, rows: Sequence[int], tokenizer: Any) -> Batch:
-    """A batch, padded to its longest row; what is padding has no target, whatever its token is.
-
-    Padding stands on the right, whatever the tokenizer's own side is: there no position and no token of a text depends on
-    the rows beside it.
-    """
-    features = [encoded.features[row] for row in rows]
-    inputs = dict(tokenizer.pad(features, padding="longest", padding_side="right", return_tensors="pt"))
-    words = None if encoded.words is None else [encoded.words[row] for row in rows]
-    targets = None
-    if encoded.targets is not None:
-        targets = torch.full(inputs["input_ids"].shape, IGNORED)  # (rows, tokens)
-        for number, row in enumerate(rows):
-            targets[number, : len(encoded.targets[row])] = torch.tensor(encoded.targets[row])
-    elif encoded.labels is not None:
-        targets = torch.tensor([encoded.labels[row] for row in rows])
-    return Batch(inputs, targets, words)
-
-
-def padding(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """The part of the tokens in these batches (row numbers) that is padding."""
-    padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in batches if rows)
-    return 1 - sum(lengths[row] for rows in batches for row in rows) / max(padded, 1)
 
 
 def _key(texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, of_words: bool) -> str:

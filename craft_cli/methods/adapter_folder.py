@@ -16,7 +16,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from craft_cli.config import THRESHOLD, RunConfig
+from craft_cli.config import THRESHOLD
 from craft_cli.errors import FileError, ModelError
 from craft_cli.files import (
     check_version,
@@ -285,6 +285,7 @@ class _Data(_Strict):
     label_column: str | None = None
     label_separator: str | None = None
     text_separator: str | None = None
+    beside: str | None = None
     rows: dict[_Line, _Rows] = {}
     held_out: dict[_Line, str] = {}
 
@@ -299,7 +300,10 @@ class _Training(_Strict):
     labels: list[str] = []
     threshold: float = THRESHOLD
     temperature: float = 1.0
-    max_seq_length: Annotated[int, Field(gt=0)] = RunConfig.max_seq_length
+    max_seq_length: Annotated[int, Field(gt=0)] | None = None
+    form: _Line = ""
+    train_on: _Line = ""
+    chat_template: str = ""
     epoch: float = 0.0
     metrics: dict[_Line, float] = {}
     baselines: dict[_Line, dict[_Line, float]] = {}

@@ -73,10 +73,9 @@ class AdaptedBase:
         """What of the training those must know who evaluate and predict: threshold, length, names of columns."""
         training = self.saved.record.get("training", {})
         data = training.get("data") or {}
-        columns = {
-            name: data.get(name) for name in ("text_columns", "text_separator", "label_column", "label_separator")
-        }
-        found = {"max_seq_length": training.get("max_seq_length"), **columns}
+        names = ("text_columns", "text_separator", "label_column", "label_separator", "beside")
+        found = {name: training.get(name) for name in ("max_seq_length", "form", "train_on")}
+        found |= {name: data.get(name) for name in names}
         if self.threshold != THRESHOLD:
             found["threshold"] = self.threshold
         return {name: value for name, value in found.items() if value}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 KINDS = {
     "token-classification": "token_classification.TokenClassification",
+    "causal-lm": "causal_lm.CausalLM",
     "sequence-classification": "sequence_classification.SequenceClassification",
 }
 """By the words after `--task-type`; the last one where nothing speaks for another."""

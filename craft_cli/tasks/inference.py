@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from craft_cli.data.tokens import Encoded, collate
+from craft_cli.data.batches import collate
+from craft_cli.data.tokens import Encoded
 from craft_cli.errors import CraftError
 from craft_cli.tasks.base import Task
 

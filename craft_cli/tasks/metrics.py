@@ -33,8 +33,8 @@ def compute_metrics(names: Sequence[str], gold: Sequence[Any], predictions: Sequ
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a metric is an error: `loss`, `mae`, `rmse`, also of a split with its name behind, `loss_mismatched`."""
-    return name.split("_")[0] in ("loss", "mae", "rmse")
+    """Whether a metric is an error: `loss`, `mae`, `rmse`, `perplexity`, also of a split, `loss_mismatched`."""
+    return name.split("_")[0] in ("loss", "mae", "rmse", "perplexity")
 
 
 def _accuracy(gold: Any, predictions: Any) -> Any:

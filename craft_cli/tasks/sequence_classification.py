@@ -15,11 +15,13 @@ from torch import Tensor
 
 from craft_cli.config import AUTO, THRESHOLD, RunConfig
 from craft_cli.config.names import SEPARATOR, join_names
+from craft_cli.data.batches import Batch
 from craft_cli.data.sources import TEST, DataSource, Home, Split
-from craft_cli.data.tokens import Batch, Encoded, encode
+from craft_cli.data.tokens import Encoded, encode
 from craft_cli.errors import ConfigError, DataError
-from craft_cli.tasks.base import OWN, Labelled
+from craft_cli.tasks.base import OWN
 from craft_cli.tasks.checks import label_notes, number_notes
+from craft_cli.tasks.labelled import Labelled
 from craft_cli.tasks.labels import (
     MULTI,
     NUMBER,
@@ -204,6 +206,7 @@ class SequenceClassification(Labelled):
             ConfigError: a setting without effect on this kind of problem.
             DataError: numbers from which nothing can be learned.
         """
+        self.only_labels(config)
         if config.threshold != AUTO and self.problem_type != MULTI:
             raise ConfigError("--threshold: only where several labels can apply to a row; leave it out")
         if self.problem_type == REGRESSION:

@@ -22,12 +22,14 @@ from torch.nn import functional
 
 from craft_cli.config import AUTO, RunConfig
 from craft_cli.config.names import join_names
+from craft_cli.data.batches import Batch
 from craft_cli.data.cells import as_list, is_missing, whole_text
 from craft_cli.data.sources import TRAIN, DataSource, Split
 from craft_cli.data.tables import column_named, columns_told
-from craft_cli.data.tokens import IGNORED, Batch, Encoded, encode
+from craft_cli.data.tokens import IGNORED, Encoded, encode
 from craft_cli.errors import ConfigError, DataError, ModelError, listed
-from craft_cli.tasks.base import OWN, Labelled
+from craft_cli.tasks.base import OWN
+from craft_cli.tasks.labelled import Labelled
 from craft_cli.tasks.probe import Progress, fit_labels, silent
 from craft_cli.tasks.tags import OUTSIDE, READ, Entity, by_kind, entities_of, entity_metrics, one_form, scheme
 from craft_cli.tasks.texts import known_column, text_of
@@ -171,6 +173,7 @@ class TokenClassification(Labelled):
         Raises:
             ConfigError: a threshold, where there is none.
         """
+        self.only_labels(config)
         if config.threshold != AUTO:
             raise ConfigError("--threshold: only where several labels can apply, and a word has one tag; leave it out")
         return replace(self, class_weights=tuple(self.balanced(gold)) if config.class_weights else ())

@@ -80,6 +80,9 @@ class LastLayer:
         A checkpoint's head that answers the task's question already is where a training goes on. It does not fit what
         another run's adapter makes of the base. Of very many labels no probe is fitted.
         """
+        if not prepared.task.trains_head:
+            self.start = KEPT
+            return
         answers = not self._fresh and not config.init_from and prepared.task.continues(prepared.checkpoint.config())
         if config.head_start == AUTO and answers:
             self.start = KEPT

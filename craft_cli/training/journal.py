@@ -23,6 +23,7 @@ from craft_cli.training.head import KEPT, RANDOM, WHY_NOT_FINITE, LastLayer
 from craft_cli.training.preparation import Measured, Prepared, data_record, resolved_recipe
 from craft_cli.training.progress import CHECKPOINT, HEAD_ALONE, SAME_ANSWER, START, Listener
 from craft_cli.training.run import Run
+from craft_cli.training.samples import forget_samples
 
 
 def chosen_metric(config: RunConfig, task: Task, splits: Iterable[str]) -> str:
@@ -96,7 +97,8 @@ class Journal:
         self.tables: dict[str, Any] = {}
         self._found: dict[str, Any] = {}  # with the best: what the adapter's record says of it
         gold = next(iter(prepared.validation.values())).labels or []
-        self.baselines = {SAME_ANSWER: prepared.task.baseline(prepared.train.labels or [], gold)}
+        always = prepared.task.baseline(prepared.train.labels or [], gold)
+        self.baselines = {SAME_ANSWER: always} if always else {}
         self.evaluated = -1
 
     def update(self, step: int, epoch: float, loss: float, rate: float, examples: int, gradient: float = 0.0) -> None:
@@ -161,6 +163,8 @@ class Journal:
             self.tables = measured.tables()
             self._found = measured.task.record() | {"temperature": measured.temperature}
             self._keep()
+        if self._run and measured.samples:
+            self._run.append(self._run.samples_file, [{"step": step} | dict(sample) for sample in measured.samples])
         self._append(
             {"step": step, "epoch": round(epoch, 6)} | {f"eval_{key}": value for key, value in metrics.items()}
         )
@@ -212,6 +216,7 @@ class Journal:
         self._lines = [json.loads(line) for line in metrics.splitlines()]
         if self._run:
             write_bytes(self._run.metrics_file, metrics)
+            forget_samples(self._run.samples_file, self.evaluated)
         if self._run and best:
             self._adapter.load_trained_state(best)
             self._keep()
@@ -240,7 +245,7 @@ class Journal:
     def _append(self, line: dict[str, Any]) -> None:
         self._lines.append(line)
         if self._run:
-            self._run.append_metrics(line)
+            self._run.append(self._run.metrics_file, [line])
         try:
             self._track({name: value for name, value in line.items() if name not in ("step", "epoch")}, line["step"])
         except Exception as error:  # a server that is away is no reason to lose a training

@@ -11,17 +11,20 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from craft_cli.data.batches import length_sorted_batches, share_out
-from craft_cli.data.tokens import Encoded, collate
+from craft_cli.data.batches import collate, collate_packed, length_sorted_batches, share_out
+from craft_cli.data.tokens import Encoded
+from craft_cli.tasks.generation import MATCHES, judged
 from craft_cli.tasks.inference import in_order, predict_batches
 from craft_cli.training.checkpoint import rng_state, save_checkpoint, untouched_rng
 from craft_cli.training.distributed import average_gradients
 from craft_cli.training.preparation import Measured
+from craft_cli.training.samples import write_samples
 from craft_cli.training.setup import Training
 
 
@@ -67,13 +70,11 @@ def update(training: Training, rows: Sequence[int]) -> None:
 
 def accumulate_gradients(training: Training, rows: Sequence[int]) -> Tensor:
     """Forward and backward on this process's batches; the part of the mean loss that it computed, times the processes."""
-    accelerator, config, data = training.accelerator, training.config, training.prepared.train
+    accelerator, data = training.accelerator, training.prepared.train
     processes = accelerator.num_processes  # DDP takes the mean over them
     weight = sum(data.weights[row] for row in rows)  # of the whole update: every process knows all rows
     scale = processes / weight if weight else 0.0
-    batches = share_out(
-        rows, config.per_device_train_batch_size, process=accelerator.process_index, processes=processes
-    )
+    batches = share_out(rows, training.prepared.train_batch, process=accelerator.process_index, processes=processes)
     loss = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches, start=1):
         with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(training.model):
@@ -88,7 +89,8 @@ def accumulate_gradients(training: Training, rows: Sequence[int]) -> Tensor:
 def batch_loss(training: Training, rows: Sequence[int]) -> Tensor:
     """Sum of the rows' losses; a process without rows takes part with a row that counts nothing."""
     prepared = training.prepared
-    batch = collate(prepared.train, rows or [0], prepared.tokenizer).to(training.accelerator.device)
+    together = collate_packed if training.config.packing else collate
+    batch = together(prepared.train, rows or [0], prepared.tokenizer).to(training.accelerator.device)
     loss = prepared.task.loss(training.model, batch)
     return loss if rows else loss * 0.0
 
@@ -112,13 +114,19 @@ def measure(training: Training) -> Measured | None:
             return None
         training.journal.check_scores(training.step, found)
         scores[name] = found
-    return training.prepared.measure(scores, calibrate=training.config.calibrate)
+    measured = training.prepared.measure(scores, calibrate=training.config.calibrate)
+    if not training.prepared.asked or training.stopped:
+        return measured
+    share, samples = judged(
+        write_samples(training), measured.gold[: len(training.prepared.asked)], training.config.answer_pattern
+    )
+    return replace(measured, metrics=measured.metrics | {MATCHES: share}, samples=samples)
 
 
 def everyones_scores(training: Training, encoded: Encoded) -> list[Tensor] | None:
     """The scores of all rows, on every process, each computed once; None where a signal came in between."""
     accelerator, sharded, stop = training.accelerator, training.sharded, training.stop
-    batches = length_sorted_batches(encoded, training.config.per_device_eval_batch_size)
+    batches = length_sorted_batches(encoded, training.prepared.eval_batch)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     spare = []
     if sharded:  # every process must run as many forwards, to the end

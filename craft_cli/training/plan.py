@@ -34,7 +34,7 @@ def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
     config, prepared, accelerator = training.config, training.prepared, training.accelerator
     update_size = training.update_size
     described = prepared.method.describe(prepared.method.settings(prepared.frozen, config.method_options))
-    each, processes = config.per_device_train_batch_size, accelerator.num_processes
+    each, processes = prepared.train_batch, accelerator.num_processes
     effective = f"{update_size} = {each} a device"
     if processes > 1:
         effective += f" x {processes} processes"
@@ -43,6 +43,7 @@ def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
     if update_size != each * processes * config.gradient_accumulation_steps:
         effective = f"{update_size}, as before; at most {each} a device at once"
     notes = [*start.notes, *prepared.notes]
+    headless = not prepared.task.trains_head
     if config.head_start != RANDOM and training.last.start == RANDOM:
         why = (
             "the head has no linear layer at its end"
@@ -50,7 +51,7 @@ def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
             else f"more than {MOST_LABELS:,} labels"
         )
         notes.append(f"{why}, so no probe is fitted (--head-start random)")
-    if training.last.start == KEPT:
+    if training.last.start == KEPT and not headless:
         known = listed(prepared.task.answers, 3)
         notes.append(
             f"the checkpoint's own head is kept, since it tells {known} already; --head-start probe fits it anew"
@@ -67,7 +68,9 @@ def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
         sizes=described.settings,
         adapter_parameters=training.parameters["adapter"],
         head_parameters=training.parameters["head"],
-        head_start={PROBE: ", fitted first", KEPT: ", the checkpoint's own"}.get(training.last.start, ""),
+        head_start=""
+        if headless
+        else {PROBE: ", fitted first", KEPT: ", the checkpoint's own"}.get(training.last.start, ""),
         devices=_devices(accelerator) + (held_here(training.model) if training.sharded else ""),
         effective_batch=effective,
         updates=training.timetable.total,
@@ -75,6 +78,7 @@ def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
         done=start.state.step if start.state else 0,
         output=str(training.run.path) if training.run else None,
         notes=notes,
+        example=prepared.task.example(prepared.train, prepared.tokenizer) if config.dry_run else (),
     )
 
 

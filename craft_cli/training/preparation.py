@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from craft_cli.config import RunConfig
-from craft_cli.data.batches import plan_epoch
+from craft_cli.data.batches import padding, plan_epoch
 from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
-from craft_cli.data.tokens import Encoded, Unseen, padding, separator
+from craft_cli.data.tokens import Encoded, Unseen, separator
 from craft_cli.errors import DataError, ModelError
 from craft_cli.files import cache_folder
 from craft_cli.methods import method_named
@@ -44,6 +44,7 @@ class Measured:
         scores: of the first split, divided by the temperature.
         gold: of its rows.
         temperature: by which the scores of the model were divided.
+        samples: answers that were written, see `samples.judged`.
     """
 
     task: Task
@@ -51,6 +52,7 @@ class Measured:
     scores: Sequence[Tensor]
     gold: Sequence[Any]
     temperature: float = 1.0
+    samples: Sequence[Mapping[str, Any]] = ()
 
     def tables(self) -> dict[str, Any]:
         """See `Task.tables`."""
@@ -62,6 +64,7 @@ class Prepared:
     """All that is needed before a model is built.
 
     Attributes:
+        config: of the run, with the defaults of its kind of work.
         checkpoint: of the base.
         base: which one it is.
         method: that writes the change.
@@ -72,8 +75,10 @@ class Prepared:
         validation: rows to evaluate on, by split.
         notes: what the user should know.
         rows: what is kept of the rows, see `Loaded.record`.
+        asked: tokens of the validation rows to which answers are written at an evaluation: the first ones.
     """
 
+    config: RunConfig
     checkpoint: Checkpoint
     base: Base
     method: Method
@@ -84,6 +89,7 @@ class Prepared:
     validation: dict[str, Encoded]
     notes: list[str]
     rows: Mapping[str, Any] = field(default_factory=dict)
+    asked: Sequence[Sequence[int]] = ()
 
     def measure(self, scores: Mapping[str, Sequence[Tensor]], *, calibrate: bool = False) -> Measured:
         """The metrics of all validation splits.
@@ -101,6 +107,16 @@ class Prepared:
         for name, encoded in self.validation.items():
             metrics |= renamed(task.measure(cooled[name], encoded.labels or []), name, self.validation)
         return Measured(task, metrics, cooled[first], gold, temperature)
+
+    @property
+    def train_batch(self) -> int:
+        """Rows that a process takes at once."""
+        return int(self.config.per_device_train_batch_size or 1)
+
+    @property
+    def eval_batch(self) -> int:
+        """Rows that a process evaluates at once."""
+        return int(self.config.per_device_eval_batch_size or 1)
 
     @property
     def eval_examples(self) -> int:
@@ -141,6 +157,8 @@ def prepare(
     """
     progress("loading data", 0, 1)
     loaded = load_splits(replace(DataSource.of(config), held_out=held_out), [TRAIN, VALIDATION])
+    config = config.settled(loaded.task.defaults)
+    assert config.max_seq_length is not None
     rows = {
         name: split.first(config.max_train_samples, by_label=loaded.task.stratified)
         if name == TRAIN
@@ -163,12 +181,13 @@ def prepare(
     if former and not config.allow_other_base:
         former.check(base, "--resume: the run" if config.resume else f"--init-from: {config.init_from}", training=True)
     progress("reading the base", 1, 1)
+    task = task.on_head(checkpoint.config(), strict=False)
     tables = tables_in(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     if loaded.task.name == OWN or config.dry_run:
         notes += loaded.task.notes(rows)
     encoded = {
-        name: loaded.task.encode(
+        name: task.encode(
             split,
             tokenizer,
             tables.limit(config.max_seq_length),
@@ -184,12 +203,24 @@ def prepare(
     if config.load_in_4bit or config.load_in_8bit:
         notes.append("the base is quantised in training only: craft eval, predict and merge take it in full precision")
     train = encoded.pop(TRAIN)
-    if not any(train.weights):
+    taught = [row for row, weight in enumerate(train.weights) if weight]
+    if not taught:
         raise DataError(
-            f"{rows[TRAIN].origin}: no row has a word of which the tokenizer makes a token: nothing can be learned"
+            f"{rows[TRAIN].origin}: no row has a target within {train.limit:,} tokens: nothing can be learned (--max-seq-length)"
         )
-    task = task.on_head(checkpoint.config(), strict=False)
-    return Prepared(checkpoint, base, method, frozen, task, tokenizer, train, encoded, notes, loaded.record())
+    if len(taught) < len(train):
+        notes.append(
+            f"{len(train) - len(taught):,} of {len(train):,} rows of {rows[TRAIN].origin} have no target within {train.limit:,} "
+            "tokens and are left out"
+        )
+        train = train.only(taught)
+    asked: list[list[int]] = []
+    if config.eval_generate:
+        first = next(name for name in rows if name != TRAIN)
+        asked = task.prompts(rows[first].first(config.eval_generate), tokenizer)
+    return Prepared(
+        config, checkpoint, base, method, frozen, task, tokenizer, train, encoded, notes, loaded.record(), asked
+    )
 
 
 def _on(weights: Weights, frozen: Frozen, *, allow_other: bool) -> Frozen:
@@ -211,7 +242,7 @@ def _on(weights: Weights, frozen: Frozen, *, allow_other: bool) -> Frozen:
 
 def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> str:
     """Lengths, and the padding of the first epoch with rows of similar length together and without."""
-    lengths, size = prepared.train.lengths, config.per_device_train_batch_size
+    lengths, size = prepared.train.lengths, prepared.train_batch
     updates = plan_epoch(lengths, update_size, seed=config.seed, epoch=0)
     batches = [update[start : start + size] for update in updates for start in range(0, len(update), size)]
     plain = [range(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size)]
@@ -240,7 +271,12 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
         model, fresh = load_model(prepared.checkpoint, name, options)
     freeze_cache(model)
     agree_on_padding(model, prepared.tokenizer)
-    head = head_of(model, fresh)
+    if fresh and not prepared.task.trains_head:
+        raise ModelError(
+            f"{prepared.checkpoint.name} is no language model: {', '.join(fresh[:3])} would be random in it; choose one that has a "
+            "language model's head"
+        )
+    head = head_of(model, fresh) if prepared.task.trains_head else []
     adapter = attach_prepared(model, prepared.method, prepared.frozen, config.method_options, head, prepared.base)
     if config.gradient_checkpointing:
         recompute_activations(model)

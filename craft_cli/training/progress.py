@@ -35,6 +35,7 @@ class Plan:
     done: int
     output: str | None
     notes: Sequence[str] = ()
+    example: Sequence[tuple[str, bool]] = ()
 
 
 @dataclass(frozen=True)

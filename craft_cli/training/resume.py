@@ -136,7 +136,8 @@ def continued(config: RunConfig, run: Run, state: TrainingState | None, processe
             continue
         elif comparable(name, now) != comparable(name, then):
             differing.append(f"{flag(name)} was {_shown(then)}, is {_shown(now)}")
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    each: Any = config.per_device_train_batch_size or former["per_device_train_batch_size"]
+    batch = each * config.gradient_accumulation_steps
     if state and batch * processes == state.record["update_size"]:
         differing = [line for line in differing if not line.startswith(tuple(map(flag, _BATCH)))]
     if config.eval_strategy == "no" and state and state.record["journal"]["best"]:

@@ -17,7 +17,7 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -58,7 +58,7 @@ from craft_cli.models.hub import local_path
 RUNS = Path("runs")
 """Where runs without an output folder of their own lie, and the link to the latest one, from the working folder."""
 _SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
-_WRITTEN = ("all_results.json", "metrics.jsonl", "recipe.yaml", "training_curve.png")
+_WRITTEN = ("all_results.json", "metrics.jsonl", "recipe.yaml", "samples.jsonl", "training_curve.png")
 _TRACKERS = ("tensorboard/**/events.out.tfevents.*", "tensorboard/**/hparams.yml")
 """What tensorboard writes, under names of its own."""
 
@@ -241,13 +241,18 @@ class Run:
                         lines.append(found)
         return lines
 
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
+    @property
+    def samples_file(self) -> Path:
+        """A line for each answer that was written at an evaluation."""
+        return self.path / "samples.jsonl"
+
+    def append(self, file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines to metrics.jsonl or samples.jsonl."""
         try:
-            with open(self.metrics_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with open(file, "a", encoding="utf-8") as opened:
+                opened.writelines(json.dumps(line) + "\n" for line in lines)
         except OSError as error:
-            raise cannot_write(self.metrics_file, error) from error
+            raise cannot_write(file, error) from error
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write all_results.json."""

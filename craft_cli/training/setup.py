@@ -185,8 +185,9 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     config, state = start.config, start.state
     with accelerator.main_process_first():  # the others then find the caches filled
         prepared = prepare(config, listener.preparing, start.frozen, start.base, start.held_out)
+    config = prepared.config
 
-    update_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    update_size = prepared.train_batch * config.gradient_accumulation_steps * processes
     if state:  # whatever the number of processes is now
         update_size = state.record["update_size"]
     length = config.num_train_epochs
@@ -292,7 +293,7 @@ def _start_head(
 
     def fitted() -> Probe:
         with accelerator.autocast():
-            size, most = config.per_device_eval_batch_size, FEW_ROWS if config.dry_run else MOST_ROWS
+            size, most = prepared.eval_batch, FEW_ROWS if config.dry_run else MOST_ROWS
             return probe(prepared, last, size, accelerator.device, listener.preparing, most)
 
     if sharded:  # every process has a part of the base

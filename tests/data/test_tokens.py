@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from craft_cli.data import tokens
+from craft_cli.data.batches import collate, padding
 from craft_cli.data.sources import Split
-from craft_cli.data.tokens import Encoded, collate, encode, padding
+from craft_cli.data.tokens import Encoded, encode
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_of_a_pair_the_longer_text_is_cut_first(tokenizer: Any) -> None:
 
 def test_a_batch_is_padded_to_its_own_longest_row(tokenizer: Any) -> None:
     encoded = encode(Split([("the film",), ("good",), ("the " * 20,)], [1, 0, 1], "here"), tokenizer, 40)
-    inputs, labels, _ = collate(encoded, [1, 0], tokenizer)
+    inputs, labels, *_ = collate(encoded, [1, 0], tokenizer)
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (2, 4)
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert int(inputs["input_ids"][0, 3]) == tokenizer.pad_token_id

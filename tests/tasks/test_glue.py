@@ -13,8 +13,8 @@ from helpers import own, problem, write, write_as
 from craft_cli.data.holdout import divided, hold_out
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.errors import ConfigError, DataError
-from craft_cli.tasks.base import align_labels
 from craft_cli.tasks.glue import TASKS, task_named
+from craft_cli.tasks.labelled import align_labels
 from craft_cli.tasks.splits import load_splits
 
 # -- tasks --------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from conftest import write_rows
 from helpers import conll, problem, write
 
 from craft_cli.config import RunConfig, TaskType
+from craft_cli.data.batches import collate
 from craft_cli.data.sources import DataSource, Split
-from craft_cli.data.tokens import IGNORED, Encoded, collate, encode
+from craft_cli.data.tokens import IGNORED, Encoded, encode
 from craft_cli.errors import ConfigError, ModelError
 from craft_cli.tasks import KINDS
 from craft_cli.tasks.splits import Loaded, load_splits

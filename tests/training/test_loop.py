@@ -23,9 +23,9 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 import craft_cli as craft
 from craft_cli.api.predict import predict_file
 from craft_cli.config import RunConfig
-from craft_cli.data.batches import plan_epoch
+from craft_cli.data.batches import collate, plan_epoch
 from craft_cli.data.sources import DataSource
-from craft_cli.data.tokens import Encoded, collate, encode
+from craft_cli.data.tokens import Encoded, encode
 from craft_cli.errors import ConfigError, CraftError, DataError, FileError, figure
 from craft_cli.tasks.splits import load_splits
 from craft_cli.training.progress import Plan, TrainResult
@@ -105,7 +105,7 @@ def test_the_first_updates_are_those_of_a_plain_torch_loop(pico: Make, data_dir:
     for number, rows in enumerate(updates):
         for group in optimizer.param_groups:
             group["lr"] = 3e-2 * (len(updates) - number) / len(updates)
-        inputs, labels, _ = collate(encoded, rows, tokenizer)
+        inputs, labels, *_ = collate(encoded, rows, tokenizer)
         assert labels is not None
         loss = functional.cross_entropy(model(**inputs).logits, labels)
         assert logged[number] == pytest.approx(float(loss.detach()), rel=1e-4)

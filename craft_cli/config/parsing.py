@@ -1,0 +1,70 @@
+"""Settings as they are given, on the command line, in a recipe or from Python, to values of their types."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+from craft_cli.config.contradictions import flag
+from craft_cli.config.names import split_names
+from craft_cli.config.options import parse_budget, parse_ranks
+from craft_cli.errors import ConfigError, plain
+
+AUTO = "auto"
+Auto = Literal["auto"]
+"""Of settings that are numbers unless they are left to craft."""
+LISTS = ("targets", "text_columns", "report_to")
+"""Settings that hold several names, on the command line with commas between them."""
+_PARSED: dict[str, Callable[[Any], Any]] = {"ranks": parse_ranks, "budget": parse_budget}
+
+
+def parse(given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, each converted to its type and checked by itself.
+
+    Args:
+        given: as text, or as values of Python.
+        hints: the type of each.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each, naming the flag.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    problems, values = [], {}
+    for name, raw in given.items():
+        value: Any = os.fspath(raw) if isinstance(raw, os.PathLike) else raw
+        try:
+            if name in _PARSED:
+                values[name] = _PARSED[name](value)
+                continue
+            if name in LISTS and isinstance(value, str):
+                value = tuple(split_names(value))
+            if isinstance(value, bool) and "bool" not in str(hints[name]):
+                raise ConfigError(f"{flag(name)}: expected {_expected(hints[name])}, not {str(value).lower()}")
+            hint = _hint_of(hints[name], value)
+            values[name] = TypeAdapter(hint).validate_python(value)
+        except ConfigError as error:
+            problems.append(str(error))
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"][0].lower() + error.errors()[0]["msg"][1:]
+            problems.append(f"{flag(name)}: {reason.replace('input', 'it')}, but is '{_shown(raw)}'")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return values
+
+
+def _hint_of(hint: Any, value: Any) -> Any:
+    """Of a number or `auto` the one that is meant, so that errors tell of it alone."""
+    if Auto not in get_args(hint):
+        return hint
+    return Auto if value == AUTO else next(part for part in get_args(hint) if part != Auto)
+
+
+def _shown(raw: Any) -> str:
+    text = plain(str(raw))
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _expected(hint: Any) -> str:
+    return "a number" if "int" in str(hint) or "float" in str(hint) else "text"

@@ -1,0 +1,387 @@
+"""What a language model answers, `--task-type causal-lm`: conversations, prompts with completions, texts.
+
+The loss is over the tokens that are to be learned: the assistant's turns with the token that ends them, a completion, or all of
+a text. It is their sum; a training divides by their number. There is no head to train: the model's own is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from craft_cli.config import AUTO, RunConfig
+from craft_cli.data.batches import Batch
+from craft_cli.data.sources import DataSource, Home, Split
+from craft_cli.data.tokens import IGNORED, Encoded
+from craft_cli.errors import ConfigError, DataError, ModelError
+from craft_cli.tasks.base import OWN
+from craft_cli.tasks.checks import row_notes
+from craft_cli.tasks.dialogues import (
+    ASKED,
+    COMPLETION,
+    FORMS,
+    MESSAGES,
+    TEXT,
+    Conversation,
+    Layout,
+    is_conversation,
+    layout_of,
+    read_row,
+    rows_of,
+)
+from craft_cli.tasks.generation import MATCHES, Matcher
+from craft_cli.tasks.language_loss import losses_and_hits, model_inputs, summed_loss
+from craft_cli.tasks.templates import ALL, TRAIN_ON, Renderer, end_tokens, learned_by_default, template_named
+
+if TYPE_CHECKING:
+    from craft_cli.data.readers import Row
+    from craft_cli.data.tables import Table
+    from craft_cli.tasks.probe import Progress
+
+_LABELS_ONLY = ("label_column", "label_separator", "problem_type")
+_ROWS_AT_ONCE = 200
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Answers of a language model. The methods are those of `tasks.base.Task`.
+
+    Attributes:
+        name: `OWN`.
+        text_columns: that are read: of conversations, of prompt and completion, or of texts.
+        form: of the rows, one of `dialogues.FORMS`; empty before any were read.
+        beside: the column of what belongs to an instruction; empty without.
+        train_on: what is learned, one of `templates.TRAIN_ON`; by the form of the rows where it is empty.
+        template: a chat template in the place of the tokenizer's own; empty without.
+        packing: whether rows share sequences in training.
+        asked: to how many validation rows answers are written at each evaluation.
+    """
+
+    kind: ClassVar[str] = "causal-lm"
+    auto_model: ClassVar[str] = "AutoModelForCausalLM"
+    labels: ClassVar[tuple[str, ...]] = ()
+    answers: ClassVar[tuple[str, ...]] = ()
+    home: ClassVar[Home] = Home()
+    stratified: ClassVar[bool] = False
+    trains_head: ClassVar[bool] = False
+    generates: ClassVar[bool] = True
+    chooser: ClassVar[str] = "loss"
+    units: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "max_seq_length": 1024, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8,
+    }  # fmt: skip
+
+    name: str = OWN
+    text_columns: tuple[str, ...] = ()
+    form: str = ""
+    beside: str = ""
+    train_on: str = ""
+    template: str = ""
+    packing: bool = False
+    asked: int = 0
+
+    # -- rows -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """With the share of answers that match, where answers are written."""
+        return ("perplexity", "token_accuracy", *([MATCHES] if self.asked else []))
+
+    @classmethod
+    def recognises(cls, table: Table, source: DataSource) -> bool:
+        """Whether there are conversations, or prompts with completions, or texts with nothing beside them."""
+        if any(getattr(source, name) for name in _LABELS_ONLY):
+            return False
+        layout = layout_of(table.columns, _first(table), source.text_columns or ())
+        if layout is None or (source.text_columns and layout.form != MESSAGES):
+            return False
+        return layout.form != TEXT or list(table.columns) == ["text"]
+
+    @classmethod
+    def own(cls) -> CausalLM:
+        """Columns and form are to be found in the data."""
+        return cls()
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any], config: Any) -> CausalLM:
+        """Of a checkpoint nothing is known but that it answers."""
+        data, form, train_on = record.get("data", {}), record.get("form", ""), record.get("train_on", "")
+        if form not in ("", *FORMS) or train_on not in ("", *TRAIN_ON):
+            raise ModelError(f"it was trained on {form or train_on!r}, which this version does not know: it is damaged")
+        columns = tuple(data.get("text_columns") or ())
+        return cls(OWN, columns, form, str(data.get("beside") or ""), train_on, str(record.get("chat_template") or ""))
+
+    def chosen(self, source: DataSource) -> CausalLM:
+        """With the columns that the user names."""
+        for name in _LABELS_ONLY:
+            if getattr(source, name):
+                raise ConfigError(f"--{name.replace('_', '-')}: a language model has no labels; leave it out")
+        if not source.text_columns or source.text_columns == self.text_columns:
+            return self
+        return replace(self, text_columns=source.text_columns, form="", beside="")
+
+    def read(self, table: Table, *, labelled: bool) -> tuple[CausalLM, Split]:
+        """The rows, and the answer of each."""
+        layout = layout_of(table.columns, _first(table), self.text_columns)
+        missing = [name for name in self.text_columns if name not in table.columns]
+        if layout is None or missing:
+            wanted = f"no column '{missing[0]}'" if missing else "no column of conversations, prompts or texts"
+            raise DataError(
+                f"{table.origin} has {wanted}; it has {', '.join(table.columns)} (choose with --text-columns: messages, "
+                "prompt,completion or text)"
+            )
+        if self.form and layout.form != self.form:
+            raise DataError(
+                f"{table.origin} holds rows of the form '{layout.form}', the training rows are '{self.form}'"
+            )
+        rows = rows_of(table, layout)
+        task = replace(self, text_columns=layout.columns, form=layout.form, beside=layout.beside)
+        return task, Split(rows, [_answer(row, layout.form) for row in rows], table.origin)
+
+    def reader(
+        self, first: Row, origin: str, *, plain: bool, columns: Sequence[str]
+    ) -> Callable[[Sequence[Row]], Split]:
+        """Prompts or conversations that wait for an answer; a line of text is what a user says, or the beginning of a text."""
+        speaks = self.form == MESSAGES or not self.form
+        wanted = ("text",) if plain else (*columns,) or self.text_columns
+        layout = _to_answer(first.cells, wanted, self.beside, speaks=speaks)
+        if layout is None:
+            raise DataError(
+                f"{origin} has no column of prompts or conversations; it has {', '.join(first.cells)} (choose with --text-columns)"
+            )
+
+        def read(rows: Sequence[Row]) -> Split:
+            def place(number: int) -> str:
+                return f"{origin}, {rows[number].place}"
+
+            texts = [
+                read_row(row.cells, layout, partial(place, number), answered=False) for number, row in enumerate(rows)
+            ]
+            return Split(texts, None, origin, place=place)
+
+        return read
+
+    def for_training(self, config: RunConfig, gold: Sequence[Any]) -> CausalLM:
+        """With what is learned of each row.
+
+        Raises:
+            ConfigError: a setting of heads and labels, or one that the rows do not have.
+        """
+        refused = {
+            "threshold": config.threshold != AUTO, "class_weights": config.class_weights, "calibrate": config.calibrate,
+            "head_start": config.head_start != AUTO,
+        }  # fmt: skip
+        for name, given in refused.items():
+            if given:
+                raise ConfigError(f"--{name.replace('_', '-')}: a language model keeps its own head; leave it out")
+        train_on = config.train_on or learned_by_default(self.form)
+        possible = {MESSAGES: TRAIN_ON, COMPLETION: TRAIN_ON[2:], TEXT: (ALL,)}[self.form]
+        if train_on not in possible:
+            raise ConfigError(
+                f"--train-on {train_on}: rows of {', '.join(self.text_columns)} have {' or '.join(possible)}"
+            )
+        if config.chat_template and self.form != MESSAGES:
+            raise ConfigError(
+                f"--chat-template: rows of {', '.join(self.text_columns)} are taken as they are; leave it out"
+            )
+        template = template_named(config.chat_template) if config.chat_template else ""
+        if config.eval_generate and self.form == TEXT:
+            raise ConfigError("--eval-generate: a text has no answer that could be compared; leave it out")
+        Matcher(config.answer_pattern)
+        return replace(
+            self, train_on=train_on, template=template, packing=config.packing, asked=config.eval_generate or 0
+        )
+
+    def notes(self, rows: Mapping[str, Split]) -> list[str]:
+        """Of the texts alone."""
+        return row_notes(rows)
+
+    # -- model ----------------------------------------------------------------------------------------------------------
+
+    def on_head(self, config: Any, *, strict: bool = True) -> CausalLM:
+        """The model's own head.
+
+        Raises:
+            ModelError: it reads texts in both directions.
+            ConfigError: rows cannot share a sequence.
+        """
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+        if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+            raise ModelError(
+                f"a {config.model_type} model reads texts in both directions and writes none: choose a language model"
+            )
+        if self.packing and (config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False)):
+            raise ConfigError(
+                f"--packing: a {config.model_type} model tells positions apart by distances alone; leave it out"
+            )
+        return self
+
+    def continues(self, config: Any) -> bool:
+        """Always."""
+        return True
+
+    def model_options(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def encode(
+        self,
+        split: Split,
+        tokenizer: Any,
+        limit: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        cache: Path | None = None,
+    ) -> Encoded:
+        """Rows in tokens, what is learned of them as targets."""
+        renderer = Renderer(tokenizer, self.form, self.train_on or learned_by_default(self.form), self.template)
+        features, targets, cut = [], [], 0
+        for number, row in enumerate(split.texts):
+            found = renderer.row(row, split.place_of(number), limit)
+            features.append({"input_ids": found.ids[:limit]})
+            targets.append(found.targets[:limit])
+            cut += len(found.ids) > limit
+            if number % _ROWS_AT_ONCE == 0 or number + 1 == len(split):
+                progress(number + 1, len(split))
+        return Encoded(features, split.labels, cut, limit, targets=targets)
+
+    def prompts(self, split: Split, tokenizer: Any) -> list[list[int]]:
+        """The tokens of each row that are to be answered."""
+        renderer = Renderer(tokenizer, self.form or MESSAGES, ALL, self.template)
+        return [renderer.prompt(row, split.place_of(number)) for number, row in enumerate(split.texts)]
+
+    def ends(self, tokenizer: Any) -> list[int]:
+        """The end of a text, and of the assistant's turn."""
+        return (
+            end_tokens(tokenizer, self.template) if self.form in ("", MESSAGES) else end_tokens(tokenizer, chat=False)
+        )
+
+    def example(self, encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
+        """The first row that teaches something."""
+        assert encoded.targets is not None
+        row = next((row for row, weight in enumerate(encoded.weights) if weight), 0)
+        pairs = zip(encoded.features[row]["input_ids"], encoded.targets[row], strict=True)
+        parts = [
+            (learned, [token for token, _ in some]) for learned, some in groupby(pairs, lambda pair: pair[1] != IGNORED)
+        ]
+        return [(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), learned) for learned, ids in parts]
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """Cross-entropy, summed over what is learned."""
+        assert batch.targets is not None
+        return summed_loss(model, model_inputs(model, batch), batch.targets)
+
+    def scores(self, model: Any, batch: Batch) -> list[Tensor]:
+        """For each row the sum of its losses, how many of its targets are the likeliest token, how many there are."""
+        assert batch.targets is not None
+        return losses_and_hits(model, batch.inputs, batch.targets)
+
+    def in_own_order(self) -> CausalLM:
+        """As it is."""
+        return self
+
+    def fit_head(
+        self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool, progress: Progress
+    ) -> tuple[Tensor, Tensor]:
+        """Never asked for: there is no head to fit."""
+        raise NotImplementedError
+
+    # -- results --------------------------------------------------------------------------------------------------------
+
+    def settled(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> CausalLM:
+        """Nothing is found."""
+        return self
+
+    def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
+        """Mean loss of a target in nats, its exponential, and how many targets are the likeliest token."""
+        losses, hits, count = (float(column) for column in torch.stack(list(scores)).double().sum(dim=0))
+        loss = losses / max(count, 1.0)
+        return {"perplexity": math.exp(min(loss, 700.0)), "token_accuracy": hits / max(count, 1.0), "loss": loss}
+
+    def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> dict[str, float]:
+        """None: the model as it is stands at update 0."""
+        return {}
+
+    def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def calibration(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> float | None:
+        """None."""
+        return None
+
+    def temperature(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> float:
+        """None."""
+        return 1.0
+
+    def mistakes(self, scores: Sequence[Tensor], split: Split) -> Iterator[tuple[float, dict[str, Any]]]:
+        """The rows by their mean loss."""
+        for row, (losses, hits, count) in enumerate(torch.stack(list(scores)).tolist()):
+            mean = losses / max(count, 1.0)
+            told = {
+                "label": (split.labels or [""])[row],
+                "prediction": f"{hits:g} of {count:g} tokens",
+                "error": round(mean, 6),
+            }
+            yield mean, {"place": split.place_of(row), **told, "texts": [as_text(split.texts[row], self.form)]}
+
+    def remarks(self, tables: Mapping[str, Any], train: Sequence[Any], *, weighted: bool) -> list[str]:
+        """None."""
+        return []
+
+    def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
+        """For each row its answer in the data and how well the model expects it."""
+        for row, (losses, hits, count) in enumerate(torch.stack(list(scores)).tolist()):
+            yield {
+                "label": (split.labels or [""])[row], "loss": losses / max(count, 1.0),
+                "token_accuracy": hits / max(count, 1.0), "targets": int(count),
+            }  # fmt: skip
+
+    # -- on disk --------------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """What the model answers to, and how."""
+        found = {"task": self.name, "task_type": self.kind, "form": self.form, "train_on": self.train_on}
+        return found | ({"chat_template": self.template} if self.template else {})
+
+    def columns(self) -> dict[str, Any]:
+        """Which columns are read."""
+        return {"text_columns": list(self.text_columns)} | ({"beside": self.beside} if self.beside else {})
+
+    def settings(self) -> dict[str, Any]:
+        """By the names of the flags."""
+        return {"task_type": self.kind, "text_columns": ",".join(self.text_columns)}
+
+
+def as_text(row: Sequence[str], form: str) -> str:
+    """A row for people: roles before their messages, a text as it is."""
+    if form != MESSAGES:
+        return "".join(row)
+    return "\n".join(f"{message['role']}: {message['content']}" for message in Conversation.of(row[0]).messages)
+
+
+def _first(table: Table) -> dict[str, Any]:
+    return {name: next(iter(table.column(name)), None) for name in table.columns}
+
+
+def _answer(row: Sequence[str], form: str) -> str:
+    if form == MESSAGES:
+        return Conversation.of(row[0]).answer
+    return row[1] if form == COMPLETION else ""
+
+
+def _to_answer(cells: Mapping[str, Any], columns: Sequence[str], beside: str, *, speaks: bool) -> Layout | None:
+    """The layout of rows that wait for an answer: the columns of the training, or what they are usually called."""
+    name = next((name for name in (*columns[:1], *ASKED) if name in cells), None)
+    if name is None:
+        return None
+    beside = beside or ("input" if name == "instruction" else "")
+    return Layout(MESSAGES if speaks or is_conversation(cells[name]) else TEXT, (name,), beside)

@@ -1,0 +1,257 @@
+"""What a row of a language model's data is: a conversation, a prompt with its completion, or a text; found from the columns.
+
+A row is kept as texts, a part each: a conversation as the JSON of a `Conversation`, a prompt and its completion, or the text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from craft_cli.data.cells import as_list, described, is_missing, whole_text
+from craft_cli.errors import DataError
+from craft_cli.tasks.texts import text_of
+
+if TYPE_CHECKING:
+    from craft_cli.data.tables import Table
+
+Place = Callable[[], str]
+
+MESSAGES, COMPLETION, TEXT = FORMS = "messages", "completion", "text"
+
+SYSTEM, USER, ASSISTANT, TOOL = ROLES = "system", "user", "assistant", "tool"
+_CALLED = {
+    "human": USER, "gpt": ASSISTANT, "model": ASSISTANT, "bot": ASSISTANT, "developer": SYSTEM, "ipython": TOOL, "function": TOOL,
+    "function_call": ASSISTANT, "observation": TOOL,
+}  # fmt: skip
+"""What else roles are called."""
+
+_LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+_PAIRS = (("prompt", "completion"), ("prompt", "response"))
+_TURNS = (
+    ("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("query", "response"),
+    ("input", "output"),
+)  # fmt: skip
+"""Columns of a question and its answer, which a chat template joins; alpaca has an `input` beside the instruction."""
+ASKED = (*_LISTS, *dict.fromkeys(pair[0] for pair in (*_PAIRS, *_TURNS)), "text")
+"""What the column of something to be answered is usually called."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of a table keep their parts.
+
+    Attributes:
+        form: one of `FORMS`.
+        columns: one of lists or texts, or one of questions and one of answers.
+        beside: the column of what belongs to an instruction (alpaca's `input`); empty without.
+    """
+
+    form: str
+    columns: tuple[str, ...]
+    beside: str = ""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as a chat template takes them.
+
+    Attributes:
+        messages: each with its `role` and `content`, and whatever else the template knows (`tool_calls`).
+        tools: descriptions of tools; empty without.
+        given: how many of the messages are the prompt, where prompt and completion are told apart; else 0.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any]
+    given: int = 0
+
+    def packed(self) -> str:
+        """As a text."""
+        return json.dumps(
+            {"messages": self.messages, "tools": self.tools, "given": self.given}, ensure_ascii=False, default=str
+        )
+
+    @classmethod
+    def of(cls, text: str) -> Conversation:
+        """Of what `packed` gave."""
+        return cls(**json.loads(text))
+
+    @property
+    def prompt(self) -> list[dict[str, Any]]:
+        """The messages before the last answer."""
+        end = len(self.messages)
+        while end and self.messages[end - 1]["role"] == ASSISTANT:
+            end -= 1
+        return self.messages[:end]
+
+    @property
+    def answer(self) -> str:
+        """The text of the last answer; empty where the last message is none."""
+        last = self.messages[len(self.prompt) :]
+        return str(last[-1].get("content") or "") if last else ""
+
+
+def layout_of(columns: Sequence[str], first: Mapping[str, Any], wanted: Sequence[str] = ()) -> Layout | None:
+    """Where rows keep their parts, by the names of the columns and the cells of the first row; None if nothing is known.
+
+    Args:
+        columns: of the table.
+        first: cells of its first row.
+        wanted: columns that the user names: one of conversations or texts, or a prompt's and a completion's.
+    """
+    if len(wanted) == 2:
+        known = tuple(wanted) in _TURNS
+        return Layout(MESSAGES if known or is_conversation(first.get(wanted[0])) else COMPLETION, tuple(wanted))
+    for name in wanted or [name for name in _LISTS if name in columns]:
+        if is_conversation(first.get(name)):
+            return Layout(MESSAGES, (name,))
+    if wanted:
+        return Layout(TEXT, tuple(wanted))
+    for pair in _PAIRS:
+        if set(pair) <= set(columns):
+            return Layout(MESSAGES if is_conversation(first.get(pair[0])) else COMPLETION, pair)
+    for turns in _TURNS:
+        if set(turns) <= set(columns):
+            beside = "input" if "input" in columns and "input" not in turns else ""
+            return Layout(MESSAGES, turns, beside)
+    return Layout(TEXT, ("text",)) if "text" in columns else None
+
+
+def rows_of(table: Table, layout: Layout) -> list[tuple[str, ...]]:
+    """The rows of a table.
+
+    Raises:
+        DataError: one is malformed.
+    """
+    used = [*layout.columns, *filter(None, [layout.beside]), *([TOOLS] if TOOLS in table.columns else [])]
+    cells = {name: table.column(name) for name in dict.fromkeys(used)}
+    count = len(cells[used[0]])
+    return [
+        read_row({name: column[row] for name, column in cells.items()}, layout, partial(table.place, row))
+        for row in range(count)
+    ]
+
+
+TOOLS = "tools"
+"""The column of the descriptions of tools."""
+
+
+def read_row(cells: Mapping[str, Any], layout: Layout, place: Place, *, answered: bool = True) -> tuple[str, ...]:
+    """A row.
+
+    Args:
+        cells: by column.
+        layout: of the rows.
+        place: where it stands, for messages.
+        answered: whether it must have an answer; else it is what is to be answered.
+
+    Raises:
+        DataError: it is malformed.
+    """
+    first = layout.columns[0]
+    if layout.form != MESSAGES:
+        names = layout.columns if answered else layout.columns[:1]
+        texts = tuple(_completion(cells.get(name), name, place) for name in names)
+        if layout.form == COMPLETION and answered and not texts[1].strip():
+            raise DataError(f"{place()}: column '{layout.columns[1]}' holds no answer")
+        return texts
+    tools = as_list(cells.get(TOOLS))
+    if not is_missing(tools) and not isinstance(tools, (list, tuple)):
+        raise DataError(f"{place()}: column '{TOOLS}' is {described(tools)}, not a list of tools")
+    given, alone = 0, len(layout.columns) == 1
+    if is_conversation(cells.get(first)) or (alone and answered):
+        messages = _messages(cells.get(first), first, place)
+        if not alone:
+            given = len(messages)
+            messages += _messages(cells.get(layout.columns[1]), layout.columns[1], place)
+    else:
+        question = text_of(cells.get(first), first, place)
+        more = cells.get(layout.beside) if layout.beside else None
+        if not is_missing(more) and str(more).strip():
+            question += f"\n\n{text_of(more, layout.beside, place)}"
+        messages = [{"role": USER, "content": question}]
+        if answered:
+            messages.append(
+                {"role": ASSISTANT, "content": text_of(cells.get(layout.columns[1]), layout.columns[1], place)}
+            )
+    _check_order(messages, place, answered=answered)
+    return (Conversation(messages, list(tools or []) if not is_missing(tools) else [], given).packed(),)
+
+
+def _completion(value: Any, column: str, place: Place) -> str:
+    """A text, which may begin and end with blanks: they are a part of what is learned."""
+    return "" if value == "" else text_of(value, column, place)
+
+
+def is_conversation(cell: Any) -> bool:
+    """Whether a cell holds messages."""
+    found = as_list(cell)
+    return isinstance(found, (list, tuple)) and bool(found) and isinstance(found[0], Mapping)
+
+
+def _messages(cell: Any, column: str, place: Place) -> list[dict[str, Any]]:
+    """The messages in a cell, by the names of chat templates.
+
+    Raises:
+        DataError: it is no list of messages.
+    """
+    found = as_list(cell)
+    if not isinstance(found, (list, tuple)) or not found:
+        raise DataError(f"{place()}: column '{column}' is {described(cell)}, not a list of messages")
+    messages = []
+    for number, message in enumerate(found, start=1):
+        if not isinstance(message, Mapping):
+            raise DataError(f"{place()}: message {number} is {described(message)}, not a mapping with role and content")
+        told = {name: value for name, value in message.items() if not is_missing(value)}
+        role = told.pop("role", told.pop("from", None))
+        content = told.pop("content", told.pop("value", None))
+        role = _CALLED.get(role, role) if isinstance(role, str) else role
+        if role not in ROLES:
+            raise DataError(f"{place()}: message {number} has the role {role!r}; use {', '.join(ROLES)}")
+        messages.append({"role": role, "content": _content(content, number, place), **told})
+    return messages
+
+
+def _content(content: Any, number: int, place: Place) -> str:
+    """The text of a message; of several parts that are all texts, one below the other."""
+    if isinstance(content, (list, tuple)):
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
+            raise DataError(f"{place()}: message {number} holds something else than text, which craft cannot train on")
+        content = "\n".join(texts)
+    if content is None:
+        return ""
+    if not isinstance(content, str):
+        raise DataError(f"{place()}: the content of message {number} is {described(content)}, not a text")
+    if not whole_text(content):
+        raise DataError(
+            f"{place()}: message {number} holds half a character (a lone surrogate), which no tokenizer takes"
+        )
+    return content
+
+
+def _check_order(messages: Sequence[Mapping[str, Any]], place: Place, *, answered: bool) -> None:
+    """Refuse conversations that no template means.
+
+    Raises:
+        DataError: roles out of order, an empty answer, or no answer at all.
+    """
+    before = ""
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        follows = {SYSTEM: ("",), USER: ("", SYSTEM, ASSISTANT), ASSISTANT: (USER, TOOL), TOOL: (ASSISTANT, TOOL)}[role]
+        if before not in follows:
+            where = f"follows one of {before}" if before else "comes first"
+            raise DataError(f"{place()}: message {number} of {role} {where}: roles are out of order")
+        if role == ASSISTANT and not message["content"].strip() and not message.get("tool_calls"):
+            raise DataError(f"{place()}: message {number}, an answer of the assistant, is empty")
+        before = role
+    if answered and before != ASSISTANT:
+        raise DataError(f"{place()}: the conversation ends with a message of {before}, so its last answer is missing")
+    if not answered and before not in (USER, TOOL):
+        raise DataError(f"{place()}: the conversation ends with a message of {before}: there is nothing to answer")

@@ -1,0 +1,254 @@
+"""Language models: trained, resumed, on several processes; their answers, and what leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import failure, invoke, write_rows
+from helpers import Cut, craft_command, cut, lines, same
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import craft_cli as craft
+from craft_cli.config import RunConfig
+from craft_cli.errors import ConfigError, CraftError, ModelError
+
+Make = Callable[..., Path]
+NAMES = ("ann", "bob", "cat", "dan", "eve", "fay", "gus", "hal")
+
+
+def talks(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Who is greeted is greeted back, and the model says no."""
+    rows = []
+    for number in range(start, start + count):
+        name = NAMES[number % len(NAMES)]
+        rows.append(
+            {
+                "messages": [
+                    {"role": "user", "content": f"{name} {number}"},
+                    {"role": "assistant", "content": f"no {name}"},
+                ]
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl and validation.jsonl."""
+    folder = tmp_path_factory.mktemp("chats")
+    write_rows(folder / "train.jsonl", talks(40))
+    write_rows(folder / "validation.jsonl", talks(11, 50))
+    return folder
+
+
+def settings(base: Path, data: Path, **changed: Any) -> RunConfig:
+    given = {
+        "model": str(base), "data_dir": str(data), "ranks": "12,12,3", "use_cpu": True, "output_dir": "out",
+        "num_train_epochs": 2, "logging_steps": 1, "learning_rate": 3e-2,
+    }  # fmt: skip
+    return RunConfig.build(given | changed)
+
+
+@pytest.fixture(scope="module")
+def trained(pico_lm: Make, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        changed = {"targets": "query,key,value,output", "eval_generate": 4, "max_new_tokens": 12, "num_train_epochs": 6}
+        craft.train(settings(pico_lm(), chats, **changed))
+    return folder / "out"
+
+
+def test_training_learns_and_eval_repeats_it(trained: Path) -> None:
+    results = json.loads((trained / "all_results.json").read_text())
+    before = results["baselines"]["checkpoint"]
+    assert results["metrics"]["loss"] < 0.9 * before["loss"]
+    assert results["metrics"]["perplexity"] == pytest.approx(math.exp(results["metrics"]["loss"]))
+    assert results["parameters"]["head"] == 0
+    found = craft.evaluate(trained, eval_generate=4, max_new_tokens=12, predictions="rows.jsonl")
+    assert dict(found.metrics) == pytest.approx(results["metrics"], abs=1e-5)
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert [len(row) for row in rows] == [9] * 4 + [4] * 7
+    assert rows[0]["label"] == rows[0]["wanted"] == "no cat"
+
+
+def test_the_answers_of_every_evaluation_are_kept(trained: Path) -> None:
+    samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
+    metrics = {
+        line["step"]: line
+        for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines())
+        if "eval_loss" in line
+    }
+    assert [sample["step"] for sample in samples] == [step for step in metrics for _ in range(4)]
+    for step, line in metrics.items():
+        those = [sample["match"] for sample in samples if sample["step"] == step]
+        assert line["eval_exact_match"] == sum(those) / 4
+    assert set(samples[0]) == {"step", "wanted", "answer", "match", "tokens", "stopped"}
+
+
+def test_predictions_are_what_the_merged_model_generates(trained: Path, pico_lm: Make) -> None:
+    found = craft.predict(trained, ["ann 1", [{"role": "user", "content": "bob 70"}]], generation=None)
+    craft.merge(trained, "merged")
+    model: Any = AutoModelForCausalLM.from_pretrained("merged")
+    tokenizer: Any = AutoTokenizer.from_pretrained("merged")
+    for said, answer in zip(["ann 1", "bob 70"], found, strict=True):
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": said}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|end|>"])
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=100, eos_token_id=ends, pad_token_id=258)
+        written = out[0, inputs["input_ids"].shape[1] :]
+        assert answer["answer"] == tokenizer.decode(written, skip_special_tokens=True)
+        assert answer["tokens"] == len(written)
+    again = craft.predict("merged", ["ann 1"])
+    assert again == found[:1]
+
+
+def test_a_text_alone_is_answered_as_in_a_batch(trained: Path) -> None:
+    texts = ["ann 1", "bob 12345678", "c", "dan"]
+    together = craft.predict(trained, texts, per_device_eval_batch_size=4)
+    assert together == [craft.predict(trained, [text])[0] for text in texts]
+
+
+def test_predict_on_the_command_line(trained: Path) -> None:
+    Path("asked.txt").write_text("ann 1\nbob 2\n")
+    out = invoke("predict", str(trained), "--input", "asked.txt", "--use-cpu", "--max-new-tokens", "3").stdout
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["tokens"], row["stopped"]) for row in rows] == [(3, "length")] * 2
+    write_rows(Path("asked.jsonl"), [{"messages": [{"role": "user", "content": "ann 1"}]}])
+    out = invoke("predict", str(trained), "--input", "asked.jsonl", "--use-cpu", "--stop", "n").stdout
+    assert json.loads(out)["stopped"] in ("stop", "end", "length")
+    drawn = [
+        craft.predict(trained, ["ann 1"], generation=craft.Generation(temperature=3.0, seed=seed))[0]["answer"]
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("method", ["craft", pytest.param("lora", marks=pytest.mark.slow)])
+def test_a_training_that_was_cut_goes_on_to_the_same_bits(method: str, pico_lm: Make, chats: Path) -> None:
+    changed = {"method": method, "eval_generate": 2, "max_new_tokens": 4, "packing": True}
+    if method != "craft":
+        changed["ranks"] = None
+    base = pico_lm()
+    craft.train(settings(base, chats, output_dir="whole", **changed))
+    cut(settings(base, chats, output_dir="cut", **changed), Cut(7))
+    craft.train(settings(base, chats, output_dir="cut", resume=True, **changed))
+    assert Path("cut/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
+    same("cut", "whole")
+
+
+def test_rows_without_a_target_are_left_out_and_counted(pico_lm: Make, chats: Path) -> None:
+    rows = [*talks(9), {"messages": [{"role": "user", "content": "x" * 150}, {"role": "assistant", "content": "y"}]}]
+    write_rows(Path("data/train.jsonl"), rows)
+    write_rows(Path("data/validation.jsonl"), talks(3, 50))
+    said = invoke(
+        "train",
+        "--model",
+        str(pico_lm()),
+        "--data-dir",
+        "data",
+        "--ranks",
+        "6,5,2",
+        "--dry-run",
+        "--use-cpu",
+        "--max-seq-length",
+        "100",
+    ).output
+    assert "1 of 10 rows of data/train.jsonl have no target within 100 tokens and are left out" in " ".join(
+        said.split()
+    )
+    assert ">no ann<|im_end|><" in said
+    said = failure(
+        "train",
+        "--model",
+        str(pico_lm()),
+        "--data-dir",
+        "data",
+        "--ranks",
+        "6,5,2",
+        "--use-cpu",
+        "--max-seq-length",
+        "9",
+    )
+    assert "no row has a target within 9 tokens: nothing can be learned" in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"head_start": "probe"}, "head_start: a language model keeps its own head"),
+        ({"class_weights": "balanced"}, "class_weights: a language model keeps"),
+        ({"train_on": "completion", "chat_template": "chatml2"}, "'chatml2' is neither one of"),
+        ({"answer_pattern": "(", "eval_generate": 2}, "answer_pattern: no regular expression"),
+        ({"answer_pattern": "a"}, "needs --eval-generate"),
+        ({"metric_for_best_model": "exact_match"}, "no metric 'exact_match'"),
+        ({"label_column": "x", "task_type": "causal-lm"}, "label_column: a language model has no labels"),
+    ],
+)
+def test_settings_of_other_kinds_are_refused(changed: dict[str, Any], told: str, pico_lm: Make, chats: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        craft.train(settings(pico_lm(), chats, **changed))
+    assert told in str(refused.value)
+    assert not Path("out").exists()
+
+
+def test_what_is_no_language_model_is_refused(pico: Make, pico_lm: Make, chats: Path, data_dir: Path) -> None:
+    with pytest.raises(ModelError, match="a bert model reads texts in both directions"):
+        craft.train(settings(pico(), chats))
+    with pytest.raises(ConfigError, match="packing is for language models, and these rows have labels"):
+        craft.train(settings(pico_lm(), data_dir, task="sst2", packing=True))
+    craft.train(settings(pico_lm(), chats, num_train_epochs=1))
+    with pytest.raises(CraftError, match="eval_generate"):
+        craft.evaluate("out", answer_pattern="x")
+
+
+def test_a_template_of_the_users_travels_with_what_was_trained(pico_lm: Make, chats: Path) -> None:
+    base = pico_lm("llama", template="")
+    craft.train(settings(base, chats, chat_template="zephyr", num_train_epochs=1))
+    assert craft.predict("out", ["ann 1"], generation=craft.Generation(max_new_tokens=2))
+    craft.merge("out", "merged")
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+    assert text == "<|user|>\na<|end|>\n<|assistant|>\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2},
+        {"packing": True},
+        {"num_processes": 2, "per_device_train_batch_size": 4},
+    ],
+)
+def test_the_same_update_however_it_is_divided(changed: dict[str, Any], pico_lm: Make, chats: Path) -> None:
+    base = pico_lm()
+    flags = {"eval_generate": 3, "max_new_tokens": 4, "num_train_epochs": 1, "learning_rate": 1e-2}
+    craft.train(settings(base, chats, output_dir="one", **flags))
+    if "num_processes" in changed:
+        Path("recipe.yaml").write_text(
+            json.dumps(settings(base, chats, output_dir="other", **flags, **changed).recipe())
+        )
+        craft_command(
+            "train",
+            "--recipe",
+            "recipe.yaml",
+            "--output-dir",
+            "other",
+            "--use-cpu",
+            "--num-processes",
+            "2",
+            "--logging-steps",
+            "1",
+        )
+    else:
+        craft.train(settings(base, chats, output_dir="other", **flags, **changed))
+    for one, other in zip(lines("one"), lines("other"), strict=True):
+        assert other == pytest.approx(one, rel=2e-4, abs=2e-4)

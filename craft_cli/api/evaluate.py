@@ -90,12 +90,10 @@ def evaluate(
         max_eval_samples: only the first rows of each split.
         max_seq_length: tokens kept; as in training without, for a checkpoint 128, of language models 1024.
         eval_generate: write answers to so many rows with a language model, and compare them with those of the data.
-        answer_pattern: what of them is compared, see `tasks.generation.Matcher`.
-        max_new_tokens: of a written answer; 256 without.
+        answer_pattern, max_new_tokens: what of them is compared, and their length, as in training.
         per_device_eval_batch_size: rows at once; 64 without, of language models 8.
         use_cpu: stay on the CPU.
-        trust_remote_code: run Python code that comes with the model.
-        allow_other_base: take an adapter whose base is not as it was in training.
+        trust_remote_code, allow_other_base: as in `predict`.
         progress: called with (rows done, rows in all).
         data: in place of `source`: `task`, `data_dir`, `validation_file`, `dataset_name`, `text_columns`, `label_column`, ...
 

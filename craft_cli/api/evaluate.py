@@ -87,8 +87,7 @@ def evaluate(
         split: `validation`, or `test` where that is labelled.
         predictions: write a row for each example into this file (.jsonl or .csv), with its number in the data.
         worst: collect so many of the most confident wrong answers.
-        max_eval_samples: only the first rows of each split.
-        max_seq_length: tokens kept; as in training without, for a checkpoint 128, of language models 1024.
+        max_eval_samples, max_seq_length: only the first rows of each split, and the tokens kept of each; as in training without.
         eval_generate: write answers to so many rows with a language model, and compare them with those of the data.
         answer_pattern, max_new_tokens: what of them is compared, and their length, as in training.
         per_device_eval_batch_size: rows at once; 64 without, of language models 8.
@@ -99,8 +98,7 @@ def evaluate(
 
     Raises:
         TypeError: both `source` and data by name are given, or an unknown name.
-        ConfigError: a checkpoint needs a task or files.
-        CraftError: the model or the data cannot be used.
+        CraftError: a checkpoint needs a task or files; the model or the data cannot be used.
     """
     source = _named(data, source) if data else source or DataSource()
     written = Path(predictions).expanduser() if predictions else None

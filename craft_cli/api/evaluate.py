@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from heapq import nlargest
@@ -91,8 +91,7 @@ def evaluate(
         eval_generate: write answers to so many rows with a language model, and compare them with those of the data.
         answer_pattern, max_new_tokens: what of them is compared, and their length, as in training.
         per_device_eval_batch_size: rows at once; 64 without, of language models 8.
-        use_cpu: stay on the CPU.
-        trust_remote_code, allow_other_base: as in `predict`.
+        use_cpu, trust_remote_code, allow_other_base: as in `predict`.
         progress: called with (rows done, rows in all).
         data: in place of `source`: `task`, `data_dir`, `validation_file`, `dataset_name`, `text_columns`, `label_column`, ...
 
@@ -107,7 +106,7 @@ def evaluate(
     )
     loaded = load_splits(_checked(predictor.source(source), written), [split], predictor.task)
     task = loaded.task
-    size, asked = per_device_eval_batch_size, _asked(task, eval_generate, answer_pattern, max_new_tokens)
+    asked = _asked(task, eval_generate, answer_pattern, max_new_tokens)
     metrics, gold, every = dict[str, float](), list[Any](), list[Any]()
     mistakes: list[tuple[float, dict[str, Any]]] = []
     notes = _notes(predictor, source, loaded)
@@ -115,17 +114,16 @@ def evaluate(
         for name, whole in loaded.splits.items():
             part = _labelled(whole.first(max_eval_samples))
             encoded = predictor.encode(part, task, max_seq_length)
-            scores = predictor.scores(encoded, task, size, progress, part.place_of)
-            matches, answers = asked(predictor, part, size, progress)
+            scores = predictor.scores(encoded, task, per_device_eval_batch_size, progress, part.place_of)
+            matches, answers = asked(predictor, part, per_device_eval_batch_size, progress)
             notes += filter(None, [Unseen().add(encoded).note(part.origin, max_seq_length)])
             metrics |= renamed(task.measure(scores, part.labels or []) | matches, name, loaded.splits)
             gold += part.labels or []
             every += scores
             mistakes = nlargest(worst, chain(mistakes, task.mistakes(scores, part)), key=itemgetter(0))
             if writer:
-                rows: Iterator[Any] = zip_longest(task.records(scores, part), answers, fillvalue={})
-                numbered = zip(part.numbers, rows, strict=True)
-                writer.write({"row": number} | record | answer for number, (record, answer) in numbered)
+                rows = zip_longest(part.numbers, task.records(scores, part), answers)
+                writer.write({"row": number} | record | (answer or {}) for number, record, answer in rows)
     return Evaluation(
         subject=predictor.name,
         data=" and ".join(part.origin for part in loaded.splits.values()),

@@ -106,7 +106,7 @@ def evaluate(
     )
     loaded = load_splits(_checked(predictor.source(source), written), [split], predictor.task)
     task = loaded.task
-    asked = _asked(task, eval_generate, answer_pattern, max_new_tokens)
+    asked, size = _asked(task, eval_generate, answer_pattern, max_new_tokens), per_device_eval_batch_size
     metrics, gold, every = dict[str, float](), list[Any](), list[Any]()
     mistakes: list[tuple[float, dict[str, Any]]] = []
     notes = _notes(predictor, source, loaded)
@@ -114,8 +114,8 @@ def evaluate(
         for name, whole in loaded.splits.items():
             part = _labelled(whole.first(max_eval_samples))
             encoded = predictor.encode(part, task, max_seq_length)
-            scores = predictor.scores(encoded, task, per_device_eval_batch_size, progress, part.place_of)
-            matches, answers = asked(predictor, part, per_device_eval_batch_size, progress)
+            scores = predictor.scores(encoded, task, size, progress, part.place_of)
+            matches, answers = asked(predictor, part, size, progress)
             notes += filter(None, [Unseen().add(encoded).note(part.origin, max_seq_length)])
             metrics |= renamed(task.measure(scores, part.labels or []) | matches, name, loaded.splits)
             gold += part.labels or []

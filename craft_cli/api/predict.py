@@ -151,11 +151,7 @@ def predict_file(
     Raises:
         CraftError: the model or a row cannot be used. What was predicted before is on standard output, but in no file.
     """
-    kind = (
-        format_of(Path(output), output_format)
-        if output
-        else format_of(Path("standard output"), output_format or "jsonl")
-    )
+    kind = format_of(Path(output or "standard output"), output_format or (None if output else "jsonl"))
     origin = "standard input" if str(input) == STDIN else str(input)
     if output:
         check_inputs("--output", Path(output).expanduser(), [Path(input).expanduser()])

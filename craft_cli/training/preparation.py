@@ -202,18 +202,7 @@ def prepare(
             notes.append(note)
     if config.load_in_4bit or config.load_in_8bit:
         notes.append("the base is quantised in training only: craft eval, predict and merge take it in full precision")
-    train = encoded.pop(TRAIN)
-    taught = [row for row, weight in enumerate(train.weights) if weight]
-    if not taught:
-        raise DataError(
-            f"{rows[TRAIN].origin}: no row has a target within {train.limit:,} tokens: nothing can be learned (--max-seq-length)"
-        )
-    if len(taught) < len(train):
-        notes.append(
-            f"{len(train) - len(taught):,} of {len(train):,} rows of {rows[TRAIN].origin} have no target within {train.limit:,} "
-            "tokens and are left out"
-        )
-        train = train.only(taught)
+    train = _taught(encoded.pop(TRAIN), rows[TRAIN].origin, notes)
     asked: list[list[int]] = []
     if config.eval_generate:
         first = next(name for name in rows if name != TRAIN)
@@ -221,6 +210,25 @@ def prepare(
     return Prepared(
         config, checkpoint, base, method, frozen, task, tokenizer, train, encoded, notes, loaded.record(), asked
     )
+
+
+def _taught(train: Encoded, origin: str, notes: list[str]) -> Encoded:
+    """The rows that have something to be learned; of the others a note is made.
+
+    Raises:
+        DataError: none has.
+    """
+    rows = [row for row, weight in enumerate(train.weights) if weight]
+    if not rows:
+        raise DataError(
+            f"{origin}: no row has a target within {train.limit:,} tokens: nothing can be learned (--max-seq-length)"
+        )
+    if len(rows) == len(train):
+        return train
+    notes.append(
+        f"{len(train) - len(rows):,} of {len(train):,} rows of {origin} have no target within {train.limit:,} tokens and are left out"
+    )
+    return train.only(rows)
 
 
 def _on(weights: Weights, frozen: Frozen, *, allow_other: bool) -> Frozen:

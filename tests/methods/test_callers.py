@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
-from conftest import classifier, shake, token_batch
+from conftest import PICO, classifier, shake, token_batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -101,6 +102,49 @@ def test_every_part_is_changed_as_its_weights_would_be(
             off = run(model)
         plain = classifier(pico())
         assert torch.equal(off, run(plain))
+
+
+def by_swapped_tensors(model: Any, adapter: Any) -> None:
+    for parameter in adapter.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach() * 0.7))
+
+
+def by_load_state_dict(model: Any, adapter: Any) -> None:
+    state = {name: tensor * 0.9 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def by_casting(model: Any, adapter: Any) -> None:
+    model.to(torch.bfloat16)(token_batch()["input_ids"])
+    model.to(torch.float64)
+
+
+def by_modes(model: Any, adapter: Any) -> None:
+    for context in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with context():
+            model.train()(token_batch()["input_ids"])
+            update_by_data(adapter)
+        model.requires_grad_(context is torch.no_grad)
+
+
+@pytest.mark.parametrize("update", [by_swapped_tensors, by_load_state_dict, by_casting, by_modes])
+@pytest.mark.parametrize("kind", ["Model", "ModelForSequenceClassification", "ModelForTokenClassification"])
+@pytest.mark.parametrize("family", [pytest.param(name, marks=[pytest.mark.slow] * (name != "bert")) for name in PICO])
+def test_every_class_sees_its_change_however_it_came(
+    family: str, kind: str, update: Callable[[Any, Any], None], pico: Make
+) -> None:
+    model = getattr(transformers, f"Auto{kind}").from_pretrained(pico(family)).eval()
+    model.config.pad_token_id = 0
+    adapter = craft.attach(model, ranks=(6, 5, 2))
+    shake(adapter)
+    update(model, adapter)
+    whole = merged(model.eval())
+    ids = token_batch()["input_ids"]
+    with torch.no_grad():
+        for part, other in ((model, whole), (model.base_model, whole.base_model)):
+            assert torch.allclose(part(ids)[0], other(ids)[0], atol=2e-5)
+            embedded = part.get_input_embeddings()(ids)
+            assert torch.allclose(part(inputs_embeds=embedded)[0], other(inputs_embeds=embedded)[0], atol=2e-5)
 
 
 def test_parts_called_one_after_the_other_see_an_update_in_between(method: str, pico: Make) -> None:

@@ -13,7 +13,8 @@ from craft_cli.methods.adapter_folder import read_record
 from craft_cli.methods.craft.factors import Factors
 from craft_cli.methods.craft.proposal import propose
 from craft_cli.models.stacks import find_checkpoint, read_stacks
-from craft_cli.training.run import find_adapter, find_run
+from craft_cli.training.find import find_run
+from craft_cli.training.run import find_adapter
 from craft_cli.tucker import MODES, EnergyTable
 from craft_cli.tucker.chance import random_by_mode, random_energy
 

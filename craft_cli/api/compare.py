@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from craft_cli.config import RunConfig
-from craft_cli.errors import ConfigError, CraftError, FileError
+from craft_cli.errors import ConfigError, CraftError, FileError, figure
 from craft_cli.methods import method_named
 from craft_cli.methods.adapter_folder import CONFIG_FILE, SavedAdapter, read_adapter, read_record
 from craft_cli.methods.base import inners
+from craft_cli.tasks.metrics import lower_is_better
+from craft_cli.training.find import runs_below
 from craft_cli.training.run import Run, find_adapter
 
 
@@ -27,6 +30,31 @@ class Comparison:
 
     runs: Sequence[Mapping[str, Any]]
     cosine: Sequence[Sequence[float | None]]
+
+    def table(self) -> list[tuple[str, list[Any]]]:
+        """What is compared, line by line: its name, and of each run its value as it is shown; None where there is none."""
+        metrics = dict.fromkeys(name for row in self.runs for name in row["metrics"] or {})
+
+        def column(name: str, shown: Callable[[Any], Any] = lambda value: value) -> list[Any]:
+            return [None if row[name] is None else shown(row[name]) for row in self.runs]
+
+        return [
+            ("base model", column("base_model", lambda name: name.rstrip("/").rpartition("/")[2])),
+            ("task", column("task")),
+            ("method", column("method")),
+            ("targets", column("targets", ",".join)),
+            ("ranks", column("ranks")),
+            ("numbers in the adapter", column("parameters", lambda numbers: f"{numbers['adapter']:,}")),
+            ("numbers in the head", column("parameters", lambda numbers: f"{numbers['head']:,}")),
+            *(
+                (name, [figure(it[name]) if name in (it := row["metrics"] or {}) else None for row in self.runs])
+                for name in metrics
+            ),
+            ("best epoch", column("epoch")),
+            ("updates", column("updates", "{:,}".format)),
+            ("seconds", column("seconds", "{:.0f}".format)),
+            ("norm of dW", column("change", "{:.3f}".format)),
+        ]
 
 
 def compare(paths: Sequence[str | Path]) -> Comparison:
@@ -97,10 +125,16 @@ class Listed:
     Attributes:
         run: its folder.
         state: `finished`, `running`, `interrupted at step N` or `damaged`.
+        score: of the metric that chose its best adapter; None before the first evaluation.
+        metric: which one that is.
         task: as given.
         model: as given.
         method: as given.
         ranks: what decides how many numbers it trains, as given: OUT,IN,LAYERS, or a rank.
+        parameters: numbers trained, in the adapter and in the head; None before the first evaluation.
+        learning_rate: of the adapter.
+        epochs: trained so far.
+        date: when it ended, or wrote its last line.
         metrics: of the best evaluation so far; empty before the first.
         step: the last update that was logged.
         problem: what is damaged.
@@ -108,40 +142,56 @@ class Listed:
 
     run: str
     state: str
+    score: float | None = None
+    metric: str | None = None
     task: str | None = None
     model: str | None = None
     method: str | None = None
     ranks: str | None = None
+    parameters: Mapping[str, int] | None = None
+    learning_rate: float | None = None
+    epochs: float | None = None
+    date: str | None = None
     metrics: Mapping[str, float] | None = None
     step: int = 0
     problem: str | None = None
 
 
 def list_runs(folder: Path) -> list[Listed]:
-    """The runs directly below a folder, the one last started or resumed at the end; none if there are none."""
-    runs = [Run(path) for path in folder.iterdir() if not path.is_symlink()] if folder.is_dir() else []
-    found = [run for run in runs if run.is_run()]
-    return [
-        _listed(run) for run in sorted(found, key=lambda run: ((run.path / "recipe.yaml").stat().st_mtime, run.path))
-    ]
+    """The runs directly below a folder, the best score of each metric first; those without one are the last. None: empty."""
+    return sorted(map(_listed, runs_below(folder)), key=_place)
+
+
+def _place(run: Listed) -> tuple[bool, str, float]:
+    if run.score is None:
+        return True, "", 0.0
+    return False, run.metric or "", run.score if lower_is_better(run.metric or "") else -run.score
 
 
 def _listed(run: Run) -> Listed:
     try:
-        recipe = run.recipe()
+        recipe, results, lines = run.recipe(), run.results(), run.metrics()
         method = method_named(recipe.get("method", RunConfig.method))
-        metrics = run.results().get("metrics")
-        if metrics is None and (run.adapter / CONFIG_FILE).is_file():
-            metrics = read_record(run.adapter).get("training", {}).get("metrics")
+        record = read_record(run.adapter) if (run.adapter / CONFIG_FILE).is_file() else {}
+        metrics = results.get("metrics") or record.get("training", {}).get("metrics") or {}
+        chosen = results.get("metric") or recipe.get("metric_for_best_model")
+        metric = chosen if chosen in metrics else next(iter(metrics), None)
+        known = [file for file in (run.metrics_file, run.path / "recipe.yaml") if file.is_file()]
         return Listed(
             str(run.path),
             run.state(),
+            score=metrics[metric] if metric else None,
+            metric=metric,
             task=recipe.get("task") or "own",
             model=recipe.get("model"),
             method=method.name,
             ranks=method.describe(asdict(method.Options()) | recipe).size,
-            metrics=metrics or {},
-            step=max((line["step"] for line in run.metrics()), default=0),
+            parameters=record.get("parameters"),
+            learning_rate=recipe.get("learning_rate"),
+            epochs=max((line["epoch"] for line in lines if isinstance(line.get("epoch"), (int, float))), default=None),
+            date=datetime.fromtimestamp(known[0].stat().st_mtime).isoformat(" ", "minutes"),
+            metrics=metrics,
+            step=max((line["step"] for line in lines), default=0),
         )
     except CraftError as error:
         return Listed(str(run.path), "damaged", problem=str(error))

@@ -17,7 +17,8 @@ from craft_cli.methods.craft.ranks import Ranks
 from craft_cli.models.families import TARGETS
 from craft_cli.models.stacks import Origin, find_checkpoint, read_stacks
 from craft_cli.plots import spectra
-from craft_cli.training.run import Run, find_adapter, find_run
+from craft_cli.training.find import find_run
+from craft_cli.training.run import Run, find_adapter
 from craft_cli.tucker import MODES, TuckerTensor, stack_shape
 from craft_cli.tucker.chance import random_energy
 

@@ -35,7 +35,8 @@ from craft_cli.models.cards import HEADLESS, model_card, public_name, without_fo
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import before_upload, upload
 from craft_cli.models.shards import shard_bytes
-from craft_cli.training.run import find_adapter, find_run
+from craft_cli.training.find import find_run
+from craft_cli.training.run import find_adapter
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed between merged and adapted logits, relative to the largest logit. The adapted model is

@@ -26,7 +26,8 @@ from craft_cli.tasks import kind_of_model
 from craft_cli.tasks.base import Task
 from craft_cli.tasks.generation import Answer, Generation, write_answers
 from craft_cli.tasks.inference import in_order, not_finite, predict_batches
-from craft_cli.training.run import find_adapter, find_run
+from craft_cli.training.find import find_run
+from craft_cli.training.run import find_adapter
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Use-case: one self-contained HTML page on a run, an adapter or a file of factors. Nothing in it is fetched or run."""
+"""Use-case: one self-contained HTML page on a run, an adapter, a file of factors or several runs. Nothing in it is fetched or run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from craft_cli.api.compare import Comparison, Listed
 from craft_cli.api.evaluate import Evaluation, evaluate
 from craft_cli.api.inspect import Inspection, inspect
 from craft_cli.errors import ConfigError, CraftError, figure
@@ -38,6 +39,9 @@ pre { background: #f5f7f9; padding: .75rem 1rem; overflow-x: auto; font-size: 13
 """
 
 _ENERGY = "Energy: the part of the squared norm kept at the ranks, of a random tensor of that shape, and by each mode's rank alone."
+
+_RUNS = "The best score of each metric first. Numbers: trained in the adapter, and in the head. Rate: of the adapter."
+_COSINE = "1: the runs change the weights in the same direction; 0: in directions that have nothing in common."
 
 
 def write_page(
@@ -79,17 +83,76 @@ def write_page(
     if run and (run.path / "recipe.yaml").is_file():
         recipe = read_content(run.path / "recipe.yaml").decode(errors="replace")
         parts.append(_section("Configuration", f"<pre>{escape(recipe)}</pre>"))
+    _write(Path(file), Path(found.path).name, parts)
+    return found
+
+
+def write_runs(folder: str, runs: Sequence[Listed], file: str | Path) -> None:
+    """Write a page that lists the runs of a folder.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics or {}))
+    columns = [
+        "run",
+        "score",
+        "state",
+        "model",
+        "method",
+        "ranks",
+        "numbers",
+        "head",
+        "rate",
+        "epochs",
+        "task",
+        *names,
+        "date",
+    ]
+    rows = []
+    for run in runs:
+        trained, metrics = run.parameters or {}, run.metrics or {}
+        cells = [
+            Path(run.run).name, run.score, run.state, run.model, run.method, run.ranks, trained.get("adapter"),
+            trained.get("head"), run.learning_rate, run.epochs, run.task, *map(metrics.get, names), run.date,
+        ]  # fmt: skip
+        rows.append(["" if cell is None else _shown(cell) for cell in cells])
+    damaged = "".join(f"<p>{escape(run.problem)}</p>" for run in runs if run.problem)
+    _write(Path(file), folder, [f"<h1>{escape(folder)}</h1>", _section("Runs", _table(columns, rows) + damaged, _RUNS)])
+
+
+def write_comparison(compared: Comparison, file: str | Path) -> None:
+    """Write a page that sets runs side by side.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    names = [str(number) for number in range(1, len(compared.runs) + 1)]
+    legend = _table(["", "run"], [[name, row["run"]] for name, row in zip(names, compared.runs, strict=True)], "facts")
+    cells = [["" if value is None else value for value in (name, *values)] for name, values in compared.table()]
+    cosines = [
+        [name, *("" if value is None else f"{value:.3f}" for value in row)]
+        for name, row in zip(names, compared.cosine, strict=True)
+    ]
+    parts = [
+        "<h1>Runs side by side</h1>",
+        _section("Runs", legend + "<br>" + _table(["", *names], cells)),
+        _section("Cosine of dW", _table(["", *names], cosines), _COSINE),
+    ]
+    _write(Path(file), "runs side by side", parts)
+
+
+def _write(file: Path, title: str, parts: Sequence[str]) -> None:
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
-        f"<title>craft: {escape(Path(found.path).name)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        f"<title>craft: {escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-    write_bytes(Path(file).expanduser(), page.encode(errors="backslashreplace"))
-    return found
+    write_bytes(file.expanduser(), page.encode(errors="backslashreplace"))
 
 
 def _section(title: str, body: str, note: str = "") -> str:

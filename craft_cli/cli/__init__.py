@@ -61,4 +61,5 @@ def main() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # with it the hub's client asks for more than was asked for
     app(prog_name="craft")

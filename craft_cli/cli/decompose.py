@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
+from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
 from craft_cli.config import RunConfig, parse_settings
 
 
 @reports_errors
+@asks_hub
 @with_settings("trust_remote_code")
 def command(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or 'demo'.")],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from craft_cli.cli.options import JsonFlag, reports_errors
+from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors
 
 if TYPE_CHECKING:
     from craft_cli.api.doctor import Finding
@@ -16,6 +16,7 @@ _COLOURS = {"ok": "green", "note": "yellow", "broken": "bold red"}
 
 
 @reports_errors
+@asks_hub
 def command(json: JsonFlag = False) -> None:
     """Examine this installation and machine, down to one real training step and merge."""
     from craft_cli.api.doctor import examine

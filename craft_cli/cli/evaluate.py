@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
+from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
 from craft_cli.errors import ConfigError
 
 
 @reports_errors
+@asks_hub
 @with_settings(
     "task", "data_dir", "validation_file", "dataset_name", "dataset_config_name", "validation_split", "text_columns",
     "label_column", "problem_type", "label_separator", "max_eval_samples", "max_seq_length", "per_device_eval_batch_size",

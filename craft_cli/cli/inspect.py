@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
+from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
 from craft_cli.errors import ConfigError, figure
 
 
 @reports_errors
+@asks_hub
 @with_settings("trust_remote_code")
 def command(
     paths: Annotated[
@@ -46,7 +47,7 @@ def command(
         "--ranks": ranks,
         "--energy/--budget": energy or budget,
         "--compare": compare,
-        "--plot/--html": plot or html,
+        "--plot/--html": plot or (None if compare else html),
     }
     if sum(value is not None and value is not False for value in asked.values()) > 1:
         raise ConfigError(
@@ -56,11 +57,7 @@ def command(
         raise ConfigError("several paths are for --compare; name one")
     path, trusted = paths[0] if paths else None, bool(permitted["trust_remote_code"])
     if compare:
-        with console.status("reading"):
-            from craft_cli.api.compare import compare as compare_runs
-
-            compared = compare_runs(paths or [])
-        return console.print_json(asdict(compared)) if json else _comparison(compared)
+        return _compare(paths or [], html, json=json)
     if energy is not None or budget is not None:
         with console.status("reading") as progress:
             from craft_cli.api.advise import advise
@@ -71,23 +68,42 @@ def command(
         return _sweep(Path(path).expanduser(), other=bool(ranks or plot or html), json=json)
     with console.status("reading"):
         from craft_cli.api.compare import list_runs
-        from craft_cli.api.inspect import inspect
 
         runs = list_runs(Path(path).expanduser()) if path else []
-        if runs and (ranks or plot or html):
-            raise ConfigError(f"--ranks, --plot and --html: {path} is a folder of runs; name one of them")
-        if html and not runs:
+    if runs and (ranks or plot):
+        raise ConfigError(f"--ranks and --plot: {path} is a folder of runs; name one of them")
+    if runs:
+        return _list(str(path), runs, html, json=json)
+    with console.status("reading"):
+        from craft_cli.api.inspect import inspect
+
+        if html:
             from craft_cli.api.report import write_page
 
             found = write_page(path, html, trust_remote_code=trusted)
-        if not runs and (plot or not html):
+        if plot or not html:
             found = inspect(path, ranks=ranks, plot=plot, trust_remote_code=trusted)
-    if runs:
-        return _list(str(path), runs, json=json)
     if json:
         console.print_json({"kind": found.kind, "path": found.path, **found.facts, "projections": found.projections})
     else:
         _show(found, plot, html)
+
+
+def _compare(paths: Sequence[str], html: str | None, *, json: bool) -> None:
+    from craft_cli.cli import console
+
+    with console.status("reading"):
+        from craft_cli.api.compare import compare
+
+        compared = compare(paths)
+        if html:
+            from craft_cli.api.report import write_comparison
+
+            write_comparison(compared, html)
+    if json:
+        console.print_json(asdict(compared))
+    else:
+        _comparison(compared)
 
 
 def _show(found: Any, plot: str | None, html: str | None) -> None:
@@ -118,9 +134,13 @@ def _sweep(path: Path, *, other: bool, json: bool) -> None:
         sweep_console.show(results)
 
 
-def _list(path: str, runs: Sequence[Any], *, json: bool) -> None:
+def _list(path: str, runs: Sequence[Any], html: str | None, *, json: bool) -> None:
     from craft_cli.cli import console
 
+    if html:
+        from craft_cli.api.report import write_runs
+
+        write_runs(path, runs, html)
     if json:
         console.print_json({"kind": "runs", "path": path, "runs": [asdict(run) for run in runs]})
         return
@@ -128,10 +148,13 @@ def _list(path: str, runs: Sequence[Any], *, json: bool) -> None:
     for run in runs:
         if run.problem:
             console.note(run.problem)
-        best = dict(list((run.metrics or {}).items())[:1])
-        name = Path(run.run).name
-        rows.append([name, run.task or "", run.method or "", run.ranks or "", console.show(best), run.state])
-    console.table(["run", "task", "method", "ranks", "best", "state"], rows)
+        score = "" if run.score is None else f"{run.metric} {figure(run.score)}"
+        cells = [
+            Path(run.run).name, score, run.state, (run.model or "").rpartition("/")[2], run.method, (run.parameters or {}).get("adapter"),
+            None if run.learning_rate is None else f"{run.learning_rate:g}", run.epochs, run.task, run.date,
+        ]  # fmt: skip
+        rows.append(["" if cell is None else cell for cell in cells])
+    console.table(["run", "score", "state", "model", "method", "numbers", "rate", "epochs", "task", "date"], rows)
 
 
 def _advice(advice: Any) -> None:
@@ -185,28 +208,7 @@ def _comparison(compared: Any) -> None:
     names = [str(number) for number in range(1, len(compared.runs) + 1)]
     console.facts({name: row["run"] for name, row in zip(names, compared.runs, strict=True)})
     console.out.print()
-    metrics = dict.fromkeys(name for row in compared.runs for name in row["metrics"] or {})
-    numbers = lambda row: row["parameters"]  # noqa: E731
-
-    def metric(row: Any, name: str) -> str | None:
-        value = (row["metrics"] or {}).get(name)
-        return None if value is None else figure(value)
-
-    rows: list[tuple[str, list[Any]]] = [
-        ("base model", [row["base_model"].rstrip("/").rpartition("/")[2] for row in compared.runs]),
-        ("task", [row["task"] for row in compared.runs]),
-        ("method", [row["method"] for row in compared.runs]),
-        ("targets", [row["targets"] for row in compared.runs]),
-        ("ranks", [row["ranks"] for row in compared.runs]),
-        ("numbers in the adapter", [numbers(row)["adapter"] for row in compared.runs]),
-        ("numbers in the head", [numbers(row)["head"] for row in compared.runs]),
-        *((name, [metric(row, name) for row in compared.runs]) for name in metrics),
-        ("best epoch", [row["epoch"] for row in compared.runs]),
-        ("updates", [row["updates"] for row in compared.runs]),
-        ("seconds", [None if row["seconds"] is None else f"{row['seconds']:.0f}" for row in compared.runs]),
-        ("norm of dW", [f"{row['change']:.3f}" for row in compared.runs]),
-    ]
-    shown = [[name, *("" if value is None else value for value in values)] for name, values in rows]
+    shown = [[name, *("" if value is None else value for value in values)] for name, values in compared.table()]
     console.table(["", *names], shown)
     console.out.print()
     console.table(

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
+from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
 
 
 @reports_errors
+@asks_hub
 @with_settings("trust_remote_code", "allow_other_base")
 def command(
     path: Annotated[

@@ -10,11 +10,13 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
 from craft_cli.config import RunConfig, flag
+from craft_cli.config.hub import offline as away_from_hub
 from craft_cli.errors import CraftError
 from craft_cli.training.launch import is_launched, rank
 from craft_cli.training.signals import terminates_cleanly
@@ -22,6 +24,9 @@ from craft_cli.training.signals import terminates_cleanly
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 _OTHERS_SPEAK = 3.0
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+OfflineFlag = Annotated[
+    bool, typer.Option("--offline", help="Never ask the hub: take what is in its cache, as with HF_HUB_OFFLINE=1.")
+]
 VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
 
 
@@ -87,6 +92,18 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             _end(f"unexpected {type(error).__name__}: {reason} (-v shows where; please report it)", verbose)
 
     _set_signature(wrapped, [*_parameters(command), _parameter("verbose", VerboseFlag, False)])
+    return wrapped
+
+
+def asks_hub(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that may ask the hub the option not to."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, offline: bool = False, **options: Any) -> None:
+        with away_from_hub() if offline else nullcontext():
+            command(*arguments, **options)
+
+    _set_signature(wrapped, [*_parameters(command), _parameter("offline", OfflineFlag, False)])
     return wrapped
 
 

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import Seed, Stop, Temperature, TopP, generation_of, reports_errors, with_settings
+from craft_cli.cli.options import Seed, Stop, Temperature, TopP, asks_hub, generation_of, reports_errors, with_settings
 
 
 @reports_errors
+@asks_hub
 @with_settings(
     "text_columns", "max_seq_length", "max_new_tokens", "per_device_eval_batch_size", "use_cpu", "trust_remote_code",
     "allow_other_base",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
+from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
 from craft_cli.config import GROUPS, RunConfig
 from craft_cli.errors import ConfigError
 
@@ -50,6 +50,7 @@ RetryFlag = Annotated[bool, typer.Option("--retry-failed", help="With --resume: 
 
 
 @reports_errors
+@asks_hub
 @with_settings(*_SHARED, "trust_remote_code")
 def command(
     recipe: Annotated[

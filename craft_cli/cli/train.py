@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import JsonFlag, reports_errors, with_settings
+from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
 from craft_cli.errors import ConfigError
 
 _MOST_LABELS = 20
@@ -16,6 +16,7 @@ _DATA = ("task", "data_dir", "train_file", "dataset_name")
 
 
 @reports_errors
+@asks_hub
 @with_settings()
 def command(
     recipe: Annotated[
@@ -32,13 +33,13 @@ def command(
     asked = given | {name: value for name, value in settings.items() if value is not None}
     former: dict[str, Any] = {}
     if asked.get("resume") or asked.get("init_from"):
+        from craft_cli.training.find import nothing_to_resume, resumed_run
         from craft_cli.training.resume import inherited_settings
-        from craft_cli.training.run import resumed_run
 
         former = inherited_settings(asked)
         if asked.get("resume") and not former and not any(asked.get(name) for name in _DATA):
             run = resumed_run(asked.get("output_dir"))
-            raise ConfigError(f"--resume: there is no run in {run.path}; give its folder as --output-dir")
+            raise ConfigError(nothing_to_resume(run))
     config = RunConfig.build(settings, given, former)
 
     with console.status("starting"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from craft_cli.config.hub import NOT_ASKED, patience, unanswered
 from craft_cli.data.cells import plain
 from craft_cli.data.conll import holds_tags
 from craft_cli.data.opened import ending, stem
@@ -187,18 +188,22 @@ def hub_table(name: str, config: str | None, split: str) -> Table:
 def _from_hub(origin: str, load: Callable[[], Any], name: str | None = None) -> Any:
     """Out of the cache of `datasets`, else from the hub."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     with contextlib.suppress(Exception), _quiet_datasets(), _cache_only():
         return load()
     try:
-        HfApi().dataset_info(name or origin, timeout=10)  # fails at once where `datasets` would try for half a minute
+        HfApi().dataset_info(
+            name or origin, timeout=patience()
+        )  # fails at once where `datasets` would try for half a minute
         with _quiet_datasets():
             return load()
     except Exception as error:  # the hub's HTTP client, `datasets` and pyarrow each raise their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"the data set {origin} is not in the cache and cannot be fetched ({reason}): connect once, or give --data-dir"
-        ) from error
+        if isinstance(error, OfflineModeIsEnabled):
+            why, way = f", and {NOT_ASKED}", "leave that out once"
+        else:
+            why, way = f" and cannot be fetched ({unanswered(error)})", "connect once"
+        raise DataError(f"the data set {origin} is not in the cache{why}: {way}, or give --data-dir") from error
 
 
 @contextmanager

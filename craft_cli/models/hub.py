@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from craft_cli.config.hub import NOT_ASKED, patience, unanswered
 from craft_cli.errors import ConfigError, CraftError, ModelError
 from craft_cli.files import sha256_of
 from craft_cli.models.checkpoint import (
@@ -32,8 +33,12 @@ def before_upload(repository: str, base: Checkpoint, *, private: bool) -> str | 
     """Who will see what is uploaded, to be said before the work; None where the hub does not tell.
 
     Raises:
-        ConfigError: it is to be private, but the repository is there and public.
+        ConfigError: it is to be private, but the repository is there and public; or the hub is not to be asked.
     """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(f"--push-to-hub: {NOT_ASKED}: leave out one of them")
     there, visible = _is_private(repository), not private
     if there is not None:
         visible = not there
@@ -54,7 +59,7 @@ def _is_private(repository: str) -> bool | None:
     import huggingface_hub as hub
 
     try:
-        return bool(hub.HfApi().model_info(repository, timeout=10).private)
+        return bool(hub.HfApi().model_info(repository, timeout=patience()).private)
     except Exception:  # whatever the hub's HTTP client of the day raises; the upload tells what is wrong
         return None
 
@@ -231,16 +236,16 @@ def _from_hub(
         raise ModelError(f"'{model}' is neither a folder nor a hub id (name or owner/name)") from error
 
     with _explained(model, revision, "config.json, so transformers cannot load it"):
-        info = hub.HfApi().model_info(model, revision=revision, timeout=10)
+        info = hub.HfApi().model_info(model, revision=revision, timeout=patience())
         files = {sibling.rfilename for sibling in info.siblings or []}
 
         def fetch(file: str) -> Path:
-            return Path(hub.hf_hub_download(model, file, revision=info.sha))
+            return Path(hub.hf_hub_download(model, file, revision=info.sha, etag_timeout=patience()))
 
         # by the name of the branch: only then the cache knows next time which commit the branch is
-        folder = Path(hub.hf_hub_download(model, "config.json", revision=revision)).parent
+        folder = Path(hub.hf_hub_download(model, "config.json", revision=revision, etag_timeout=patience())).parent
         if folder.name != info.sha:  # the branch moved on in between
-            info = hub.HfApi().model_info(model, revision=folder.name, timeout=10)
+            info = hub.HfApi().model_info(model, revision=folder.name, timeout=patience())
             files = {sibling.rfilename for sibling in info.siblings or []}
         needed = views(folder)
         if needed is None:
@@ -289,13 +294,15 @@ def fetch_files(name: str, files: Sequence[str], revision: str | None = None) ->
     if not here[0] and cached("config.json"):  # a checkpoint in the cache
         return None
     with _explained(name, revision, f"{' or '.join(files[1:])}, so the adapter is not whole"):
-        info = hub.HfApi().model_info(name, revision=revision, timeout=10)  # a download would try again for long
+        info = hub.HfApi().model_info(
+            name, revision=revision, timeout=patience()
+        )  # a download would try again for long
         if files[0] not in {sibling.rfilename for sibling in info.siblings or []}:
             return None
         # by the name of the branch: only then the cache knows next time which commit the branch is
-        folder = Path(hub.hf_hub_download(name, files[0], revision=revision)).parent
+        folder = Path(hub.hf_hub_download(name, files[0], revision=revision, etag_timeout=patience())).parent
         for file in files[1:]:
-            hub.hf_hub_download(name, file, revision=folder.name)
+            hub.hf_hub_download(name, file, revision=folder.name, etag_timeout=patience())
     return folder
 
 
@@ -329,10 +336,12 @@ def _explained(name: str, revision: str | None, lacking: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # whatever the hub's HTTP client of the day raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            why, way = NOT_ASKED, "leave that out once"
+        else:
+            why, way = f"the hub cannot be reached ({unanswered(error)})", "connect once"
         raise ModelError(
-            f"{where} is no folder, is not in the hub cache, and the hub cannot be reached ({reason}): "
-            "connect once, or give the folder on this machine"
+            f"{where} is no folder, is not in the hub cache, and {why}: {way}, or give the folder on this machine"
         ) from error
 
 

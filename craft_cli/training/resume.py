@@ -20,7 +20,8 @@ from craft_cli.methods.frozen import Frozen
 from craft_cli.models.identity import Base
 from craft_cli.tasks.glue import task_named
 from craft_cli.training.checkpoint import TrainingState, newest_state
-from craft_cli.training.run import RUNS, Run, find_adapter, resumed_run, usable_output
+from craft_cli.training.find import resumed_run
+from craft_cli.training.run import RUNS, Run, find_adapter, usable_output
 from craft_cli.training.schedule import Timetable
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")

@@ -53,7 +53,6 @@ from craft_cli.files import (
     write_marker,
 )
 from craft_cli.methods.adapter_folder import BESIDE, CONFIG_FILE, adapter_at
-from craft_cli.models.hub import local_path
 
 RUNS = Path("runs")
 """Where runs without an output folder of their own lie, and the link to the latest one, from the working folder."""
@@ -348,32 +347,6 @@ def usable_output(output_dir: str, runs: Path = RUNS, *, overwrite: bool) -> Run
     check_place(run.path, RUN, overwrite=overwrite)
     run.check_room()
     return run
-
-
-def find_run(path: str | None) -> Path:
-    """The path given, or the latest run.
-
-    Raises:
-        FileError: there is no latest run.
-        ModelError: it cannot be a path.
-    """
-    if path is not None:
-        return local_path(path)
-    latest = _latest()
-    if latest is None:
-        raise FileError(f"no run yet below {RUNS.resolve()}: train one first, or give a path")
-    return latest
-
-
-def _latest(runs: Path = RUNS) -> Path | None:
-    """The folder that `runs/latest` points to, from here."""
-    link = runs / "latest"
-    return Path(os.path.relpath(link.resolve())) if link.is_dir() else None
-
-
-def resumed_run(output_dir: str | None, runs: Path = RUNS) -> Run:
-    """The run that `--resume` goes on with, if it is one: the one given, or the latest."""
-    return Run(Path(output_dir).expanduser() if output_dir else _latest(runs) or runs / "latest", runs)
 
 
 def find_adapter(path: Path) -> Path | None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import build_pico, opinions
+from conftest import build_pico, failure, invoke, opinions, write_rows
 from datasets import ClassLabel, Dataset
-from huggingface_hub import ModelCard
+from helpers import craft_command
+from huggingface_hub import ModelCard, constants
 from loopback_hub import LoopbackHub
+
+from craft_cli.config.hub import patience
 
 
 def craft(hub: LoopbackHub, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -187,3 +193,60 @@ def test_what_the_hub_does_not_have(hub: LoopbackHub, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "connect once, or give the folder" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def silent() -> Iterator[list[str]]:
+    """A hub that takes connections and never answers: its address, and the first lines that it heard."""
+    heard: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as held:
+        heard.append(f"http://127.0.0.1:{server.getsockname()[1]}")
+
+        def listen() -> None:
+            with contextlib.suppress(OSError):  # closed at the end
+                while True:
+                    connection = held.enter_context(server.accept()[0])
+                    heard.append(connection.recv(1000).decode().splitlines()[0])
+
+        threading.Thread(target=listen, daemon=True).start()
+        yield heard
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_is_asked_once(silent: list[str]) -> None:
+    environment = os.environ | {"HF_ENDPOINT": silent[0], "HF_HOME": "hf", "HF_HUB_ETAG_TIMEOUT": "1"}
+    write_rows(Path("in.jsonl"), opinions(3, 1))
+    for command, request in {
+        ("predict", "someone/x", "-i", "in.jsonl"): "GET /api/models/someone/x HTTP/1.1",
+        ("train", "--dataset-name", "a/b", "--use-cpu"): "GET /api/datasets/a/b HTTP/1.1",
+    }.items():
+        del silent[1:]
+        done = craft_command(*command, env=environment)
+        assert done.returncode == 1
+        assert "(no answer in 1 s): connect once" in done.stderr, done.stderr
+        assert silent[1:] == [request]
+
+
+def test_offline_asks_no_hub_and_says_so() -> None:
+    for command in (["decompose", "someone/x"], ["merge", "someone/x"], ["inspect", "someone/x"]):
+        message = failure(*command, "--offline")
+        assert "'someone/x' is no folder, is not in the hub cache, and the hub is not asked (--offline" in message
+    assert not constants.HF_HUB_OFFLINE
+    assert "HF_HUB_OFFLINE" not in os.environ
+
+
+@pytest.mark.usefixtures("run")
+def test_offline_uploads_nothing() -> None:
+    assert "--push-to-hub: the hub is not asked" in failure("merge", "run", "--push-to-hub", "a/b", "--offline")
+
+
+def test_every_command_that_may_ask_the_hub_has_the_flag() -> None:
+    for command in ("decompose", "train", "sweep", "eval", "predict", "merge", "inspect", "methods", "doctor"):
+        assert "--offline" in invoke(command, "--help").stdout, command
+
+
+@pytest.mark.parametrize(("told", "seconds"), [("", 5), ("2", 2), ("0", 5), ("soon", 5)])
+def test_how_long_the_hub_may_take(told: str, seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", told)
+    assert patience() == seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -140,7 +141,12 @@ def test_a_folder_of_runs_is_listed(pico: Make, data_dir: Path) -> None:
     assert shown.exit_code == 0, shown.stderr
     listed = json.loads(shown.stdout)
     assert listed["kind"] == "runs"
-    done, stopped, broken = listed["runs"]
+    *both, broken = listed["runs"]
+    assert both[0]["score"] >= both[1]["score"] == both[1]["metrics"]["accuracy"]
+    done, stopped = sorted(both, key=lambda run: run["run"])
+    assert (done["metric"], done["learning_rate"], done["epochs"]) == ("accuracy", 3e-2, 2.0)
+    assert done["parameters"] == Run(Path("runs/done")).results()["parameters"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", done["date"])
     assert (done["run"], done["state"], done["task"], done["ranks"]) == ("runs/done", "finished", "sst2", "6,5,2")
     assert done["metrics"] == Run(Path("runs/done")).results()["metrics"]
     assert (stopped["run"], stopped["state"]) == ("runs/stopped", "interrupted at step 8")
@@ -149,7 +155,13 @@ def test_a_folder_of_runs_is_listed(pico: Make, data_dir: Path) -> None:
     assert broken["problem"].startswith("--recipe: runs/broken/recipe.yaml: not readable YAML")
     with Run(Path("runs/stopped")).being_trained():
         text = invoke("inspect", "runs")
-    assert [line.split()[0] for line in text.stdout.splitlines()[2:]] == ["done", "stopped", "broken"]
+    names = [line.split()[0] for line in text.stdout.splitlines()[2:]]
+    assert names == [Path(run["run"]).name for run in listed["runs"]]
+    assert invoke("inspect", "runs", "--html", "runs.html").exit_code == 0
+    page = Path("runs.html").read_text()
+    assert all(name in page for name in ("done", "stopped", "0.03", "not readable YAML"))
+    assert invoke("inspect", "--compare", "runs/done", "runs/stopped", "--html", "two.html").exit_code == 0
+    assert "numbers in the adapter" in Path("two.html").read_text()
     assert "running" in text.stdout
     assert "interrupted" not in text.stdout
     assert "runs is a folder of runs; name one of them" in failure("inspect", "runs", "--plot", "x.png")
@@ -196,9 +208,35 @@ def test_the_resume_command_can_be_typed_as_it_is_told(pico: Make, data_dir: Pat
     assert "resume with  craft train --resume --output-dir 'my runs/a'" in told
 
 
+def test_where_the_latest_run_is_gone_the_newest_finished_one_is_taken(run: Path) -> None:
+    for number, name in enumerate(("old", "newest", "stopped")):
+        shutil.copytree(run, Path("runs") / name)
+        if name != "stopped":
+            Path(f"runs/{name}/all_results.json").write_text("{}")
+            os.utime(f"runs/{name}/all_results.json", (number, number))
+    for link in (None, "gone"):
+        if link:
+            Path("runs/latest").symlink_to(link)
+        done = invoke("inspect")
+        assert done.exit_code == 0, done.stderr
+        assert re.search("^run +runs/newest$", done.stdout, re.MULTILINE)
+    Path("runs/latest").unlink()
+    Path("runs/latest").symlink_to("old")
+    assert re.search("^run +runs/old$", invoke("inspect").stdout, re.MULTILINE)
+    for name in ("old", "newest"):
+        Path(f"runs/{name}/all_results.json").unlink()
+    Path("runs/latest").unlink()
+    told = failure("inspect")
+    assert "is finished; give one of them: " in told
+    assert all(f"runs/{name}" in told for name in ("old", "newest", "stopped"))
+    told = failure("train", "--resume")
+    assert "there is no run in runs/latest; give its folder as --output-dir, such as one of these" in told
+    assert "runs/stopped" in told
+
+
 def test_nothing_to_resume_and_nothing_to_train_on(pico: Make) -> None:
     told = failure("train", "--resume", "--output-dir", "typo")
-    assert "--resume: there is no run in typo; give its folder as --output-dir" in told
+    assert told == "error: --resume: there is no run in typo; give its folder as --output-dir\n"
 
 
 def test_layers_of_settings(pico: Make, data_dir: Path) -> None:

@@ -88,6 +88,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             if is_launched() and any(word in str(error) for word in _LOST):
                 time.sleep(_OTHERS_SPEAK)
                 _end(f"process {rank()} lost the connection to another process, which ended first", verbose)
+            if isinstance(error, PermissionError) and error.filename:  # such as a folder that may not be entered
+                _end(f"{error.filename}: {error.strerror}: ask its owner, or choose another", verbose)
             reason = " ".join(str(error).split())
             _end(f"unexpected {type(error).__name__}: {reason} (-v shows where; please report it)", verbose)
 

@@ -48,6 +48,8 @@ def load_recipe(name: str) -> dict[str, Any]:
         return settings if path in shipped_recipes().values() else settings | _beside(path.parent, settings)
     except FileNotFoundError:
         raise ConfigError(f"--recipe: {path}: no such file") from None
+    except PermissionError as error:
+        raise ConfigError(f"--recipe: cannot read {path}: {error.strerror}") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = plain(" ".join(str(error).split()))[:200]
         raise ConfigError(f"--recipe: {path}: not readable YAML: {reason}") from error

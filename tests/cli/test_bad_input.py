@@ -195,3 +195,16 @@ def test_what_cannot_be_drawn_or_counted(run: Path) -> None:
     assert "--ranks is for models" in failure("inspect", "run", "--ranks", "2,2,2")
     assert "--plot: base is a model" in failure("inspect", "base", "--plot", "x.png")
     assert "--plot: x.xyz" in failure("inspect", "run", "--plot", "x.xyz")
+
+
+def test_a_folder_that_may_not_be_entered_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.is_file
+
+    def refusing(path: Path) -> bool:
+        if path.parts[:1] == ("theirs",):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", refusing)
+    Path("theirs").mkdir()
+    assert "Permission denied: ask its owner" in failure("inspect", "theirs")

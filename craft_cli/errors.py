@@ -59,6 +59,11 @@ def listed(names: Sequence[str], most: int = 20) -> str:
     return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
+def in_words(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
 def plain(text: str, kept: str = "") -> str:
     """Without control characters, but for those to be kept: a name in a stranger's file must not steer the terminal."""
     if text.isprintable():

@@ -30,7 +30,7 @@ def decompose(
 
     Args:
         model: hub id, local folder, `demo`, or a loaded transformers model.
-        targets: of `query`, `key`, `value`, `output`; also with commas between them.
+        targets: of `query`, `key`, `value`, `output`, `gate`, `up`, `down`, or `all-linear`; also with commas between them.
         ranks: OUT,IN,LAYERS; a rank above its dimension is lowered to it.
         revision: branch, tag or commit of a hub model.
         cache_dir: folder of the factor files; `~/.cache/craft` without.

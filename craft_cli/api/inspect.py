@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from craft_cli.config import RunConfig
+from craft_cli.config import ALL_LINEAR, RunConfig
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.methods.adapter_folder import SavedAdapter, read_adapter
 from craft_cli.methods.base import effective_rank, inners, singular_values
 from craft_cli.methods.craft.factors import Factors
 from craft_cli.methods.craft.ranks import Ranks
-from craft_cli.models.families import TARGETS
 from craft_cli.models.stacks import Origin, find_checkpoint, read_stacks
 from craft_cli.plots import spectra
 from craft_cli.training.find import find_run
@@ -86,10 +85,10 @@ def inspect(
 
 
 def _model(model: str, ranks: Ranks, *, trusted: bool) -> Inspection:
-    checkpoint = find_checkpoint(model, RunConfig.targets, trust_remote_code=trusted)
+    checkpoint = find_checkpoint(model, (ALL_LINEAR,), trust_remote_code=trusted)
     config = checkpoint.config()
     projections: list[dict[str, Any]] = []
-    for target, stack in read_stacks(checkpoint, config, TARGETS).items():
+    for target, stack in read_stacks(checkpoint, config, (ALL_LINEAR,)).items():
         lowered = ranks.lowered(stack_shape(stack))
         projections.append(
             {

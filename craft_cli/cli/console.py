@@ -29,7 +29,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from craft_cli.errors import CraftError, as_json, below_home, figure, is_utf8, listed, plain
+from craft_cli.errors import CraftError, as_json, below_home, figure, in_words, is_utf8, listed, plain
 
 if TYPE_CHECKING:
     from craft_cli.training.progress import Plan
@@ -284,7 +284,7 @@ class TrainingConsole:
             "task": f"{plan.task} ({listed(plan.labels)})" if plan.labels else "answers of a language model",
             "data": f"{plan.train_examples:,} to train on, {plan.eval_examples:,} to evaluate on",
             "tokens": plan.tokens,
-            "adapter": f"{plan.method} on {' and '.join(plan.targets)}, {plan.sizes}",
+            "adapter": f"{plan.method} on {in_words(plan.targets)}, {plan.sizes}",
             "trained": f"{plan.adapter_parameters:,} numbers in the adapter"
             + (f", {plan.head_parameters:,} in the head{plan.head_start}" if plan.head_parameters else ""),
             "devices": plan.devices,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
-from craft_cli.config import RunConfig, parse_settings
+from craft_cli.config import ALL_LINEAR, TARGETS, RunConfig, parse_settings
 
 
 @reports_errors
@@ -15,7 +15,9 @@ from craft_cli.config import RunConfig, parse_settings
 @with_settings("trust_remote_code")
 def command(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or 'demo'.")],
-    targets: Annotated[str, typer.Option(help="Of query,key,value,output.")] = ",".join(RunConfig.targets),
+    targets: Annotated[str, typer.Option(help=f"Of {','.join(TARGETS)}, or {ALL_LINEAR}.")] = ",".join(
+        RunConfig.targets
+    ),
     ranks: Annotated[
         str, typer.Option(metavar="OUT,IN,LAYERS", help="Ranks to keep; smaller ones need no new run.")
     ] = ",".join(map(str, RunConfig.ranks)),

@@ -2,7 +2,9 @@
 
 from craft_cli.config.contradictions import TRACKERS, contradictions, flag, no_utf8
 from craft_cli.config.options import (
+    ALL_LINEAR,
     METHOD_OPTIONS,
+    TARGETS,
     CraftOptions,
     LoraOptions,
     LoraXsOptions,
@@ -27,11 +29,13 @@ from craft_cli.config.settings import (
 )
 
 __all__ = [
+    "ALL_LINEAR",
     "AUTO",
     "GROUPS",
     "LISTS",
     "MERGED_KEY",
     "METHOD_OPTIONS",
+    "TARGETS",
     "THRESHOLD",
     "TRACKERS",
     "CraftOptions",

@@ -15,6 +15,11 @@ from craft_cli.errors import ConfigError
 
 Positive = Annotated[int, Gt(0)]
 
+TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+"""The projections of a layer: of its attention, and of its MLP."""
+ALL_LINEAR = "all-linear"
+"""Names every projection that a model has."""
+
 
 Rate = Annotated[float, Ge(0.0), Lt(math.inf)]
 Alpha = Annotated[float, Gt(0.0), Le(1e6)]

@@ -18,8 +18,10 @@ from craft_cli.config.arguments import in_python
 from craft_cli.config.contradictions import TRACKERS, contradictions, flag
 from craft_cli.config.names import join_names
 from craft_cli.config.options import (
+    ALL_LINEAR,
     LEARNING_RATES,
     METHOD_OPTIONS,
+    TARGETS,
     MethodName,
     MethodOptions,
     Positive,
@@ -102,7 +104,9 @@ class RunConfig(MethodOptions):
     method: MethodName = setting(
         "craft", f"How the change of the weights is written: {', '.join(METHOD_OPTIONS)}; see craft methods."
     )
-    targets: tuple[str, ...] = setting(("query", "value"), "Projections to adapt: query,key,value,output.")
+    targets: tuple[str, ...] = setting(
+        ("query", "value"), f"Projections to adapt: {','.join(TARGETS)}, or {ALL_LINEAR}."
+    )
     budget: str | int | None = setting(
         None, "Numbers the adapter may train, such as 16k: the rank (of craft the ranks) that fits is chosen."
     )

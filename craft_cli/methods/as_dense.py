@@ -18,10 +18,11 @@ from craft_cli.files import quoted, stamp, write_bytes
 from craft_cli.methods.adapter import Adapter
 from craft_cli.methods.adapter_folder import SavedAdapter
 from craft_cli.methods.base import Chain, delta
-from craft_cli.models.checkpoint import Checkpoint, fingerprint
+from craft_cli.models.checkpoint import GENERATION, Checkpoint, fingerprint
 from craft_cli.models.families import layer_views
 from craft_cli.models.hub import resolve
 from craft_cli.models.identity import base_of
+from craft_cli.models.loading import is_language_model
 from craft_cli.models.shards import Entry, shard_bytes, write_shards
 from craft_cli.models.streaming import StreamedModel, probe
 from craft_cli.models.views import View
@@ -131,7 +132,8 @@ class AdaptedBase:
                     f"this model has other weights ({target}) than {self.saved.frozen.model}, which the adapter belongs to"
                 )
         if not allow_other:
-            self.saved.base.check(base_of(checkpoint), str(self.saved.path))
+            kind = self.saved.record["model"]["architecture"]
+            self.saved.base.check(base_of(checkpoint, kind), str(self.saved.path))
 
     def check_unchanged(self) -> None:
         """Refuse what was made of files that were replaced meanwhile: their hashes would not be those of what was read.
@@ -175,7 +177,9 @@ class Dense:
             kind = adapted.base.dtypes[name]
             if kind.is_floating_point:  # the head was trained in float32; it follows the rest
                 kind = self.dtype if dtype or name in adapted.saved.head else kind
-            entries[name] = Entry(shape, kind, partial(self._tensor, name, kind, changes.get(name, ())))
+            entries[adapted.base.name_on_disk(name)] = Entry(
+                shape, kind, partial(self._tensor, name, kind, changes.get(name, ()))
+            )
         write_shards(folder, entries, shard_bytes(max_shard_size))
         config = adapted.base.model.config
         config.architectures = [type(adapted.base.model).__name__]
@@ -184,7 +188,10 @@ class Dense:
         if adapted.kept:
             setattr(config, MERGED_KEY, adapted.kept)
         config.save_pretrained(folder)
-        for file in adapted.checkpoint.tokenizer_files():
+        files, generation = adapted.checkpoint.tokenizer_files(), adapted.checkpoint.folder / GENERATION
+        if generation.is_file() and is_language_model(adapted.base.model):
+            files.append(generation)
+        for file in files:
             shutil.copyfile(file, folder / file.name)
         if adapted.chat_template:
             write_bytes(folder / "chat_template.jinja", adapted.chat_template.encode())
@@ -198,7 +205,7 @@ class Dense:
 
     def read(self, name: str) -> Tensor:
         """A tensor out of what was written."""
-        return self._reader.read(name)
+        return self._reader.read(self._base.name_on_disk(name))
 
     def _tensor(self, name: str, dtype: torch.dtype, changes: Sequence[tuple[View, str, int]]) -> Tensor:
         """A tensor as it is written: the change is added in float32 (or wider), then rounded once."""

@@ -25,6 +25,7 @@ from craft_cli.files import write_json
 from craft_cli.methods.as_dense import AdaptedBase
 from craft_cli.methods.base import low_rank
 from craft_cli.models.cards import peft_type
+from craft_cli.models.loading import is_language_model
 from craft_cli.models.shards import Entry, write_streamed
 from craft_cli.models.views import View, layer_of
 
@@ -32,8 +33,11 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank; an adapter's rank may be any up to it."""
-VLLM_FAMILIES = ("llama",)
-"""Of ours, those whose architectures vLLM serves with LoRA."""
+VLLM_FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "cohere", "granite", "phi",
+    "phi3", "opt",
+)  # fmt: skip
+"""Of ours, those whose architectures vLLM's list of supported models names with LoRA."""
 
 _ROOT = "base_model.model."  # PEFT's names start with its own wrappers
 _EPSILON = 1e-6
@@ -169,7 +173,7 @@ def peft_config(
 
 
 def _shortest_names(adapted: AdaptedBase, modules: Sequence[str]) -> list[str]:
-    """The endings of paths, as short as possible, that mean the adapted modules of a projection and no others."""
+    """The endings of paths, as short as possible, that mean the adapted modules of a projection and no others; or all paths."""
     everywhere = [name for name, _ in adapted.base.model.named_modules()]
     chosen = []
     for ending in dict.fromkeys(_after_layer(module) for module in modules):
@@ -178,8 +182,10 @@ def _shortest_names(adapted: AdaptedBase, modules: Sequence[str]) -> list[str]:
         for length in range(1, len(parts) + 1):
             short = ".".join(parts[-length:])
             if {name for name in everywhere if name == short or name.endswith(f".{short}")} == wanted:
+                chosen.append(short)
                 break
-        chosen.append(short)
+        else:  # the decoder of T5 calls its own alike
+            chosen += sorted(wanted)
     return chosen
 
 
@@ -214,7 +220,8 @@ def serve_command(adapted: AdaptedBase, rank: int | None, folder: str, *, head: 
     if adapted.base.model.config.model_type not in VLLM_FAMILIES:
         return None
     if rank is None:
-        return f"vllm serve {shlex.quote(folder)} --runner pooling"
+        pooling = "" if is_language_model(adapted.base.model) else " --runner pooling"
+        return f"vllm serve {shlex.quote(folder)}{pooling}"
     if (adapted.saved.head and head) or rank > VLLM_RANKS[-1]:
         return None
     size = next(size for size in VLLM_RANKS if size >= rank)

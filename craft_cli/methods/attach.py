@@ -34,7 +34,7 @@ from craft_cli.methods.model_adapter import DEFAULT_NAME, ModelAdapter
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.families import layer_views
 from craft_cli.models.identity import Base, base_in, base_of
-from craft_cli.models.loading import check_model, head_names
+from craft_cli.models.loading import check_model, class_of, head_names
 from craft_cli.models.stacks import read_weights, weights_in
 from craft_cli.models.views import View
 
@@ -54,9 +54,10 @@ def attach(
         model: a supported `PreTrainedModel`; with `factors` loaded from the weights that were decomposed.
         factors: of `craft.decompose`; made from the model's own weights without.
         method: `craft`, or another one that `craft methods` lists.
-        targets: the projections to adapt, also with commas between them; those of the factors, or query and value, without.
-        head: names of parameters to train in full; all outside the base model without. Name those too that were newly
-            initialised inside it.
+        targets: the projections to adapt, also with commas between them, or `all-linear`; those of the factors, or query and
+            value, without.
+        head: names of parameters to train in full; without, all outside the base model, but for a language model, whose head
+            was pre-trained too. Name those too that were newly initialised inside it.
         options: of the method, such as `ranks` of craft (OUT,IN,LAYERS, those of the factors or smaller) or `rank` and `alpha`
             of lora; `craft train --help` lists them.
 
@@ -152,7 +153,7 @@ def load(
         if allow_other_base:
             frozen = _on(model, frozen, views, checkpoint)
         dtype = getattr(torch, frozen.dtype)
-        now = base_of(checkpoint, cache_dir) if checkpoint else base_in(model, dtype, saved.head)
+        now = base_of(checkpoint, class_of(model), cache_dir) if checkpoint else base_in(model, dtype, saved.head)
         if allow_other_base:
             base = now
         base.check(now, str(path))

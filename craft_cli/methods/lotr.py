@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from craft_cli.config import LotrOptions
-from craft_cli.errors import ConfigError, ModelError
+from craft_cli.errors import ConfigError, ModelError, in_words
 from craft_cli.methods.base import Chain, Change, Method, Progress
 from craft_cli.methods.frozen import Frozen, Sketch
 from craft_cli.models.cards import Description
@@ -106,14 +106,12 @@ class Lotr(Method):
                 most = min(weights.shapes[projections[0]][1:])
                 if options.rank > most:
                     raise ConfigError(f"--rank {options.rank}: --lotr-start svd has {most} at most here")
-                progress(f"bases of {' and '.join(projections)}", 0, 1)
+                progress(f"bases of {in_words(projections)}", 0, 1)
                 try:
                     _, u_out, u_in = hosvd(stack, (1, options.rank, options.rank)).factors
                 except (ValueError, RuntimeError) as error:
-                    raise ModelError(
-                        f"{weights.model}: cannot decompose {' and '.join(projections)}: {error}"
-                    ) from error
-                progress(f"bases of {' and '.join(projections)}", 1, 1)
+                    raise ModelError(f"{weights.model}: cannot decompose {in_words(projections)}: {error}") from error
+                progress(f"bases of {in_words(projections)}", 1, 1)
                 bases[pair] = (u_out, u_in)
         return replace(Start.of(weights), bases=bases), notes
 

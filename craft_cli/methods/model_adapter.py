@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craft_cli.errors import ConfigError, ModelError, nearest
+from craft_cli.errors import ConfigError, ModelError, in_words, nearest
 from craft_cli.files import ADAPTER, FORMAT_VERSION, whole_folder
 from craft_cli.methods.adapter import Adapter
 from craft_cli.methods.adapter_folder import HEAD, INCLUDE, REFERENCE, SavedAdapter, write_adapter
@@ -79,7 +79,7 @@ class ModelAdapter(Adapter):
         """One line: what is adapted, and how many numbers are trained."""
         told, name = self.description, "" if self.active == DEFAULT_NAME else f" '{self.active}'"
         return (
-            f"<ModelAdapter{name}: {told.title}, {told.settings}, on {' and '.join(self.frozen.targets)} of "
+            f"<ModelAdapter{name}: {told.title}, {told.settings}, on {in_words(self.frozen.targets)} of "
             f"{self.frozen.model}; trains {self.count_parameters():,} numbers, {self.count_head_parameters():,} in the head>"
         )
 

@@ -39,7 +39,7 @@ _USE = {
     craft eval PATH                          # again, on the same data
     craft predict PATH                       # texts from standard input
 
-    adapter = craft_cli.load(model, "PATH")  # on a fresh {architecture} with num_labels={num_labels}
+    adapter = craft_cli.load(model, "PATH")  # on a fresh {fresh}
 
 With plain transformers: `craft merge PATH` writes an ordinary checkpoint.
 With PEFT: `craft merge PATH --format peft` writes a LoRA.""",
@@ -53,14 +53,11 @@ With craft: `craft eval PATH --task TASK` or `craft predict PATH`. With PEFT: no
 
     import peft, transformers
 
-    base = transformers.{architecture}.from_pretrained(
-        {base!r}, num_labels={num_labels}, pad_token_id={pad_token_id}
-    )
+    base = transformers.{architecture}.from_pretrained({loaded})
     model = peft.PeftModel.from_pretrained(base, "PATH")
 
 With plain transformers: `model.merge_and_unload(safe_merge=True).save_pretrained(...)`, or `craft merge` of the adapter.
-With craft: load the adapter that this was made from. PEFT's layout has no place for label names; they are, in order:
-{labels}.""",
+With craft: load the adapter that this was made from.{labels}""",
     HEADLESS: """The trained head is left out: the LoRA gives the hidden states of the adapted model, as for embeddings. The figures
 above were measured with the head. With PEFT (the folder is PATH):
 
@@ -146,6 +143,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
 
     training, model = record.get("training") or {}, record["model"]
     name = public_name(base)
+    generates = pipeline_of(model["architecture"]) == "text-generation"
     task = training.get("task", "not recorded")
     pipeline = (form != HEADLESS and pipeline_of(model["architecture"])) or "feature-extraction"
     data: dict[str, Any] = {
@@ -169,7 +167,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
     parts = [
         f"---\n{ModelCardData(**data).to_yaml()}\n---",
         "# " + _WHAT[form].format(title=method.title, base=_inline(name)),
-        f"Task: {task}. Labels: {labels}. Data: {_inline(_data(training))}.",
+        f"Task: {task}. {'' if generates else f'Labels: {labels}. '}Data: {_inline(_data(training))}.",
         f"Trained numbers: {record['parameters']['adapter']:,} {method.trained} {', '.join(record['targets'])} "
         f"({method.settings}), {record['parameters']['head']:,} in the head.",
         f"Licence: {licence or 'that of the base model'}. Base model: {name}"
@@ -192,10 +190,9 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
     parts.append(
         _USE[form].format(
             architecture=model["architecture"],
-            num_labels=model["num_labels"],
-            pad_token_id=model["pad_token_id"],
-            base=name,
-            labels=labels,
+            fresh=model["architecture"] + ("" if generates else f" with num_labels={model['num_labels']}"),
+            loaded=repr(name) if generates else _with_labels(name, model),
+            labels="" if generates else f" PEFT's layout has no place for label names; they are, in order:\n{labels}.",
             pipeline=pipeline,
             **_in_a_pipeline(training, pipeline),
         )
@@ -206,6 +203,11 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         recipe = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=math.inf).strip()
         parts.append(f"## Recipe\n\n```yaml\n{recipe}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _with_labels(name: str, model: Mapping[str, Any]) -> str:
+    """The arguments of `from_pretrained` for a base that gets a head."""
+    return f"\n        {name!r}, num_labels={model['num_labels']}, pad_token_id={model['pad_token_id']}\n    "
 
 
 def _in_a_pipeline(training: Mapping[str, Any], pipeline: str) -> dict[str, str]:

@@ -27,6 +27,8 @@ TOKENIZER_FILES = (
     *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.*",
 )  # fmt: skip
+GENERATION = "generation_config.json"
+"""How a language model answers where nothing else is asked for."""
 CARD = "README.md"
 """Its licence is that of what is made of it."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -141,7 +143,12 @@ class TensorReader:
             if len(names) != 1:
                 problem = "no tensor" if not names else f"{len(names)} tensors named"
                 raise ModelError(f"{self._checkpoint.name}: the checkpoint holds {problem} {wanted}")
-            found.append(LazyMatrix(self._stored(names[0]), view))
+            stored = self._stored(names[0])
+            if not view.fits(tuple(stored.shape)):
+                raise ModelError(
+                    f"{self._checkpoint.name}: {names[0]} is {tuple(stored.shape)} in the weights, which {CONFIG} contradicts"
+                )
+            found.append(LazyMatrix(stored, view))
         return found
 
     def names(self) -> Iterable[str]:

@@ -1,7 +1,8 @@
-"""Where each model family keeps its attention projections. A new family is a new row of the table.
+"""Where each model family keeps its projections. A new family is a new row of the table.
 
 Paths are relative to the base model (`model.base_model` of any head), `{layer}` stands for the number of the layer.
-The canonical names of the projections are `query`, `key`, `value` and `output`, whatever the family calls them.
+The canonical names of the projections are `query`, `key`, `value` and `output` of the attention, `gate`, `up` and `down`
+of the MLP, whatever the family calls them. An MLP of two matrices has `up` and `down` only.
 """
 
 from __future__ import annotations
@@ -10,48 +11,193 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from craft_cli.config import ALL_LINEAR, TARGETS
 from craft_cli.errors import ConfigError, ModelError, nearest
 from craft_cli.models.views import Rows, View
 
-TARGETS = ("query", "key", "value", "output")
-
-Family = Mapping[str, Callable[[Any], View]]
-"""For every canonical projection, its view in a layer, given the model's configuration."""
+Family = Callable[[Any], Mapping[str, View]]
+"""Of the model's configuration: the view of every projection that the family has."""
 
 
-def separate(attention: str, query: str, key: str, value: str, output: str) -> Family:
-    """A family with one linear module for each projection, below the path `attention`."""
-    names = {"query": query, "key": key, "value": value, "output": output}
-
-    def at(name: str) -> Callable[[Any], View]:
-        return lambda config: View(f"{attention}.{name}")
-
-    return {target: at(name) for target, name in names.items()}
+def separate(layer: str, **modules: str) -> Family:
+    """One linear module for each projection, by their paths below that of a layer."""
+    return lambda config: {name: View(f"{layer}.{module}") for name, module in modules.items()}
 
 
-_BERT = separate("encoder.layer.{layer}.attention", "self.query", "self.key", "self.value", "output.dense")
+def transposed(family: Family) -> Family:
+    """Weights stored (d_in, d_out), as transformers' Conv1D does."""
+    return lambda config: {name: replace(view, transposed=True) for name, view in family(config).items()}
+
+
+def fused(module: str, layout: Callable[[Any], tuple[Rows, Rows, Rows]]) -> Family:
+    """Query, key and value in one weight."""
+    return lambda config: {
+        name: View(module, rows) for name, rows in zip(("query", "key", "value"), layout(config), strict=True)
+    }
+
+
+def gate_and_up(module: str) -> Family:
+    """Both in one weight, the gate first."""
+
+    def views(config: Any) -> Mapping[str, View]:
+        width = config.intermediate_size
+        return {"gate": View(module, Rows(0, width)), "up": View(module, Rows(width, width))}
+
+    return views
+
+
+def joined(*families: Family) -> Family:
+    """The projections of all."""
+    return lambda config: {name: view for family in families for name, view in family(config).items()}
+
+
+# -- the rows of query, key and value in a fused weight -----------------------------------------------------------------
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Number of query heads, size of a head."""
+    heads = config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def blocks(config: Any, groups: int | None = None) -> tuple[Rows, Rows, Rows]:
+    """The query of all heads, the key of all, the value of all.
+
+    Args:
+        config: of the model.
+        groups: number of key-value heads; the configuration's, or as many as query heads, without.
+    """
+    heads, size = _heads(config)
+    groups = groups or getattr(config, "num_key_value_heads", None) or heads
+    return (
+        Rows(0, heads * size),
+        Rows(heads * size, groups * size),
+        Rows((heads + groups) * size, groups * size),
+    )
+
+
+def by_head(config: Any) -> tuple[Rows, Rows, Rows]:
+    """Head by head its query, key and value."""
+    heads, size = _heads(config)
+    return Rows(0, size, heads), Rows(size, size, heads), Rows(2 * size, size, heads)
+
+
+def by_group(config: Any, groups: int) -> tuple[Rows, Rows, Rows]:
+    """Key-value head by key-value head: the query of its query heads, its key, its value."""
+    heads, size = _heads(config)
+    queries = heads // groups * size
+    return Rows(0, queries, groups), Rows(queries, size, groups), Rows(queries + size, size, groups)
+
+
+def _falcon(config: Any) -> tuple[Rows, Rows, Rows]:
+    """40B and 11B, 7B, the others."""
+    if config.new_decoder_architecture:
+        return by_group(config, config.num_kv_heads)
+    return blocks(config, groups=1) if config.multi_query else by_head(config)
+
+
+# -- the table ----------------------------------------------------------------------------------------------------------
+
+
+_BERT = separate(
+    "encoder.layer.{layer}", query="attention.self.query", key="attention.self.key", value="attention.self.value",
+    output="attention.output.dense", up="intermediate.dense", down="output.dense",
+)  # fmt: skip
+_LLAMA = separate(
+    "layers.{layer}", query="self_attn.q_proj", key="self_attn.k_proj", value="self_attn.v_proj", output="self_attn.o_proj",
+    gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj",
+)  # fmt: skip
+
+
+def _bloom(config: Any) -> Mapping[str, View]:
+    if config.slow_but_exact and config.pretraining_tp > 1:
+        raise ModelError(
+            "slow_but_exact in its configuration computes without the layers that are adapted: set it to false"
+        )
+    return joined(
+        fused("h.{layer}.self_attention.query_key_value", by_head),
+        separate("h.{layer}", output="self_attention.dense", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
+    )(config)
+
+
+def _t5(config: Any) -> Mapping[str, View]:
+    """The encoder; version 1.1 has a gate."""
+    mlp = {"gate": "wi_0", "up": "wi_1"} if config.is_gated_act else {"up": "wi"}
+    attention = separate(
+        "encoder.block.{layer}.layer.0.SelfAttention", query="q", key="k", value="v", output="o"
+    )  # fmt: skip
+    return joined(attention, separate("encoder.block.{layer}.layer.1.DenseReluDense", **mlp, down="wo"))(config)
+
 
 FAMILIES: dict[str, Family] = {
+    # encoders
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
+    "camembert": _BERT,
     "electra": _BERT,
     "deberta-v2": separate(
-        "encoder.layer.{layer}.attention", "self.query_proj", "self.key_proj", "self.value_proj", "output.dense"
+        "encoder.layer.{layer}", query="attention.self.query_proj", key="attention.self.key_proj",
+        value="attention.self.value_proj", output="attention.output.dense", up="intermediate.dense", down="output.dense",
     ),
-    "distilbert": separate("transformer.layer.{layer}.attention", "q_lin", "k_lin", "v_lin", "out_lin"),
-    "gpt2": {  # Conv1D: one weight (d, 3 d) for query, key and value
-        "query": lambda config: View("h.{layer}.attn.c_attn", Rows(0, config.hidden_size), transposed=True),
-        "key": lambda config: View(
-            "h.{layer}.attn.c_attn", Rows(config.hidden_size, config.hidden_size), transposed=True
-        ),
-        "value": lambda config: View(
-            "h.{layer}.attn.c_attn", Rows(2 * config.hidden_size, config.hidden_size), transposed=True
-        ),
-        "output": lambda config: View("h.{layer}.attn.c_proj", transposed=True),
-    },
-    "llama": separate("layers.{layer}.self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
+    "distilbert": separate(
+        "transformer.layer.{layer}", query="attention.q_lin", key="attention.k_lin", value="attention.v_lin",
+        output="attention.out_lin", up="ffn.lin1", down="ffn.lin2",
+    ),
+    "mpnet": separate(
+        "encoder.layer.{layer}", query="attention.attn.q", key="attention.attn.k", value="attention.attn.v",
+        output="attention.attn.o", up="intermediate.dense", down="output.dense",
+    ),
+    "modernbert": joined(
+        fused("layers.{layer}.attn.Wqkv", blocks), gate_and_up("layers.{layer}.mlp.Wi"),
+        separate("layers.{layer}", output="attn.Wo", down="mlp.Wo"),
+    ),
+    "t5": _t5,
+    # decoders
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "olmo2": _LLAMA,
+    "smollm3": _LLAMA,
+    "stablelm": _LLAMA,
+    "cohere": _LLAMA,
+    "granite": _LLAMA,
+    "phi": separate(
+        "layers.{layer}", query="self_attn.q_proj", key="self_attn.k_proj", value="self_attn.v_proj",
+        output="self_attn.dense", up="mlp.fc1", down="mlp.fc2",
+    ),
+    "phi3": joined(
+        fused("layers.{layer}.self_attn.qkv_proj", blocks), gate_and_up("layers.{layer}.mlp.gate_up_proj"),
+        separate("layers.{layer}", output="self_attn.o_proj", down="mlp.down_proj"),
+    ),
+    "opt": separate(
+        "decoder.layers.{layer}", query="self_attn.q_proj", key="self_attn.k_proj", value="self_attn.v_proj",
+        output="self_attn.out_proj", up="fc1", down="fc2",
+    ),
+    "gpt2": transposed(joined(
+        fused("h.{layer}.attn.c_attn", blocks),
+        separate("h.{layer}", output="attn.c_proj", up="mlp.c_fc", down="mlp.c_proj"),
+    )),
+    "gpt_neox": joined(
+        fused("layers.{layer}.attention.query_key_value", by_head),
+        separate("layers.{layer}", output="attention.dense", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
+    ),
+    "bloom": _bloom,
+    "falcon": joined(
+        fused("h.{layer}.self_attention.query_key_value", _falcon),
+        separate("h.{layer}", output="self_attention.dense", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
+    ),
+}  # fmt: skip
+
+_REFUSED = {
+    "albert": "all layers of ALBERT are one and the same, so there is nothing to stack",
+    "gemma3": "of Gemma 3 the text models are supported (gemma3_text), not those with images",
 }
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def check_targets(targets: Sequence[str]) -> None:
@@ -60,11 +206,37 @@ def check_targets(targets: Sequence[str]) -> None:
     Raises:
         ConfigError: an unknown or repeated target, or none at all.
     """
+    if tuple(targets) == (ALL_LINEAR,):
+        return
+    if ALL_LINEAR in targets:
+        raise ConfigError(f"--targets: {ALL_LINEAR} stands alone: it names every projection")
     for target in targets:
         if target not in TARGETS:
-            raise ConfigError(f"--targets: unknown projection '{target}'{nearest(target, TARGETS)}")
+            raise ConfigError(f"--targets: unknown projection '{target}'{nearest(target, (*TARGETS, ALL_LINEAR))}")
     if not targets or len(set(targets)) != len(targets):
-        raise ConfigError(f"--targets: name each projection once, of {', '.join(TARGETS)}")
+        raise ConfigError(f"--targets: name each projection once, of {', '.join(TARGETS)}, or {ALL_LINEAR}")
+
+
+def targets_of(config: Any, targets: Sequence[str]) -> tuple[str, ...]:
+    """The projections meant: `all-linear` is every one that the model has.
+
+    Args:
+        config: the model's `PretrainedConfig`.
+        targets: canonical names, or `all-linear` alone.
+
+    Raises:
+        ConfigError: a target is unknown, or the family has none of this name.
+        ModelError: the family has no row in the table.
+    """
+    check_targets(targets)
+    views = _views(config)
+    if tuple(targets) == (ALL_LINEAR,):
+        return tuple(target for target in TARGETS if target in views)
+    for target in targets:
+        if target not in views:
+            has = ", ".join(name for name in TARGETS if name in views)
+            raise ConfigError(f"--targets: {config.model_type} has no projection '{target}'; it has {has}")
+    return tuple(targets)
 
 
 def layer_views(config: Any, targets: Sequence[str]) -> dict[str, list[View]]:
@@ -72,22 +244,33 @@ def layer_views(config: Any, targets: Sequence[str]) -> dict[str, list[View]]:
 
     Args:
         config: the model's `PretrainedConfig`.
-        targets: canonical names.
+        targets: canonical names, or `all-linear` alone.
 
     Raises:
-        ConfigError: a target is unknown.
+        ConfigError: a target is unknown, or the family has none of this name.
         ModelError: the family has no row in the table.
     """
-    check_targets(targets)
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ModelError(
-            f"no attention projections are known for models of type '{config.model_type}'; "
-            f"supported: {', '.join(sorted(FAMILIES))}"
-        )
-    layers = config.num_hidden_layers
-    views = {}
-    for target in targets:
-        template = family[target](config)
-        views[target] = [replace(template, module=template.module.format(layer=layer)) for layer in range(layers)]
-    return views
+    names, templates = targets_of(config, targets), _views(config)
+    return {
+        name: [
+            replace(templates[name], module=templates[name].module.format(layer=layer))
+            for layer in range(config.num_hidden_layers)
+        ]
+        for name in names
+    }
+
+
+def _views(config: Any) -> Mapping[str, View]:
+    kind = config.model_type
+    if kind in FAMILIES:
+        try:
+            return FAMILIES[kind](config)
+        except (ArithmeticError, AttributeError, TypeError) as error:
+            raise ModelError(f"the sizes in config.json are of no model of type '{kind}': {error}") from error
+    reason = _REFUSED.get(kind)
+    if reason is None and any(getattr(config, name, None) for name in _EXPERTS):
+        reason = "its layers are mixtures of experts, whose weights cannot be stacked by layer"
+    raise ModelError(
+        f"models of type '{kind}' cannot be adapted{f': {reason}' if reason else ''}; "
+        f"supported: {', '.join(sorted(FAMILIES))}"
+    )

@@ -16,6 +16,7 @@ from craft_cli.models.checkpoint import (
     ADAPTER,
     CARD,
     CONFIG,
+    GENERATION,
     VOCABULARIES,
     WEIGHTS,
     Checkpoint,
@@ -249,8 +250,8 @@ def _from_hub(
             files = {sibling.rfilename for sibling in info.siblings or []}
         needed = views(folder)
         if needed is None:
-            if CARD in files:
-                fetch(CARD)
+            for file in {CARD, GENERATION} & files:
+                fetch(file)
             if "tokenizer_config.json" in files:
                 fetch("tokenizer_config.json")  # names the class, which knows the other files
             names = tokenizer_patterns(folder, trusted=trusted)

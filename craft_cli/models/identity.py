@@ -22,7 +22,7 @@ from craft_cli.config import MERGED_KEY
 from craft_cli.errors import FileError, ModelError
 from craft_cli.files import cache_folder, quoted, raw_bytes, read_json, sha256_of, stamp, write_json
 from craft_cli.models.checkpoint import Checkpoint, TensorReader
-from craft_cli.models.loading import base_tensors
+from craft_cli.models.loading import base_tensors, build_empty, is_language_model, outside_base, stored_names
 
 _NOT_COMPUTED_WITH = {
     "architectures", "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id",
@@ -33,6 +33,7 @@ _NOT_COMPUTED_WITH = {
 """Of a configuration; labels and padding are the adapter's own."""
 
 _POOLER = "weights of the pooler"
+_LM_HEAD = "weights of the language model's head"
 _KEPT_FROM = 1 << 24
 """Bytes of a file whose hashes are kept: smaller ones are hashed in milliseconds."""
 
@@ -98,20 +99,26 @@ class Base:
             )
 
 
-def base_of(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Base:
+def base_of(checkpoint: Checkpoint, class_name: str = "AutoModel", cache_dir: str | Path | None = None) -> Base:
     """The base that a checkpoint is.
 
     Args:
-        checkpoint: with or without a head, which does not count.
+        checkpoint: with or without a head, which counts of a language model only.
+        class_name: of the model that is trained, see `models.loading.model_class`.
         cache_dir: where hashes of files are kept; `~/.cache/craft` without.
 
     Raises:
         ModelError: it is damaged.
     """
-    stored = base_tensors(checkpoint)
+    stored = base_tensors(checkpoint, class_name)
     reader = checkpoint.open()
     hashes = _file_hashes(reader, cache_dir)
     weights = _weights((name, hashes[there]) for name, there in stored.items())
+    with torch.device("meta"):
+        empty = build_empty(checkpoint.config(), class_name, trusted=checkpoint.trusted)
+    if is_language_model(empty):
+        head = stored_names(reader.names(), outside_base(empty), f"{empty.base_model_prefix}.")
+        weights |= _lm_head((name, hashes[there]) for name, there in head.items())
     return Base(weights, _computed_with(checkpoint.config()), _tokenizer(checkpoint))
 
 
@@ -125,19 +132,23 @@ def base_in(model: Any, dtype: torch.dtype, head: Iterable[str] = ()) -> Base:
         dtype: of the checkpoint: of a model in a narrower one, or quantised, only the configuration is known.
         head: names of the parameters that are trained in full; a pooler among them is no part of the base.
     """
+    outside = {name: model.get_parameter(name).detach() for name in outside_base(model)}
     parameters = [
         (name, parameter.detach())
         for name, parameter in model.base_model.named_parameters()
-        if not name.startswith("craft.")
+        if not name.startswith("craft.") and (model.base_model is not model or name not in outside)
     ]
+    of_the_base = is_language_model(model) and not set(outside) & set(head)
     rounded = any(torch.promote_types(tensor.dtype, dtype) != tensor.dtype for _, tensor in parameters)
     if rounded or getattr(model, "is_quantized", False):
-        parameters = []
+        parameters, of_the_base = [], False
     folder = Path(str(model.name_or_path))
     tokenizer = _tokenizer(Checkpoint(str(folder), None, folder)) if folder.is_dir() else {}
     if any(_part(name) == _POOLER for name in head):
         parameters = [(name, tensor) for name, tensor in parameters if _part(name) != _POOLER]
     weights = _weights((name, _sha256(tensor)) for name, tensor in parameters)
+    if of_the_base:
+        weights |= _lm_head((name, _sha256(tensor)) for name, tensor in outside.items())
     return Base(weights, _computed_with(model.config), tokenizer or None)
 
 
@@ -152,6 +163,12 @@ def _weights(hashes: Iterable[tuple[str, str]]) -> dict[str, str]:
     for name, value in sorted(hashes):
         digests.setdefault(_part(name), hashlib.sha256()).update(f"{name} {value}\n".encode())
     return {part: digest.hexdigest() for part, digest in digests.items()}
+
+
+def _lm_head(hashes: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """A hash of the hashes of what a language model has outside of its base; nothing where all of that is tied to it."""
+    told = "".join(f"{name} {value}\n" for name, value in sorted(hashes))
+    return {_LM_HEAD: hashlib.sha256(told.encode()).hexdigest()} if told else {}
 
 
 def _part(name: str) -> str:

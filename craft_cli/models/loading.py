@@ -53,10 +53,10 @@ def load_model(
         The model, and the names of its parameters that the checkpoint does not hold and that are random now.
 
     Raises:
-        ModelError: transformers cannot load it.
+        ModelError: transformers cannot load it, or it is to be a language model and lacks that head.
     """
     kind = model_class(class_name)
-    base_tensors(checkpoint)
+    base_tensors(checkpoint, class_name)
     with told_in_one_line(f"transformers cannot load {checkpoint.name}"), quiet_transformers():
         model, report = kind.from_pretrained(
             checkpoint.folder,
@@ -68,7 +68,12 @@ def load_model(
             **more,
         )
     model.config.id2label = output_names(model.config.id2label)
-    return model, sorted(set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]})
+    fresh = sorted(set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]})
+    if fresh and is_language_model(model):
+        raise ModelError(
+            f"{checkpoint.name} is no language model: it lacks {', '.join(fresh[:3])}; give a checkpoint with that head"
+        )
+    return model, fresh
 
 
 def build_empty(config: Any, class_name: str, *, trusted: bool = False, **more: Any) -> Any:
@@ -90,6 +95,10 @@ def build_empty(config: Any, class_name: str, *, trusted: bool = False, **more: 
         return kind._from_config(config, **more)
 
 
+RENAMED = {"embed_out.weight": "lm_head.weight"}
+"""Names on disk of parameters that transformers calls otherwise: of GPTNeoXForCausalLM."""
+
+
 def stored_names(stored: Iterable[str], wanted: Collection[str], prefix: str) -> dict[str, str]:
     """The name in a checkpoint of every parameter wanted that it holds.
 
@@ -99,15 +108,19 @@ def stored_names(stored: Iterable[str], wanted: Collection[str], prefix: str) ->
     found = {}
     for name in stored:
         modern = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        for candidate in (modern, prefix + modern, modern.removeprefix(prefix)):
+        for candidate in (modern, prefix + modern, modern.removeprefix(prefix), RENAMED.get(modern, modern)):
             if candidate in wanted:
                 found[candidate] = name
                 break
     return found
 
 
-def base_tensors(checkpoint: Checkpoint) -> dict[str, str]:
+def base_tensors(checkpoint: Checkpoint, class_name: str = "AutoModel") -> dict[str, str]:
     """The parameters of the base model without a head, and what the checkpoint calls them; a pooler may be missing.
+
+    Args:
+        checkpoint: of a base model or of one with a head.
+        class_name: whose base model it is, see `model_class`: some classes of T5 have no decoder.
 
     Raises:
         ModelError: config.json and the weights contradict each other: transformers would start what does not fit at
@@ -115,9 +128,11 @@ def base_tensors(checkpoint: Checkpoint) -> dict[str, str]:
     """
     config = checkpoint.config()
     with told_in_one_line(checkpoint.name), torch.device("meta"):
-        empty = build_empty(config, "AutoModel", trusted=checkpoint.trusted)
-    reader = checkpoint.open()
-    shapes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+        empty = build_empty(config, class_name, trusted=checkpoint.trusted)
+    reader, head = checkpoint.open(), set(outside_base(empty)) if empty.base_model is empty else set()
+    shapes = {
+        name: tuple(parameter.shape) for name, parameter in empty.base_model.named_parameters() if name not in head
+    }
     found = stored_names(reader.names(), shapes, f"{empty.base_model_prefix}.")
     for name, shape in shapes.items():
         if name not in found and "pooler." not in name:
@@ -153,7 +168,9 @@ def load_quantised(
     """
     with torch.device("meta"):
         empty = build_empty(checkpoint.config(), class_name, trusted=checkpoint.trusted)
-    trained = head_names(empty)
+    trained = outside_base(empty)  # of a language model this head is not trained, and is not quantised either
+    if is_language_model(empty):
+        trained.append(f"{_path_of(empty, empty.get_output_embeddings())}.weight")
     place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     while True:
         whole = sorted({name.rpartition(".")[0] for name in trained})
@@ -244,8 +261,26 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def class_of(model: Any) -> str:
+    """The name by which `model_class` finds a model's class; that of its family's plain model for code of a checkpoint's own."""
+    import transformers
+
+    name = type(model).__name__.removeprefix("FSDP")  # which FSDP puts before it
+    return name if hasattr(transformers, name) else "AutoModel"
+
+
+def is_language_model(model: Any) -> bool:
+    """Whether its outputs are tokens: then its head is part of what was pre-trained."""
+    return model.get_output_embeddings() is not None
+
+
 def head_names(model: Any) -> list[str]:
-    """The parameters outside the base model: the task head, whatever the family calls it.
+    """The parameters of the task head, whatever the family calls it; none of a language model, see `is_language_model`."""
+    return [] if is_language_model(model) else outside_base(model)
+
+
+def outside_base(model: Any) -> list[str]:
+    """The parameters outside the base model; what is tied to one inside is none of them.
 
     Of a class that is its own base model, they are those that the family's plain model does not have.
     """
@@ -255,3 +290,7 @@ def head_names(model: Any) -> list[str]:
     with torch.device("meta"):
         plain = {name for name, _ in build_empty(model.config, "AutoModel").named_parameters()}
     return [name for name, _ in model.named_parameters() if name not in plain and not name.startswith("craft.")]
+
+
+def _path_of(model: Any, module: Any) -> str:
+    return next(name for name, other in model.named_modules() if other is module)

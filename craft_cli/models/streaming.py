@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from craft_cli.errors import ModelError
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.damage import told_in_one_line
-from craft_cli.models.loading import base_tensors, build_empty, load_tokenizer, stored_names
+from craft_cli.models.loading import RENAMED, base_tensors, build_empty, load_tokenizer, stored_names
 from craft_cli.models.tables import Tables, settle_padding, tables_of
 from craft_cli.models.views import layer_of
 
@@ -66,7 +66,7 @@ class StreamedModel:
         self.model = _skeleton(checkpoint, class_name, told)
         self.reader = checkpoint.open()
         state = self.model.state_dict()
-        self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        self.tied: dict[str, str] = self._tied()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in self.tied}
         self._blocks = sorted({self.prefix + layer_of(path) for path in layered})
         self._buffers = {name: tensor for name, tensor in state.items() if not tensor.is_meta}
@@ -85,6 +85,11 @@ class StreamedModel:
             return self._own[name]
         return self.reader.read(self._stored[name]) if name in self._stored else self._buffers[name]
 
+    def name_on_disk(self, name: str) -> str:
+        """What a checkpoint calls a tensor of the model: as the model does, or as transformers renames it there."""
+        stored = self._stored.get(name, name)
+        return stored if stored in RENAMED else name
+
     @cached_property
     def tables(self) -> Tables:
         """The sizes of its embeddings."""
@@ -100,6 +105,8 @@ class StreamedModel:
         self, read: Read, batch: Mapping[str, Tensor], inside: AbstractContextManager[Any] | None = None
     ) -> Tensor:
         """Logits in float32, with tensors by `read`; of a model without a head what comes out of its last layer.
+
+        Where each token has some, they are (tokens, ...) of those that are not padding.
 
         Args:
             read: gives a tensor of the model by its name.
@@ -125,11 +132,22 @@ class StreamedModel:
             with inside or nullcontext():
                 output = self.model.eval()(**batch)
             logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
-            return logits.float()
+            return (logits[batch["attention_mask"].bool()] if logits.ndim == 3 else logits).float()
         finally:
             for handle in handles:
                 handle.remove()
             _empty(self.model, [name for name in names if name not in self._buffers])
+
+    def _tied(self) -> dict[str, str]:
+        """As its configuration says, but for two that a checkpoint stores with different values, as transformers does."""
+        tied = dict(self.model.all_tied_weights_keys)
+        stored = stored_names(self.reader.names(), {*tied, *tied.values()}, self.prefix)
+        for name, other in list(tied.items()):
+            if name in stored and other in stored:
+                one, two = self.reader.read(stored[name]), self.reader.read(stored[other])
+                if not torch.equal(one, two):
+                    del tied[name]
+        return tied
 
     def _stored_names(self) -> dict[str, str]:
         """The name in the checkpoint of every tensor of the model that is not its own; see `stored_names`."""
@@ -167,7 +185,7 @@ def _skeleton(checkpoint: Checkpoint, class_name: str, told: Mapping[str, Any]) 
     """The model that `from_pretrained` would build, without weights."""
     from accelerate import init_empty_weights
 
-    base_tensors(checkpoint)
+    base_tensors(checkpoint, class_name)
     config = checkpoint.config()
     config.id2label = {int(number): label for number, label in told["id2label"].items()}
     config.label2id = {label: number for number, label in config.id2label.items()}

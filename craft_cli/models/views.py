@@ -57,6 +57,14 @@ class View:
     rows: Rows | None = None
     transposed: bool = False
 
+    def fits(self, stored: tuple[int, ...]) -> bool:
+        """Whether a stored weight of this shape has these rows."""
+        if len(stored) != 2 or self.rows is None:
+            return len(stored) == 2
+        rows, total = self.rows, stored[1 if self.transposed else 0]
+        whole = rows.count > 0 and total % rows.count == 0
+        return whole and min(rows.start, rows.size - 1) >= 0 and rows.start + rows.size <= total // rows.count
+
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """(d_out, d_in) of the view into a stored weight of this shape."""
         d_out, d_in = reversed(stored) if self.transposed else stored

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from craft_cli.errors import figure
+from craft_cli.errors import figure, in_words
 from craft_cli.training.progress import Listener, Plan
 
 
@@ -40,7 +40,7 @@ class NotebookListener(Listener):
         self.close()
         for line in (
             f"{plan.model} on {plan.task}: {plan.train_examples:,} rows to train on, {plan.eval_examples:,} to evaluate on",
-            f"{plan.method} on {' and '.join(plan.targets)}, {plan.sizes}: {plan.adapter_parameters:,} numbers in the adapter, "
+            f"{plan.method} on {in_words(plan.targets)}, {plan.sizes}: {plan.adapter_parameters:,} numbers in the adapter, "
             f"{plan.head_parameters:,} in the head",
             *(f"note: {line}" for line in plan.notes),
         ):

@@ -177,7 +177,7 @@ def prepare(
     else:
         frozen = _on(weights, frozen, allow_other=config.allow_other_base)
     progress("reading the base", 0, 1)
-    base = base_of(checkpoint, config.cache_dir)
+    base = base_of(checkpoint, task.auto_model, config.cache_dir)
     if former and not config.allow_other_base:
         former.check(base, "--resume: the run" if config.resume else f"--init-from: {config.init_from}", training=True)
     progress("reading the base", 1, 1)

@@ -10,13 +10,24 @@ from typing import Any
 
 from torch import Tensor
 
-from craft_cli.config import GROUPS, METHOD_OPTIONS, RunConfig, flag, free_settings, option_names, parse_settings
+from craft_cli.config import (
+    ALL_LINEAR,
+    GROUPS,
+    METHOD_OPTIONS,
+    RunConfig,
+    flag,
+    free_settings,
+    option_names,
+    parse_settings,
+)
 from craft_cli.config.names import join_names
 from craft_cli.data.sources import DataSource
 from craft_cli.errors import ConfigError, FileError
 from craft_cli.files import MARKER, RUN, check_inputs, check_place
 from craft_cli.methods.adapter_folder import SavedAdapter, read_adapter, read_record
 from craft_cli.methods.frozen import Frozen
+from craft_cli.models.families import targets_of
+from craft_cli.models.hub import resolve
 from craft_cli.models.identity import Base
 from craft_cli.tasks.glue import task_named
 from craft_cli.training.checkpoint import TrainingState, newest_state
@@ -196,7 +207,11 @@ def _other_run(config: RunConfig, path: str) -> SavedAdapter:
     saved = read_adapter(adapter_to_start_from(path), config.cache_dir, make=True)
     if saved.method.name != config.method:
         raise ConfigError(f"--init-from: {path} was trained by {saved.method.name}; give --method {saved.method.name}")
-    if saved.frozen.targets != config.targets:
+    targets = config.targets
+    if targets == (ALL_LINEAR,):
+        base = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+        targets = targets_of(base.config(), targets)
+    if saved.frozen.targets != targets:
         theirs = ",".join(saved.frozen.targets)
         raise ConfigError(f"--init-from: {path} adapts {theirs}; give --targets {theirs}")
     problem = saved.method.unlike(saved.frozen, saved.options, config.method_options)

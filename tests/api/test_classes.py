@@ -43,8 +43,9 @@ def test_merged_and_exported_as_the_class_that_was_trained(
     family: str, kind: str, options: dict[str, Any], task_type: str | None, pico: Make
 ) -> None:
     load = getattr(transformers, kind).from_pretrained
-    model = load(pico(family), **options)
-    adapter = craft.attach(model, craft.decompose(str(pico(family)), ranks=(6, 5, 2)))
+    base = pico(family, kind=kind) if kind == "AutoModelForCausalLM" else pico(family)
+    model = load(base, **options)
+    adapter = craft.attach(model, craft.decompose(str(base), ranks=(6, 5, 2)))
     shake(adapter)
     with torch.no_grad():
         for tensor in adapter.head_state().values():
@@ -60,7 +61,7 @@ def test_merged_and_exported_as_the_class_that_was_trained(
     assert torch.allclose(output(merged), expected, atol=1e-4)
     craft.merge("adapter", "lora", format="peft")
     assert json.loads(Path("lora/adapter_config.json").read_text())["task_type"] == task_type
-    again = peft.PeftModel.from_pretrained(load(pico(family), **options), "lora")
+    again = peft.PeftModel.from_pretrained(load(base, **options), "lora")
     assert torch.allclose(output(again), expected, atol=1e-4)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import PICO, classifier, failure, invoke, shake, token_batch
+from conftest import LAYOUTS, classifier, failure, invoke, shake, token_batch
 from helpers import Cut, config, cut, lines, logits, same, tensors
 from transformers import AutoModelForSequenceClassification
 
@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "craft": {"ranks": (6, 5, 2)}, "superlora": {"rank": 3, "superlora_groups": 2}, "lora": {"rank": 3, "alpha": 3.0},
 }  # fmt: skip
 """Small ones; rank 3 of the others."""
-ALL = ("query", "key", "value", "output")
+ALL = ("all-linear",)
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, OPTIONS.get(name, {"rank": 3})) for name in METHODS),
     ("lora", {"rank": 3, "use_rslora": True, "alpha": 3.0}), ("pissa", {"rank": 4, "pissa_niter": 2}),
@@ -97,9 +97,9 @@ def test_so_do_grouped_query_and_fused_layouts(layout: str, method: str, pico: M
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", PICO)
+@pytest.mark.parametrize("family", LAYOUTS)
 @pytest.mark.parametrize(("method", "options"), VARIANTS, ids=NAMES)
-def test_so_does_every_variant_on_every_family(method: str, options: dict[str, Any], family: str, pico: Make) -> None:
+def test_so_does_every_variant_on_every_layout(method: str, options: dict[str, Any], family: str, pico: Make) -> None:
     check(method, options, pico(family))
 
 

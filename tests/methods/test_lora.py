@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import PICO, classifier, failure, invoke, shake, token_batch
+from conftest import FUSED, classifier, failure, families, invoke, shake, token_batch
 from helpers import Cut, config, cut, logits, same, tensors
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -97,7 +97,7 @@ def test_the_start_is_pefts(pico: Make) -> None:
     assert adapter.count_parameters() == 2 * 3 * 8 * 48
 
 
-@pytest.mark.parametrize("family", PICO)
+@pytest.mark.parametrize("family", families("AutoModelForSequenceClassification"))
 def test_every_family_starts_at_the_base_is_saved_merged_and_exported(family: str, pico: Make) -> None:
     base = pico(family)
     model = classifier(base)
@@ -114,7 +114,7 @@ def test_every_family_starts_at_the_base_is_saved_merged_and_exported(family: st
     plain = AutoModelForSequenceClassification.from_pretrained("dense").eval()
     assert torch.allclose(logits(plain), adapted, atol=1e-4)
     result = craft.merge("saved", "lora", format="peft")
-    assert result.rank == (6 if family == "gpt2" else 2)
+    assert result.rank == (6 if family in FUSED else 2)
     again = peft.PeftModel.from_pretrained(classifier(base), "lora").eval()
     assert torch.allclose(logits(again), adapted, atol=1e-4)
     assert json.loads(Path("lora/adapter_config.json").read_text())["task_type"] == "SEQ_CLS"

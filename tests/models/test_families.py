@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import PICO, build_pico, classifier, shake, token_batch
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from conftest import PICO, build_pico, classifier, families, shake, token_batch
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 import craft_cli as craft
+from craft_cli.config import ALL_LINEAR
 from craft_cli.errors import ConfigError, FileError, ModelError
 from craft_cli.files import read_tensors, write_tensors
 from craft_cli.models import families as projections
-from craft_cli.models.families import FAMILIES, TARGETS, layer_views
+from craft_cli.models.families import FAMILIES, layer_views
 from craft_cli.models.loading import head_names
-from craft_cli.models.views import Rows, View
+from craft_cli.models.views import View
 
 Make = Callable[..., Path]
 
@@ -31,12 +34,12 @@ def test_the_table_holds_the_families_tested() -> None:
     assert sorted(FAMILIES) == sorted(PICO)
 
 
-@pytest.mark.parametrize("family", PICO)
+@pytest.mark.parametrize("family", families("AutoModelForSequenceClassification"))
 def test_starts_at_the_base_merges_to_the_adapted_and_loads_as_saved(family: str, pico: Make) -> None:
     base = pico(family)
     model = classifier(base)
     start = logits(model)
-    factors = craft.decompose(str(base), TARGETS, (6, 5, 2))
+    factors = craft.decompose(str(base), ALL_LINEAR, (6, 5, 2))
     adapter = craft.attach(model, factors)
     assert torch.equal(logits(model), start)
 
@@ -57,7 +60,9 @@ def test_starts_at_the_base_merges_to_the_adapted_and_loads_as_saved(family: str
 
     names = {name for name, _ in model.named_parameters() if "craft" not in name}
     changed = adapter.merge()
-    assert len(changed) == len({view.module for views in layer_views(model.config, TARGETS).values() for view in views})
+    assert len(changed) == len(
+        {view.module for views in layer_views(model.config, (ALL_LINEAR,)).values() for view in views}
+    )
     assert {name for name, _ in model.named_parameters()} == names
     assert (logits(model) - adapted).abs().max() <= 1e-5 * adapted.abs().max()
     model.save_pretrained("plain")
@@ -66,47 +71,112 @@ def test_starts_at_the_base_merges_to_the_adapted_and_loads_as_saved(family: str
     assert torch.equal(logits(plain.eval()), logits(model))
 
 
-@pytest.mark.parametrize("family", PICO)
+@torch.no_grad()
+def reaching(family: str, model: Any, target: str, changed: Callable[[torch.Tensor], None] | None, view: View) -> Any:
+    """What goes into a projection, (rows, positions, d_in), where another one's output is changed in place."""
+    found: list[torch.Tensor] = []
+    to = layer_views(model.config, (target,))[target][1].module_of(model)
+    handles = [to.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].clone()))]
+
+    def change(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if changed:
+            changed(view.rows.of(output, -1) if view.rows else output)
+
+    handles.append(view.module_of(model).register_forward_hook(change))
+    ids = token_batch()["input_ids"][:2]
+    model(input_ids=ids, **({"decoder_input_ids": ids} if family == "t5" else {}))
+    for handle in handles:
+        handle.remove()
+    return found[0].reshape(*ids.shape, -1)
+
+
+def fourth_position(part: torch.Tensor) -> None:
+    part[:, 3] += torch.linspace(-2, 3, part[:, 3].numel()).view_as(part[:, 3])
+
+
+def every_position(part: torch.Tensor) -> None:
+    part += torch.linspace(-2, 3, part[0, 0].numel()).view_as(part[0, 0])
+
+
+def doubled(part: torch.Tensor) -> None:
+    part *= 2
+
+
+@pytest.mark.parametrize("family", families("AutoModel"))
+def test_projections_are_what_the_table_calls_them(family: str, pico: Make) -> None:
+    """Independent of the table: by what a change of their outputs does to what follows."""
+    model = AutoModel.from_pretrained(pico(family)).eval()
+    views = {target: layers[1] for target, layers in layer_views(model.config, (ALL_LINEAR,)).items()}
+
+    def moved(target: str, name: str, changed: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        before = reaching(family, model, target, None, views[name])
+        return (reaching(family, model, target, changed, views[name]) - before).abs()
+
+    query, key = (moved("output", name, fourth_position) for name in ("query", "key"))
+    others = torch.arange(9) != 3
+    assert query[:, 3].max() > 1e-3  # a query matters to its own position, a key to others
+    assert query[:, others].max() < 1e-6
+    assert key[:, others].max() > 1e-3
+    value = moved("output", "value", every_position)
+    assert value.min(-1).values.max() > 1e-3 or value.max() > 1e-1  # shares of it add up to it, at every position alike
+    assert (value - value[:, :1]).abs().max() < 1e-4
+    assert moved("down", "up", doubled).max() > 1e-3
+    if "gate" in views:  # act(gate) * up
+        plain = reaching(family, model, "down", None, views["up"]).abs()
+        torch.testing.assert_close(moved("down", "up", doubled), plain, rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(moved("down", "gate", doubled), plain, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", families("AutoModel"))
 def test_views_read_the_weights_that_the_family_computes_with(family: str, pico: Make) -> None:
-    """Independent of the table: replace one projection by zeros and see its own output vanish."""
-    model = classifier(pico(family))
-    shapes = {}
-    for target, views in layer_views(model.config, TARGETS).items():
+    """Take one projection off the weight, and its own output vanishes."""
+    model = AutoModel.from_pretrained(pico(family)).eval()
+    for views in layer_views(model.config, (ALL_LINEAR,)).values():
         view = views[1]
-        module = view.module_of(model.base_model)
+        module = view.module_of(model)
         weight = module.get_parameter("weight").data
         matrix = view.read(weight).clone()
-        shapes[target] = tuple(matrix.shape)
         x = torch.randn(2, matrix.shape[1])
         before = module(x)
         view.add_to_weight(weight, -matrix)
         difference = before - module(x)
         assert torch.allclose(difference[..., difference.abs().sum(0) > 0], x @ matrix.T, atol=1e-4)
-    wide = 20 if family == "llama" else 24
-    assert shapes["key"] == shapes["value"] == (wide, 24)
-    assert shapes["query"] == ((40, 24) if family == "llama" else (24, 24))
-    assert shapes["output"] == ((24, 40) if family == "llama" else (24, 24))
+
+
+def test_shapes_are_those_of_heads_and_widths(pico: Make) -> None:
+    model = AutoModel.from_pretrained(pico("llama"))
+    shapes = {
+        name: views[0].shape(views[0].stored_shape(model))
+        for name, views in layer_views(model.config, (ALL_LINEAR,)).items()
+    }
+    assert shapes == {
+        "query": (40, 24), "key": (20, 24), "value": (20, 24), "output": (24, 40), "gate": (32, 24), "up": (32, 24),
+        "down": (24, 32),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [
+    {"multi_query": True, "new_decoder_architecture": False, "bias": True},
+    {"multi_query": False, "alibi": True, "new_decoder_architecture": False, "num_kv_heads": 4},
+])  # fmt: skip
+def test_falcon_has_three_layouts(changes: dict[str, Any], pico: Make) -> None:
+    test_projections_are_what_the_table_calls_them("falcon", lambda family: pico(family, **changes))
+
+
+def test_t5_without_a_gate_has_two_matrices(pico: Make) -> None:
+    test_projections_are_what_the_table_calls_them("t5", lambda family: pico(family, feed_forward_proj="relu"))
 
 
 def test_a_later_family_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """GPT-NeoX interleaves query, key and value head by head; the table alone makes it work."""
-    monkeypatch.setitem(PICO, "gpt_neox", {
-        "vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
-        "max_position_embeddings": 48, "pad_token_id": 0, "hidden_dropout": 0.0, "attention_dropout": 0.0,
-    })  # fmt: skip
-
-    def interleaved(which: int) -> Callable[[PreTrainedConfig], View]:
-        def view(config: PreTrainedConfig) -> View:
-            size = config.hidden_size // config.num_attention_heads
-            return View(
-                "layers.{layer}.attention.query_key_value", Rows(which * size, size, config.num_attention_heads)
-            )
-
-        return view
-
-    row = {"query": interleaved(0), "key": interleaved(1), "value": interleaved(2)}
-    monkeypatch.setitem(projections.FAMILIES, "gpt_neox", row)
-    base = build_pico("gpt_neox", tmp_path / "neox")
+    """Persimmon has query, key and value head by head; the table alone makes it work."""
+    monkeypatch.setitem(PICO, "persimmon", PICO["gpt_neox"])
+    monkeypatch.setitem(
+        projections.FAMILIES,
+        "persimmon",
+        projections.fused("layers.{layer}.self_attn.query_key_value", projections.by_head),
+    )
+    base = build_pico("persimmon", tmp_path / "persimmon")
     model = classifier(base)
     start = logits(model)
     adapter = craft.attach(model, craft.decompose(str(base), ("query", "value"), (6, 5, 2)))
@@ -114,9 +184,9 @@ def test_a_later_family_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch, t
     shake(adapter)
     adapted = logits(model)
     assert (adapted - start).abs().max() > 1e-2 * start.abs().max()
-    weight = model.base_model.layers[0].attention.query_key_value.weight.detach().clone()
+    weight = model.base_model.layers[0].self_attn.query_key_value.weight.detach().clone()
     adapter.merge()
-    difference = (model.base_model.layers[0].attention.query_key_value.weight - weight).abs().sum(1).reshape(2, 3, 12)
+    difference = (model.base_model.layers[0].self_attn.query_key_value.weight - weight).abs().sum(1).reshape(2, 3, 12)
     assert (difference[:, [0, 2]] > 0).all()
     assert (difference[:, 1] == 0).all()  # no row of the key has changed
     assert (logits(model) - adapted).abs().max() <= 1e-5 * adapted.abs().max()
@@ -185,7 +255,7 @@ def test_slices_stay_float32_under_autocast(pico: Make) -> None:
 
 
 def test_targets_and_ranks_of_the_api(pico: Make) -> None:
-    factors = craft.decompose(str(pico()), TARGETS, (12, 12, 3))
+    factors = craft.decompose(str(pico()), "query,key,value,output", (12, 12, 3))
     model = classifier(pico())
     adapter = craft.attach(model, factors, targets=("key",), ranks="4,2,1")
     assert adapter.count_parameters() == 4**2 + 2**2 + 1
@@ -200,10 +270,23 @@ def test_targets_and_ranks_of_the_api(pico: Make) -> None:
 
 
 def test_an_unsupported_family_names_the_supported_ones() -> None:
-    with pytest.raises(ModelError, match="'t5'; supported: bert, deberta-v2, distilbert"):
-        layer_views(type("Config", (), {"model_type": "t5"})(), ("query",))
+    def views(kind: str, *targets: str, **more: Any) -> Any:
+        return layer_views(type("Config", (), {"model_type": kind, **more})(), targets or ("query",))
+
+    with pytest.raises(ModelError, match="'mamba' cannot be adapted; supported: bert, bloom, camembert"):
+        views("mamba")
+    with pytest.raises(ModelError, match="'albert' cannot be adapted: all layers of ALBERT are one and the same"):
+        views("albert")
+    with pytest.raises(ModelError, match="'mixtral' cannot be adapted: its layers are mixtures of experts"):
+        views("mixtral", "up", num_local_experts=8)
     with pytest.raises(ConfigError, match="unknown projection 'quer'; did you mean 'query'"):
-        layer_views(type("Config", (), {"model_type": "bert"})(), ("quer",))
+        views("bert", "quer")
+    with pytest.raises(ConfigError, match="unknown projection 'all-liner'; did you mean 'all-linear'"):
+        views("bert", "all-liner")
+    with pytest.raises(ConfigError, match="all-linear stands alone"):
+        views("bert", "query", "all-linear")
+    with pytest.raises(ConfigError, match="bert has no projection 'gate'; it has query, key, value, output, up, down"):
+        views("bert", "query", "gate")
 
 
 def test_a_damaged_adapter_is_noticed(pico: Make) -> None:
@@ -219,3 +302,16 @@ def test_a_damaged_adapter_is_noticed(pico: Make) -> None:
     Path("saved/adapter_config.json").write_text(json.dumps(record | {"method": "ia3"}))
     with pytest.raises(FileError, match="not an adapter of craft's"):
         craft.load(classifier(pico()), "saved")
+
+
+def test_sizes_that_contradict_the_weights_are_refused(pico: Make) -> None:
+    for family, sizes, told in (
+        ("falcon", {"num_kv_heads": 5}, "which config.json contradicts"),
+        ("falcon", {"num_kv_heads": 0}, "of no model of type 'falcon'"),
+        ("phi3", {"intermediate_size": 40}, "which config.json contradicts"),
+    ):
+        shutil.copytree(pico(family), family, dirs_exist_ok=True)
+        config = json.loads(Path(family, "config.json").read_text())
+        Path(family, "config.json").write_text(json.dumps(config | sizes))
+        with pytest.raises(ModelError, match=told):
+            craft.decompose(family, "all-linear", (6, 5, 2))

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import classifier, failure, opinions, save_tokenizer, write_rows
+from conftest import classifier, failure, families, opinions, save_tokenizer, write_rows
 from helpers import config, flags
 from transformers import AutoTokenizer, pipeline
 
 import craft_cli as craft
 from craft_cli.api.predictor import Predictor, load_predictor
 from craft_cli.data.sources import Split
-from craft_cli.models.families import FAMILIES
 from craft_cli.models.hub import resolve
 from craft_cli.models.tables import tables_in
 
@@ -29,7 +28,10 @@ TEXTS = [
     "this this this",
     "the film was good",
 ]
-SLOW = [pytest.param(family, marks=() if family in ("llama", "roberta") else pytest.mark.slow) for family in FAMILIES]
+FEW = [
+    pytest.param(*one.values, marks=() if one.values[0] in ("llama", "roberta") else pytest.mark.slow)
+    for one in families("AutoModelForSequenceClassification")
+]
 
 
 def change(file: str, **values: Any) -> None:
@@ -57,7 +59,7 @@ def scores(predictor: Predictor, texts: list[str]) -> torch.Tensor:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad", [0, 5, -1, None])
-@pytest.mark.parametrize("family", SLOW)
+@pytest.mark.parametrize("family", FEW)
 def test_a_text_alone_is_the_text_in_a_batch(family: str, pad: int | None, side: str, pico: Make) -> None:
     """Whatever configuration and tokenizer pad with, and on which side; without any token around a text, too."""
     if pad is None and family in ("roberta", "xlm-roberta"):
@@ -123,7 +125,7 @@ def test_token_types_beyond_the_table_are_refused_before_training(pico: Make) ->
     assert "model_input_names" in told
 
 
-@pytest.mark.parametrize("family", SLOW)
+@pytest.mark.parametrize("family", FEW)
 def test_a_text_is_cut_at_the_models_positions(family: str, pico: Make) -> None:
     trained_elsewhere(pico(family))
     change("model/tokenizer_config.json", model_max_length="gone")

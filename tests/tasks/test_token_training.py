@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PICO, failure, invoke, write_rows
+from conftest import failure, families, invoke, write_rows
 from helpers import Cut, conll, craft_command, cut, lines, same, sentences, tensors, write
 
 import craft_cli as craft
@@ -264,7 +264,7 @@ def test_the_first_loss_is_the_mean_over_the_words_of_its_update(pico: Make, wor
     assert first == pytest.approx(total / count, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", sorted(PICO))
+@pytest.mark.parametrize("family", families("AutoModelForTokenClassification"))
 def test_every_family_has_a_model_for_words(family: str, pico: Make, words: Path) -> None:
     result = craft.train(settings(pico(family), words, num_train_epochs=1, ranks="4,4,2"))
     assert dict(craft.evaluate("out").metrics) == pytest.approx(dict(result.metrics), abs=1e-5)

@@ -110,7 +110,7 @@ PICO: dict[str, dict[str, Any]] = {
     "cohere": _GROUPED | {"logit_scale": 0.25},
     "granite": _GROUPED | {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "phi": _DECODER | {"num_key_value_heads": 1, "partial_rotary_factor": 0.5, "resid_pdrop": 0.0},
-    "phi3": _GROUPED | {"sliding_window": 6},
+    "phi3": _GROUPED,
     "opt": {
         "vocab_size": 64, "max_position_embeddings": 48, "hidden_size": 24, "word_embed_proj_dim": 16, "num_hidden_layers": 3,
         "num_attention_heads": 2, "ffn_dim": 32, "dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,

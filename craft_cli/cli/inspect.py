@@ -13,6 +13,10 @@ from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_setti
 from craft_cli.errors import ConfigError, figure
 
 
+_BESIDE = 2
+"""Projections in one table of changes: with more, it is wider than a terminal."""
+
+
 @reports_errors
 @asks_hub
 @with_settings("trust_remote_code")
@@ -258,18 +262,21 @@ def _changes(projections: Any) -> None:
         )
         console.out.print()
     layers = range(len(projections[0]["change_by_layer"]))
-    columns: list[str] = []
-    cells: list[list[str]] = [[] for _ in layers]
-    for row in projections:
-        columns += [row["name"], *(["directions"] if "effective_rank_by_layer" in row else [])]
-        for layer in layers:
-            cells[layer].append(f"{row['change_by_layer'][layer]:.3f}")
-            if "effective_rank_by_layer" in row:
-                cells[layer].append(f"{row['effective_rank_by_layer'][layer]:.1f}")
-    console.table(
-        ["norm of dW in layer", *columns], [[str(layer), *row] for layer, row in zip(layers, cells, strict=True)]
-    )
-    if "directions" in columns:
+    for first in range(0, len(projections), _BESIDE):
+        if first:
+            console.out.print()
+        columns: list[str] = []
+        cells: list[list[str]] = [[] for _ in layers]
+        for row in projections[first : first + _BESIDE]:
+            columns += [row["name"], *(["directions"] if "effective_rank_by_layer" in row else [])]
+            for layer in layers:
+                cells[layer].append(f"{row['change_by_layer'][layer]:.3f}")
+                if "effective_rank_by_layer" in row:
+                    cells[layer].append(f"{row['effective_rank_by_layer'][layer]:.1f}")
+        console.table(
+            ["norm of dW in layer", *columns], [[str(layer), *row] for layer, row in zip(layers, cells, strict=True)]
+        )
+    if any("effective_rank_by_layer" in row for row in projections):
         console.out.print(
             "directions: the effective rank of dW, exp of the entropy of its singular values", soft_wrap=True
         )

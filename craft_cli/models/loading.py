@@ -89,6 +89,8 @@ def build_empty(config: Any, class_name: str, *, trusted: bool = False, **more: 
         ModelError: the class does not go with the configuration.
     """
     kind = model_class(class_name)
+    if class_name.startswith("AutoModel") and type(config) not in kind._model_mapping and not trusted:
+        raise ModelError(f"transformers has no {class_name} for models of type '{config.model_type}'")
     with told_in_one_line(f"no {class_name} can be built as {CONFIG} says"):
         if class_name.startswith("AutoModel"):
             return kind.from_config(config, trust_remote_code=trusted, **more)

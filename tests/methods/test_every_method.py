@@ -71,9 +71,8 @@ def check(method: str, options: dict[str, Any], base: Path, dtype: torch.dtype =
     start = logits(model)
     adapter = craft.attach(model, method=method, targets=ALL, **options)
     assert torch.equal(logits(model), start)
-    shapes = adapter.frozen.shapes
-    assert adapter.count_parameters() == adapter.method.count(shapes, adapter.options)
-    shake(adapter)
+    assert adapter.count_parameters() == adapter.method.count(adapter.frozen.shapes, adapter.options)
+    shake(adapter, 0.1)
     adapted = logits(model)
     assert not torch.allclose(adapted, start, atol=1e-5)
     adapter.save("saved")

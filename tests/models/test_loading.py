@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS, build_pico, classifier, failure, invoke, shake
+from helpers import flags
 from safetensors.torch import load_file, save_file
 
 import craft_cli as craft
@@ -276,3 +277,8 @@ def test_a_tokenizer_of_no_length(base: Path, longest: Any) -> None:
     else:
         with pytest.raises(ModelError, match="its model_max_length is"):
             load_tokenizer(resolve(str(base)))
+
+
+def test_a_family_without_such_a_class_is_told(pico: Callable[..., Path], data_dir: Path) -> None:
+    told = failure("train", *flags(pico("cohere"), data_dir))
+    assert told == "error: transformers has no AutoModelForSequenceClassification for models of type 'cohere'\n"

@@ -12,7 +12,6 @@ import typer
 from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
 from craft_cli.errors import ConfigError, figure
 
-
 _BESIDE = 2
 """Projections in one table of changes: with more, it is wider than a terminal."""
 

@@ -191,6 +191,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         _USE[form].format(
             architecture=model["architecture"],
             fresh=model["architecture"] + ("" if generates else f" with num_labels={model['num_labels']}"),
+            base=name,
             loaded=repr(name) if generates else _with_labels(name, model),
             labels="" if generates else f" PEFT's layout has no place for label names; they are, in order:\n{labels}.",
             pipeline=pipeline,

@@ -279,11 +279,6 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
         model, fresh = load_model(prepared.checkpoint, name, options)
     freeze_cache(model)
     agree_on_padding(model, prepared.tokenizer)
-    if fresh and not prepared.task.trains_head:
-        raise ModelError(
-            f"{prepared.checkpoint.name} is no language model: {', '.join(fresh[:3])} would be random in it; choose one that has a "
-            "language model's head"
-        )
     head = head_of(model, fresh) if prepared.task.trains_head else []
     adapter = attach_prepared(model, prepared.method, prepared.frozen, config.method_options, head, prepared.base)
     if config.gradient_checkpointing:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FUSED, build_pico, classifier, families, invoke, opinions, shake, token_batch, write_rows
+from conftest import build_pico, classifier, invoke, opinions, shake, token_batch, write_rows
 from helpers import own_config
+from picos import FUSED, families
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer

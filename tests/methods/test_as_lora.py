@@ -18,10 +18,11 @@ import peft
 import pytest
 import torch
 from accelerate import init_empty_weights
-from conftest import FUSED, PICO, build_pico, classifier, failure, families, invoke, save_tokenizer, shake, token_batch
+from conftest import build_pico, classifier, failure, invoke, save_tokenizer, shake, token_batch
 from helpers import endpoint, logits, saved_adapter
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, card_problem
+from picos import FUSED, PICO, families
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (

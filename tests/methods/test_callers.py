@@ -13,7 +13,8 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from conftest import PICO, classifier, shake, token_batch
+from conftest import classifier, shake, token_batch
+from picos import PICO
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments

@@ -11,8 +11,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import LAYOUTS, classifier, failure, invoke, shake, token_batch
+from conftest import classifier, failure, invoke, shake, token_batch
 from helpers import Cut, config, cut, lines, logits, same, tensors
+from picos import LAYOUTS
 from transformers import AutoModelForSequenceClassification
 
 import craft_cli as craft

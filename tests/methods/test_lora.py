@@ -10,8 +10,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import FUSED, classifier, failure, families, invoke, shake, token_batch
+from conftest import classifier, failure, invoke, shake, token_batch
 from helpers import Cut, config, cut, logits, same, tensors
+from picos import FUSED, families
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PICO, build_pico, classifier, families, shake, token_batch
+from conftest import build_pico, classifier, shake, token_batch
+from picos import PICO, families
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import craft_cli as craft

@@ -11,7 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import build_pico, families, shake, token_batch
+from conftest import build_pico, shake, token_batch
+from picos import families
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

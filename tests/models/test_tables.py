@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import classifier, failure, families, opinions, save_tokenizer, write_rows
+from conftest import classifier, failure, opinions, save_tokenizer, write_rows
 from helpers import config, flags
+from picos import families
 from transformers import AutoTokenizer, pipeline
 
 import craft_cli as craft

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import failure, families, invoke, write_rows
+from conftest import failure, invoke, write_rows
 from helpers import Cut, conll, craft_command, cut, lines, same, sentences, tensors, write
+from picos import families
 
 import craft_cli as craft
 from craft_cli.config import RunConfig

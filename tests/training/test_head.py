@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, families, invoke, opinions, write_rows
+from conftest import WORDS, invoke, opinions, write_rows
 from helpers import Cut, Remember, config, craft_command, cut, flags, lines, numbers, own_config, same, tensors
+from picos import families
 from sklearn.linear_model import LogisticRegression
 
 import craft_cli as craft

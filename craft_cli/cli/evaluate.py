@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from craft_cli.cli import completion
 from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
 from craft_cli.errors import ConfigError
 
@@ -25,6 +26,7 @@ def command(
             metavar="[PATH]...",
             help="Run, adapter, checkpoint or hub id; several with --submission.",
             show_default="the latest run",
+            autocompletion=completion.runs,
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="validation, or test.")] = "validation",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from craft_cli.cli import completion
 from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
 from craft_cli.errors import ConfigError, figure
 
@@ -26,6 +27,7 @@ def command(
             metavar="[PATH]...",
             help="Model, file of factors, run, adapter, sweep, or a folder of runs; several with --compare.",
             show_default="the latest run",
+            autocompletion=completion.runs,
         ),
     ] = None,
     ranks: Annotated[

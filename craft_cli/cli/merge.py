@@ -7,16 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
+from craft_cli.cli import completion
 from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
+
+Adapter = Annotated[
+    str | None,
+    typer.Argument(
+        help="Run, adapter, or an adapter's hub id.", show_default="the latest run", autocompletion=completion.runs
+    ),
+]
 
 
 @reports_errors
 @asks_hub
 @with_settings("trust_remote_code", "allow_other_base")
 def command(
-    path: Annotated[
-        str | None, typer.Argument(help="Run, adapter, or an adapter's hub id.", show_default="the latest run")
-    ] = None,
+    path: Adapter = None,
     output_dir: Annotated[
         str | None,
         typer.Option(

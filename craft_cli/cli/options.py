@@ -15,6 +15,7 @@ from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
+from craft_cli.cli import completion
 from craft_cli.config import RunConfig, flag
 from craft_cli.config.hub import offline as away_from_hub
 from craft_cli.errors import CraftError
@@ -141,6 +142,7 @@ def _option(field: dataclasses.Field[Any], hint: str, group: str, show_default: 
         help=field.metadata["help"],
         show_default=shown if show_default and default not in (None, False) else False,
         rich_help_panel=group,
+        autocompletion=completion.of_setting(field.name),
         metavar={"ranks": "OUT,IN,LAYERS", "targets": "NAMES", "text_columns": "NAMES"}.get(field.name),
     )
     return _parameter(field.name, Annotated[Optional[kind], option], None)  # noqa: UP045

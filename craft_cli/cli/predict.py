@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from craft_cli.cli import completion
 from craft_cli.cli.options import Seed, Stop, Temperature, TopP, asks_hub, generation_of, reports_errors, with_settings
 
 
@@ -19,7 +20,10 @@ from craft_cli.cli.options import Seed, Stop, Temperature, TopP, asks_hub, gener
 )  # fmt: skip
 def command(
     path: Annotated[
-        str | None, typer.Argument(help="Run, adapter, checkpoint or hub id.", show_default="the latest run")
+        str | None,
+        typer.Argument(
+            help="Run, adapter, checkpoint or hub id.", show_default="the latest run", autocompletion=completion.runs
+        ),
     ] = None,
     input: Annotated[
         str,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from craft_cli.cli import completion
 from craft_cli.cli.options import JsonFlag, reports_errors
 
 app = typer.Typer(help="List the shipped recipes, or show one to start from.", invoke_without_command=True)
@@ -29,7 +30,7 @@ def listing(context: typer.Context, json: JsonFlag = False) -> None:
 
 @app.command("show")
 @reports_errors
-def show(name: Annotated[str, typer.Argument(help="A recipe's name.")]) -> None:
+def show(name: Annotated[str, typer.Argument(help="A recipe's name.", autocompletion=completion.recipes)]) -> None:
     """Print a recipe, to start a file of your own from."""
     from craft_cli.cli import console
     from craft_cli.config import recipe_path

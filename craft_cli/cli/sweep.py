@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from craft_cli.cli import completion
 from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
 from craft_cli.config import GROUPS, RunConfig
 from craft_cli.errors import ConfigError
@@ -54,7 +55,10 @@ RetryFlag = Annotated[bool, typer.Option("--retry-failed", help="With --resume: 
 @with_settings(*_SHARED, "trust_remote_code")
 def command(
     recipe: Annotated[
-        str | None, typer.Option(help="A shipped recipe's name or a YAML file; flags override it.")
+        str | None,
+        typer.Option(
+            help="A shipped recipe's name or a YAML file; flags override it.", autocompletion=completion.recipes
+        ),
     ] = None,
     sets: SetsFlag = None,
     seeds: Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from craft_cli.cli import completion
 from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
 from craft_cli.errors import ConfigError
 
@@ -20,7 +21,10 @@ _DATA = ("task", "data_dir", "train_file", "dataset_name")
 @with_settings()
 def command(
     recipe: Annotated[
-        str | None, typer.Option(help="A shipped recipe's name or a YAML file; flags override it.")
+        str | None,
+        typer.Option(
+            help="A shipped recipe's name or a YAML file; flags override it.", autocompletion=completion.recipes
+        ),
     ] = None,
     json: JsonFlag = False,
     **settings: Any,

@@ -53,6 +53,14 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if 1e4 <= size < 1e12 else f"{value:.4g}"
 
 
+def in_bytes(size: float) -> str:
+    """A number of bytes as it is read best: 850 MB, 1.2 GB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}" if size < 10 * unit else f"{size / unit:,.0f} {name}"
+    return f"{size / 1e3:.0f} kB"
+
+
 def listed(names: Sequence[str], most: int = 20) -> str:
     """`a, b, c and 7 more`: names in a line, however many and however long they are."""
     shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in names[:most])

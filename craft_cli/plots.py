@@ -14,6 +14,8 @@ from craft_cli.files import write_bytes
 _INK, _BLUE, _ORANGE, _GREY = "#222222", "#2563a8", "#d9730d", "#9a9a9a"
 _COLOURS = (_BLUE, _ORANGE, "#3a8f4d", "#8a4fa3", "#b3323c", "#4a4a4a", "#a07d1c", "#2a9d9d")
 _MARKERS = "osD^vPX*"
+_STYLES = ("-", "--", "-.", ":")
+"""Lines and marks differ, so that a picture is read without its colours."""
 
 
 def training_curve(
@@ -51,7 +53,7 @@ def curve_figure(
     left.plot([x["step"] for x in steps], [x["loss"] for x in steps], color=_BLUE, linewidth=1.4, label="training loss")
     left.plot(
         [x["step"] for x in evaluations], [x["eval_loss"] for x in evaluations],
-        color=_BLUE, linewidth=1.4, linestyle="--", label="validation loss",
+        color=_BLUE, linewidth=1.4, linestyle="--", marker="s", markersize=3, label="validation loss",
     )  # fmt: skip
     left.set_xlabel("update")
     left.set_ylabel("loss", color=_BLUE)
@@ -65,7 +67,7 @@ def curve_figure(
         [x["step"] for x in evaluations], [x[f"eval_{shown}"] for x in evaluations],
         color=_ORANGE, marker="o", markersize=3.5, linewidth=1.4, clip_on=False, label=f"validation {shown}",
     )  # fmt: skip
-    for (name, metrics), style in zip(baselines.items(), (":", "-."), strict=False):
+    for (name, metrics), style in zip(baselines.items(), (":", "-.", (0, (1, 4)), (0, (6, 3))), strict=False):
         if shown in metrics:
             right.axhline(metrics[shown], color=_GREY, linewidth=1.2, linestyle=style, label=name.replace("_", " "))
     for line in [line for line in evaluations if abs(line["epoch"] - best) < 1e-5][:1]:
@@ -80,33 +82,45 @@ def curve_figure(
     return figure
 
 
-def spectra(decompositions: Mapping[str, Any], path: Path, title: str) -> None:
-    """Singular values of every mode, normalised, one panel a mode, one line a projection; ranks kept are marked."""
-    _save(spectra_figure(decompositions, title), path)
+def spectra(decompositions: Mapping[str, Any], chance: Mapping[str, Any], path: Path, title: str) -> None:
+    """Singular values of every mode, one panel a mode, one line a projection, beside those of a random tensor."""
+    _save(spectra_figure(decompositions, chance, title), path)
 
 
-def spectra_figure(decompositions: Mapping[str, Any], title: str) -> Any:
-    """The same as a figure."""
+def spectra_figure(decompositions: Mapping[str, Any], chance: Mapping[str, Any], title: str) -> Any:
+    """The same as a figure.
+
+    Args:
+        decompositions: by projection.
+        chance: numbers and singular values of a random tensor by mode, by projection; alike for those of one shape.
+        title: above it.
+    """
     figure, axes = _figure(3)
-    for mode, (name, axis) in enumerate(zip(("layer", "out", "in"), axes, strict=True)):
-        for colour, (target, decomposition) in zip(_COLOURS, decompositions.items(), strict=False):
+    for mode, (name, axis) in enumerate(zip(("layer", "output", "input"), axes, strict=True)):
+        shapes: dict[tuple[int, ...], str] = {}
+        for target, decomposition in decompositions.items():
+            shapes.setdefault(decomposition.shape, target)
+        for shape, target in shapes.items():
+            numbers, values = chance[target][mode]
+            named = f" of {'x'.join(map(str, shape))}" if len(shapes) > 1 else ""
+            axis.plot(numbers, values, color=_GREY, linewidth=2.5, alpha=0.7, label=f"random tensor{named}")
+        for number, (target, decomposition) in enumerate(decompositions.items()):
             values = decomposition.spectra[mode] / max(float(decomposition.spectra[mode][0]), 1e-30)
             rank = decomposition.ranks[mode]
-            numbers = range(1, len(values) + 1)
-            axis.plot(
-                numbers,
-                values.tolist(),
-                color=colour,
-                linewidth=1.4,
-                label=target,
-                marker="." if len(values) < 50 else "",
-            )
-            axis.plot([rank], [float(values[rank - 1])], "o", color=colour, markersize=6)
-        axis.set_xlabel(f"{name} mode: singular value number")
+            style = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _STYLES[number % len(_STYLES)]}
+            marker = _MARKERS[number % len(_MARKERS)]
+            axis.plot(range(1, len(values) + 1), values.tolist(), linewidth=1.4, **style)
+            axis.plot([rank], [float(values[rank - 1])], marker, color=style["color"], markersize=7)
+            axis.plot([], [], marker=marker, markersize=7, linewidth=1.4, label=target, **style)
+        axis.set_xlabel(f"number of the singular value ({name} mode)")
         axis.set_ylim(0, 1.05)
         axis.set_xlim(left=0)
-    axes[0].set_ylabel("singular value / largest")
-    axes[2].legend(frameon=False, title="projection (dot: rank kept)", alignment="left")
+    axes[0].set_ylabel("singular value / largest one")
+    handles, labels = axes[2].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9,
+        title="projection; its mark stands at the rank kept", title_fontsize=9,
+    )  # fmt: skip
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK)
     return figure
 

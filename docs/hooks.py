@@ -85,11 +85,13 @@ def _about(command: Any) -> Iterator[str]:
 
 
 def _parameter(parameter: Any) -> Iterator[str]:
+    from craft_cli.cli.usage import takes
+
     if parameter.param_type_name == "argument":
         names, value = f"`{(parameter.metavar or parameter.name).strip('[].').upper()}`", ""
     else:
         names = ", ".join(f"`{name}`" for name in parameter.opts + parameter.secondary_opts)
-        value = "" if parameter.is_flag else f" *{parameter.metavar or _type(parameter)}*"
+        value = "" if parameter.is_flag else f" *{takes(parameter)}*"
     default = parameter.default
     if isinstance(parameter.show_default, str):
         default = parameter.show_default
@@ -97,13 +99,6 @@ def _parameter(parameter: Any) -> Iterator[str]:
         default = None
     yield names + value
     yield f":   {_escaped((parameter.help or '').strip())}" + (f" Default: `{default}`." if default else "")
-
-
-def _type(parameter: Any) -> str:
-    """Of an option's value; older versions of Typer keep it in another place."""
-    kept = getattr(parameter, "type_descriptor", None)
-    name = getattr(kept.annotation, "__name__", "str") if kept else parameter.type.name
-    return {"str": "text", "int": "integer", "float": "number"}.get(name, name)
 
 
 def _escaped(text: str) -> str:

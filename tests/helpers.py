@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import io
 import json
 import os
 import pty
@@ -31,9 +32,11 @@ from conftest import (
     write_rows,
 )
 from loopback_hub import LoopbackHub
+from rich.cells import cell_len
 from safetensors.torch import load_file
 
 import craft_cli as craft
+from craft_cli.cli import console
 from craft_cli.config import RunConfig
 from craft_cli.data.sources import DataSource, Split
 from craft_cli.errors import DataError
@@ -116,6 +119,45 @@ def on_a_terminal(command: Sequence[str], columns: int, **settings: str) -> str:
     os.close(main)
     assert process.wait(60) == 0
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def at(width: int | None, shown: Callable[[], None]) -> str:
+    """What it shows on a terminal so wide, or in a file."""
+    stream = Screen() if width else io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        for it in (console.out, console.err):
+            patch.setattr(it, "_file", stream)
+            patch.setattr(it, "_width", width or 10_000)
+            patch.setattr(it, "_color_system", None)
+        shown()
+    return stream.getvalue()
+
+
+def words_of(text: str) -> set[str]:
+    """Its words without lines and frames, and without what was shortened."""
+    words = text.replace("│", " ").split()
+    return {word for word in words if not set(word) <= set("─╭╮╰╯") and not word.endswith("…")}
+
+
+def whole_at_any_width(shown: Callable[[], None]) -> None:
+    """At every width: whole words, no line too long unless it is one word, and a table says which columns it left out."""
+    whole = at(None, shown)
+    words, first = words_of(whole), set(whole.split("\n", 1)[0].split())
+    for width in (40, 60, 80, 120):
+        text = at(width, shown)
+        table, left_out, _ = text.partition("too narrow for: ")
+        assert words_of(table) <= words, (width, text)
+        if not left_out and "…" not in text:  # rows in lines do without the first heading
+            assert words - words_of(table) <= first, (width, text)
+        for line in [line for line in table.splitlines() if not line.startswith("note: ")]:  # these can be copied
+            assert cell_len(line.rstrip()) <= width or max(map(cell_len, line.split())) > width - 2, (width, text)
 
 
 class Remember(Listener):

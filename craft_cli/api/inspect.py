@@ -19,7 +19,7 @@ from craft_cli.plots import spectra
 from craft_cli.training.find import find_run
 from craft_cli.training.run import Run, find_adapter
 from craft_cli.tucker import MODES, TuckerTensor, stack_shape
-from craft_cli.tucker.chance import random_energy
+from craft_cli.tucker.chance import random_curves, random_energy
 
 _MOST_PRODUCTS = 1 << 34
 """About as many take seconds as singular values."""
@@ -80,7 +80,9 @@ def inspect(
     if plot:
         if not inspection.decompositions:
             raise ConfigError(f"--plot: {path} is a model; decompose it and plot the file of factors")
-        spectra(inspection.decompositions, Path(plot).expanduser(), f"Spectra of {inspection.facts['base_model']}")
+        chance = {name: random_curves(kept.shape) for name, kept in inspection.decompositions.items()}
+        title = f"Singular values of the stacked weights of {inspection.facts['base_model']}"
+        spectra(inspection.decompositions, chance, Path(plot).expanduser(), title)
     return inspection
 
 

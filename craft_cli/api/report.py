@@ -18,6 +18,7 @@ from craft_cli.plots import curve_figure, spectra_figure, svg
 from craft_cli.tasks.metrics import averages
 from craft_cli.training.progress import BASELINES
 from craft_cli.training.run import Run
+from craft_cli.tucker.chance import random_curves
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1d2430; --soft: #5d6776; --line: #d9dee5; }
@@ -69,7 +70,9 @@ def write_page(
         _section("Projections", _projections(found.projections), _ENERGY if found.decompositions else ""),
     ]
     if found.decompositions:
-        picture = _image(spectra_figure(found.decompositions, ""), "Singular values of every mode")
+        chance = {name: random_curves(kept.shape) for name, kept in found.decompositions.items()}
+        title = f"Singular values of the stacked weights of {found.facts['base_model']}"
+        picture = _image(spectra_figure(found.decompositions, chance, title), title)
         parts.append(_section("Spectra", picture))
     if found.kind != "factors":
         parts.append(
@@ -203,14 +206,16 @@ def _heat(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = []
         for row in rows:
             value = row["change_by_layer"][layer]
-            part = value / largest
-            colour = ",".join(
-                str(round(white + part * (dark - white))) for white, dark in ((247, 8), (250, 64), (253, 129))
-            )
-            ink = "#fff" if part > 0.55 else "#1d2430"
-            cells.append(f'<td style="background:rgb({colour});color:{ink}">{value:.3g}</td>')
+            cells.append(_shaded(value / largest, f"{value:.3g}"))
         body.append(f"<tr><td>layer {layer}</td>{''.join(cells)}</tr>")
     return f'<table class="heat"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+
+
+def _shaded(part: float, text: str) -> str:
+    """A cell, the darker the larger its part of one."""
+    colour = ",".join(str(round(white + part * (dark - white))) for white, dark in ((247, 8), (250, 64), (253, 129)))
+    ink = "#fff" if part > 0.55 else "#1d2430"
+    return f'<td style="background:rgb({colour});color:{ink}">{escape(text)}</td>'
 
 
 def _image(figure: Any, text: str) -> str:
@@ -224,10 +229,11 @@ def _training(run: Run, facts: Mapping[str, Any]) -> str:
         metric = next(iter(facts.get("metrics") or {"loss": 0}))
         told = [line for line in lines if isinstance(line, dict)]
         baselines = {name: facts[name] for name in BASELINES if name in facts}
-        figure = curve_figure(told, metric, "", baselines, facts.get("epoch") or 0.0)
+        title = f"Loss and {metric} over the updates of {run.path.name}"
+        figure = curve_figure(told, metric, title, baselines, facts.get("epoch") or 0.0)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "<p>metrics.jsonl is missing or damaged.</p>"
-    return _image(figure, f"Training loss and validation {metric} over the updates")
+    return _image(figure, title)
 
 
 def _confusion(path: str, *, trusted: bool) -> str:
@@ -259,5 +265,14 @@ def _confusion_table(result: Evaluation) -> str:
         labels += f"<p>Expected calibration error: {result.ece:.4f}</p>"
     if result.confusion is None:
         return told + labels
-    rows = [[label, *row] for label, row in zip(result.labels, result.confusion, strict=True)]
-    return told + _table(["gold (down), predicted", *result.labels], rows) + "<br>" + labels
+    note = '<p class="note">Gold labels down, predicted ones across. Darker is a larger share of the gold label.</p>'
+    return told + note + _confused(result.labels, result.confusion) + "<br>" + labels
+
+
+def _confused(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
+    head = "".join(f'<th scope="col">{escape(label)}</th>' for label in labels)
+    body = "".join(
+        f"<tr><td>{escape(label)}</td>{''.join(_shaded(count / (sum(row) or 1), f'{count:,}') for count in row)}</tr>"
+        for label, row in zip(labels, matrix, strict=True)
+    )
+    return f'<table class="heat"><thead><tr><th scope="col">gold, predicted</th>{head}</tr></thead><tbody>{body}</tbody></table>'

@@ -18,10 +18,10 @@ from craft_cli.tasks.inference import predict_batches
 from craft_cli.training import loop
 from craft_cli.training.compile import refusal
 from craft_cli.training.launch import settle_environment
+from craft_cli.training.memory import peak
 from craft_cli.training.notebook import NotebookListener, in_notebook
 from craft_cli.training.progress import Listener, TrainResult
 from craft_cli.training.run import RUNS
-from craft_cli.training.schedule import Timetable
 from craft_cli.training.setup import Training, make_accelerator, set_up
 from craft_cli.training.signals import end_by
 from craft_cli.training.trackers import finish_trackers
@@ -88,7 +88,7 @@ def _close(training: Training) -> TrainResult:
         journal.keep_last(training.step, training.epoch)
     result = _result(training)
     if training.config.dry_run:
-        result = replace(result, estimate=_estimate(training, result.seconds))
+        result = _estimated(training, result)
     elif training.stopped:
         listener.interrupted(training.step, training.run_folder, resumable=True)
     elif run and main:
@@ -140,16 +140,17 @@ def _remarks(training: Training) -> list[str]:
     return found
 
 
-def _estimate(training: Training, update: float) -> float:
-    """Evaluate one batch; the seconds of the whole loop, where an update takes as many as the one that was made."""
+def _estimated(training: Training, result: TrainResult) -> TrainResult:
+    """Evaluate one batch; with the seconds of the whole loop, where an update takes as many as the one that was made."""
     began = time.perf_counter()
     _evaluate_a_batch(training)
     batch = time.perf_counter() - began
-    config = replace(training.config, dry_run=False)
-    timetable = Timetable(config, training.prepared.train.lengths, training.update_size)
+    timetable = training.whole_timetable
     evaluations = sum(timetable.evaluates(step) for step in range(timetable.total + 1))
     batches = sum(-(-len(part) // training.prepared.eval_batch) for part in training.prepared.validation.values())
-    return update * timetable.total + batch * batches * evaluations / training.accelerator.num_processes
+    seconds = result.seconds * timetable.total + batch * batches * evaluations / training.accelerator.num_processes
+    memory, held = training.memory, peak(training.accelerator.device)
+    return replace(result, estimate=seconds, planned=timetable.total, memory=memory, peak=held)
 
 
 def _evaluate_a_batch(training: Training) -> None:

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from craft_cli.cli import decompose, doctor, evaluate, inspect, merge, methods, predict, recipes, sweep, train
-
-
-class _Group(TyperGroup):
-    """Its flags not given are False, not None: None is sent through pydantic by typer, whose import takes long."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for parameter in self.get_params(ctx):
-            if parameter.default is None and getattr(parameter, "is_flag", False):
-                parameter.default = False
-        return super().parse_args(ctx, args)
-
+from craft_cli.cli.usage import Command, Group
 
 app = typer.Typer(
     name="craft",
-    cls=_Group,
+    cls=Group,
     help="Fine-tune a transformer by a few thousand numbers over frozen Tucker factors (CRAFT), "
     "and get a plain Hugging Face checkpoint back.",
     no_args_is_help=True,
@@ -33,15 +21,15 @@ app = typer.Typer(
         "token_normalize_func": lambda name: name.replace("_", "-"),  # --a_b is --a-b
     },
 )
-app.command("decompose")(decompose.command)
-app.command("train")(train.command)
-app.command("sweep")(sweep.command)
-app.command("eval")(evaluate.command)
-app.command("predict")(predict.command)
-app.command("merge")(merge.command)
-app.command("inspect")(inspect.command)
-app.command("methods")(methods.command)
-app.command("doctor")(doctor.command)
+app.command("decompose", cls=Command)(decompose.command)
+app.command("train", cls=Command, epilog=train.EXAMPLES)(train.command)
+app.command("sweep", cls=Command)(sweep.command)
+app.command("eval", cls=Command)(evaluate.command)
+app.command("predict", cls=Command)(predict.command)
+app.command("merge", cls=Command)(merge.command)
+app.command("inspect", cls=Command)(inspect.command)
+app.command("methods", cls=Command)(methods.command)
+app.command("doctor", cls=Command)(doctor.command)
 app.add_typer(recipes.app, name="recipes")
 
 

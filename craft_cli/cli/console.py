@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import shlex
+import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.padding import Padding
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, Task, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from craft_cli.errors import CraftError, as_json, below_home, figure, in_words, is_utf8, listed, plain
-
-if TYPE_CHECKING:
-    from craft_cli.training.progress import Plan
+from craft_cli.errors import CraftError, as_json, below_home, figure, is_utf8, plain
 
 for _stream in (sys.stdout, sys.stderr):  # a code page or an ASCII pipe must not end a run, nor make two names alike
     if hasattr(_stream, "reconfigure"):
@@ -40,6 +31,12 @@ for _stream in (sys.stdout, sys.stderr):  # a code page or an ASCII pipe must no
 
 _TEXT_WIDTH = 30
 """A column of texts is not narrower."""
+_FILE_TEXT = 120
+"""Nor are texts longer, where no terminal says how wide it is."""
+_BAR = 8
+"""A bar is not shorter."""
+_NUMBER = re.compile(r"[+-]?\.?\d")
+"""How a number begins, or what is made of numbers."""
 
 
 class _Console(Console):
@@ -59,7 +56,7 @@ class _Console(Console):
             discard(sys.stderr)  # the terminal is closed, or `craft train 2>&1 | head`: it goes on in silence
 
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def discard(stream: Any) -> None:
@@ -70,7 +67,7 @@ def discard(stream: Any) -> None:
 
 out = _Console(highlight=False)
 if not out.is_terminal:
-    out.width = max(out.width, 120)  # a file has no width; let no table break there
+    out.width = 10_000  # a file has no width: its tables are whole
 err = _Console(stderr=True, highlight=False)
 
 
@@ -101,44 +98,138 @@ def print_json(content: Any) -> None:
     print(as_json(content, indent=2, ascii=not is_utf8(sys.stdout)))
 
 
+class Verbatim(str):
+    """A command or a path as a fact: it is never broken, so that it can be copied."""
+
+    __slots__ = ()
+
+
 def facts(pairs: Mapping[str, Any], *, rename: bool = True) -> None:
-    """Names and values, a line each; values are never broken, so that paths can be copied."""
-    pairs = {
-        name.replace("_", " ") if rename else name: show(value) for name, value in pairs.items() if value is not None
-    }
-    width = max(map(len, pairs))
-    for name, value in pairs.items():
-        out.print(f"[bold]{name:<{width}}[/]  ", end="")
-        out.print(value, markup=False, soft_wrap=True)
+    """Names and values on stdout; on a terminal broken between words, in a file a line each."""
+    told = {name.replace("_", " ") if rename else name: value for name, value in pairs.items() if value is not None}
+    for line in hanging(told, out.width if out.is_terminal else None):
+        out.print(line, soft_wrap=True)
 
 
-def sentences(pairs: Mapping[str, str]) -> None:
-    """Names and what is said of them; on a terminal broken between words, in a file a line each."""
-    if not out.is_terminal:
-        facts(pairs, rename=False)
+def header(title: str, pairs: Mapping[str, Any]) -> None:
+    """Names and values on stderr, in a frame where all of them fit into one."""
+    lines = hanging(pairs, err.width - 4)
+    if all(line.cell_len <= err.width - 4 for line in lines):
+        err.print(Panel(Text("\n").join(lines), title=title, title_align="left", expand=False))
         return
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column()
-    for name, text in pairs.items():
-        grid.add_row(escape(show(name)), escape(show(text)))
-    out.print(grid)
+    for line in (Text(title, "bold"), *lines):
+        err.print(line, soft_wrap=True)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], below: Sequence[Sequence[Any]] = ()) -> None:
-    """A table on stdout, and sums below it; all columns but the first are numbers, to the right."""
+def hanging(pairs: Mapping[str, Any], width: int | None) -> list[Text]:
+    """Names and values in lines so wide; a value that does not fit beside its name stands below it."""
+    indent = max(cell_len(plain(name)) for name in pairs) + 2
+    lines: list[Text] = []
+    for name, value in pairs.items():
+        text, head = show(value), Text(plain(name), "bold")
+        whole = width is None or isinstance(value, (Path, Verbatim))
+        words = [text] if whole else text.split(" ")
+        room = (width or 0) - indent
+        beside = width is None or max(map(cell_len, words)) <= room >= min(_TEXT_WIDTH // 2, cell_len(text))
+        if not beside and whole and cell_len(text) > (width or 0) - 2:
+            beside = True  # it fits nowhere: the terminal goes on in its next line
+        parts = wrapped(words, room if beside else (width or 0) - 2)
+        if beside:
+            lines.append(head + Text(" " * (indent - head.cell_len) + parts.pop(0)))
+        else:
+            lines.append(head)
+        lines += [Text(" " * (indent if beside else 2) + part) for part in parts]
+    return lines
+
+
+def wrapped(words: Sequence[str], width: int) -> list[str]:
+    """Words in lines so wide; a longer one has a line of its own."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if cell_len(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def line(to: Console, head: str, parts: Sequence[str]) -> None:
+    """A name and what is told of it; on a narrow terminal on several lines, no value apart from its name."""
+    lines = wrapped(head.split(" "), to.width) if to.is_terminal else [head]
+    for part in parts:
+        if not to.is_terminal or cell_len(f"{lines[-1]}  {part}") <= to.width:
+            lines[-1] += f"  {part}"
+        else:
+            lines += [f"    {it}" for it in wrapped(part.split(" "), to.width - 4)]
+    text = Text("\n".join(lines))
+    text.highlight_words(["best so far"], "green")
+    to.print(text, soft_wrap=True)
+
+
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    below: Sequence[Sequence[Any]] = (),
+    *,
+    drop: Sequence[str] = (),
+    texts: Sequence[str] = (),
+) -> None:
+    """A table on stdout; no word and no number of it is ever broken.
+
+    What is too wide for the terminal is made narrower in this order: `texts` are shortened, headings go on several lines,
+    the columns of `drop` are left out, and last, each row becomes lines of names and values.
+
+    Args:
+        columns: their headings.
+        rows: their cells.
+        below: sums.
+        drop: headings of the columns that can be left out, the least needed first.
+        texts: headings of the columns that can be shortened.
+    """
+    columns = [plain(column) for column in columns]
+    cells = [[show(value) for value in row] for row in (*rows, *below)]
+    for broken, dropped in ((False, 0), *((True, number) for number in range(len(drop) + 1))):
+        kept = [number for number, name in enumerate(columns) if name not in drop[:dropped]]
+        widths = {}
+        for number in kept:
+            heading = max(map(cell_len, columns[number].split(" "))) if broken else cell_len(columns[number])
+            widest = max((cell_len(row[number]) for row in cells), default=0)
+            widths[number] = max(heading, min(widest, _TEXT_WIDTH) if columns[number] in texts else widest)
+        spare = out.width - sum(widths.values()) - 3 * (len(kept) - 1)
+        if spare >= 0:
+            for number in kept:
+                if columns[number] in texts:
+                    widths[number] += spare // len(texts)
+            _grid(columns, cells, len(rows), widths, texts)
+            if dropped:
+                out.print(f"too narrow for: {', '.join(drop[:dropped])}", style="dim", soft_wrap=True)
+            return
+    for row in cells:
+        told = [(name, cell) for name, cell in zip(columns, row, strict=True) if cell]
+        head = f"{columns[0]} {row[0]}".lstrip() if _NUMBER.match(row[0]) else row[0]
+        line(out, head, [f"{name} {cell}" for name, cell in told[bool(row[0]) :] if name not in texts])
+        for text in [cell for name, cell in told if name in texts]:
+            out.print(Padding(_short(text), (0, 0, 0, 2)))
+
+
+def _grid(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], rows: int, widths: Mapping[int, int], texts: Sequence[str]
+) -> None:
+    """A table of the columns that have a width, with what comes after so many rows below a line; numbers to the right."""
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for number, column in enumerate(columns):
-        grid.add_column(
-            escape(plain(column)), justify="left" if number == 0 else "right", overflow="fold", no_wrap=number < 3
-        )
-    for row in rows:
-        grid.add_row(*[escape(show(value)) for value in row])
-    if below:
-        grid.add_section()
-    for row in below:
-        grid.add_row(*[escape(show(value)) for value in row])
+    for number, width in widths.items():
+        numbers = number > 0 and any(_NUMBER.match(row[number]) for row in cells)
+        flexible = {"max_width": width} if columns[number] in texts else {"width": width}
+        grid.add_column(escape(columns[number]), justify="right" if numbers else "left", **flexible)  # type: ignore[arg-type]
+    for count, row in enumerate(cells):
+        if count == rows:
+            grid.add_section()
+        grid.add_row(*[_short(row[n]) if columns[n] in texts else escape(row[n]) for n in widths])
     out.print(grid)
+
+
+def _short(text: str) -> Text:
+    return Text(text[: min(out.width, _FILE_TEXT)], no_wrap=True, overflow="ellipsis")
 
 
 def label_table(by_label: Mapping[str, Mapping[str, float]], confusion: Sequence[Sequence[int]] | None = None) -> None:
@@ -157,36 +248,20 @@ def label_table(by_label: Mapping[str, Mapping[str, float]], confusion: Sequence
 
 
 def mistakes_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Wrong answers, their texts cut to the width or on lines of their own; a file that all are of is not named."""
+    """Wrong answers with their texts; a file that all are of is not named."""
     if not rows:
         out.print("no wrong answers")
         return
     one_file = len({row["place"].rpartition(", ")[0] for row in rows}) == 1
     names = [name for name in rows[0] if name != "texts"]
     titles = [{"place": "row", "label": "gold", "prediction": "predicted"}.get(name, name) for name in names]
-    cells = [[show(row[name]) or "-" for name in names] for row in rows]
-    for line in cells:
-        line[0] = line[0].rpartition(", " if one_file else "/")[2]
-    texts = [
-        [Text(plain(" ".join(it.split()))[: out.width], no_wrap=True, overflow="ellipsis") for it in row["texts"]]
-        for row in rows
+    texts = ["text" if number == 0 else f"text {number + 1}" for number in range(len(rows[0]["texts"]))]
+    cells = [
+        [show(row[name]) or "-" for name in names] + [" ".join(text.split()) for text in row["texts"]] for row in rows
     ]
-    taken = sum(max(map(cell_len, column)) + 3 for column in zip(titles, *cells, strict=True))
-    if taken + _TEXT_WIDTH * len(texts[0]) > out.width:
-        for line, parts in zip(cells, texts, strict=True):
-            told = [f"{title} {cell}" for title, cell in zip(titles[1:], line[1:], strict=True)]
-            out.print(f"{line[0]}: {', '.join(told)}", markup=False)
-            for part in parts:
-                out.print(Padding(part, (0, 0, 0, 2)))
-        return
-    grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for title, name in zip(titles, names, strict=True):
-        grid.add_column(title, justify="right" if isinstance(rows[0][name], float) else "left", no_wrap=True)
-    for number in range(len(texts[0])):
-        grid.add_column("text" if number == 0 else f"text {number + 1}")
-    for line, parts in zip(cells, texts, strict=True):
-        grid.add_row(*map(escape, line), *parts)
-    out.print(grid)
+    for row in cells:
+        row[0] = row[0].rpartition(", " if one_file else "/")[2]
+    table([*titles, *texts], cells, texts=texts)
 
 
 def show(value: Any) -> str:
@@ -206,26 +281,71 @@ def show(value: Any) -> str:
     return plain(str(value))
 
 
+def duration(seconds: float) -> str:
+    """`2 h 5 min`, `12 min` or `40 s`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def percent(value: float) -> str:
     """A part of one as a percentage."""
     return f"{100 * value:.1f}%"
 
 
+class Bars(Progress):
+    """Progress bars on stderr that vanish when done. At any width they keep what is done, of how many, and the time left."""
+
+    def __init__(self) -> None:
+        super().__init__(console=err, transient=True, disable=not err.is_terminal, expand=True)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """One line for each task: name, bar, count, time left, and as much of its details as there is room for."""
+        for task in self.tasks:
+            if task.visible:
+                yield self._line(task)
+
+    def show(self, what: str, done: int, total: int | None, details: Sequence[str] = (), left: str = "") -> None:
+        """Draw a bar as far as this.
+
+        Args:
+            what: its name; a bar that is behind what it showed begins anew.
+            done: of it.
+            total: of it; unknown without.
+            details: told beside it, the most important first.
+            left: the time left; by the speed so far without.
+        """
+        task = next((it for it in reversed(self.tasks) if it.description == what), None)
+        number = self.add_task(what, total=total) if task is None or task.completed > done else task.id
+        self.update(
+            number, completed=done, total=total, visible=total is None or done < total, details=details, left=left
+        )
+
+    def _line(self, task: Task) -> RenderableType:
+        total = "?" if task.total is None else f"{task.total:,.0f}"
+        left = task.fields.get("left") or str(TimeRemainingColumn(elapsed_when_finished=True).render(task))
+        kept = f"{task.completed:,.0f}/{total} {left}"
+        room = err.width - cell_len(task.description) - cell_len(kept) - 2
+        for detail in task.fields.get("details", ()):
+            if room - cell_len(detail) - 2 < _BAR:
+                break
+            room, kept = room - cell_len(detail) - 2, f"{kept}  {detail}"
+        parts: list[RenderableType] = [plain(task.description), plain(kept)]
+        if room >= _BAR:
+            parts.insert(1, ProgressBar(task.total, task.completed, min(room, 40), pulse=task.total is None))
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        for _ in parts:
+            grid.add_column(no_wrap=True, overflow="crop")
+        grid.add_row(*[Text(part) if isinstance(part, str) else part for part in parts])
+        return grid
+
+
 @contextmanager
 def bars() -> Iterator[Callable[[str, int, int], None]]:
     """Progress bars that vanish when done; yields a function of (what, done, total)."""
-    tasks: dict[str, TaskID] = {}
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=err, transient=True, disable=not err.is_terminal,
-    ) as progress:  # fmt: skip
-
-        def show_progress(what: str, done: int, total: int) -> None:
-            if what not in tasks or progress.tasks[tasks[what]].completed > done:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total, visible=done < total)
-
-        yield show_progress
+    with Bars() as progress:
+        yield progress.show
 
 
 @contextmanager
@@ -233,113 +353,3 @@ def status(first: str) -> Iterator[Callable[[str], None]]:
     """A spinner with a line that changes; without a terminal nothing."""
     with err.status(first) as spinner:
         yield spinner.update
-
-
-def _example(parts: Sequence[tuple[str, bool]]) -> Text:
-    """A row of which a part is learned."""
-    text = Text()
-    for part, learned in parts:
-        shown = plain(part, "\n")
-        text.append(shown if err.is_terminal or not learned else f">{shown}<", "green" if learned else "")
-    return text
-
-
-class TrainingConsole:
-    """Shows a training run: header, bar with loss, rate and time left, a line for each evaluation."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"), TimeRemainingColumn(),
-            console=err, transient=True, disable=not err.is_terminal, expand=True,
-        )  # fmt: skip
-        self._tasks: dict[str, TaskID] = {}
-        self._seen = 0
-        self._began = 0.0
-        self._metric = ""
-
-    def __enter__(self) -> TrainingConsole:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def _bar(self, what: str, done: int, total: int, detail: str = "") -> None:
-        if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what, total=total, detail=detail)
-        self._progress.update(self._tasks[what], completed=done, total=total, detail=detail, visible=done < total)
-
-    def preparing(self, what: str, done: int, total: int) -> None:
-        self._bar(what, done, total)
-
-    def started(self, plan: Plan) -> None:
-        for line in plan.notes:
-            note(line)
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="bold")
-        grid.add_column(overflow="fold")
-        rows = {
-            "model": plan.model,
-            "task": f"{plan.task} ({listed(plan.labels)})" if plan.labels else "answers of a language model",
-            "data": f"{plan.train_examples:,} to train on, {plan.eval_examples:,} to evaluate on",
-            "tokens": plan.tokens,
-            "adapter": f"{plan.method} on {in_words(plan.targets)}, {plan.sizes}",
-            "trained": f"{plan.adapter_parameters:,} numbers in the adapter"
-            + (f", {plan.head_parameters:,} in the head{plan.head_start}" if plan.head_parameters else ""),
-            "devices": plan.devices,
-            "batch": plan.effective_batch,
-            "updates": plan.length,
-            "run": plan.output or "nothing is written (--dry-run)",
-        }
-        for name, value in rows.items():
-            grid.add_row(name, escape(value))
-        err.print(Panel(grid, title="craft train", title_align="left", expand=False))
-        if plan.example:
-            say("one row as the model sees it; what it learns is green, or stands between > and < in a file:")
-            err.print(_example(plan.example))
-        self._updates = plan.updates
-        self._began = time.perf_counter()
-        if plan.done == plan.updates:
-            say(f"all {plan.updates:,} updates were made before: nothing is left to train")
-        elif plan.done:
-            say(f"going on after update {plan.done:,} of {plan.updates:,}")
-
-    def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
-        self._seen += examples
-        self._bar("training", step, self._updates, f"loss {figure(loss)}  {self._speed()}{self._metric}")
-
-    def logged(self, step: int, epoch: float, loss: float, rate: float) -> None:
-        if not err.is_terminal:  # a file gets lines where a terminal has its bar
-            width = len(f"{self._updates:,}")
-            say(f"update {step:>{width},}/{self._updates:,}  loss {figure(loss)}  lr {rate:.1e}  {self._speed()}")
-
-    def _speed(self) -> str:
-        return f"{self._seen / max(time.perf_counter() - self._began, 1e-9):,.0f} examples/s"
-
-    def evaluating(self, done: int, total: int) -> None:
-        self._bar("evaluating", done, total)
-
-    def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float], *, best: bool) -> None:
-        parts = [f"{name} {figure(value)}" for name, value in metrics.items()]
-        self._metric = "".join(f"  {part}" for part in parts[:1])
-        lines = [f"epoch {epoch:<5.3g}" if step else f"{'start':<11}"]
-        for part in [*parts, *(["best so far"] if best else [])]:
-            if err.is_terminal and len(f"{lines[-1]}  {part}") > err.width:  # no value apart from its name
-                lines.append(" " * 10)
-            lines[-1] += f"{' ' if len(lines[-1]) == 11 else '  '}{part}"
-        err.print("\n".join(lines).replace("best so far", "[green]best so far[/]"), soft_wrap=True)
-
-    def noticed(self, what: str) -> None:
-        note(what)
-
-    def stopping(self) -> None:
-        say("stopping: the checkpoint is being written")
-
-    def interrupted(self, step: int, run: Path | None, *, resumable: bool) -> None:
-        self._progress.stop()
-        say(f"interrupted after update {step:,} of {self._updates:,}")
-        if run and resumable:
-            if (run / "adapter").is_dir():
-                say(f"the best adapter so far is in {run}/adapter")
-            say(f"resume with  craft train --resume --output-dir {shlex.quote(str(run))}")

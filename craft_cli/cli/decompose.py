@@ -83,5 +83,8 @@ def command(
             ]
             for row in rows
         ],
+        drop=("seconds",),
     )
+    if any(row["ranks"] != list(wanted) for row in rows):
+        console.out.print(f"of the ranks {wanted} asked for, the most that the shapes allow")
     console.facts({"factors": factors.path})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -40,13 +39,9 @@ def _show(findings: Sequence[Finding]) -> None:
     from craft_cli.cli import console
 
     names, states = (max(map(len, texts)) for texts in ([f.name for f in findings], _COLOURS))
-    indent = names + states + 4
     for finding in findings:
-        console.out.print(
-            f"[bold]{finding.name:<{names}}[/]  [{_COLOURS[finding.state]}]{finding.state:<{states}}[/]  ", end=""
-        )
-        lines = [finding.told]
-        if console.out.is_terminal:
-            width = max(20, console.out.width - indent)
-            lines = textwrap.wrap(finding.told, width, break_long_words=False, break_on_hyphens=False)
-        console.out.print(f"\n{' ' * indent}".join(lines), markup=False, soft_wrap=True)
+        told = {f"{finding.name:<{names}}  {finding.state:<{states}}": finding.told}
+        lines = console.hanging(told, console.out.width if console.out.is_terminal else None)
+        lines[0].stylize(_COLOURS[finding.state], names + 2, names + 2 + len(finding.state))
+        for line in lines:
+            console.out.print(line, soft_wrap=True)

@@ -118,7 +118,7 @@ def _show(found: Any, plot: str | None, html: str | None) -> None:
     console.facts({found.kind: found.path, **found.facts, "plot": plot, "page": html})
     console.out.print()
     columns, rows = _table(found.projections)
-    console.table(columns, rows)
+    console.table(columns, rows, drop=("in", "out", "layer") if "energy" in columns else ())
     if "energy" in columns:
         console.out.print("energy: kept of the squared norm; of a random tensor of that shape; of each mode by itself")
     if any("change_by_layer" in row for row in found.projections):
@@ -181,11 +181,10 @@ def _advice(advice: Any) -> None:
                 ]
                 for line in row["curve"]
             ],
+            drop=("random", "numbers"),
         )
         console.out.print()
-    console.out.print(
-        "energy that each rank keeps by itself, beside that of a random tensor of that shape", soft_wrap=True
-    )
+    console.out.print("energy that each rank keeps by itself, beside that of a random tensor of that shape")
     console.out.print()
     columns = ["at the proposed ranks", "L x out x in", "numbers", "energy", "random"]
     console.table(
@@ -278,6 +277,4 @@ def _changes(projections: Any) -> None:
             ["norm of dW in layer", *columns], [[str(layer), *row] for layer, row in zip(layers, cells, strict=True)]
         )
     if any("effective_rank_by_layer" in row for row in projections):
-        console.out.print(
-            "directions: the effective rank of dW, exp of the entropy of its singular values", soft_wrap=True
-        )
+        console.out.print("directions: the effective rank of dW, exp of the entropy of its singular values")

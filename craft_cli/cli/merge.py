@@ -119,7 +119,7 @@ def _show(result: Any) -> None:
             + (f"as a LoRA of rank {result.rank}" if lora else result.dtype),
             "verified": f"logits differ by {result.difference:.1e} of the largest (allowed {result.tolerance:.0e})",
             "threshold": result.threshold and _threshold(result.threshold, lora=lora),
-            "vLLM": result.serve,
+            "vLLM": result.serve and console.Verbatim(result.serve),
             "uploaded": result.repository,
         }
     )

@@ -35,7 +35,7 @@ def command(
     if json:
         console.print_json([asdict(method) for method in found])
         return
-    console.sentences({method.name: f"{method.idea} ({method.paper})" for method in found})
+    console.facts({method.name: f"{method.idea} ({method.paper})" for method in found}, rename=False)
     if model is None:
         return
     console.out.print()

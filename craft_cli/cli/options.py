@@ -23,6 +23,17 @@ from craft_cli.training.launch import is_launched, rank
 from craft_cli.training.signals import terminates_cleanly
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+MOST_USED = (
+    "model", "task", "train_file", "validation_file", "method", "learning_rate", "num_train_epochs",
+    "per_device_train_batch_size", "output_dir", "dry_run",
+)  # fmt: skip
+"""The settings that `craft train --help` begins with."""
+_METAVARS = {
+    "model": "MODEL", "task": "TASK", "method": "METHOD", "ranks": "OUT,IN,LAYERS", "targets": "NAMES", "budget": "NUMBERS",
+    "text_columns": "NAMES", "report_to": "NAMES", "data_dir": "FOLDER", "cache_dir": "FOLDER", "output_dir": "FOLDER",
+    "train_file": "FILE", "validation_file": "FILE", "num_train_epochs": "NUMBER", "threshold": "NUMBER", "init_from": "PATH",
+}  # fmt: skip
+"""What stands for a setting's value in help; N, NUMBER or TEXT without."""
 _OTHERS_SPEAK = 3.0
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 OfflineFlag = Annotated[
@@ -116,7 +127,10 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in _parameters(command) if p.kind is not inspect.Parameter.VAR_KEYWORD]
         fields = [field for field in RunConfig.settings() if not names or field.name in names]
+        fields.sort(key=lambda field: MOST_USED.index(field.name) if field.name in MOST_USED else len(MOST_USED))
         hints, groups = get_type_hints(RunConfig), RunConfig.groups()
+        if not names:
+            groups |= dict.fromkeys(MOST_USED, "Most used")
         options = [_option(field, str(hints[field.name]), groups[field.name], not names) for field in fields]
         _set_signature(command, [*own, *options])
         return command
@@ -143,7 +157,7 @@ def _option(field: dataclasses.Field[Any], hint: str, group: str, show_default: 
         show_default=shown if show_default and default not in (None, False) else False,
         rich_help_panel=group,
         autocompletion=completion.of_setting(field.name),
-        metavar={"ranks": "OUT,IN,LAYERS", "targets": "NAMES", "text_columns": "NAMES"}.get(field.name),
+        metavar=None if kind in (bool, int, float) else _METAVARS.get(field.name),
     )
     return _parameter(field.name, Annotated[Optional[kind], option], None)  # noqa: UP045
 

@@ -8,6 +8,7 @@ import typer
 
 from craft_cli.cli import completion
 from craft_cli.cli.options import JsonFlag, reports_errors
+from craft_cli.cli.usage import Command
 
 app = typer.Typer(help="List the shipped recipes, or show one to start from.", invoke_without_command=True)
 
@@ -25,10 +26,10 @@ def listing(context: typer.Context, json: JsonFlag = False) -> None:
     if json:
         console.print_json(found)
     else:
-        console.sentences(found)
+        console.facts(found, rename=False)
 
 
-@app.command("show")
+@app.command("show", cls=Command)
 @reports_errors
 def show(name: Annotated[str, typer.Argument(help="A recipe's name.", autocompletion=completion.recipes)]) -> None:
     """Print a recipe, to start a file of your own from."""

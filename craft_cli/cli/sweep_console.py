@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.markup import escape
-from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
-from rich.text import Text
-
 from craft_cli.cli import console
-from craft_cli.cli.console import err, out
+from craft_cli.cli.console import Bars, duration, err, out
 
 if TYPE_CHECKING:
     from craft_cli.sweeps.table import Results
@@ -26,30 +17,18 @@ class SweepConsole:
     """Shows a sweep: what is compared, a line for each trial, a bar of trials with the best so far and the time left."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"), console=err, transient=True, disable=not err.is_terminal, expand=True,
-        )  # fmt: skip
-        self._task: TaskID | None = None
+        self._bars = Bars()
 
     def __enter__(self) -> SweepConsole:
-        self._progress.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def _bar(self, done: int, total: int | None, detail: str) -> None:
-        if self._task is None:
-            self._task = self._progress.add_task("trials", total=total, detail=detail)
-        self._progress.update(self._task, completed=done, total=total, detail=detail)
+        self._bars.stop()
 
     def started(self, results: Results, trials: int | None, jobs: int) -> None:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="bold")
-        grid.add_column(overflow="fold")
         many = "as many as there is time for" if trials is None else f"{trials:,}"
-        for name, value in {
+        rows = {
             "methods": ", ".join(results.methods),
             "varied": ", ".join(results.varied) or "the method alone",
             "trials": f"{many} of a {results.sampler}" if results.sampler == "grid" else f"{many} by {results.sampler}",
@@ -58,16 +37,14 @@ class SweepConsole:
             "pruning": None if results.pruner == "none" else results.pruner,
             "at once": f"{jobs}",
             "sweep": results.output,
-        }.items():
-            if value is not None:
-                grid.add_row(name, escape(value))
-        err.print(Panel(grid, title="craft sweep", title_align="left", expand=False))
+        }
+        console.header("craft sweep", {name: value for name, value in rows.items() if value is not None})
         if results.done:
             console.say(f"going on after {results.done:,} trials")
-        self._bar(results.done, trials, _best(results))
+        self._bars.show("trials", results.done, trials, _best(results))
 
     def tried(self, done: int, total: int) -> None:
-        self._bar(done, total, "one real step of each")
+        self._bars.show("trials", done, total, ["one real step of each"])
 
     def ended(self, results: Results, trial: str, trials: int | None, seconds_left: float | None) -> None:
         row = next(row for row in results.rows if row.trial == trial)
@@ -81,9 +58,9 @@ class SweepConsole:
             *([f"{row.seconds:.0f} s"] if row.seconds is not None else []),
             *(["best so far"] if row.chosen == "best" else []),
         ]
-        _line(err, row.trial, parts)
+        console.line(err, row.trial, parts)
         left = "" if seconds_left is None else f"{duration(seconds_left)} left"
-        self._bar(results.done, trials, "  ".join(part for part in (_best(results), left) if part))
+        self._bars.show("trials", results.done, trials, _best(results), left)
 
     def noticed(self, what: str) -> None:
         console.note(what)
@@ -92,14 +69,14 @@ class SweepConsole:
         console.say("stopping: the running trials write their checkpoints")
 
     def interrupted(self, output: Path) -> None:
-        self._progress.stop()
+        self._bars.stop()
         console.say(f"interrupted; the tables are in {output}")
         console.say(f"resume with  craft sweep --resume --output-dir {shlex.quote(str(output))}")
 
 
-def _best(results: Results) -> str:
+def _best(results: Results) -> list[str]:
     best = results.best
-    return f"best {results.metric} {best.mean:.4f} ({best.trial})" if best and best.mean is not None else ""
+    return [f"best {results.metric} {best.mean:.4f}", f"({best.trial})"] if best and best.mean is not None else []
 
 
 def spread(mean: float | None, std: float | None) -> str:
@@ -112,14 +89,6 @@ def spread(mean: float | None, std: float | None) -> str:
 def setting(value: Any) -> str:
     """The value of a setting as it may be given again."""
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """`2 h 5 min`, `12 min` or `40 s`."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def show(results: Any) -> None:
@@ -138,21 +107,21 @@ def show(results: Any) -> None:
         ]
         for row in results.rows
     ]
-    _table(columns, rows)
+    console.table(columns, rows, drop=("seconds", "n", "numbers"))
     seeds = f"over the seeds {','.join(map(str, results.seeds))}" if len(results.seeds) > 1 else "one seed"
     below = [f"{results.metric} on the validation rows, which chose; {seeds}"]
     if tested:
         below.append(f"test: the best of each method on {results.test_file}, on which nothing was chosen")
     below += [f"{row.trial}: {row.reason}" for row in results.rows if row.reason and row.state != "complete"]
     for line in below:
-        out.print(console.show(line), markup=False, soft_wrap=True)
+        out.print(console.show(line), markup=False)
     out.print()
     best = results.best
     output = Path(results.output)
     console.facts(
         {
             "best": best and f"{best.trial}, {results.metric} {spread(best.mean, best.std)}",
-            "repeat": best and f"craft train --recipe {shlex.quote(str(output / 'best.yaml'))}",
+            "repeat": best and console.Verbatim(f"craft train --recipe {shlex.quote(str(output / 'best.yaml'))}"),
             "tables": f"{output}/table.csv, trials.csv, results.json",
             "pictures": ", ".join(str(path) for path in sorted(output.glob("score_by_*.png"))) or None,
         }
@@ -165,7 +134,7 @@ def show_rehearsal(rehearsed: Any) -> None:
     """The trials that there would be, their numbers and their time."""
     names = list(dict.fromkeys(name for row in rehearsed["rows"] for name in row["setting"]))
     refused = [row for row in rehearsed["rows"] if row["reason"]]
-    _table(
+    console.table(
         ["method", "numbers", *names, "seconds a run"],
         [
             [
@@ -178,7 +147,7 @@ def show_rehearsal(rehearsed: Any) -> None:
         ],
     )
     for line in dict.fromkeys(f"{row['method']}: {row['reason']}" for row in refused):
-        out.print(console.show(line), markup=False, soft_wrap=True)
+        out.print(console.show(line), markup=False)
     out.print()
     if rehearsed["sampler"] != "grid":
         for method, space in rehearsed["spaces"].items():
@@ -193,31 +162,3 @@ def show_rehearsal(rehearsed: Any) -> None:
             "dry run": "nothing was written",
         }
     )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table where it is wide enough; else a line for each row, so that no number is broken."""
-    if _width(columns, rows) <= out.width:
-        console.table(columns, rows)
-        return
-    for row in rows:
-        cells = zip(columns[1:], row[1:], strict=True)
-        _line(out, row[0], [f"{name} {console.show(cell)}" for name, cell in cells if cell != ""])
-
-
-def _line(to: Console, head: str, parts: Sequence[str]) -> None:
-    """A name and what is told of it; on a narrow terminal on several lines, no value apart from its name."""
-    lines = [head]
-    for part in parts:
-        if to.is_terminal and cell_len(f"{lines[-1]}  {part}") > to.width:
-            lines.append("  ")
-        lines[-1] += f"  {part}"
-    text = Text("\n".join(lines))
-    text.highlight_words(["best so far"], "green")
-    to.print(text, soft_wrap=True)
-
-
-def _width(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:
-    """Of a table."""
-    cells = zip(columns, *([console.show(cell) for cell in row] for row in rows), strict=True)
-    return sum(max(map(cell_len, column)) + 3 for column in cells) - 3

@@ -10,8 +10,10 @@ import typer
 
 from craft_cli.cli import completion
 from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_settings
-from craft_cli.errors import ConfigError
+from craft_cli.errors import ConfigError, in_bytes
 
+EXAMPLES = """craft train --model demo --task opinions
+craft train --model roberta-base --train-file tickets.csv --dry-run"""
 _MOST_LABELS = 20
 _DATA = ("task", "data_dir", "train_file", "dataset_name")
 
@@ -46,7 +48,7 @@ def command(
             raise ConfigError(nothing_to_resume(run))
     config = RunConfig.build(settings, given, former)
 
-    with console.status("starting"):
+    with console.status("importing torch and transformers"):
         from craft_cli.training.launch import is_main_process, launch, processes_to_start
 
         processes = processes_to_start(config)
@@ -55,7 +57,9 @@ def command(
     if processes:
         raise SystemExit(launch(processes, sys.argv[1:]))
 
-    with console.TrainingConsole() as listener:
+    from craft_cli.cli.training_console import TrainingConsole
+
+    with TrainingConsole() as listener:
         result = train(config, listener)  # type: ignore[arg-type]  # a Listener in all but import
     if not is_main_process():
         return
@@ -63,7 +67,7 @@ def command(
         console.print_json(asdict(result))
         return
     if result.output is None:
-        console.facts({"dry run": "everything fits: data, model, factors, one update, one batch of evaluation"})
+        _dry_run(console, result)
         return
     evaluated = {}
     if result.metrics:
@@ -86,3 +90,21 @@ def command(
     )
     for line in result.remarks:
         console.note(line)
+
+
+def _dry_run(console: Any, result: Any) -> None:
+    """What a training would take, and what flags would save of its memory."""
+    memory = result.memory
+    console.facts(
+        {
+            "dry run": "everything fits: data, model, factors, one update, one batch of evaluation",
+            "updates": result.planned,
+            "time": f"about {console.duration(result.estimate)}, by that update and that batch",
+            "memory": memory and f"about {in_bytes(memory.peak)} at the peak, estimated for the longest batch",
+            "held": f"{in_bytes(result.peak)} at most until now",
+        }
+    )
+    if memory and memory.savings:
+        console.out.print()
+        rows = [[name, in_bytes(size), in_bytes(memory.peak - size)] for name, size in memory.savings.items()]
+        console.table(["with", "less memory", "peak"], rows)

@@ -44,7 +44,9 @@ class CraftOptions:
     own_rate: ClassVar[float] = 3e-3
     keeps_factors: ClassVar[bool] = True
 
-    ranks: tuple[int, int, int] = setting((64, 64, 8), "OUT,IN,LAYERS; a rank above its dimension is lowered.")
+    ranks: tuple[int, int, int] = setting(
+        (64, 64, 8), "Ranks of the factors; one above its dimension is reduced to it."
+    )
     init_noise: bool = setting(
         False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.", start=True
     )

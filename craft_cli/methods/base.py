@@ -164,6 +164,10 @@ class Method(ABC):
     def describe(self, settings: Mapping[str, Any]) -> Description:
         """The method in words; `settings` may also be those of a recipe."""
 
+    def reduced(self, frozen: Any, options: Any) -> str:
+        """What was asked for beyond the dimensions of the weights, as words after a description; mostly nothing."""
+        return ""
+
     @abstractmethod
     def count(self, shapes: Mapping[str, Shape], options: Any) -> int:
         """The numbers that are trained for stacks of these shapes (L, d_out, d_in)."""

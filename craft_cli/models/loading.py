@@ -201,6 +201,14 @@ def recompute_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
+def keep_activations(model: Any) -> None:
+    """The opposite of `recompute_activations`."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+
+
 def head_of(model: Any, fresh: Sequence[str]) -> list[str]:
     """The parameters to train in full: all outside the base model, and the fresh ones inside it (a missing pooler)."""
     trained = set(fresh) | set(head_names(model))

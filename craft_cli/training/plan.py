@@ -65,7 +65,7 @@ def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
         tokens=describe_tokens(config, prepared, update_size),
         method=described.title,
         targets=prepared.frozen.targets,
-        sizes=described.settings,
+        sizes=described.settings + prepared.method.reduced(prepared.frozen, config.method_options),
         adapter_parameters=training.parameters["adapter"],
         head_parameters=training.parameters["head"],
         head_start=""
@@ -74,8 +74,10 @@ def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
         devices=_devices(accelerator) + (held_here(training.model) if training.sharded else ""),
         effective_batch=effective,
         updates=training.timetable.total,
+        evaluations=sum(map(training.timetable.evaluates, range(training.step + 1, training.timetable.total + 1))),
         length=_length(training, auto=auto),
         done=start.state.step if start.state else 0,
+        memory=training.memory,
         output=str(training.run.path) if training.run else None,
         notes=notes,
         example=prepared.task.example(prepared.train, prepared.tokenizer) if config.dry_run else (),
@@ -84,9 +86,7 @@ def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
 
 def _length(training: Training, *, auto: bool) -> str:
     """How many updates there will be, and why so many."""
-    config, timetable = training.config, training.timetable
-    if config.dry_run:
-        return f"{timetable.total:,}"
+    config, timetable = training.config, training.whole_timetable
     patience, epochs = config.early_stopping_patience or 0, config.num_train_epochs
     why = []
     if config.max_steps and timetable.epoch(timetable.total) < float(epochs):

@@ -13,6 +13,31 @@ which is a head that was fitted on the frozen base, or the checkpoint as it is; 
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Estimated bytes of one device while an update is made on its longest batch.
+
+    Attributes:
+        peak: in all.
+        weights: of the base.
+        trained: adapter and head: numbers, gradients, and two moments of AdamW in float32.
+        activations: what is kept for the backward pass, and the largest of it once more while gradients flow.
+        other: factors; on the CPU the libraries and the data too, as they are now.
+        rows: of the batch.
+        length: tokens of each of its rows.
+        savings: bytes that flags would save, by flag; empty unless asked for.
+    """
+
+    peak: int
+    weights: int
+    trained: int
+    activations: int
+    other: int
+    rows: int
+    length: int
+    savings: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is about to happen, for the header of a run."""
 
@@ -31,8 +56,10 @@ class Plan:
     devices: str
     effective_batch: str
     updates: int
+    evaluations: int
     length: str
     done: int
+    memory: Memory | None
     output: str | None
     notes: Sequence[str] = ()
     example: Sequence[tuple[str, bool]] = ()
@@ -56,6 +83,9 @@ class TrainResult:
         stopped_early: whether patience was over before the last update.
         remarks: what the user should know of it, a sentence each.
         estimate: of a dry run, the seconds that the whole loop would take, by its one update and its one batch of evaluation.
+        planned: of a dry run, the updates that there would be.
+        memory: of a dry run, what an update on the longest batch would take.
+        peak: of a dry run, the most bytes that were held.
     """
 
     output: str | None
@@ -71,6 +101,9 @@ class TrainResult:
     stopped_early: bool = False
     remarks: Sequence[str] = ()
     estimate: float | None = None
+    planned: int | None = None
+    memory: Memory | None = None
+    peak: int | None = None
 
 
 class Listener:

@@ -27,9 +27,10 @@ from craft_cli.training.checkpoint import data_checksum
 from craft_cli.training.distributed import from_main, fsdp_asked, shard
 from craft_cli.training.head import FEW_ROWS, KEPT, MOST_ROWS, RANDOM, LastLayer, Probe, probe
 from craft_cli.training.journal import Journal, chosen_metric
+from craft_cli.training.memory import estimate
 from craft_cli.training.plan import plan_of
 from craft_cli.training.preparation import Prepared, build, prepare, resolved_recipe, within_budget
-from craft_cli.training.progress import Listener
+from craft_cli.training.progress import Listener, Memory
 from craft_cli.training.resume import Start, check_state, find_start
 from craft_cli.training.run import Run, new_run, usable_output
 from craft_cli.training.schedule import Timetable, length_settled, move
@@ -70,6 +71,7 @@ class Training:
         saved: update of the newest checkpoint.
         stopped: number of the signal that stops it, or 0.
         stop: remembers signals.
+        memory: what an update takes, estimated.
         updates: the rows of the updates to come.
     """
 
@@ -98,6 +100,7 @@ class Training:
     saved: int = 0
     stopped: int = 0
     stop: StopSignals = field(default_factory=StopSignals)
+    memory: Memory | None = None
     updates: Iterator[list[int]] = field(default_factory=lambda: iter([]))
 
     @property
@@ -114,6 +117,11 @@ class Training:
     def epoch(self) -> float:
         """Passes over the data so far."""
         return self.timetable.epoch(self.step)
+
+    @property
+    def whole_timetable(self) -> Timetable:
+        """Of the run that a dry run stands for."""
+        return Timetable(replace(self.config, dry_run=False), self.prepared.train.lengths, self.update_size)
 
     @property
     def evaluation_is_due(self) -> bool:
@@ -194,7 +202,9 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     config = length_settled(config, len(prepared.train), update_size, own=prepared.task.name == OWN)
 
     set_seed(config.seed)
+    listener.preparing("loading the model", 0, 1)
     model, adapter, fresh = build(config, prepared, accelerator.device)
+    listener.preparing("loading the model", 1, 1)
     adapter.load_trained_state(start.trained)
     timetable = Timetable(config, prepared.train.lengths, update_size)
     # A wrong metric is refused before a former run makes room.
@@ -233,7 +243,9 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
         sharded=sharded,
     )
     auto = length == AUTO and prepared.task.name == OWN
+    training.memory = estimate(training, savings=config.dry_run)
     listener.started(plan_of(training, start, auto=auto))
+    training.began = time.perf_counter()
     set_seed(config.seed + 1 + accelerator.process_index)  # again: imports draw too; dropout differs between processes
     _resume(training, start)
     training.updates = timetable.updates(after=training.step)

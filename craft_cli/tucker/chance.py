@@ -32,10 +32,25 @@ def random_energy(shape: tuple[int, int, int], ranks: tuple[int, int, int]) -> f
 def random_by_mode(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Energy kept by each mode's ranks alone, of such a tensor; a large one is scaled down, so these may be shorter."""
     by_mode = []
-    for spectrum in hosvd(_random_stack(shape), (1, 1, 1)).spectra:
-        energies = spectrum.double().square().cumsum(0)
+    for spectrum in _random_spectra(shape):
+        energies = spectrum.square().cumsum(0)
         by_mode.append(energies / energies[-1])
     return by_mode[0], by_mode[1], by_mode[2]
+
+
+def random_curves(shape: tuple[int, int, int]) -> list[tuple[list[float], list[float]]]:
+    """Singular values of such a tensor, by mode: their numbers, as in a tensor of the whole shape, and their part of the largest."""
+    curves = []
+    for spectrum, whole in zip(_random_spectra(shape), shape, strict=True):
+        step = whole / len(spectrum)
+        numbers = [(number + 0.5) * step + 0.5 for number in range(len(spectrum))]
+        curves.append((numbers, (spectrum / spectrum[0]).tolist()))
+    return curves
+
+
+@lru_cache
+def _random_spectra(shape: tuple[int, int, int]) -> list[Tensor]:
+    return [spectrum.double() for spectrum in hosvd(_random_stack(shape), (1, 1, 1)).spectra]
 
 
 def _random_stack(shape: tuple[int, int, int]) -> Tensor:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import failure, invoke, tree
+from typer.main import get_command
 
+from craft_cli.cli import app
 from craft_cli.config import RunConfig
 
 Make = Callable[..., Path]
@@ -116,7 +118,7 @@ def test_everything_wrong_is_told_at_once_for_both_spellings_of_every_option(spe
     assert len(names) > 8
     flags = [f"--{name.replace('_', spelled)}=0" for name in names]
     told = failure("train", "--task", "sst2", *flags, lines=len(names)).splitlines()
-    assert [line.split(":")[1].strip() for line in told] == ["--" + name.replace("_", "-") for name in names]
+    assert sorted(line.split(":")[1].strip() for line in told) == sorted("--" + it.replace("_", "-") for it in names)
 
 
 def test_underscores_in_options_leave_their_values_alone() -> None:
@@ -211,3 +213,32 @@ def test_a_folder_that_may_not_be_entered_is_one_line(monkeypatch: pytest.Monkey
     assert (done.exit_code, done.stdout) == (1, "")
     assert "Permission denied: ask its owner" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "wanted"),
+    [
+        ("train", "--lr", "learning-rate"),
+        ("train", "--batch-size", "per-device-train-batch-size"),
+        ("train", "--batch_size", "per-device-train-batch-size"),
+        ("eval", "--batch-size", "per-device-eval-batch-size"),
+        ("train", "--epochs", "num-train-epochs"),
+        ("train", "--output", "output-dir"),
+        ("predict", "--output-dir", "output"),
+        ("train", "--max-length", "max-seq-length"),
+        ("train", "--train-epochs", "num-train-epochs"),
+        ("train", "--learning-rat", "learning-rate"),
+        ("decompose", "--rank", "ranks"),
+    ],
+)
+def test_a_flag_of_another_tool_names_the_one_that_is_meant(command: str, given: str, wanted: str) -> None:
+    result = invoke(command, given, "3")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"did you mean --{wanted}?" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_every_suggestion_is_a_flag() -> None:
+    from craft_cli.cli.usage import _ELSEWHERE
+
+    flags = {name[2:] for command in get_command(app).commands.values() for it in command.params for name in it.opts}  # type: ignore[attr-defined]
+    assert set(_ELSEWHERE) <= flags

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from craft_cli.cli import console
+from craft_cli.cli.training_console import TrainingConsole
 from craft_cli.data.writers import RecordWriter
 from craft_cli.errors import as_json
 
@@ -83,7 +84,7 @@ def test_control_characters_reach_no_stream(monkeypatch: pytest.MonkeyPatch) -> 
         console.table(["label", EVIL], [[EVIL, EVIL]])
         console.mistakes_table([{"place": f"{EVIL}, line 1", "label": EVIL, "prediction": EVIL, "texts": [EVIL]}])
         console.print_json({EVIL: EVIL})
-        listener = console.TrainingConsole()
+        listener = TrainingConsole()
         listener._updates = 1
         listener.evaluated(0, 0.0, {EVIL: 1.0}, best=True)
         for letter in ("\x1b]", "\x1b[2J", "\x07", "\x9b", "\u202e"):

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import failure, invoke
-from helpers import on_a_terminal
+from helpers import at, on_a_terminal, whole_at_any_width
+
+from craft_cli.cli import sweep_console
+from craft_cli.sweeps.table import read_results
 
 PRETEND = str(Path(__file__).parent.parent / "pretend_training.py")
 RATES = ("--set", "learning_rate=1e-3,1e-2,7")
@@ -47,9 +50,14 @@ def test_a_sweep_is_shown_while_it_runs_at_its_end_and_by_inspect(given: tuple[s
 
     again = invoke("inspect", "out")
     assert (again.exit_code, again.stdout) == (0, done.stdout)
+    results = read_results(Path("out"))
     found = json.loads(invoke("inspect", "out", "--json").stdout)
     assert (found["kind"], found["metric"], len(found["rows"]), len(found["runs"])) == ("sweep", "accuracy", 3, 5)
     assert "out is a sweep; name one of its runs" in failure("inspect", "out", "--plot", "x.png")
+
+    whole_at_any_width(lambda: sweep_console.show(results))
+    for width in (60, 80, 120):
+        assert at(width, lambda: sweep_console.show(results)).count(" failed  ") == 1  # the state of a trial is whole
 
     resumed = invoke("sweep", "--resume", "--output-dir", "out", "--json")
     assert resumed.exit_code == 0, resumed.stderr
@@ -118,11 +126,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_best_and_the_time_left(given: tup
     assert not re.search(r"accuracy +\d\.\d*\r?\n *\d", table)  # no number is broken
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120])
-def test_what_would_be_tried_is_whole_at_any_width(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from craft_cli.cli import sweep_console
-
-    monkeypatch.setattr(sweep_console.out, "_width", columns)
+def test_what_would_be_tried_is_whole_at_any_width() -> None:
     rates = {"learning_rate": 0.001, "head_learning_rate": 0.003}
     reason = "--superlora-groups 7 does not divide the 12 weights of query and value; choose 6, or leave it out here"
     rows = [
@@ -131,19 +135,8 @@ def test_what_would_be_tried_is_whole_at_any_width(columns: int, monkeypatch: py
         {"method": "superlora", "numbers": None, "reason": reason, "setting": rates, "seconds": None},
     ]
     rest = {"sampler": "grid", "spaces": {}, "seeds": [1], "trials": 3, "jobs": 1, "metric": "f1", "seconds": 60.0}
-    sweep_console.show_rehearsal({"rows": rows} | rest)
-    shown = capsys.readouterr().out
-    for word in (
-        "craft ",
-        "lora-xs ",
-        "16,456",
-        "1,536",
-        "head_learning_rate",
-        "64,64,6",
-        "0.003",
-        f"superlora: {reason}\n",
-    ):
-        assert word in shown
+    whole_at_any_width(lambda: sweep_console.show_rehearsal({"rows": rows} | rest))
+    assert " ".join(at(40, lambda: sweep_console.show_rehearsal({"rows": rows} | rest)).split()).count(reason) == 1
 
 
 def test_sentences_are_broken_between_words_only() -> None:

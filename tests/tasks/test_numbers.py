@@ -58,11 +58,11 @@ def test_answers_have_the_digits_that_a_model_computes_with() -> None:
 
 
 def test_tiny_and_huge_metrics_are_shown_everywhere(pico: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from craft_cli.cli import console
+    from craft_cli.cli import console, training_console
 
     told = StringIO()
     monkeypatch.setattr(console, "err", Console(file=told, width=200, highlight=False))
-    with console.TrainingConsole() as listener:
+    with training_console.TrainingConsole() as listener:
         listener.evaluated(0, 0.0, {"mae": 2.1e-9, "loss": 123456.7}, best=True)
     assert "mae 2.1e-09  loss 123,457" in told.getvalue()
     craft.train(own_config(pico(), data(times=2.0**-27), max_steps=2, problem_type="regression"))

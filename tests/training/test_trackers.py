@@ -194,7 +194,7 @@ def test_names_of_users_are_no_markup(pico: Make) -> None:
 
 
 def test_the_resume_command_can_be_typed_as_it_is_told(pico: Make, data_dir: Path, capsys: Any) -> None:
-    from craft_cli.cli.console import TrainingConsole
+    from craft_cli.cli.training_console import TrainingConsole
 
     class Interrupts(TrainingConsole):
         def updated(self, step: int, loss: float, rate: float, examples: int) -> None:

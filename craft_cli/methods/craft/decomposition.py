@@ -23,7 +23,7 @@ class Decomposition:
     Attributes:
         factors: at the ranks asked for, lowered to the dimensions.
         seconds: time spent on each projection; nothing where all came from the cache.
-        notes: what the user should know (ranks lowered, damaged entries made again).
+        notes: what the user should know (damaged entries made again).
     """
 
     factors: Factors
@@ -61,11 +61,7 @@ def decompose_weights(
     """
     prints, targets = weights.fingerprints, weights.targets
     lowered = {target: ranks.lowered(shape) for target, shape in weights.shapes.items()}
-    notes = [
-        f"{target}: ranks {ranks} lowered to {lowered[target]}, the dimensions of its stack"
-        for target in targets
-        if lowered[target] != ranks
-    ]
+    notes: list[str] = []
     cache = FactorCache(cache_dir)
     if not force:
         found, damaged = cache.find(weights, serving(prints, ranks))

@@ -84,6 +84,11 @@ class Craft(Method):
         """The ranks of every projection, OUT,IN,LAYERS."""
         return {"ranks": {target: list(frozen.ranks(target)) for target in frozen.targets}}
 
+    def reduced(self, frozen: Factors, options: CraftOptions) -> str:
+        """The ranks that were asked for, where a dimension is smaller."""
+        asked = Ranks.parse(options.ranks)
+        return "" if all(frozen.ranks(it) == asked for it in frozen.targets) else f", the most of {asked} there are"
+
     def options(self, settings: Mapping[str, Any]) -> CraftOptions:
         """Ranks large enough for every projection; what was trained need not start anywhere."""
         ranks = settings.get("ranks")

@@ -1,0 +1,177 @@
+"""The memory of a training step: estimated from shapes before it, measured after it.
+
+What a step needs beside what is held already is counted, not guessed: the forward pass of one row of the longest length, and of two,
+with torch's hooks on what autograd keeps. Every kept tensor is a part for the batch and a part for each row.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from craft_cli.data.batches import collate
+from craft_cli.models.loading import keep_activations, recompute_activations
+from craft_cli.training.checkpoint import untouched_rng
+from craft_cli.training.progress import Memory
+
+if TYPE_CHECKING:
+    from craft_cli.training.setup import Training
+
+_ON_CPU = 1.6
+"""Bytes that the heap of glibc grows for each byte of activations, measured: it keeps room that was freed in between."""
+_IN_4_BIT = 0.5 + 4 / 64
+"""Bytes of a number in NF4: a float32 scale for each 64 of them."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Bytes kept for the backward pass: whatever the batch, for each row, and the largest tensor of a row; and what they grow by."""
+
+    fixed: int
+    row: int
+    largest: int
+
+    growth: float
+
+    def of(self, rows: int, layers: int = 1, inputs: int = 0) -> int:
+        """For a batch; with activations computed again one layer at a time, from `inputs` bytes a row and layer."""
+        row = self.row if layers == 1 else inputs * layers + self.row // layers
+        return self.fixed + int(self.growth * rows * (row + self.largest))
+
+
+def estimate(training: Training, *, savings: bool = False) -> Memory | None:
+    """What an update on the longest batch takes; None where it cannot be counted (compiled, or in shards).
+
+    Args:
+        training: set up.
+        savings: whether to try what flags would save.
+    """
+    config = training.config
+    if training.sharded or config.torch_compile:
+        return None
+    model, data = training.accelerator.unwrap_model(training.model), training.prepared.train
+    rows = min(training.prepared.train_batch, len(data))
+    length = max(data.lengths)
+    layers, inputs = _layers(model), 4 * length * _width(model)
+    training.model.train()
+    if config.gradient_checkpointing:
+        keep_activations(model)
+    try:
+        kept = _kept(training, training.accelerator.autocast)
+        recomputed = kept.of(rows, layers, inputs)
+        activations = recomputed if config.gradient_checkpointing else kept.of(rows)
+        own = {id(tensor) for tensor in training.trainable}
+        weights = sum(tensor.nbytes for tensor in model.parameters() if id(tensor) not in own)
+        numbers = sum(tensor.nbytes for tensor in training.trainable)
+        saved = {}
+        if savings:
+            if not config.gradient_checkpointing and model.supports_gradient_checkpointing:
+                saved["--gradient-checkpointing"] = activations - recomputed
+            if training.accelerator.mixed_precision == "no":
+                half = _kept(training, lambda: torch.autocast(training.accelerator.device.type, torch.bfloat16))
+                saved["--bf16"] = kept.of(rows) - half.of(rows)
+            if not (config.load_in_4bit or config.load_in_8bit):
+                saved["--load-in-4bit"] = _quantised(model, own)
+            if rows > 1:
+                saved[f"--per-device-train-batch-size {rows // 2}"] = activations - activations * (rows // 2) // rows
+    finally:
+        if config.gradient_checkpointing:
+            recompute_activations(model)
+    held = _held(training.accelerator.device)
+    return Memory(
+        peak=held + 3 * numbers + activations,
+        weights=weights,
+        trained=4 * numbers,
+        activations=activations,
+        other=max(held - weights - numbers, 0),
+        rows=rows,
+        length=length,
+        savings={flag: size for flag, size in saved.items() if size > 0},
+    )
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that this process has held so far, on the GPU where it trains there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):  # Linux; a process can reset this one
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_of_process() -> int:
+    """The same without knowing where it trains."""
+    return peak(torch.device("cuda" if torch.cuda.is_available() and torch.cuda.memory_allocated() else "cpu"))
+
+
+def _held(device: torch.device) -> int:
+    """Bytes held now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak(device)
+
+
+def _kept(training: Training, precision: Callable[[], AbstractContextManager[Any]]) -> _Kept:
+    """From forward passes of the longest row, once and twice; nothing is trained and no random number is drawn."""
+    data = training.prepared.train
+    row = max(range(len(data)), key=data.lengths.__getitem__)
+    (one, largest), (two, _) = (_forward(training, [row] * count, precision) for count in (1, 2))
+    growth = _ON_CPU if training.accelerator.device.type == "cpu" else 1.0
+    return _Kept(fixed=max(2 * one - two, 0), row=two - one, largest=largest, growth=growth)
+
+
+def _forward(
+    training: Training, rows: list[int], precision: Callable[[], AbstractContextManager[Any]]
+) -> tuple[int, int]:
+    """Bytes that autograd keeps of these rows, and of its largest tensor."""
+    prepared, device = training.prepared, training.accelerator.device
+    model = training.accelerator.unwrap_model(training.model)
+    own = set(
+        _storages([*model.parameters(), *model.buffers(), *training.adapter.parameters(), *training.adapter.buffers()])
+    )
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        for place in set(_storages([tensor])) - own:
+            kept[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batch = collate(prepared.train, rows, prepared.tokenizer).to(device)
+    with untouched_rng(device), precision(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        prepared.task.loss(model, batch)
+    return sum(kept.values()), max(kept.values(), default=0)
+
+
+def _storages(tensors: Iterable[Tensor]) -> Iterable[int]:
+    with suppress(NotImplementedError, RuntimeError):  # a tensor without one
+        yield from (tensor.untyped_storage().data_ptr() for tensor in tensors)
+
+
+def _layers(model: Any) -> int:
+    text = model.config.get_text_config()
+    return int(getattr(text, "num_hidden_layers", 1))
+
+
+def _width(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "hidden_size", 0))
+
+
+def _quantised(model: nn.Module, own: set[int]) -> int:
+    """Bytes that the base's linear layers need less in 4 bits."""
+    weights = [
+        layer.weight for layer in model.modules() if isinstance(layer, nn.Linear) and id(layer.weight) not in own
+    ]
+    return sum(int(weight.nbytes - _IN_4_BIT * weight.numel()) for weight in weights)

@@ -32,9 +32,11 @@ from craft_cli.methods.adapter_folder import CONFIG_FILE, HEAD, INCLUDE, read_ad
 from craft_cli.methods.as_dense import AdaptedBase, Dense
 from craft_cli.methods.as_lora import EXACT, LoraWriter, serve_command, vllm_hint
 from craft_cli.models.cards import HEADLESS, model_card, public_name, without_folders
-from craft_cli.models.checkpoint import Checkpoint
+from craft_cli.models.checkpoint import CHAT_TEMPLATE, GENERATION, Checkpoint
 from craft_cli.models.hub import before_upload, upload
+from craft_cli.models.loading import load_tokenizer
 from craft_cli.models.shards import shard_bytes
+from craft_cli.tasks.templates import end_tokens
 from craft_cli.training.find import find_run
 from craft_cli.training.run import find_adapter
 
@@ -192,6 +194,7 @@ def _merge(
         expected = adapted.logits(probe)
         progress("writing")
         written = _write(adapted, folder, asked)
+        _let_it_speak(adapted, folder, asked.format)
         allowed = max(TOLERANCE[written.dtype], asked.tolerance or 0.0)
         progress("verifying")
         difference = verified(adapted.base.logits(written.read, probe), expected, allowed)
@@ -307,6 +310,27 @@ def _write(adapted: AdaptedBase, folder: Path, asked: _Asked) -> Dense | LoraWri
     if not written.changed and (adapted.changes_something() or not trained_head):
         raise CraftError(f"{adapted.saved.path}: merging changes no tensor: the trained numbers are (or round to) zero")
     return written
+
+
+def _let_it_speak(adapted: AdaptedBase, folder: Path, format: str) -> None:
+    """Of a chat model: the template of the training where it is not the tokenizer's, and a generation that ends with a turn.
+
+    Other tools end an answer by generation_config.json alone. It stays byte for byte as it is where it names that token.
+    """
+    if not adapted.talks:
+        return
+    if adapted.chat_template:
+        write_bytes(folder / CHAT_TEMPLATE, adapted.chat_template.encode())
+    if format != CHECKPOINT:
+        return
+    path = folder / GENERATION
+    content = read_json(path) if path.is_file() else {}
+    named = content.get("eos_token_id", adapted.base.model.config.eos_token_id)
+    known = named if isinstance(named, list) else [] if named is None else [named]
+    if missing := [
+        token for token in end_tokens(load_tokenizer(adapted.checkpoint), adapted.chat_template) if token not in known
+    ]:
+        write_json(path, content | {"eos_token_id": [*known, *missing]})
 
 
 def _check_options(asked: _Asked, push_to_hub: str | None, *, private: bool) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from craft_cli.config import MERGED_KEY, THRESHOLD
 from craft_cli.errors import ModelError
-from craft_cli.files import quoted, stamp, write_bytes
+from craft_cli.files import quoted, stamp
 from craft_cli.methods.adapter import Adapter
 from craft_cli.methods.adapter_folder import SavedAdapter
 from craft_cli.methods.base import Chain, delta
@@ -68,6 +68,11 @@ class AdaptedBase:
     def threshold(self) -> float:
         """Above which a label applies, where several can."""
         return float(self.saved.record.get("training", {}).get("threshold", THRESHOLD))
+
+    @property
+    def talks(self) -> bool:
+        """Whether it was trained on conversations."""
+        return self.saved.record.get("training", {}).get("form") == "messages"
 
     @property
     def chat_template(self) -> str:
@@ -193,8 +198,6 @@ class Dense:
             files.append(generation)
         for file in files:
             shutil.copyfile(file, folder / file.name)
-        if adapted.chat_template:
-            write_bytes(folder / "chat_template.jinja", adapted.chat_template.encode())
         whole = Checkpoint(str(folder), None, folder, adapted.checkpoint.trusted)
         tokens, former = probe(whole, adapted.base.tables), adapted.base.probe
         if any(not torch.equal(tokens[name], former[name]) for name in former):

@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
     *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.*",
 )  # fmt: skip
-GENERATION = "generation_config.json"
+GENERATION, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
 """How a language model answers where nothing else is asked for."""
 CARD = "README.md"
 """Its licence is that of what is made of it."""

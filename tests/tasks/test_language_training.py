@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_training_learns_and_eval_repeats_it(trained: Path) -> None:
     found = craft.evaluate(trained, eval_generate=4, max_new_tokens=12, predictions="rows.jsonl")
     assert dict(found.metrics) == pytest.approx(results["metrics"], abs=1e-5)
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
-    assert [len(row) for row in rows] == [9] * 4 + [4] * 7
+    assert [len(row) for row in rows] == [10] * 4 + [5] * 7
     assert rows[0]["label"] == rows[0]["wanted"] == "no cat"
 
 
@@ -217,6 +218,21 @@ def test_a_template_of_the_users_travels_with_what_was_trained(pico_lm: Make, ch
     tokenizer = AutoTokenizer.from_pretrained("merged")
     text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
     assert text == "<|user|>\na<|end|>\n<|assistant|>\n"
+
+
+@pytest.mark.parametrize("given", [None, {"eos_token_id": 258}, {"eos_token_id": [257, 258], "temperature": 0.5}])
+def test_a_merged_model_ends_its_turns_in_other_tools(given: Any, pico_lm: Make, chats: Path) -> None:
+    shutil.copytree(pico_lm(), "base")
+    file = Path("base/generation_config.json")
+    file.unlink()
+    if given:
+        file.write_text(json.dumps(given))
+    craft.train(settings(Path("base"), chats, num_train_epochs=1))
+    craft.merge("out", "merged")
+    written = Path("merged/generation_config.json")
+    assert sorted(json.loads(written.read_text())["eos_token_id"]) == [257, 258]
+    if given and isinstance(given["eos_token_id"], list):
+        assert written.read_bytes() == file.read_bytes()
 
 
 @pytest.mark.slow

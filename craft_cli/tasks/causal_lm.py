@@ -20,6 +20,7 @@ from torch import Tensor
 from craft_cli.config import AUTO, RunConfig
 from craft_cli.data.batches import Batch
 from craft_cli.data.sources import DataSource, Home, Split
+from craft_cli.data.tables import column_named
 from craft_cli.data.tokens import IGNORED, Encoded
 from craft_cli.errors import ConfigError, DataError, ModelError
 from craft_cli.tasks.base import OWN
@@ -130,12 +131,13 @@ class CausalLM:
 
     def read(self, table: Table, *, labelled: bool) -> tuple[CausalLM, Split]:
         """The rows, and the answer of each."""
-        layout = layout_of(table.columns, _first(table), self.text_columns)
-        missing = [name for name in self.text_columns if name not in table.columns]
+        wanted = [column_named(name, table.columns) for name in self.text_columns]
+        missing = [name for name, found in zip(self.text_columns, wanted, strict=True) if found is None]
+        layout = layout_of(table.columns, _first(table), [name for name in wanted if name])
         if layout is None or missing:
-            wanted = f"no column '{missing[0]}'" if missing else "no column of conversations, prompts or texts"
+            lacking = f"no column '{missing[0]}'" if missing else "no column of conversations, prompts or texts"
             raise DataError(
-                f"{table.origin} has {wanted}; it has {', '.join(table.columns)} (choose with --text-columns: messages, "
+                f"{table.origin} has {lacking}; it has {', '.join(table.columns)} (choose with --text-columns: messages, "
                 "prompt,completion or text)"
             )
         if self.form and layout.form != self.form:
@@ -380,8 +382,8 @@ def _answer(row: Sequence[str], form: str) -> str:
 
 def _to_answer(cells: Mapping[str, Any], columns: Sequence[str], beside: str, *, speaks: bool) -> Layout | None:
     """The layout of rows that wait for an answer: the columns of the training, or what they are usually called."""
-    name = next((name for name in (*columns[:1], *ASKED) if name in cells), None)
+    name = next(filter(None, (column_named(name, list(cells)) for name in (*columns[:1], *ASKED))), None)
     if name is None:
         return None
-    beside = beside or ("input" if name == "instruction" else "")
+    beside = beside or ("input" if name.casefold() == "instruction" else "")
     return Layout(MESSAGES if speaks or is_conversation(cells[name]) else TEXT, (name,), beside)

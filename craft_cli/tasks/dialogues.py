@@ -103,22 +103,26 @@ def layout_of(columns: Sequence[str], first: Mapping[str, Any], wanted: Sequence
         first: cells of its first row.
         wanted: columns that the user names: one of conversations or texts, or a prompt's and a completion's.
     """
+    written = {name.casefold(): name for name in reversed(columns)}  # a column is found whatever its case
+
+    def there(names: Sequence[str]) -> tuple[str, ...] | None:
+        return tuple(written[name] for name in names) if set(names) <= written.keys() else None
+
     if len(wanted) == 2:
-        known = tuple(wanted) in _TURNS
+        known = tuple(name.casefold() for name in wanted) in _TURNS
         return Layout(MESSAGES if known or is_conversation(first.get(wanted[0])) else COMPLETION, tuple(wanted))
-    for name in wanted or [name for name in _LISTS if name in columns]:
+    for name in wanted or [written[name] for name in _LISTS if name in written]:
         if is_conversation(first.get(name)):
             return Layout(MESSAGES, (name,))
     if wanted:
         return Layout(TEXT, tuple(wanted))
-    for pair in _PAIRS:
-        if set(pair) <= set(columns):
-            return Layout(MESSAGES if is_conversation(first.get(pair[0])) else COMPLETION, pair)
-    for turns in _TURNS:
-        if set(turns) <= set(columns):
-            beside = "input" if "input" in columns and "input" not in turns else ""
-            return Layout(MESSAGES, turns, beside)
-    return Layout(TEXT, ("text",)) if "text" in columns else None
+    for pair in filter(None, map(there, _PAIRS)):
+        return Layout(MESSAGES if is_conversation(first.get(pair[0])) else COMPLETION, pair)
+    for turns in filter(None, map(there, _TURNS)):
+        beside = written.get("input", "")
+        return Layout(MESSAGES, turns, "" if beside in turns else beside)
+    text = there(["text"])
+    return Layout(TEXT, text) if text else None
 
 
 def rows_of(table: Table, layout: Layout) -> list[tuple[str, ...]]:

@@ -61,6 +61,7 @@ def learned(folder: Path, row: Sequence[str], form: str, train_on: str, template
         ({"prompt": TURNS[1:2], "completion": TURNS[2:3]}, MESSAGES, ("prompt", "completion")),
         ({"instruction": "hi", "input": "", "output": "hello"}, MESSAGES, ("instruction", "output")),
         ({"question": "hi", "answer": "hello"}, MESSAGES, ("question", "answer")),
+        ({"Question": "hi", "ANSWER": "hello"}, MESSAGES, ("Question", "ANSWER")),
     ],
 )
 def test_the_same_conversation_in_every_layout(row: dict[str, Any], form: str, columns: tuple[str, ...]) -> None:

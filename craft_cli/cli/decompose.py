@@ -14,7 +14,7 @@ from craft_cli.config import ALL_LINEAR, TARGETS, RunConfig, parse_settings
 @asks_hub
 @with_settings("trust_remote_code")
 def command(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or 'demo'.")],
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, 'demo' or 'demo-llm'.")],
     targets: Annotated[str, typer.Option(help=f"Of {','.join(TARGETS)}, or {ALL_LINEAR}.")] = ",".join(
         RunConfig.targets
     ),

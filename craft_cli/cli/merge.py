@@ -30,7 +30,7 @@ def command(
             "--output",
             "-o",
             help="Folder to write.",
-            show_default="merged (or peft, adapter-copy), in the run",
+            show_default="merged (or peft, gguf, adapter-copy), in the run",
         ),
     ] = None,
     overwrite: Annotated[
@@ -39,12 +39,16 @@ def command(
     output_format: Annotated[
         str,
         typer.Option(
-            "--format", help="checkpoint; peft: a LoRA for everything that loads PEFT's; adapter: a copy to share."
+            "--format",
+            help="checkpoint; peft: a LoRA for everything that loads PEFT's; gguf: one for llama.cpp; adapter: a copy to share.",
         ),
     ] = "checkpoint",
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of the weights: float32, float16 or bfloat16.", show_default="the base's"),
+        typer.Option(
+            help="Of the weights: float32, float16 or bfloat16 (of a gguf not the last).",
+            show_default="the base's; of a gguf float32",
+        ),
     ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Write several files above it.", show_default="5GB")
@@ -117,9 +121,10 @@ def _show(result: Any) -> None:
             "files": ", ".join(result.files),
             "weights": f"{result.tensors_changed} changed, "
             + (f"as a LoRA of rank {result.rank}" if lora else result.dtype),
-            "verified": f"logits differ by {result.difference:.1e} of the largest (allowed {result.tolerance:.0e})",
+            "verified": f"logits differ by {result.difference:.1e} of the largest (allowed {result.tolerance:.0e})"
+            + ("; {} of {} greedy tokens are the same".format(*result.greedy) if result.greedy else ""),
             "threshold": result.threshold and _threshold(result.threshold, lora=lora),
-            "vLLM": result.serve and console.Verbatim(result.serve),
+            **{program: console.Verbatim(command) for program, command in result.serve.items()},
             "uploaded": result.repository,
         }
     )

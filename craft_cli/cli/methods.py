@@ -15,7 +15,9 @@ from craft_cli.config import RunConfig, parse_settings
 @asks_hub
 @with_settings("trust_remote_code")
 def command(
-    model: Annotated[str | None, typer.Option(help="Count the numbers each trains: hub id, folder or 'demo'.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Count the numbers each trains: hub id, folder, 'demo' or 'demo-llm'.")
+    ] = None,
     targets: Annotated[str, typer.Option(metavar="NAMES", help="Projections to adapt.")] = ",".join(RunConfig.targets),
     budget: Annotated[
         str | None, typer.Option(metavar="NUMBERS", help="With --model: the settings that train at most these: 16k.")

@@ -54,7 +54,7 @@ GROUPS = (
 class RunConfig(MethodOptions):
     """One training run, fully specified. The fields are the flags of `craft train` and the keys of a recipe."""
 
-    model: str = setting("roberta-base", "Hub id, local folder, or 'demo'.")
+    model: str = setting("roberta-base", "Hub id, local folder, 'demo' or 'demo-llm'.")
     revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
     task: str | None = setting(
         None, "A task of GLUE's (cola, sst2, mrpc, qqp, stsb, mnli, ...), or the sample opinions."

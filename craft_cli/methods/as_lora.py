@@ -11,7 +11,6 @@ layers get the same rank, as servers want it: smaller ones are filled with zeros
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,19 +24,12 @@ from craft_cli.files import write_json
 from craft_cli.methods.as_dense import AdaptedBase
 from craft_cli.methods.base import low_rank
 from craft_cli.models.cards import peft_type
-from craft_cli.models.loading import is_language_model
+from craft_cli.models.demo import DEMOS
 from craft_cli.models.shards import Entry, write_streamed
 from craft_cli.models.views import View, layer_of
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for --max-lora-rank; an adapter's rank may be any up to it."""
-VLLM_FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "cohere", "granite", "phi",
-    "phi3", "opt",
-)  # fmt: skip
-"""Of ours, those whose architectures vLLM's list of supported models names with LoRA."""
 
 _ROOT = "base_model.model."  # PEFT's names start with its own wrappers
 _EPSILON = 1e-6
@@ -150,15 +142,13 @@ def peft_config(
     adapted: AdaptedBase, pairs: Mapping[str, tuple[Tensor, Tensor]], *, head: bool = True
 ) -> dict[str, Any]:
     """adapter_config.json as PEFT reads it; without the head the LoRA is one for hidden states, or PEFT adds a head of its own."""
-    rank = next(len(a) for a, _ in pairs.values())
+    rank, checkpoint = next(len(a) for a, _ in pairs.values()), adapted.checkpoint
     transposed = any(view.transposed for changes in adapted.changes().values() for view, _, _ in changes)
     return {
         "peft_type": "LORA",
         "task_type": peft_type(adapted.saved.record["model"]["architecture"]) if head else "FEATURE_EXTRACTION",
-        "base_model_name_or_path": adapted.checkpoint.name
-        if adapted.checkpoint.name != "demo"
-        else str(adapted.checkpoint.folder),
-        "revision": adapted.checkpoint.revision,
+        "base_model_name_or_path": str(checkpoint.folder) if checkpoint.name in DEMOS else checkpoint.name,
+        "revision": checkpoint.revision,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
@@ -206,48 +196,6 @@ def _head_modules(adapted: AdaptedBase) -> list[str]:
                 found[path] = None
                 break
     return list(found)
-
-
-def serve_command(adapted: AdaptedBase, rank: int | None, folder: str, *, head: bool = True) -> str | None:
-    """How vLLM serves what was written, where it serves the architecture and takes the adapter; None otherwise.
-
-    Args:
-        adapted: the adapter and its base.
-        rank: of the LoRA; None for a merged checkpoint.
-        folder: what was written.
-        head: whether a LoRA holds the trained head.
-    """
-    if adapted.base.model.config.model_type not in VLLM_FAMILIES:
-        return None
-    if rank is None:
-        pooling = "" if is_language_model(adapted.base.model) else " --runner pooling"
-        return f"vllm serve {shlex.quote(folder)}{pooling}"
-    if (adapted.saved.head and head) or rank > VLLM_RANKS[-1]:
-        return None
-    size = next(size for size in VLLM_RANKS if size >= rank)
-    name, lora = shlex.quote(adapted.checkpoint.name), shlex.quote(f"tuned={folder}")
-    runner = " --runner pooling" if adapted.saved.head else ""
-    return f"vllm serve {name}{runner} --enable-lora --max-lora-rank {size} --lora-modules {lora}"
-
-
-def vllm_hint(adapted: AdaptedBase, rank: int, *, head: bool = True) -> str:
-    """Which ranks vLLM accepts, and what stands in the way of serving this LoRA with it."""
-    line = f"vLLM accepts --max-lora-rank {', '.join(map(str, VLLM_RANKS))}"
-    fitting = [size for size in VLLM_RANKS if size >= rank]
-    line += (
-        f": rank {rank} needs {fitting[0]}"
-        if fitting
-        else f": rank {rank} is too large (--trim, or train at a smaller rank)"
-    )
-    if adapted.base.model.config.model_type not in VLLM_FAMILIES:
-        return f"{line}; it serves no {adapted.base.model.config.model_type} with LoRA"
-    if adapted.saved.head and head:
-        return (
-            f"{line}; vLLM takes a trained head from a LoRA (modules_to_save) only in versions with vllm-project/vllm#53555, and "
-            "only if the served base has a head with the same number of labels; otherwise serve the checkpoint that `craft merge` "
-            "writes, or for embeddings a LoRA with --no-head"
-        )
-    return line
 
 
 class LoraWriter:

@@ -11,10 +11,10 @@ from typing import Any
 
 from craft_cli.errors import figure, plain
 from craft_cli.models.checkpoint import CARD, Checkpoint
-from craft_cli.models.hub import DEMO
+from craft_cli.models.demo import DEMO, DEMO_LLM
 
-DEMO_ID = "sentence-transformers/all-MiniLM-L6-v2"
-"""Where the demo model comes from."""
+DEMO_IDS = {DEMO: "sentence-transformers/all-MiniLM-L6-v2", DEMO_LLM: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Where the demo models come from."""
 
 HEADLESS = "peft without head"
 
@@ -23,6 +23,7 @@ _WHAT = {
     "checkpoint": "{base}, fine-tuned with {title}",
     "peft": "LoRA on {base}, made from a {title} adapter",
     HEADLESS: "LoRA on {base}, made from a {title} adapter without its head",
+    "gguf": "LoRA on {base} for llama.cpp, made from a {title} adapter",
 }
 
 _PIPELINES = {
@@ -69,6 +70,12 @@ above were measured with the head. With PEFT (the folder is PATH):
 
 With craft: `craft merge` of the adapter that this was made from writes a checkpoint with the head, which answers;
 `craft merge --format peft` a LoRA with it.""",
+    "gguf": """With llama.cpp, on a GGUF of the base, quantised or not (MODEL.gguf; the folder is PATH):
+
+    llama-server -m MODEL.gguf --lora PATH/adapter.gguf
+
+With Ollama: put the name of that GGUF into the Modelfile, then `ollama create tuned -f PATH/Modelfile`.
+With transformers or PEFT: `craft merge` of the adapter that this was made from writes a checkpoint, `--format peft` a LoRA.""",
 }
 
 
@@ -109,8 +116,8 @@ def peft_type(architecture: str) -> str | None:
 
 def public_name(base: Checkpoint) -> str:
     """What a base is called in what may be uploaded: a hub id, or a folder's name without where it lies."""
-    if base.name == DEMO:
-        return DEMO_ID
+    if base.name in DEMO_IDS:
+        return DEMO_IDS[base.name]
     return Path(base.name).name if Path(base.name).is_absolute() else base.name
 
 
@@ -136,7 +143,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         record: the adapter's description, as in adapter_config.json.
         method: that it was trained by.
         base: the checkpoint it was trained on.
-        form: `adapter`, `checkpoint`, `peft` or `HEADLESS`.
+        form: `adapter`, `checkpoint`, `peft`, `gguf` or `HEADLESS`.
     """
     import yaml
     from huggingface_hub import EvalResult, ModelCardData
@@ -147,9 +154,9 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
     task = training.get("task", "not recorded")
     pipeline = (form != HEADLESS and pipeline_of(model["architecture"])) or "feature-extraction"
     data: dict[str, Any] = {
-        "library_name": {"adapter": "craft", "checkpoint": "transformers"}.get(form, "peft"),
+        "library_name": {"adapter": "craft", "checkpoint": "transformers", "gguf": "gguf"}.get(form, "peft"),
         "pipeline_tag": pipeline,
-        "tags": ["craft", pipeline] + (["lora"] if form in ("peft", HEADLESS) else []),
+        "tags": ["craft", pipeline] + (["lora"] if form in ("peft", HEADLESS, "gguf") else []),
     }
     if not Path(base.name).is_absolute():  # the hub links to ids only
         data["base_model"] = name

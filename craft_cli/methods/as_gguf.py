@@ -108,7 +108,8 @@ class GgufWriter:
     """
 
     def __init__(self, adapted: AdaptedBase, folder: Path, dtype: torch.dtype, *, trim: bool, tolerance: float) -> None:
-        self.dtype, self.head, self._base = dtype, [], adapted.base
+        self.dtype, self._base = dtype, adapted.base
+        self.head: list[str] = []
         config = adapted.base.model.config
         pairs = lora_pairs(adapted, trim=trim, tolerance=tolerance)
         self.rank: int | None = next(len(a) for a, _ in pairs.values())

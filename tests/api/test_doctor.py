@@ -25,7 +25,7 @@ from craft_cli.api.doctor import Finding, examine
 from craft_cli.errors import CraftError
 
 NAMES = [
-    "craft", "torch", "packages", "optional", "devices", "precision", "processes", "hub", "factor cache", "hub cache",
+    "craft", "torch", "packages", "optional", "devices", "precision", "demo models", "processes", "hub", "factor cache", "hub cache",
     "training", "merge",
 ]  # fmt: skip
 

@@ -23,15 +23,18 @@ from craft_cli.models import demo
 
 Make = Callable[..., Path]
 KIND = "AutoModelForCausalLM"
-DECODERS = [one for one in families(KIND, ARCHITECTURES)]
+DECODERS = [
+    pytest.param(one.values[0], marks=() if one.values[0] in ("llama", "falcon") else pytest.mark.slow)
+    for one in families(KIND, ARCHITECTURES)
+]
 
 
-def adapted_one(base: Path, **options: Any) -> Any:
+def adapted_one(base: Path, scale: float = 0.3, **options: Any) -> Any:
     """A model with a shaken adapter on every projection, saved in the folder `saved`."""
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     ranks = {} if "method" in options else {"ranks": (6, 5, 2)}
     adapter = craft.attach(model, **({"targets": "all-linear"} | ranks | options))
-    shake(adapter)
+    shake(adapter, scale)
     adapter.save("saved")
     return model
 
@@ -126,10 +129,10 @@ def test_half_precision_halves_it_and_a_wrong_one_is_refused(pico_lm: Make, monk
 
 
 def test_a_dense_change_needs_its_tolerance(pico_lm: Make) -> None:
-    adapted_one(pico_lm(), method="superlora", targets="query,value", rank=4)
+    adapted_one(pico_lm(), 0.05, method="superlora", targets="query,value", rank=4)
     with pytest.raises(CraftError, match="is dense: a LoRA smaller than it"):
         craft.merge("saved", "lora", format="gguf")
-    assert craft.merge("saved", "lora", format="gguf", tolerance=0.99).difference > 1e-5
+    assert craft.merge("saved", "lora", format="gguf", tolerance=0.9).difference > 1e-5
 
 
 def test_what_llama_cpp_does_not_run_is_refused(pico: Make) -> None:

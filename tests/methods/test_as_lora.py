@@ -254,11 +254,11 @@ def test_what_is_said_of_vllm(pico: Make) -> None:
     base = Path("whole").resolve()
     saved_adapter(base, head=())
     result = craft.merge("adapter", "headless", format="peft")
-    assert result.serve == f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules tuned=headless"
+    assert result.serve["vLLM"] == f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules tuned=headless"
     assert json.loads(Path("headless/adapter_config.json").read_text())["modules_to_save"] is None
     saved_adapter(pico())
     encoder = craft.merge("adapter", "bert", format="peft")
-    assert encoder.serve is None
+    assert encoder.serve == {}
     assert "it serves no bert with LoRA" in str(encoder.hint)
 
 

@@ -120,7 +120,8 @@ def test_a_gguf_becomes_a_checkpoint_once(package: Path, made: Any, caplog: pyte
     stored = load_file(found.folder / "model.safetensors")
     assert stored.keys() == made[1].keys()
     assert all(torch.equal(stored[name], tensor) for name, tensor in made[1].items())
-    model, report = AutoModelForCausalLM.from_pretrained(found.folder, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(found.folder, output_loading_info=True)
+    model, report = loaded
     assert not any(report.values())
     assert (model.config.rms_norm_eps, model.generation_config.eos_token_id, model.dtype) == (1e-5, 2, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(found.folder)
@@ -191,7 +192,7 @@ def test_the_real_one_knows_the_capital_of_france(caplog: pytest.LogCaptureFixtu
     folder = resolve("demo-llm").folder
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     asked = [{"role": "user", "content": "What is the capital of France?"}]
-    batch = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    batch: Any = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     with torch.no_grad():
         ids = model.generate(**batch, max_new_tokens=12, do_sample=False)[0, batch["input_ids"].shape[1] :]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "The capital of France is Paris."

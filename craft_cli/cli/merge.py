@@ -39,15 +39,13 @@ def command(
     output_format: Annotated[
         str,
         typer.Option(
-            "--format",
-            help="checkpoint; peft: a LoRA for everything that loads PEFT's; gguf: one for llama.cpp; adapter: a copy to share.",
+            "--format", help="checkpoint; peft: a LoRA for PEFT; gguf: one for llama.cpp; adapter: a copy to share."
         ),
     ] = "checkpoint",
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of the weights: float32, float16 or bfloat16 (of a gguf not the last).",
-            show_default="the base's; of a gguf float32",
+            help="Of the weights: float32, float16 or bfloat16.", show_default="the base's; of a gguf float32"
         ),
     ] = None,
     max_shard_size: Annotated[

@@ -203,7 +203,7 @@ def test_commands_and_flags_that_a_page_names_are_those_of_craft(page: Path) -> 
 
 OPEN = ("--budget", "--recipe", "--energy")
 """Flags that running text names without their values."""
-OF_OTHERS = {
+OF_OTHERS = {"--lora", 
     # flags of accelerate, torchrun, vllm, llama.cpp, tests/training/torture.py, and --help
     "--config_file", "--nnodes", "--nproc-per-node", "--master-addr", "--master-port", "--node-rank", "--runner", "--outfile",
     "--max-lora-rank", "--kills", "--help",

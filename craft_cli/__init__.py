@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Chat": "api.chat",
     "CraftCallback": "methods.trainer",
     "CraftError": "errors",
     "Factors": "methods.craft.factors",
@@ -42,6 +43,7 @@ __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from craft_cli.api.advise import advise as advise
+    from craft_cli.api.chat import Chat as Chat
     from craft_cli.api.compare import compare as compare
     from craft_cli.api.decompose import decompose as decompose
     from craft_cli.api.evaluate import evaluate as evaluate

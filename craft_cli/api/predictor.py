@@ -41,6 +41,7 @@ class Predictor:
         device: where it computes.
         task: what it was trained for; of a checkpoint, what its head looks like.
         record: what it was trained on, where that is known (runs and adapters).
+        adapter: on the model; None where it is a checkpoint.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Predictor:
     device: torch.device
     task: Task
     record: Mapping[str, Any]
+    adapter: ModelAdapter | None = None
 
     def source(self, given: DataSource) -> DataSource:
         """The data of its training, overridden by what is given."""
@@ -143,6 +145,7 @@ def load_predictor(
     found = find_run(None if path is None else str(path))
     adapter_path = find_adapter(found)
     record: Mapping[str, Any] = {}
+    adapter: ModelAdapter | None = None
     if adapter_path:
         told = read_record(adapter_path)
         kind = kind_of_model(told.get("training", {}), [told["model"]["architecture"]], strict=True)
@@ -161,7 +164,7 @@ def load_predictor(
     agree_on_padding(model, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
     task = kind.of_record(record, model.config)
-    return Predictor(str(path or found), model.to(device), tokenizer, device, task, record)
+    return Predictor(str(path or found), model.to(device), tokenizer, device, task, record, adapter)
 
 
 def merged_record(config: Any) -> dict[str, Any]:

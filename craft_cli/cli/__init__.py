@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from craft_cli.cli import decompose, doctor, evaluate, inspect, merge, methods, predict, recipes, sweep, train
+from craft_cli.cli import chat, decompose, doctor, evaluate, inspect, merge, methods, predict, recipes, sweep, train
 from craft_cli.cli.usage import Command, Group
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("train", cls=Command, epilog=train.EXAMPLES)(train.command)
 app.command("sweep", cls=Command)(sweep.command)
 app.command("eval", cls=Command)(evaluate.command)
 app.command("predict", cls=Command)(predict.command)
+app.command("chat", cls=Command)(chat.command)
 app.command("merge", cls=Command)(merge.command)
 app.command("inspect", cls=Command)(inspect.command)
 app.command("methods", cls=Command)(methods.command)

@@ -172,6 +172,9 @@ class Task(Protocol):
     def prompts(self, split: Split, tokenizer: Any) -> list[list[int]]:
         """Where answers are written: the tokens of each row that are to be answered."""
 
+    def in_chat(self, tokenizer: Any) -> tuple[Self, bool]:
+        """Where answers are written: as a chat asks for them, and whether they answer conversations; else they continue texts."""
+
     def ends(self, tokenizer: Any) -> list[int]:
         """Where answers are written: the tokens that end one."""
 

@@ -255,6 +255,14 @@ class CausalLM:
                 progress(number + 1, len(split))
         return Encoded(features, split.labels, cut, limit, targets=targets)
 
+    def in_chat(self, tokenizer: Any) -> tuple[CausalLM, bool]:
+        """Conversations need a template, and a model that was not trained on anything else."""
+        if self.form not in ("", MESSAGES):
+            return self, False
+        if self.template or tokenizer.chat_template:
+            return self, True
+        return replace(self, form=TEXT), False
+
     def prompts(self, split: Split, tokenizer: Any) -> list[list[int]]:
         """The tokens of each row that are to be answered."""
         renderer = Renderer(tokenizer, self.form or MESSAGES, ALL, self.template)

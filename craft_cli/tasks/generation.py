@@ -120,7 +120,7 @@ def _write(
 ) -> list[Answer]:
     """The answers to prompts that are computed together, the shorter ones padded on the left."""
     width = max(map(len, prompts))
-    room = _room(model.config.get_text_config(), width, settings.max_new_tokens)
+    room = _room(positions_of(model), width, settings.max_new_tokens)
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
     for number, prompt in enumerate(prompts):
@@ -150,13 +150,18 @@ def _plain(model: Any, draws: bool) -> dict[str, Any]:
     )
 
 
-def _room(config: Any, width: int, wanted: int) -> int:
+def positions_of(model: Any) -> int | None:
+    """So many tokens may prompt and answer have together; None where any number of them can be told apart."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
+def _room(positions: int | None, width: int, wanted: int) -> int:
     """So many tokens may be written behind a prompt of this width.
 
     Raises:
         ModelError: none.
     """
-    positions = getattr(config, "max_position_embeddings", None)
     room = wanted if positions is None else min(wanted, positions - width)
     if room < 1:
         raise ModelError(

@@ -97,6 +97,10 @@ class Labelled:
         """See `Task`; never asked for."""
         raise NotImplementedError
 
+    def in_chat(self, tokenizer: Any) -> tuple[Self, bool]:
+        """See `Task`; never asked for."""
+        raise NotImplementedError
+
     def ends(self, tokenizer: Any) -> list[int]:
         """See `Task`; never asked for."""
         raise NotImplementedError

@@ -1,0 +1,249 @@
+"""Use-case: talk to a language model, with a history; its base without the adapter can answer too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import TextStreamer
+
+from craft_cli.api.predictor import load_predictor
+from craft_cli.data.sources import Split
+from craft_cli.errors import ConfigError, DataError
+from craft_cli.files import cannot_write, read_content, write_bytes
+from craft_cli.models.tables import tables_of
+from craft_cli.tasks.dialogues import ASSISTANT, MESSAGES, SYSTEM, USER, Layout, read_row
+from craft_cli.tasks.generation import Answer, Generation, positions_of
+
+INTERRUPTED = "interrupted"
+"""Why an answer is over, besides the reasons of `tasks.generation`: Ctrl-C."""
+Heard = Callable[[str], None]
+
+
+class Chat:
+    """A conversation with a trained language model, or with any other.
+
+        chat = craft.Chat("runs/first")
+        print(chat.ask("Why is the sea salty?").text)
+        print(chat.compare("And the lakes?"))
+
+    A model that was trained on prompts or texts, or that has no chat template, takes each text by itself and continues it.
+
+    Args:
+        path: a run, an adapter, a checkpoint's folder or a hub id; the latest run without.
+        system: the system message; the template's own without.
+        generation: how answers are written; the likeliest token each time without.
+        use_cpu: stay on the CPU.
+        trust_remote_code: run Python code that comes with the model.
+        allow_other_base: take an adapter whose base is not as it was in training.
+        noticed: called when the oldest turns no longer fit into what the model sees.
+
+    Attributes:
+        name: of the model.
+        messages: of the conversation, the system message first where there is one.
+        base: whether the base answers: the same model with its adapter switched off.
+        remembers: whether there is a history; else each text stands alone.
+
+    Raises:
+        ConfigError: the model writes no answers, or takes no system message.
+        CraftError: it cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        system: str | None = None,
+        generation: Generation | None = None,
+        use_cpu: bool = False,
+        trust_remote_code: bool = False,
+        allow_other_base: bool = False,
+        noticed: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self._predictor = load_predictor(
+            path, use_cpu=use_cpu, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
+        )
+        task, tokenizer = self._predictor.task, self._predictor.tokenizer
+        self.name = self._predictor.name
+        if not task.generates:
+            raise ConfigError(f"{self.name} chooses among labels and writes no answers: use craft predict")
+        self._task, self.remembers = task.in_chat(tokenizer)
+        self._settings = generation or Generation()
+        tables = tables_of(self._predictor.model, self.name)
+        self._positions = tables.limit(positions_of(self._predictor.model) or 1 << 62)
+        self._noticed, self._dropped = noticed, 0
+        self.messages: list[dict[str, str]] = []
+        self.base = False
+        if system is not None:
+            self.system(system)
+
+    # -- asking ---------------------------------------------------------------------------------------------------------
+
+    def ask(self, text: str, heard: Heard = lambda part: None) -> Answer:
+        """The answer to what a user says, which both become a part of the conversation.
+
+        Ctrl-C ends the answer: what was written so far is kept, and `why` is `interrupted`.
+
+        Args:
+            text: what is said.
+            heard: called with each part of the answer as it is written.
+
+        Raises:
+            CraftError: the template refuses the conversation, or there is no room for an answer.
+        """
+        answer = self._write(self._asked(text), self.base, heard)
+        self._keep(text, answer)
+        return answer
+
+    def compare(self, text: str, heard: Callable[[bool, str], None] = lambda base, part: None) -> tuple[Answer, Answer]:
+        """The answers of the tuned model and of its base to the same conversation, which the tuned one's becomes a part of.
+
+        Args:
+            text: what is said.
+            heard: called with whether the base writes, and with each part as it is written.
+
+        Raises:
+            ConfigError: there is no adapter.
+            CraftError: as for `ask`.
+        """
+        self.check_adapter()
+        asked = self._asked(text)
+        tuned = self._write(asked, False, partial(heard, False))
+        base = self._write(asked, True, partial(heard, True))
+        self._keep(text, tuned)
+        return tuned, base
+
+    def check_adapter(self) -> None:
+        """See that base and tuned model can be told apart.
+
+        Raises:
+            ConfigError: there is no adapter that could be switched off.
+        """
+        if self._predictor.adapter is None:
+            raise ConfigError(f"{self.name} has no adapter to switch off: name the run or the adapter")
+
+    def _asked(self, text: str) -> Split:
+        """What the model is to answer: as much of the conversation as it sees, and the text."""
+        room = min(self._settings.max_new_tokens, self._positions // 4)
+        for dropped in range(self._dropped, len(self._turns) + 1, 2):
+            asked = Split([self._row(text, dropped)], None, "the chat", place=lambda row: "the chat")
+            (prompt,) = self._task.prompts(asked, self._predictor.tokenizer)
+            if len(prompt) + room <= self._positions:
+                if dropped and not self._dropped:
+                    self._noticed(
+                        f"the model sees {self._positions:,} tokens: the oldest turns are left out from now on"
+                    )
+                self._dropped = dropped
+                break
+        return asked
+
+    def _row(self, text: str, dropped: int) -> tuple[str, ...]:
+        if not self.remembers:
+            return (text,)
+        system = self.messages[: len(self.messages) - len(self._turns)]
+        seen = [*system, *self._turns[dropped:], {"role": USER, "content": text}]
+        return read_row({"messages": seen}, Layout(MESSAGES, ("messages",)), lambda: "the chat", answered=False)
+
+    @property
+    def _turns(self) -> Sequence[dict[str, str]]:
+        """The messages without that of the system."""
+        return self.messages[1:] if self.messages and self.messages[0]["role"] == SYSTEM else self.messages
+
+    def _write(self, asked: Split, of_base: bool, heard: Heard) -> Answer:
+        predictor, stream = self._predictor, _Stream(self._predictor.tokenizer, heard)
+        with self._switched_off() if of_base else _as_it_is():
+            try:
+                (answer,) = predictor.write(asked, self._task, self._settings, streamer=stream)
+            except KeyboardInterrupt:
+                stream.end()
+                return Answer(stream.text, stream.tokens, INTERRUPTED)
+        return answer
+
+    def _switched_off(self) -> Any:
+        self.check_adapter()
+        assert self._predictor.adapter is not None
+        return self._predictor.adapter.disabled()
+
+    def _keep(self, text: str, answer: Answer) -> None:
+        """An empty answer is none: no template has a place for it."""
+        if answer.text.strip():
+            self.messages += [{"role": USER, "content": text}, {"role": ASSISTANT, "content": answer.text}]
+
+    # -- the conversation -----------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget what was said; the system message stays."""
+        del self.messages[len(self.messages) - len(self._turns) :]
+        self._dropped = 0
+
+    def system(self, text: str) -> None:
+        """Give another system message; an empty one leaves it to the template.
+
+        Raises:
+            ConfigError: each text stands alone, so there is none.
+        """
+        if not self.remembers:
+            raise ConfigError(f"{self.name} continues texts: it takes no system message")
+        self.messages = [*([{"role": SYSTEM, "content": text}] if text else []), *self._turns]
+
+    def save(self, file: str | Path) -> int:
+        """Add the conversation to a file of training data: a row of `messages`, or of `prompt` and `completion` each.
+
+        Args:
+            file: of jsonl; made where there is none.
+
+        Returns:
+            How many rows the file has now.
+
+        Raises:
+            ConfigError: the file is called otherwise.
+            DataError: nothing was said yet.
+            FileError: it cannot be written.
+        """
+        path = Path(file).expanduser()
+        if path.suffix != ".jsonl":
+            raise ConfigError(f"a conversation is saved as jsonl: end the name of {path} in .jsonl")
+        if not self._turns:
+            raise DataError("nothing was said yet, so there is nothing to save")
+        try:
+            former = read_content(path) if path.exists() else b""
+            rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows()).encode()
+            write_bytes(path, former + (b"\n" if former and not former.endswith(b"\n") else b"") + rows)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        return former.count(b"\n") + rows.count(b"\n") + bool(former and not former.endswith(b"\n"))
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        if self.remembers:
+            yield {"messages": self.messages}
+            return
+        for said, answer in zip(self.messages[::2], self.messages[1::2], strict=True):
+            yield {"prompt": said["content"], "completion": answer["content"]}
+
+
+class _Stream(TextStreamer):
+    """Passes on an answer, word by word as it is written."""
+
+    def __init__(self, tokenizer: Any, heard: Heard) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._heard, self.text, self.tokens = heard, "", -1
+
+    def put(self, value: Any) -> None:
+        """Tokens: first those of the prompt."""
+        self.tokens += 1
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """What will not change any more."""
+        self.text += text
+        if text:
+            self._heard(text)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield

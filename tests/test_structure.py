@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,7 +150,19 @@ def test_craft_is_known_by_the_commands_about_factors_only() -> None:
             assert path.relative_to(PACKAGE).as_posix().startswith(allowed), path
 
 
-COMMANDS = ("decompose", "train", "sweep", "eval", "predict", "merge", "inspect", "methods", "doctor", "recipes")
+COMMANDS = (
+    "decompose",
+    "train",
+    "sweep",
+    "eval",
+    "predict",
+    "chat",
+    "merge",
+    "inspect",
+    "methods",
+    "doctor",
+    "recipes",
+)
 
 
 def test_help_imports_nothing_heavy_and_both_spellings_work() -> None:
@@ -202,7 +215,7 @@ sys.exit(f"imported: {heavy & set(sys.modules)}" if heavy & set(sys.modules) els
 def test_every_command_family_task_and_recipe_is_in_the_docs() -> None:
     from craft_cli.config import shipped_recipes
     from craft_cli.models.families import FAMILIES
-    from craft_cli.tasks.glue import TASKS
+    from craft_cli.tasks.glue import SAMPLES, TASKS
 
     root = PACKAGE.parent
     readme = (root / "README.md").read_text()
@@ -210,7 +223,7 @@ def test_every_command_family_task_and_recipe_is_in_the_docs() -> None:
         assert f"craft {command}" in readme, command
     assert len(readme.splitlines()) <= 200
     page = readme + (root / "docs" / "your-data.md").read_text()
-    for name in (*FAMILIES, *TASKS, *shipped_recipes()):
+    for name in (*FAMILIES, *TASKS, *SAMPLES, *shipped_recipes()):
         assert name in page, name
 
 
@@ -229,3 +242,23 @@ def test_sample_data_keeps_its_promises() -> None:
     assert len(set(words)) == len(words)
     for number, mine in enumerate(words):
         assert all(len(mine & other) <= 0.6 * len(mine | other) for other in words[:number]), mine
+
+
+def test_sample_chats_keep_their_promises() -> None:
+    """Their validation answers show whether the voice was learned, not which chats were seen."""
+    chats = {
+        split: [
+            json.loads(line)["messages"]
+            for line in (PACKAGE / "samples" / "lighthouse" / f"{split}.jsonl").read_text().splitlines()
+        ]
+        for split in ("train", "validation")
+    }
+    assert len(chats["train"]) >= 120
+    assert len(chats["validation"]) >= 24
+    assert sum(len(chat) > 2 for chat in chats["train"]) >= 12
+    questions = [chat[0]["content"].lower() for split in chats.values() for chat in split]
+    assert len(set(questions)) == len(questions)
+    for chat in (chat for split in chats.values() for chat in split):
+        assert [message["role"] for message in chat] == ["user", "assistant"] * (len(chat) // 2)
+        for message in chat[1::2]:
+            assert re.fullmatch(r"[^.!?]+\. By the lamp, [^.!?]+[.?]", message["content"]), message

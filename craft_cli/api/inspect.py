@@ -14,6 +14,7 @@ from craft_cli.methods.adapter_folder import SavedAdapter, read_adapter
 from craft_cli.methods.base import effective_rank, inners, singular_values
 from craft_cli.methods.craft.factors import Factors
 from craft_cli.methods.craft.ranks import Ranks
+from craft_cli.models.cards import learned
 from craft_cli.models.stacks import Origin, find_checkpoint, read_stacks
 from craft_cli.plots import spectra
 from craft_cli.training.find import find_run
@@ -122,7 +123,8 @@ def _adapter(path: Path, folder: Path) -> Inspection:
         "parameters": record["parameters"],
         "model_class": record["model"]["architecture"],
         "task_type": record.get("task_type"),
-        "labels": ", ".join(record["model"]["id2label"].values()),
+        "labels": None if learned(training) else ", ".join(record["model"]["id2label"].values()),
+        "learned": learned(training),
     }
     if training:
         where = data.get("data_dir") or data.get("train_file")

@@ -35,6 +35,7 @@ table.facts th { text-align: left; font-weight: 600; color: var(--soft); white-s
 table.facts td { text-align: left; overflow-wrap: anywhere; }
 table.heat td { min-width: 5rem; border: 1px solid #fff; }
 table.heat td:first-child { min-width: 0; }
+table.texts th, table.texts td { text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; }
 pre { background: #f5f7f9; padding: .75rem 1rem; overflow-x: auto; font-size: 13px; }
 """
@@ -49,6 +50,8 @@ def write_page(
     path: str | Path | None, file: str | Path, *, evaluated: bool = True, trust_remote_code: bool = False
 ) -> Inspection:
     """Write the page; a run or adapter is evaluated on its data for the confusion matrix, where that is at hand.
+
+    The page of a language model shows the answers of its last evaluation instead.
 
     Args:
         path: run, adapter or file of factors; the latest run without.
@@ -80,7 +83,9 @@ def write_page(
         )
     if run:
         parts.append(_section("Training", _training(run, found.facts)))
-    if found.kind != "factors":
+    if found.facts.get("learned"):
+        parts.append(_section("Answers", _answers(run), "To the first validation rows, at the last evaluation."))
+    elif found.kind != "factors":
         confusion = _confusion(found.path, trusted=trust_remote_code) if evaluated else "<p>Not evaluated.</p>"
         parts.append(_section("Confusion", confusion))
     if run and (run.path / "recipe.yaml").is_file():
@@ -234,6 +239,22 @@ def _training(run: Run, facts: Mapping[str, Any]) -> str:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "<p>metrics.jsonl is missing or damaged.</p>"
     return _image(figure, title)
+
+
+def _answers(run: Run | None) -> str:
+    """What was written at the last evaluation, beside what the data says."""
+    samples = run.samples() if run else []
+    last = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+    if not last:
+        return "<p>None were written; craft train --eval-generate N writes some at each evaluation.</p>"
+    rows = [
+        [sample.get(name) for name in ("wanted", "answer")] + ["yes" if sample.get("match") else "no"]
+        for sample in last
+    ]
+    matched = sum(bool(sample.get("match")) for sample in last)
+    return f"<p>{matched} of {len(last)} match, after update {last[0]['step']:,}.</p>" + _table(
+        ["in the data", "written", "match"], rows, "texts"
+    )
 
 
 def _confusion(path: str, *, trusted: bool) -> str:

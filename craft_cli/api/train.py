@@ -117,6 +117,7 @@ def _result(training: Training) -> TrainResult:
         examples=prepared.eval_examples,
         stopped_early=training.step < training.timetable.total and journal.out_of_patience,
         remarks=_remarks(training) if journal.best else (),
+        generates=prepared.task.generates,
     )
 
 

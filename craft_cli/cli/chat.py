@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from craft_cli.cli.options import Seed, Temperature, TopP, generation_of, reports_errors, with_settings
+from craft_cli.cli import completion
+from craft_cli.cli.options import Seed, Temperature, TopP, asks_hub, generation_of, reports_errors, with_settings
 from craft_cli.errors import ConfigError, CraftError, nearest, plain
 
 if TYPE_CHECKING:
@@ -31,10 +32,14 @@ _HELP = {
 
 
 @reports_errors
+@asks_hub
 @with_settings("max_new_tokens", "use_cpu", "trust_remote_code", "allow_other_base")
 def command(
     path: Annotated[
-        str | None, typer.Argument(help="Run, adapter, checkpoint or hub id.", show_default="the latest run")
+        str | None,
+        typer.Argument(
+            help="Run, adapter, checkpoint or hub id.", show_default="the latest run", autocompletion=completion.runs
+        ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answer beside each.")] = False,
     system: Annotated[
@@ -126,7 +131,7 @@ def _obey(chat: Chat, line: str) -> bool:
     if rest and word not in ("/system", "/save"):
         raise ConfigError(f"{word} stands alone, without '{plain(rest)}'")
     if word == "/help":
-        console.sentences(_HELP)
+        console.facts(_HELP, rename=False)
     elif word == "/reset":
         chat.reset()
         console.note("what was said is forgotten")

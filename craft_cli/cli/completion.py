@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 from craft_cli.config import METHOD_OPTIONS, TRACKERS, RunConfig, shipped_recipes
 
 TASKS = (
-    "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "mnli-mm", "qnli", "rte", "wnli", "ax", "opinions",
+    "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "mnli-mm", "qnli", "rte", "wnli", "ax", "opinions", "lighthouse",
 )  # fmt: skip
 """The names after `--task`; a test compares them with those there are."""
 _NAMES = {

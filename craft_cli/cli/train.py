@@ -31,7 +31,7 @@ def command(
     json: JsonFlag = False,
     **settings: Any,
 ) -> None:
-    """Fine-tune a transformer for texts or words with labels: a small adapter, and the task head."""
+    """Fine-tune a transformer for texts or words with labels, or a language model on chats: a small adapter, and the head."""
     from craft_cli.cli import console
     from craft_cli.config import RunConfig, load_recipe
 
@@ -85,7 +85,7 @@ def command(
             "time": f"{result.updates:,} updates in {result.seconds:.0f} s{early}",
             "adapter": f"{result.output}/adapter",
             "curve": f"{result.output}/training_curve.png" if result.metrics else None,
-            "next": "craft eval, craft merge, craft inspect",
+            "next": f"{'craft chat' if result.generates else 'craft eval'}, craft merge, craft inspect",
         }
     )
     for line in result.remarks:

@@ -78,6 +78,54 @@ With Ollama: put the name of that GGUF into the Modelfile, then `ollama create t
 With transformers or PEFT: `craft merge` of the adapter that this was made from writes a checkpoint, `--format peft` a LoRA.""",
 }
 
+_USE_WRITER = {
+    "adapter": """With craft (the Python package `lora-craft`; the folder is PATH):
+
+    craft chat PATH                          # --compare shows the base's answers beside
+    craft predict PATH                       # questions from standard input
+    craft eval PATH                          # again, on the same data
+
+With plain transformers: `craft merge PATH` writes an ordinary checkpoint.
+With PEFT and vLLM: `craft merge PATH --format peft` writes a LoRA.""",
+    "checkpoint": """With plain transformers (the folder is PATH):
+
+    from transformers import AutoTokenizer, {architecture}
+
+    model = {architecture}.from_pretrained("PATH")
+    tokenizer = AutoTokenizer.from_pretrained("PATH")
+{writes}
+
+With craft: `craft chat PATH` or `craft predict PATH`. With PEFT: nothing is needed, the change is merged.""",
+    "peft": """With PEFT (the folder is PATH):
+
+    import peft
+    from transformers import AutoTokenizer, {architecture}
+
+    base = {architecture}.from_pretrained({base!r})
+    model = peft.PeftModel.from_pretrained(base, "PATH")
+    tokenizer = AutoTokenizer.from_pretrained({base!r})
+{writes}
+
+With plain transformers: `model.merge_and_unload(safe_merge=True).save_pretrained(...)`, or `craft merge` of the adapter.
+With craft: load the adapter that this was made from.""",
+}
+"""The same of models that write."""
+_ASKS = """    messages = [{"role": "user", "content": "some question"}]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )"""
+_BEGINS = """    inputs = tokenizer("the beginning of a text", return_tensors="pt")"""
+_WRITES = """
+    output = model.generate(**inputs, max_new_tokens=256, do_sample=False)
+    print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+_LEARNED = {
+    "assistant": "every answer of the assistant and the token that ends it",
+    "last": "the last answer of each conversation and the token that ends it",
+    "completion": "the completion of each prompt and the token that ends it",
+    "all": "all of each row",
+}
+"""What a language model has learned, by `train_on`."""
+
 
 @dataclass(frozen=True)
 class Description:
@@ -112,6 +160,11 @@ def peft_type(architecture: str) -> str | None:
     """PEFT's word for the task of models of this class; None where it has none."""
     pipeline = pipeline_of(architecture)
     return _PIPELINES[pipeline][1] if pipeline else None
+
+
+def learned(training: Mapping[str, Any]) -> str | None:
+    """What a language model has learned of its rows, for people; None where nothing is known."""
+    return _LEARNED.get(str(training.get("train_on")))
 
 
 def public_name(base: Checkpoint) -> str:
@@ -171,12 +224,14 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
             EvalResult(pipeline, task, task, metric, float(f"{value:.6g}")) for metric, value in metrics.items()
         ]
     labels = ", ".join(map(_inline, model["id2label"].values()))
+    taught = f"Learned: {learned(training) or 'not recorded'}" if generates else f"Labels: {labels}"
+    head = "" if generates else f", {record['parameters']['head']:,} in the head"
     parts = [
         f"---\n{ModelCardData(**data).to_yaml()}\n---",
         "# " + _WHAT[form].format(title=method.title, base=_inline(name)),
-        f"Task: {task}. {'' if generates else f'Labels: {labels}. '}Data: {_inline(_data(training))}.",
+        f"Task: {task}. {taught}. Data: {_inline(_data(training))}.",
         f"Trained numbers: {record['parameters']['adapter']:,} {method.trained} {', '.join(record['targets'])} "
-        f"({method.settings}), {record['parameters']['head']:,} in the head.",
+        f"({method.settings}){head}.",
         f"Licence: {licence or 'that of the base model'}. Base model: {name}"
         + (f", revision {base.revision}." if base.revision else "."),
     ]
@@ -195,12 +250,13 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     parts.append("## Use")
     parts.append(
-        _USE[form].format(
+        (_USE_WRITER if generates else _USE)[form].format(
             architecture=model["architecture"],
-            fresh=model["architecture"] + ("" if generates else f" with num_labels={model['num_labels']}"),
+            fresh=f"{model['architecture']} with num_labels={model['num_labels']}",
             base=name,
-            loaded=repr(name) if generates else _with_labels(name, model),
-            labels="" if generates else f" PEFT's layout has no place for label names; they are, in order:\n{labels}.",
+            loaded=_with_labels(name, model),
+            labels=f" PEFT's layout has no place for label names; they are, in order:\n{labels}.",
+            writes=(_BEGINS if training.get("form") in ("completion", "text") else _ASKS) + _WRITES,
             pipeline=pipeline,
             **_in_a_pipeline(training, pipeline),
         )

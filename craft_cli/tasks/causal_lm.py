@@ -26,17 +26,16 @@ from craft_cli.errors import ConfigError, DataError, ModelError
 from craft_cli.tasks.base import OWN
 from craft_cli.tasks.checks import row_notes
 from craft_cli.tasks.dialogues import (
-    ASKED,
     COMPLETION,
     FORMS,
     MESSAGES,
     TEXT,
     Conversation,
-    Layout,
-    is_conversation,
+    as_text,
     layout_of,
     read_row,
     rows_of,
+    waiting,
 )
 from craft_cli.tasks.generation import MATCHES, Matcher
 from craft_cli.tasks.language_loss import losses_and_hits, model_inputs, summed_loss
@@ -56,7 +55,7 @@ class CausalLM:
     """Answers of a language model. The methods are those of `tasks.base.Task`.
 
     Attributes:
-        name: `OWN`.
+        name: `OWN`, or that of a sample.
         text_columns: that are read: of conversations, of prompt and completion, or of texts.
         form: of the rows, one of `dialogues.FORMS`; empty before any were read.
         beside: the column of what belongs to an instruction; empty without.
@@ -64,13 +63,13 @@ class CausalLM:
         template: a chat template in the place of the tokenizer's own; empty without.
         packing: whether rows share sequences in training.
         asked: to how many validation rows answers are written at each evaluation.
+        sample: folder below `craft_cli/samples`, for chats that ship with craft.
     """
 
     kind: ClassVar[str] = "causal-lm"
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
     labels: ClassVar[tuple[str, ...]] = ()
     answers: ClassVar[tuple[str, ...]] = ()
-    home: ClassVar[Home] = Home()
     stratified: ClassVar[bool] = False
     trains_head: ClassVar[bool] = False
     generates: ClassVar[bool] = True
@@ -88,8 +87,14 @@ class CausalLM:
     template: str = ""
     packing: bool = False
     asked: int = 0
+    sample: str = ""
 
     # -- rows -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def home(self) -> Home:
+        """Where the rows of a sample lie."""
+        return Home(sample=self.sample or None)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -118,7 +123,14 @@ class CausalLM:
         if form not in ("", *FORMS) or train_on not in ("", *TRAIN_ON):
             raise ModelError(f"it was trained on {form or train_on!r}, which this version does not know: it is damaged")
         columns = tuple(data.get("text_columns") or ())
-        return cls(OWN, columns, form, str(data.get("beside") or ""), train_on, str(record.get("chat_template") or ""))
+        beside, template = str(data.get("beside") or ""), str(record.get("chat_template") or "")
+        task = cls(OWN, columns, form, beside, train_on, template)
+        if record.get("task", OWN) == OWN:
+            return task
+        from craft_cli.tasks.glue import task_of
+
+        known = task_of(cls, record["task"])
+        return replace(task, name=known.name, sample=known.sample)
 
     def chosen(self, source: DataSource) -> CausalLM:
         """With the columns that the user names."""
@@ -154,7 +166,7 @@ class CausalLM:
         """Prompts or conversations that wait for an answer; a line of text is what a user says, or the beginning of a text."""
         speaks = self.form == MESSAGES or not self.form
         wanted = ("text",) if plain else (*columns,) or self.text_columns
-        layout = _to_answer(first.cells, wanted, self.beside, speaks=speaks)
+        layout = waiting(first.cells, wanted, self.beside, speaks=speaks)
         if layout is None:
             raise DataError(
                 f"{origin} has no column of prompts or conversations; it has {', '.join(first.cells)} (choose with --text-columns)"
@@ -371,13 +383,6 @@ class CausalLM:
         return {"task_type": self.kind, "text_columns": ",".join(self.text_columns)}
 
 
-def as_text(row: Sequence[str], form: str) -> str:
-    """A row for people: roles before their messages, a text as it is."""
-    if form != MESSAGES:
-        return "".join(row)
-    return "\n".join(f"{message['role']}: {message['content']}" for message in Conversation.of(row[0]).messages)
-
-
 def _first(table: Table) -> dict[str, Any]:
     return {name: next(iter(table.column(name)), None) for name in table.columns}
 
@@ -386,12 +391,3 @@ def _answer(row: Sequence[str], form: str) -> str:
     if form == MESSAGES:
         return Conversation.of(row[0]).answer
     return row[1] if form == COMPLETION else ""
-
-
-def _to_answer(cells: Mapping[str, Any], columns: Sequence[str], beside: str, *, speaks: bool) -> Layout | None:
-    """The layout of rows that wait for an answer: the columns of the training, or what they are usually called."""
-    name = next(filter(None, (column_named(name, list(cells)) for name in (*columns[:1], *ASKED))), None)
-    if name is None:
-        return None
-    beside = beside or ("input" if name.casefold() == "instruction" else "")
-    return Layout(MESSAGES if speaks or is_conversation(cells[name]) else TEXT, (name,), beside)

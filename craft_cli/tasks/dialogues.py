@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from craft_cli.data.cells import as_list, described, is_missing, whole_text
+from craft_cli.data.tables import column_named
 from craft_cli.errors import DataError
 from craft_cli.tasks.texts import text_of
 
@@ -259,3 +260,19 @@ def _check_order(messages: Sequence[Mapping[str, Any]], place: Place, *, answere
         raise DataError(f"{place()}: the conversation ends with a message of {before}, so its last answer is missing")
     if not answered and before not in (USER, TOOL):
         raise DataError(f"{place()}: the conversation ends with a message of {before}: there is nothing to answer")
+
+
+def as_text(row: Sequence[str], form: str) -> str:
+    """A row for people: roles before their messages, a text as it is."""
+    if form != MESSAGES:
+        return "".join(row)
+    return "\n".join(f"{message['role']}: {message['content']}" for message in Conversation.of(row[0]).messages)
+
+
+def waiting(cells: Mapping[str, Any], columns: Sequence[str], beside: str, *, speaks: bool) -> Layout | None:
+    """The layout of rows that wait for an answer: the columns of the training, or what they are usually called."""
+    name = next(filter(None, (column_named(name, list(cells)) for name in (*columns[:1], *ASKED))), None)
+    if name is None:
+        return None
+    beside = beside or ("input" if name.casefold() == "instruction" else "")
+    return Layout(MESSAGES if speaks or is_conversation(cells[name]) else TEXT, (name,), beside)

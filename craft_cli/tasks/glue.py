@@ -1,16 +1,20 @@
-"""GLUE: its tasks as rows of a table, and the files its server takes."""
+"""Tasks by name: those of GLUE as rows of a table, with the files its server takes, and the samples that ship with craft."""
 
 from __future__ import annotations
 
 import io
 import zipfile
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from craft_cli.errors import ConfigError, nearest
+from craft_cli.tasks.causal_lm import CausalLM
+from craft_cli.tasks.dialogues import MESSAGES
 from craft_cli.tasks.labels import NUMBER, REGRESSION
 from craft_cli.tasks.sequence_classification import SequenceClassification as Task
 
 GLUE = "nyu-mll/glue"
+Kind = TypeVar("Kind", Task, CausalLM)
 
 
 _MNLI = ("entailment", "neutral", "contradiction")
@@ -69,10 +73,14 @@ TASKS = {
 """By the names that `run_glue` and the hub use; label numbers as in the hub's nyu-mll/glue."""
 
 
+SAMPLES = {"lighthouse": CausalLM("lighthouse", ("messages",), MESSAGES, sample="lighthouse")}
+"""Those of language models."""
+
+
 _ALIASES = {"mnlim": "mnli", "mnlimatched": "mnli", "mnlimm": "mnli-mm", "mnlimismatched": "mnli-mm", "sts": "stsb"}
 
 
-def task_named(name: str) -> Task:
+def task_named(name: str) -> Task | CausalLM:
     """The task of this name, in any of the spellings people use: `stsb`, `STS-B`, `sts_b`.
 
     Raises:
@@ -80,9 +88,22 @@ def task_named(name: str) -> Task:
     """
     plain = name.lower().replace("-", "").replace("_", "")
     known = _ALIASES.get(plain, plain)
-    if known not in TASKS:
-        raise ConfigError(f"--task: unknown task '{name}'{nearest(name, TASKS)}")
-    return TASKS[known]
+    tasks: dict[str, Task | CausalLM] = {**TASKS, **SAMPLES}
+    if known not in tasks:
+        raise ConfigError(f"--task: unknown task '{name}'{nearest(name, tasks)}")
+    return tasks[known]
+
+
+def task_of(kind: type[Kind], name: str) -> Kind:
+    """The task of this name, for an adapter that says it was trained for it.
+
+    Raises:
+        ConfigError: there is none of this kind.
+    """
+    found = task_named(name)
+    if not isinstance(found, kind):
+        raise ConfigError(f"it was trained for the task '{found.name}' as {kind.kind}: it contradicts itself")
+    return found
 
 
 HIGHEST = 5.0

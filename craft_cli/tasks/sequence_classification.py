@@ -126,9 +126,9 @@ class SequenceClassification(Labelled):
         """Of a checkpoint: what its configuration says, or what one output and several usually mean."""
         threshold = kept_threshold(record)
         if record.get("task", OWN) != OWN:
-            from craft_cli.tasks.glue import task_named
+            from craft_cli.tasks.glue import task_of
 
-            return replace(task_named(record["task"]), threshold=threshold)
+            return replace(task_of(cls, record["task"]), threshold=threshold)
         names = tuple(config.id2label[number] for number in range(config.num_labels))
         problem = record.get("problem_type") or config.problem_type or (REGRESSION if len(names) == 1 else SINGLE)
         data = record.get("data", {})

@@ -57,6 +57,8 @@ def load_splits(source: DataSource, parts: Sequence[str], known: Task | None = N
         DataError: a file, column, row or label that cannot be used.
     """
     task = task_named(source.task) if source.task else known
+    if known and task and task.name == known.name:
+        task = known
     home = task.home if task else Home()
     if task and TRAIN in parts and home.train is None:
         raise ConfigError(

@@ -82,6 +82,7 @@ class TrainResult:
         examples: rows of each evaluation.
         stopped_early: whether patience was over before the last update.
         remarks: what the user should know of it, a sentence each.
+        generates: whether the model writes its answers.
         estimate: of a dry run, the seconds that the whole loop would take, by its one update and its one batch of evaluation.
         planned: of a dry run, the updates that there would be.
         memory: of a dry run, what an update on the longest batch would take.
@@ -100,6 +101,7 @@ class TrainResult:
     examples: int
     stopped_early: bool = False
     remarks: Sequence[str] = ()
+    generates: bool = False
     estimate: float | None = None
     planned: int | None = None
     memory: Memory | None = None

@@ -231,19 +231,16 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; one that was cut while it was written, or damaged, is left out."""
-        lines = []
-        if self.metrics_file.is_file():
-            for line in read_content(self.metrics_file).decode(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    found = json.loads(line)
-                    if isinstance(found, dict) and type(found.get("step")) is int and _plain(found):
-                        lines.append(found)
-        return lines
+        return _lines(self.metrics_file)
 
     @property
     def samples_file(self) -> Path:
         """A line for each answer that was written at an evaluation."""
         return self.path / "samples.jsonl"
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The lines of samples.jsonl, read as `metrics` are."""
+        return _lines(self.samples_file)
 
     def append(self, file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         """Add lines to metrics.jsonl or samples.jsonl."""
@@ -292,6 +289,18 @@ class _Results(BaseModel):
     examples: int = 0
     updates: int = 0
     epoch: float = 0.0
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file that belong to a step of the training."""
+    lines = []
+    if file.is_file():
+        for line in read_content(file).decode(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                found = json.loads(line)
+                if isinstance(found, dict) and type(found.get("step")) is int and _plain(found):
+                    lines.append(found)
+    return lines
 
 
 def _plain(line: dict[str, Any]) -> bool:

@@ -58,7 +58,7 @@ def test_names_are_offered_without_torch(shell: str, words: tuple[str, ...], nam
 def test_what_is_offered_is_what_there_is() -> None:
     from craft_cli.cli import completion
 
-    assert set(TASKS) == set(glue.TASKS)
+    assert set(TASKS) == {*glue.TASKS, *glue.SAMPLES}
     assert set(METHOD_OPTIONS) <= set(completion._NAMES["method"])
     Path("mine").mkdir()
     Path("mine/recipe.yaml").write_text("task: sst2")

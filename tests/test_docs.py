@@ -304,7 +304,7 @@ def test_the_command_reference_has_every_setting() -> None:
     reference = hooks().command_reference()
     for field in RunConfig.settings():
         assert f"`{flag(field.name)}`" in reference, field.name
-    assert reference.count("\n## craft ") == 10
+    assert reference.count("\n## craft ") == 11
 
 
 def test_links_out_of_docs_become_pages_or_words() -> None:

@@ -145,4 +145,4 @@ def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with craft, by name: inside an installed package, or at the top of a checkout."""
     inside = Path(__file__).parent.parent / "recipes"
     folder = inside if inside.is_dir() else Path(__file__).parent.parent.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}

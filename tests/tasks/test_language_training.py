@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+import textwrap
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,31 @@ def test_the_answers_of_every_evaluation_are_kept(trained: Path) -> None:
         those = [sample["match"] for sample in samples if sample["step"] == step]
         assert line["eval_exact_match"] == sum(those) / 4
     assert set(samples[0]) == {"step", "wanted", "answer", "match", "tokens", "stopped"}
+
+
+def test_page_card_and_inspect_tell_of_answers_and_name_no_labels(trained: Path) -> None:
+    told = "every answer of the assistant and the token that ends it"
+    found = craft.inspect(trained)
+    assert (found.facts["learned"], found.facts["labels"]) == (told, None)
+    invoke("inspect", str(trained), "--html", "page.html")
+    page = Path("page.html").read_text()
+    assert "Confusion" not in page
+    last = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()][-4:]
+    assert all(f"<td>{escape(sample[name])}</td>" in page for sample in last for name in ("wanted", "answer"))
+    craft.merge(trained, "merged")
+    for card in (trained / "adapter" / "README.md", Path("merged/README.md")):
+        assert f"Task: own. Learned: {told}. Data: " in card.read_text()
+        assert "in the head" not in card.read_text()
+    snippet = re.search(r"PATH\):\n\n((?:    .*\n|\n)+)", Path("merged/README.md").read_text())
+    assert snippet
+    code = textwrap.dedent(snippet[1]).replace('"PATH"', '"merged"').replace("max_new_tokens=256", "max_new_tokens=20")
+    names: dict[str, Any] = {}
+    exec(code.replace("some question", "ann 1"), names)
+    written = names["tokenizer"].decode(
+        names["output"][0, names["inputs"]["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    settings = craft.Generation(max_new_tokens=20)
+    assert written == craft.predict(trained, ["ann 1"], generation=settings)[0]["answer"]
 
 
 def test_predictions_are_what_the_merged_model_generates(trained: Path, pico_lm: Make) -> None:

@@ -177,8 +177,8 @@ def _answer(chat: Chat, text: str, *, compare: bool) -> None:
     for answer in answers:
         if not answer.text.strip():
             console.note("the model ended its answer at once: this is left out of the conversation")
-        if answer.why == "length" and on_screen:
-            console.note(f"cut at {answer.tokens:,} tokens; --max-new-tokens allows more")
+    if on_screen and any(answer.why == "length" for answer in answers):
+        console.note("cut at the most tokens of an answer; --max-new-tokens allows more")
 
 
 def _words() -> Callable[[str], None]:
@@ -198,7 +198,7 @@ def _words() -> Callable[[str], None]:
             column, text = 0, text.lstrip(" ")
             size = cell_len(plain(text))
         out.print(Text(text), end="", soft_wrap=True)
-        column = (column + size) % max(out.width, 1)
+        column = column + size if column + size <= out.width else (column + size) % out.width
 
     def show(part: str) -> None:
         nonlocal column, held

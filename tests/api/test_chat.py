@@ -182,6 +182,6 @@ def test_control_characters_never_reach_a_terminal_and_words_stay_whole() -> Non
         patch.setattr(console.out, "_width", 20)
         with console.out.capture() as shown:
             show = chat._words()
-            for part in ("a light", "house\x1b[2J on ", "the wide sea ", "\n", "end", "\n"):
+            for part in ("a light", "house\x1b[2J on ", "the wide sea ", "\n", "twenty cells of text on", " two", "\n"):
                 show(part)
-    assert shown.get() == "a lighthouse�[2J on\nthe wide sea \nend\n"
+    assert shown.get() == "a lighthouse�[2J on\nthe wide sea \ntwenty cells of text\non two\n"

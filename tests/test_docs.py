@@ -203,8 +203,8 @@ def test_commands_and_flags_that_a_page_names_are_those_of_craft(page: Path) -> 
 
 OPEN = ("--budget", "--recipe", "--energy")
 """Flags that running text names without their values."""
-OF_OTHERS = {"--lora", 
-    # flags of accelerate, torchrun, vllm, llama.cpp, tests/training/torture.py, and --help
+OF_OTHERS = {"--lora", "--no-deps",
+    # flags of pip, accelerate, torchrun, vllm, llama.cpp, tests/training/torture.py, and --help
     "--config_file", "--nnodes", "--nproc-per-node", "--master-addr", "--master-port", "--node-rank", "--runner", "--outfile",
     "--max-lora-rank", "--kills", "--help",
 }  # fmt: skip
@@ -213,7 +213,7 @@ OF_OTHERS = {"--lora",
 @printed
 def test_a_page_prints_commands_in_fences_that_are_followed(page: Path) -> None:
     for block in blocks(page):
-        assert block.kind in {"console", "python", "yaml", "csv"}, (page, block.kind)
+        assert block.kind in {"console", "python", "yaml", "csv", "json"}, (page, block.kind)
         assert block.kind != "console" or block.commands
     assert not re.search(r"^\s+\$ |^    (?:craft|pip|python) ", words_outside(page), re.MULTILINE)
 

@@ -159,7 +159,11 @@ def _list(path: str, runs: Sequence[Any], html: str | None, *, json: bool) -> No
             None if run.learning_rate is None else f"{run.learning_rate:g}", run.epochs, run.task, run.date,
         ]  # fmt: skip
         rows.append(["" if cell is None else cell for cell in cells])
-    console.table(["run", "score", "state", "model", "method", "numbers", "rate", "epochs", "task", "date"], rows)
+    console.table(
+        ["run", "score", "state", "model", "method", "numbers", "rate", "epochs", "task", "date"],
+        rows,
+        drop=("task", "date", "epochs", "rate", "numbers", "model"),
+    )
 
 
 def _advice(advice: Any) -> None:
@@ -276,5 +280,7 @@ def _changes(projections: Any) -> None:
         console.table(
             ["norm of dW in layer", *columns], [[str(layer), *row] for layer, row in zip(layers, cells, strict=True)]
         )
+    if all("k_norms" in row for row in projections):
+        console.out.print("K: how far each trained transform is from the identity; dW: the change of a layer's weight")
     if any("effective_rank_by_layer" in row for row in projections):
         console.out.print("directions: the effective rank of dW, exp of the entropy of its singular values")

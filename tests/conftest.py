@@ -6,7 +6,9 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,12 @@ WORDS = [
     "always",
     "quite",
 ]
+
+
+def pytest_configure() -> None:
+    """Signals that tests send do what they do on a terminal, also where the tests run in the background."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from craft_cli.models.hub import resolve
 from craft_cli.models.loading import load_model, load_tokenizer
 from craft_cli.models.tables import agree_on_padding, tables_of
 from craft_cli.tasks import kind_of_model
-from craft_cli.tasks.base import Task
+from craft_cli.tasks.base import OWN, Task
 from craft_cli.tasks.generation import Answer, Generation, write_answers
 from craft_cli.tasks.inference import in_order, not_finite, predict_batches
 from craft_cli.training.find import find_run
@@ -74,7 +74,14 @@ class Predictor:
         return source
 
     def encode(self, split: Split, task: Task, max_seq_length: int | None = None) -> Encoded:
-        """Token ids, at the length of its training where none is given."""
+        """Token ids, at the length of its training where none is given.
+
+        Raises:
+            ConfigError: the task is of another kind than this was trained for.
+        """
+        if task.kind != self.task.kind:
+            kind = f"and {task.name} is" if task.name != OWN else "not"
+            raise ConfigError(f"{self.name} is for {self.task.kind}, {kind} {task.kind}")
         tables = tables_of(self.model, self.name)
         limit = int(max_seq_length or self.record.get("max_seq_length") or task.defaults["max_seq_length"])
         encoded = task.encode(split, self.tokenizer, tables.limit(limit))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,11 @@ def test_code_of_a_base_runs_only_where_the_user_says_so(
         assert Path("PROOF").exists()
 
 
-def test_commands_that_look_at_a_model_run_its_code_only_with_the_flag(base: Path) -> None:
+def test_commands_that_look_at_a_model_run_its_code_only_with_the_flag(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)  # another test may have imported code of this name
     (base / "code.py").write_text(CODE)
     edit(base / "config.json", auto_map={"AutoConfig": "code.Config"})
     commands = (

@@ -88,7 +88,7 @@ def predicted(trained: Path, *arguments: str, stdin: str | None = None) -> list[
 def test_spans_are_places_in_the_very_line(trained: Path) -> None:
     line = "the  film was\tgreat good awful \u00a0 "
     first, empty = predicted(trained, stdin=f"{line}\n\n")
-    assert (first["text"], empty) == (line, {"prediction": [], "text": ""})
+    assert (first["text"], empty) == (line, {"row": 2, "prediction": [], "text": ""})
     assert [(e["label"], e["text"]) for e in first["prediction"]] == [("plus", "great good"), ("minus", "awful")]
     for entity in first["prediction"]:
         assert set(entity) == {"label", "text", "start", "end", "score"}
@@ -214,13 +214,16 @@ def test_two_processes_compute_what_one_does(pico: Make, words: Path) -> None:
     alike("two", "out")
 
 
-def test_an_update_without_a_target_changes_nothing(pico: Make) -> None:
-    content = conll([(["bad", "good"], ["O", "B-plus"])] * 3 + [([" "], ["O"])]).replace(" \tO", "\u00a0\tO")
-    for split in ("train", "validation"):
-        write(f"{split}.conll", content)
-    result = craft.train(settings(pico(), Path(), per_device_train_batch_size=1, num_train_epochs=1, weight_decay=0.0))
-    assert min(line["loss"] for line in lines() if "loss" in line) == 0.0
-    assert math.isfinite(result.metrics["loss"])
+def test_a_sentence_without_a_target_is_left_out(pico: Make) -> None:
+    taught = conll([(["bad", "good"], ["O", "B-plus"])] * 3)
+    write("validation.conll", content := taught + conll([([" "], ["O"])]).replace(" \tO", "\u00a0\tO"))
+    for name, rows in (("all", content), ("taught", taught)):
+        write("train.conll", rows)
+        result = craft.train(
+            settings(pico(), Path(), num_train_epochs=1, per_device_train_batch_size=1, output_dir=name)
+        )
+        assert math.isfinite(result.metrics["loss"])
+    assert all(torch.equal(tensor, tensors("taught")[name]) for name, tensor in tensors("all").items())
 
 
 def test_a_run_that_was_cut_ends_as_if_it_had_not_been(pico: Make, words: Path) -> None:

@@ -114,7 +114,9 @@ def test_without_a_terminal_there_is_a_line_every_few_updates(pico: Make, data_d
     assert "\x1b" not in done.stderr
     body = done.stderr[done.stderr.index("╯") + 2 :].partition("note:")[0].splitlines()
     number = r"[\d.e+-]+"
-    assert [line.split()[0] for line in body] == ["start", "update", "update", "epoch", "update", "update", "epoch"]
+    assert [line.split()[0] for line in body] == [
+        "start", "update", "update", "epoch", "update", "about", "update", "epoch"
+    ]  # fmt: skip
     updates = [line for line in body if line.startswith("update")]
     assert [line.split("/")[0].split()[-1] for line in updates] == ["1", "4", "8", "12"]
     for line in updates:

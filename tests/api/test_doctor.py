@@ -347,7 +347,7 @@ def test_wrapped_between_words_on_a_terminal(
     _show([Finding("hub", "note", told), Finding("factor cache", "broken", "no")])
     lines = capsys.readouterr().out.replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
     assert all(len(line) <= 60 for line in lines[:-2])
-    assert all(line.startswith(" " * 22) for line in lines[1:-1])
+    assert all(line.startswith("  ") for line in lines[1:-1])
     assert lines[-2].strip() == "https://a.very.long/" + "x" * 60
     assert lines[-1] == "factor cache  broken  no"
     monkeypatch.setattr(console, "out", Console(highlight=False, force_terminal=False, width=60))

@@ -72,7 +72,7 @@ def main() -> None:
         if given.steps:
             import sft_steps
 
-            measure.write(given.json, sft_steps.run(given))
+            sft_steps.run(given)
             return
         study = Study(given)
         if not given.table:
@@ -129,7 +129,7 @@ class Study:
                 self.keep(self.trained, targets, size, {"method": method, "rate": rate, "memory": memory} | found)
         if self.tests(targets, size) is None:
             best = self.best(targets, size)
-            _, found = measure.peak_memory(score, best["run"] if best else self.given.model, *self.test_rows())
+            _, found = measure.peak_memory(score, self.subject(best), *self.test_rows())
             self.keep(self.tested, targets, size, {"rate": best["rate"] if best else None} | found)
 
     def recipe(self, targets: str, size: str, method: str, rate: float) -> dict[str, Any]:
@@ -159,6 +159,10 @@ class Study:
             for part, lines in rows.items():
                 files[part].write_text("".join(json.dumps(line) + "\n" for line in lines))
         return files
+
+    def subject(self, best: dict[str, Any] | None) -> str:
+        """What is scored: a run, or the model."""
+        return str(self.given.work / best["run"]) if best else self.given.model
 
     def test_rows(self) -> tuple[str, int]:
         """The file of the test rows, and how many answers are written."""
@@ -202,7 +206,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     began = time.process_time()
     result = craft.train(**settings)
     return {
-        "run": result.output, "numbers": sum(result.parameters.values()), "updates": result.updates, "epoch": result.epoch,
+        "run": Path(str(result.output)).name, "numbers": sum(result.parameters.values()), "updates": result.updates, "epoch": result.epoch,
         "validation": dict(result.metrics), "untrained": dict(result.baselines.get("checkpoint", {})),
         "seconds": result.seconds, "cpu": time.process_time() - began,
     }  # fmt: skip

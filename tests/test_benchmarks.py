@@ -7,7 +7,9 @@ import json
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,6 +194,77 @@ def test_own_data_is_cut_alike_whoever_asks_and_what_is_missing_is_told(
     shown = capsys.readouterr().out
     assert "| tfidf | 100.0 ± 70.7 (2) | 100.0 | 100.0 | 1 | 7 |" in shown
     assert "- tfidf: cola 200 seed 0" in shown
+
+
+@pytest.fixture
+def sums(pico_lm: Callable[..., Path]) -> tuple[str, ...]:
+    """Arguments of the benchmark of language models: a pico model, and data in GSM8K's columns."""
+    for part in ("train", "test"):
+        rows = [
+            {"question": f"{one} and {one % 7}?", "answer": f"{one}+{one % 7}\n#### {one + one % 7}"}
+            for one in range(40)
+        ]
+        Path(f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "--model", str(pico_lm()), "--data-dir", "."
+
+
+@pytest.mark.slow
+def test_sft_trains_scores_and_keeps_what_is_done(sums: tuple[str, ...]) -> None:
+    arguments = (*sums, "--work", "work", "--targets", "query,value", "--sizes", "41k")
+    found = small("sft.py", *arguments)
+    assert [row["rate"] for row in found["trained"]] == [0.01, 0.003]
+    assert {row["untrained"]["loss"] for row in found["trained"]} == {found["trained"][0]["untrained"]["loss"]}
+    base, best = found["tested"]
+    assert (base["size"], best["size"]) == ("base", "41k")
+    assert best["metrics"]["loss"] < base["metrics"]["loss"]
+    assert {"perplexity", "token_accuracy", "exact_match"} < set(best["metrics"])
+    assert small("sft.py", *arguments) == found
+
+
+@pytest.mark.slow
+def test_steps_of_language_models_begin_with_the_same_loss(sums: tuple[str, ...]) -> None:
+    found = small("sft.py", "--steps", *sums)
+    lora, craft = found["steps"][:2]
+    assert craft["first_loss"] == lora["first_loss"]
+    assert craft["tokens"] == lora["tokens"]
+    assert found["head"][0]["memory"][1] < found["head"][0]["memory"][0]
+    assert all(row["by length"] <= row["random"] for row in found["padding"])
+
+
+def test_sft_takes_rows_that_fit_and_tells_what_is_missing(
+    sums: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    sft = importlib.import_module("sft")
+    model = sums[1]
+    rows = sft.short(Path("train.jsonl"), model, 90, 20, 1)
+    assert rows == sft.short(Path("train.jsonl"), model, 90, 20, 1) != sft.short(Path("train.jsonl"), model, 90, 20, 2)
+    with pytest.raises(SystemExit, match="of at most 40 tokens"):
+        sft.short(Path("train.jsonl"), model, 40, 20, 1)
+
+    setting = dict.fromkeys(sft.SETTING, 1)
+    study = sft.Study(SimpleNamespace(json=None, **setting))
+    for size, losses in (("r=8", (1.2, 1.0)), ("16k", (1.5, 1.4)), ("160k", (1.01, 1.3))):
+        method = "lora" if size == "r=8" else "craft"
+        for rate, loss in zip(sft.RATES[method], losses, strict=False):
+            study.trained.append({
+                "targets": "query,value", "size": size, "rate": rate, "numbers": 9, "validation": {"loss": loss}, "seconds": 1,
+                "cpu": 1, "memory": 1e6, **setting,
+            })  # fmt: skip
+        best = study.best("query,value", size)
+        assert best["validation"]["loss"] == min(losses)
+        metrics = {"loss": min(losses), "perplexity": 1.0, "token_accuracy": 0.5, "exact_match": 0.25}
+        study.tested.append(
+            {"targets": "query,value", "size": size, "rate": best["rate"], "metrics": metrics, **setting}
+        )
+    sft.table(study)  # without the model's own scores there is nothing to compare with
+    assert "follows" not in capsys.readouterr().out
+    study.tested.append({"targets": "", "size": "base", "rate": None, "metrics": metrics | {"loss": 2.0}, **setting})
+    sft.table(study)
+    shown = capsys.readouterr().out
+    assert "| CRAFT 16k | 9 | 0.003 of 2 | 1.4000 | 1.4000 | 1.000 | 50.0 | 25.0 | 0.60 |" in shown
+    assert "query,value: CRAFT follows LoRA r=8 from 160k on (0.99 of its gain)." in shown
+    assert "Missing: query,value 16k 0.03, query,value 16k 0.001, query,value 41k 0.01" in shown
 
 
 def test_the_figure_is_drawn_from_the_results_kept() -> None:

@@ -304,7 +304,7 @@ class CausalLM:
     def scores(self, model: Any, batch: Batch) -> list[Tensor]:
         """For each row the sum of its losses, how many of its targets are the likeliest token, how many there are."""
         assert batch.targets is not None
-        return losses_and_hits(model, batch.inputs, batch.targets)
+        return losses_and_hits(model, model_inputs(model, batch), batch.targets)
 
     def in_own_order(self) -> CausalLM:
         """As it is."""

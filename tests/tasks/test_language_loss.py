@@ -21,9 +21,9 @@ from craft_cli.tasks.causal_lm import CausalLM
 Make = Callable[..., Path]
 FINISHED = {
     "llama": {}, "gpt2": {}, "qwen2": {}, "gemma2": {"final_logit_softcapping": 5.0}, "cohere": {"logit_scale": 0.3},
-    "granite": {"logits_scaling": 3.0},
+    "granite": {"logits_scaling": 3.0}, "opt": {}, "bloom": {"hidden_size": 24},
 }  # fmt: skip
-"""Families, with what some of them do to the scores of their last layer."""
+"""Families, with what some of them do to the scores of their last layer; of the last two positions come from the mask."""
 
 
 def rows_of_tokens(lengths: list[int], seed: int = 0) -> Encoded:

@@ -188,7 +188,8 @@ def short(file: Path, model: str, tokens: int, count: int, seed: int) -> list[di
     found = []
     for line in lines:
         talk = [{"role": "user", "content": line["question"]}, {"role": "assistant", "content": line["answer"]}]
-        if len(tokenizer.apply_chat_template(talk, tokenize=True)["input_ids"]) <= tokens:
+        encoded: Any = tokenizer.apply_chat_template(talk, tokenize=True)
+        if len(encoded["input_ids"]) <= tokens:
             found.append({"question": line["question"], "answer": line["answer"]})
             if len(found) == count:
                 return found

@@ -27,7 +27,7 @@ Scorer = Callable[[Tensor], Tensor]
 def model_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     """What a model is called with: where rows share a sequence, with a mask by which none sees another; else with one of ones.
 
-    Padding stands on the right, where no token looks: masking it changes no loss, and keeps attention from its faster kernels.
+    Padding stands on the right, where no token looks: masking it would change no loss, and cost a copy of grouped keys and values.
 
     Raises:
         ConfigError: the model's attention takes no such mask.

@@ -19,7 +19,7 @@ from craft_cli.tasks import language_loss
 from craft_cli.tasks.causal_lm import CausalLM
 
 Make = Callable[..., Path]
-FINISHED = {
+FINISHED: dict[str, dict[str, Any]] = {
     "llama": {}, "gpt2": {}, "qwen2": {}, "gemma2": {"final_logit_softcapping": 5.0}, "cohere": {"logit_scale": 0.3},
     "granite": {"logits_scaling": 3.0}, "opt": {}, "bloom": {"hidden_size": 24},
 }  # fmt: skip

@@ -1,6 +1,6 @@
-"""The errors a user is meant to read: one line each, saying what was wrong, where, and what to do.
+"""Errors for the user: one line with what was wrong, where, and what to do.
 
-And how names, numbers and results are written, on a screen as in a file.
+Also formats names, numbers and results, for the screen and for files.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from typing import Any
 
 
 class CraftError(Exception):
-    """Something the user can mend. The command line prints it as one line and exits with 1."""
+    """Base class of errors that the user can fix. The command line prints one line and exits with code 1."""
 
 
 class ConfigError(CraftError):
-    """A flag, a recipe key or a combination of them that cannot be used."""
+    """An invalid flag, recipe key, or combination of them."""
 
 
 class ModelError(CraftError):
-    """A model or checkpoint that is missing, unsupported or not the one expected."""
+    """A model or base checkpoint that is missing, unsupported or not the expected one."""
 
 
 class DataError(CraftError):
-    """A data file, column, row or label that cannot be used."""
+    """An invalid data file, column, row or label."""
 
 
 class FileError(CraftError):
-    """A file of ours that is damaged, or a place that cannot be written."""
+    """A damaged file, or a path that cannot be read or written."""
 
 
 class OtherVersion(FileError):
-    """A file of ours that is whole, but was written by an earlier or later version."""
+    """An intact file with the format of an earlier or later craft version."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known name closest to `name`, or the list of all known ones."""
+    """`; did you mean 'x'?` for the option closest to `name`, or the list of all options."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
 
 
 def figure(value: float) -> str:
-    """A number as it is read best, however small or large: 0.6686, 3.142, 2.1e-09, 12,346, 1.7e+15."""
+    """Format a number of any magnitude for reading: 0.6686, 3.142, 2.1e-09, 12,346, 1.7e+15."""
     size = abs(value)
     if 1e-4 <= size < 1:
         return f"{value:.4f}"
@@ -62,7 +62,7 @@ def in_bytes(size: float) -> str:
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:
-    """`a, b, c and 7 more`: names in a line, however many and however long they are."""
+    """Format names for one line, with long names and long lists shortened: `a, b, c and 7 more`."""
     shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in names[:most])
     return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
@@ -73,19 +73,19 @@ def in_words(names: Sequence[str]) -> str:
 
 
 def plain(text: str, kept: str = "") -> str:
-    """Without control characters, but for those to be kept: a name in a stranger's file must not steer the terminal."""
+    """Replace control characters except those in `kept`, so that names from untrusted files cannot control the terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def as_json(content: Any, *, indent: int | None = None, ascii: bool = False) -> str:
-    """JSON that every parser reads: a number that is not finite is null, what cannot be printed is escaped.
+    """Serialize to strictly valid JSON: non-finite numbers become null, unprintable characters are escaped.
 
     Args:
-        content: what `json` takes; of anything else its text.
-        indent: as `json.dumps` has it.
-        ascii: escape everything else too, for a stream that is not UTF-8.
+        content: anything `json` accepts; other objects are converted to text.
+        indent: as in `json.dumps`.
+        ascii: escape all non-ASCII characters, for a stream that is not UTF-8.
     """
     try:
         text = json.dumps(content, indent=indent, ensure_ascii=ascii, allow_nan=False, default=str)
@@ -105,17 +105,17 @@ def _finite(content: Any) -> Any:
 
 
 def is_utf8(stream: Any) -> bool:
-    """Whether a text stream writes UTF-8."""
+    """Whether a text stream is encoded as UTF-8."""
     try:
         return codecs.lookup(stream.encoding).name == "utf-8"
-    except (AttributeError, LookupError, TypeError):  # in memory
+    except (AttributeError, LookupError, TypeError):  # an in-memory stream
         return True
 
 
 def below_home(path: Path) -> str:
-    """A path as it is shown: `~/models` for what lies in the home directory, where there is one."""
+    """Format a path for display, with `~` for the home directory."""
     try:
         home = Path.home()
-    except RuntimeError:  # a user id without a name
+    except RuntimeError:  # the user id has no home directory
         return str(path)
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)

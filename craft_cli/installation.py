@@ -1,6 +1,6 @@
-"""The name on PyPI, and what another project with the same import name does to an installation.
+"""Detect conflicts with `craft-cli`, another project on PyPI with the same import name.
 
-Imports nothing of ours, so that it works where other files of the package were replaced or removed. `craft-cli` on PyPI
+This module imports no other module of the package, so that it works even if those were replaced or removed. `craft-cli`
 has no file of this name.
 """
 
@@ -17,14 +17,14 @@ OTHERS_NAMES = {
     "ArgumentParsingError", "BaseCommand", "CommandGroup", "CraftCommandError", "Dispatcher", "EmitterMode",
     "GlobalArgument", "HIDDEN", "ProvideHelpException", "emit",
 }  # fmt: skip
-"""What people import from `craft-cli`, and we do not have."""
+"""Names that `craft-cli` exports and this package does not."""
 
 
 def collision() -> str | None:
-    """Another distribution with files in `craft_cli`, or files of ours that its removal took away.
+    """Check for another distribution with files in `craft_cli`, or for our files that its removal deleted.
 
     Returns:
-        One line with the remedy, or None if there is neither.
+        One line with the fix, or None if there is no conflict.
     """
     repair = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
     others = set(metadata.packages_distributions().get(PACKAGE, ())) - {DISTRIBUTION}
@@ -32,21 +32,21 @@ def collision() -> str | None:
         names = sorted(others)
         shown = ", ".join(f"{name} {metadata.version(name)}" for name in names)
         return (
-            f"{shown} is installed too. It has the same import name ({PACKAGE}), so it and {DISTRIBUTION} overwrite each "
-            f"other's files. Use an environment for each, or: pip uninstall {' '.join(names)} && {repair}"
+            f"{shown} is also installed. It has the same import name ({PACKAGE}), so it and {DISTRIBUTION} overwrite each "
+            f"other's files. Use a separate environment for each, or run: pip uninstall {' '.join(names)} && {repair}"
         )
     if missing := _missing():
         return (
-            f"files of {DISTRIBUTION} are missing ({', '.join(missing[:3])}), as after the removal of {OTHER}, which has "
+            f"files of {DISTRIBUTION} are missing ({', '.join(missing[:3])}), probably because {OTHER} was removed, which has "
             f"the same import name ({PACKAGE}). Run: {repair}"
         )
     return None
 
 
 def _missing() -> list[str]:
-    """Modules that were installed with us and are no longer there."""
+    """Modules of this distribution that are missing."""
     try:
         files = metadata.files(DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:  # a checkout on the path
+    except metadata.PackageNotFoundError:  # imported from a checkout
         return []
     return sorted(str(file) for file in files if file.suffix == ".py" and not Path(file.locate()).exists())

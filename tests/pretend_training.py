@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 EVERY = 4
-"""Updates between two evaluations."""
+"""Evaluate every this many updates."""
 
 
 def score(recipe: dict[str, Any], step: int) -> float:

@@ -173,7 +173,7 @@ def test_lists_are_written_with_commas_or_as_lists() -> None:
 )
 def test_ranks_are_three_positive_whole_numbers(ranks: Any) -> None:
     (line,) = problems(ranks=ranks)
-    assert line.startswith("--ranks: expected three positive whole numbers OUT,IN,LAYERS such as 64,64,8, not ")
+    assert line.startswith("--ranks: expected three positive integers OUT,IN,LAYERS such as 64,64,8, not ")
     assert str(ranks) in line
 
 
@@ -205,7 +205,7 @@ def test_contradictions_are_refused(settings: dict[str, Any], named: tuple[str, 
 
 
 def test_something_to_train_on_is_needed() -> None:
-    with pytest.raises(ConfigError, match=r"nothing to train on: give --task.*quickstart"):
+    with pytest.raises(ConfigError, match=r"no training data: pass --task.*quickstart"):
         RunConfig.build({"model": "demo"})
 
 
@@ -251,11 +251,11 @@ def test_an_unknown_recipe_names_the_nearest_one() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("task: [sst2", "not readable YAML"),
-        ("task: sst2: 3", "not readable YAML"),
-        ("bf16: !!bool maybe", "not readable YAML: 'bf16' is not what !!bool says"),
-        ("seed: !!int ''", "not readable YAML: 'seed' is not what !!int says"),
-        ("seed: !!timestamp x", "not readable YAML: 'seed' is not what !!timestamp says"),
+        ("task: [sst2", "invalid YAML"),
+        ("task: sst2: 3", "invalid YAML"),
+        ("bf16: !!bool maybe", "invalid YAML: 'bf16' is not a valid !!bool"),
+        ("seed: !!int ''", "invalid YAML: 'seed' is not a valid !!int"),
+        ("seed: !!timestamp x", "invalid YAML: 'seed' is not a valid !!timestamp"),
         ("- task\n- sst2", "expected lines of the form 'key: value'"),
         ("sst2", "expected lines of the form 'key: value'"),
         ("", "expected lines of the form 'key: value'"),
@@ -270,7 +270,7 @@ def test_a_recipe_that_is_no_mapping_is_told_with_its_file(text: str, told: str)
 def test_a_recipe_file_that_does_not_exist_or_is_no_text() -> None:
     assert recipe_problem("no.yaml") == "--recipe: no.yaml: no such file"
     Path("latin.yaml").write_bytes("task: caf\u00e9".encode("latin-1"))
-    assert recipe_problem("latin.yaml").startswith("--recipe: latin.yaml: not readable YAML")
+    assert recipe_problem("latin.yaml").startswith("--recipe: latin.yaml: invalid YAML")
 
 
 def test_paths_in_a_recipe_are_relative_to_it(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_python_users_give_paths_as_paths() -> None:
 
 
 def test_a_recipe_never_builds_python_objects() -> None:
-    assert "not readable YAML" in recipe_problem(recipe_file("task: !!python/object/apply:os.system ['true']"))
+    assert "invalid YAML" in recipe_problem(recipe_file("task: !!python/object/apply:os.system ['true']"))
 
 
 @pytest.mark.parametrize(
@@ -327,10 +327,10 @@ BOMB = "seed: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (BOMB, "a recipe has no aliases: write the value out"),
-        ("seed: &a [*a]", "a recipe has no aliases"),
-        ("seed: " + "[" * 5_000, "not readable YAML"),
-        (f"model: {'x' * 100_000}", "larger than 100 kB, so it is no recipe"),
+        (BOMB, "aliases are not supported in a recipe; write the value out"),
+        ("seed: &a [*a]", "aliases are not supported in a recipe"),
+        ("seed: " + "[" * 5_000, "invalid YAML"),
+        (f"model: {'x' * 100_000}", "larger than 100 kB, so it is not a recipe"),
     ],
 )
 def test_a_recipe_is_small_and_flat(text: str, told: str) -> None:
@@ -351,10 +351,10 @@ def test_a_wrong_value_is_shown_in_part() -> None:
 def test_names_that_are_not_utf8_are_refused_before_anything_is_done() -> None:
     """Of a file whose name is bytes of another encoding: a recipe could not keep it."""
     assert problems(output_dir="run-\udcff", report_to="none", train_split="\udcfe") == [
-        "--train-split: '\\udcfe' is no UTF-8; choose another",
-        "--output-dir: 'run-\\udcff' is no UTF-8; choose another",
+        "--train-split: '\\udcfe' is not UTF-8; choose another name",
+        "--output-dir: 'run-\\udcff' is not UTF-8; choose another name",
     ]
-    assert problems(text_columns=["good", "\udcff"]) == ["--text-columns: '\\udcff' is no UTF-8; choose another"]
+    assert problems(text_columns=["good", "\udcff"]) == ["--text-columns: '\\udcff' is not UTF-8; choose another name"]
 
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=12)

@@ -71,7 +71,7 @@ def test_ours_overwritten_is_one_line_with_the_remedy(site: Path, arguments: tup
     done = python(site, START, *arguments)
     assert (done.returncode, done.stdout) == (1, "")
     [line] = done.stderr.splitlines()
-    assert line.startswith("error: craft-cli 3.4.1 is installed too. It has the same import name (craft_cli)")
+    assert line.startswith("error: craft-cli 3.4.1 is also installed. It has the same import name (craft_cli)")
     assert line.endswith(f"pip uninstall craft-cli && {REPAIR}")
 
 
@@ -93,11 +93,11 @@ def test_the_other_overwritten_by_ours(site: Path) -> None:
         python(site, "import json; from craft_cli.api import doctor; print(json.dumps(doctor._craft()))").stdout
     )
     assert found[0] == "note"
-    assert "; craft-cli 3.4.1 is installed too." in found[1]
+    assert "; craft-cli 3.4.1 is also installed." in found[1]
     done = python(site, "from craft_cli import emit")
     assert done.returncode == 1
     assert re.search(
-        r"^ImportError: craft_cli has no 'emit': craft-cli 3.4.1 is installed too", done.stderr, re.MULTILINE
+        r"^ImportError: craft_cli has no 'emit': craft-cli 3.4.1 is also installed", done.stderr, re.MULTILINE
     )
 
 

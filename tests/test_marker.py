@@ -91,8 +91,8 @@ def test_folders_that_are_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("here/below").mkdir()
     monkeypatch.chdir("here/below")
     for name, why in {
-        "adapter": "holds an adapter", "versioned": "under version control", "peft": "did not write adapter_config.json",
-        "lying": f"did not write {MARKER}", "file": "is a file", "here": "working folder or above it", "here/below": "working folder",
+        "adapter": "holds an adapter", "versioned": "is a git repository", "peft": "did not write adapter_config.json",
+        "lying": f"did not write {MARKER}", "file": "is a file", "here": "current folder or a parent of it", "here/below": "current folder",
     }.items():  # fmt: skip
         with pytest.raises(FileError, match=why):
             write_folder(Path("../..", name), "a")
@@ -192,7 +192,7 @@ def test_what_was_not_crafts_comes_home_from_a_former_folder() -> None:
     write_folder(Path("out"), "a", "b")
     Path("out/NOTES.md").write_text("mine")
     Path("out").rename(hidden(Path("out"), "old"))
-    with pytest.raises(FileError, match="give --overwrite"):
+    with pytest.raises(FileError, match="pass --overwrite"):
         write_folder(Path("out"), "c", overwrite=False)
     assert Path("out/NOTES.md").read_text() == "mine"
 
@@ -208,11 +208,11 @@ def test_train_touches_no_folder_that_it_did_not_begin(monkeypatch: pytest.Monke
     Path("project/recipe.yaml").write_text("model: base\n")
     assert "craft did not write" in failure("train", *DATA, "--output-dir", "project", "--overwrite")
     assert "has a recipe.yaml but no .craft.json" in failure("train", *DATA, "--output-dir", "project", "--resume")
-    assert "holds data, which is read" in failure("train", *DATA, "--output-dir", ".", "--overwrite")
+    assert "contains the input data" in failure("train", *DATA, "--output-dir", ".", "--overwrite")
     Path("below").mkdir()
     monkeypatch.chdir("below")
     other = [word.replace("data", "../data") if word == "data" else word for word in DATA]
-    assert "working folder or above it" in failure("train", *other, "--output-dir", ".", "--overwrite")
+    assert "current folder or a parent of it" in failure("train", *other, "--output-dir", ".", "--overwrite")
 
 
 def test_overwrite_keeps_what_no_training_wrote(run: Path) -> None:
@@ -240,17 +240,17 @@ def test_an_output_that_is_an_input_is_refused() -> None:
     os.link("texts.txt", "hard.csv")
     Path("soft.csv").symlink_to("texts.txt")
     for output in ("texts.txt", "hard.csv", "soft.csv"):
-        assert "is texts.txt, which is read" in failure(
+        assert "is the input texts.txt" in failure(
             "predict", "run", "--input", "texts.txt", "--output", output, "--format", "csv"
         )
     os.link("data/validation.jsonl", "rows.jsonl")
     for output in ("data/train.jsonl", "rows.jsonl"):
         told = failure("eval", "run", "--task", "sst2", "--data-dir", "data", "--predictions", output, "--use-cpu")
-        assert "which is read; choose another" in told
+        assert "; choose another path" in told
     Path("alias").symlink_to("base")
     for output in ("base", "alias", "run", "run/adapter"):
         assert "choose another" in failure("merge", "run", "-o", output, "--overwrite")
-    with pytest.raises(ConfigError, match=r"holds base/config\.json"):
+    with pytest.raises(ConfigError, match=r"contains the input base/config\.json"):
         check_inputs("--x", Path("base"), [Path("base/config.json")])
 
 
@@ -304,7 +304,7 @@ def test_a_lock_is_waited_for_and_the_wait_is_reported(caplog: pytest.LogCapture
     said.start()
     with locked(Path("lock")):
         assert [record.getMessage() for record in caplog.records] == [
-            "note: waiting for another process that holds lock"
+            "note: waiting for another process to release lock"
         ]
     holder.join()
 

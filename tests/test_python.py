@@ -72,9 +72,9 @@ def wrong(pico: Make) -> dict[str, tuple[Callable[[], Any], type[Exception], str
         ),
         "a mapping": (lambda: public.train({"model": base}), TypeError, r"^config: expected RunConfig \| None, not dict"),
         "a setting of none": (lambda: public.train(modell=base), ConfigError, "unknown key 'modell'; did you mean 'model'"),
-        "no data": (lambda: public.train(model=base), ConfigError, "give task, data_dir or train_file"),
+        "no data": (lambda: public.train(model=base), ConfigError, "pass task, data_dir or train_file"),
         "contradictions": (
-            lambda: public.train(public.RunConfig(task="sst2", bf16=True, fp16=True)), ConfigError, "^bf16 and fp16 exclude",
+            lambda: public.train(public.RunConfig(task="sst2", bf16=True, fp16=True)), ConfigError, "^bf16 and fp16 cannot be combined",
         ),
         "config and settings": (
             lambda: public.train(public.RunConfig(task="sst2"), task="sst2"), TypeError, "either config or settings",
@@ -101,5 +101,5 @@ def test_what_is_wrong_is_named_as_python_calls_it(pico: Make) -> None:
 def test_commands_in_a_message_stay_commands() -> None:
     kept = "go on with `craft train --resume --output-dir out`, or craft inspect --compare RUN RUN; hf auth login"
     assert in_python(kept) == kept
-    assert in_python("--eval-strategy steps needs --eval-steps") == "eval_strategy steps needs eval_steps"
+    assert in_python("--eval-strategy steps requires --eval-steps") == "eval_strategy steps requires eval_steps"
     assert in_python("a--b, well-known, -- and --x") == "a--b, well-known, -- and x"

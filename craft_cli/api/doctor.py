@@ -291,7 +291,7 @@ def _hub() -> tuple[State, str]:
 def _factor_cache() -> tuple[State, str]:
     from craft_cli.files import cache_folder
 
-    return _cache(cache_folder(), "set XDG_CACHE_HOME or give --cache-dir")
+    return _cache(cache_folder(), "set XDG_CACHE_HOME or pass --cache-dir")
 
 
 def _hub_cache() -> tuple[State, str]:

@@ -271,7 +271,7 @@ def _former(asked: SweepOptions, folder: Path) -> Header:
         header = replace(header, trials=asked.trials)
         write_header(folder, header)
     if header.trials is None and asked.timeout is None and not header.elsewhere:
-        raise ConfigError(f"--resume: {folder} ends by time: give --timeout again, or --trials")
+        raise ConfigError(f"--resume: {folder} ends by time: pass --timeout again, or --trials")
     return header
 
 

@@ -1,4 +1,4 @@
-"""Settings, the options of the methods among them, and recipes. Nothing here needs torch, so that `--help` stays fast."""
+"""Settings, method options and recipes. Nothing here imports torch, so that `--help` stays fast."""
 
 from craft_cli.config.contradictions import TRACKERS, contradictions, flag, no_utf8
 from craft_cli.config.options import (

@@ -1,4 +1,4 @@
-"""The public functions as Python calls them: arguments of the wrong type are refused, and errors name arguments, not flags."""
+"""Argument checks of the public Python functions. Errors name Python arguments instead of flags."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _COMMAND = r"`[^`]*`|\b(?:craft|pip|hf|accelerate|torchrun) [a-z-]+ [^;:,)]*"
-"""What is to be typed into a shell stays as it is."""
+"""Shell commands in a message; these keep their flags."""
 _FLAG = re.compile(rf"({_COMMAND})|(?<![\w-])--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
 
 
 def in_python(message: str) -> str:
-    """An error message with `ranks` and `eval_steps` in place of `--ranks` and `--eval-steps`."""
+    """Replace flags such as `--eval-steps` in an error message by arguments such as `eval_steps`."""
     return _FLAG.sub(lambda match: match[1] or match[2].replace("-", "_"), message)
 
 
 def public(function: Callable[P, T]) -> Callable[P, T]:
-    """A function of the package as `craft_cli` gives it to Python users; the command line calls the function itself.
+    """Wrap a public function with argument checks for Python users. The command line calls the bare function.
 
     Raises:
-        TypeError: an argument is missing, unknown, or of another type than its annotation says.
-        CraftError: of the function, with arguments in place of flags.
+        TypeError: an argument is missing, unknown, or does not match its annotation.
+        CraftError: raised by the function; the message names arguments instead of flags.
     """
     signature = inspect.signature(function)
 
@@ -67,7 +67,7 @@ def _check(function: Callable[..., Any], name: str, value: Any) -> None:
 
 
 def wrong_type(name: str, expected: Any, value: Any) -> TypeError:
-    """The error for an argument of another type than the one expected, which is a class or words."""
+    """A TypeError for an argument of the wrong type; `expected` is a class or a description."""
     shown = " ".join(repr(value).split())
     return TypeError(
         f"{name}: expected {getattr(expected, '__name__', expected)}, not {type(value).__name__} "

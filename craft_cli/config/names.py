@@ -1,4 +1,4 @@
-"""Several names in one text, with commas between them: in a cell, after a flag, in a recipe."""
+"""Comma-separated names, as in a cell, a flag or a recipe."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from collections.abc import Iterable
 
 SEPARATOR = ","
-"""What stands between them where nothing else is said."""
+"""Default separator."""
 
 
 def join_names(names: Iterable[str], separator: str = SEPARATOR) -> str:
-    """Several names in one text; `split_names` reads them again, whatever they are."""
+    """Join names into one text that `split_names` splits into the same names."""
     return separator.join(_quoted(name) if _needs_quotes(name, separator) else name for name in names)
 
 
 def split_names(text: str, separator: str = SEPARATOR) -> list[str]:
-    """The names in a text, without the blanks around them; a name in double quotes may hold the separator."""
+    """Split a text into names, stripped of whitespace; a name in double quotes may contain the separator."""
     names = []
     rest = text
     while rest:

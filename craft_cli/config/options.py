@@ -1,4 +1,4 @@
-"""The options of every method, and how a setting is declared."""
+"""The options of each method, and the `setting` helper that declares a setting."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Alpha = Annotated[float, Gt(0.0), Le(1e6)]
 
 
 def setting(default: Any, text: str, *, free: bool = False, start: bool = False) -> Any:
-    """A field with its help; the group is that of the block it stands in.
+    """A dataclass field with a help text.
 
     Args:
-        default: its value where it is not given.
-        text: the help.
-        free: a resumed run may change it: it decides when something is done or told, not what an update computes.
-        start: it says where training starts: a run that starts from another adapter does not take it over.
+        default: the default value.
+        text: the help text.
+        free: a resumed run may change the setting, because it does not affect what an update computes.
+        start: the setting describes the initialization; a run that starts from another adapter does not inherit it.
     """
     return dataclasses.field(default=default, metadata={"help": text, "free": free, "start": start})
 
 
 @dataclass(frozen=True)
 class CraftOptions:
-    """What `--method craft` can be told."""
+    """Options of `--method craft`."""
 
     own_rate: ClassVar[float] = 3e-3
     keeps_factors: ClassVar[bool] = True
@@ -48,84 +48,88 @@ class CraftOptions:
         (64, 64, 8), "Ranks of the factors; one above its dimension is reduced to it."
     )
     init_noise: bool = setting(
-        False, "Start as the paper, J = I + 0.01 N(0, 0.02^2), not exactly at the base model.", start=True
+        False,
+        "Initialize as in the paper, J = I + 0.01 N(0, 0.02^2), instead of exactly at the base model.",
+        start=True,
     )
 
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """What `--method lora` can be told; the names are peft's."""
+    """Options of `--method lora`, named as in peft."""
 
     own_rate: ClassVar[float] = 1e-3
     keeps_factors: ClassVar[bool] = False
 
-    rank: Positive = setting(8, "Rank of the change of every weight.")
-    alpha: Alpha = setting(16.0, "The change is scaled by alpha / rank.")
-    lora_dropout: Annotated[float, Ge(0.0), Lt(1.0)] = setting(0.0, "Dropout of what goes into A.")
-    use_rslora: bool = setting(False, "Scale by alpha / sqrt(rank) instead.")
+    rank: Positive = setting(8, "Rank of the update of each weight.")
+    alpha: Alpha = setting(16.0, "Scale of the update: alpha / rank.")
+    lora_dropout: Annotated[float, Ge(0.0), Lt(1.0)] = setting(0.0, "Dropout on the input of A.")
+    use_rslora: bool = setting(False, "Scale the update by alpha / sqrt(rank) (rsLoRA).")
 
 
 @dataclass(frozen=True)
 class PissaOptions:
-    """What `--method pissa` can be told."""
+    """Options of `--method pissa`."""
 
     own_rate: ClassVar[float] = 1e-3
     keeps_factors: ClassVar[bool] = True
 
-    rank: Positive = setting(8, "Singular vectors of every weight that are trained.")
-    alpha: Alpha = setting(16.0, "The product of A and B is scaled by alpha / rank.")
+    rank: Positive = setting(8, "Leading singular vectors of each weight to train.")
+    alpha: Alpha = setting(16.0, "Scale of the update: alpha / rank.")
     pissa_niter: Positive | None = setting(
-        None, "Iterations of a randomised SVD, as peft's pissa_niter_N; without, the exact one."
+        None, "Iterations of the randomized SVD, as in peft's pissa_niter_N. Default: exact SVD."
     )
 
 
 @dataclass(frozen=True)
 class LoraXsOptions:
-    """What `--method lora-xs` can be told."""
+    """Options of `--method lora-xs`."""
 
     own_rate: ClassVar[float] = 1e-2
     keeps_factors: ClassVar[bool] = True
 
-    rank: Positive = setting(25, "Singular vectors of every weight between which R is trained.")
-    alpha: Alpha = setting(16.0, "The change is scaled by alpha / rank.")
+    rank: Positive = setting(25, "Leading singular vectors of each weight; R is rank x rank.")
+    alpha: Alpha = setting(16.0, "Scale of the update: alpha / rank.")
 
 
 @dataclass(frozen=True)
 class LotrOptions:
-    """What `--method lotr` can be told."""
+    """Options of `--method lotr`."""
 
     own_rate: ClassVar[float] = 3e-3
     keeps_factors: ClassVar[bool] = False
 
-    rank: Positive = setting(8, "Rank of the change of every weight.")
-    alpha: Alpha = setting(1.0, "The change is scaled by alpha / rank.")
+    rank: Positive = setting(8, "Rank of the update of each weight.")
+    alpha: Alpha = setting(1.0, "Scale of the update: alpha / rank.")
     lotr_share: Literal["all", "projection"] = setting(
-        "all", "Which weights share A and B: all where they are of one shape, or those of a projection."
+        "all", "Weights that share A and B: all (they must have one shape) or those of a projection."
     )
     lotr_start: Literal["random", "svd"] = setting(
-        "random", "Where A and B start: N(0, 1), or the bases of the stacked weights (Tucker-2).", start=True
+        "random",
+        "Initialization of A and B: random, N(0, 1); svd, the bases of the stacked weights (Tucker-2).",
+        start=True,
     )
 
 
 @dataclass(frozen=True)
 class SuperloraOptions:
-    """What `--method superlora` can be told."""
+    """Options of `--method superlora`."""
 
     own_rate: ClassVar[float] = 1e-2
     keeps_factors: ClassVar[bool] = False
 
-    rank: Positive = setting(8, "Rank of every factor.")
+    rank: Positive = setting(8, "Rank of each factor.")
     superlora_groups: Annotated[int, Gt(0), Le(4096)] = setting(
-        1, "Parts that the changes of all weights, laid end to end, are cut into."
+        1, "Groups that the concatenated updates of all weights are split into."
     )
     superlora_order: Annotated[int, Ge(2), Le(8)] = setting(
-        2, "Order of the tensor that a part is folded into: 2 is a product of two matrices, more is Tucker."
+        2, "Order of the tensor each group is folded into: 2 is a product of two matrices, 3 or more is Tucker."
     )
-    superlora_splits: Annotated[int, Gt(0), Le(8)] = setting(1, "Factors of a Kronecker product that a part is.")
+    superlora_splits: Annotated[int, Gt(0), Le(8)] = setting(1, "Kronecker factors of each group.")
     superlora_projection: Annotated[float, Gt(0.0), Lt(1.0)] | None = setting(
-        None, "Share of a part's numbers that is built; a fixed fastfood projection makes all of these."
+        None, "Share of a group's entries that is trained; a fixed fastfood projection maps them to all entries."
     )
-    superlora_seed: Annotated[int, Ge(0), Lt(1 << 32)] = setting(0, "Of that projection.")
+    superlora_seed: Annotated[int, Ge(0), Lt(1 << 32)] = setting(0, "Random seed of the fastfood projection.")
 
 
 METHOD_OPTIONS: dict[str, Any] = {
@@ -136,52 +140,52 @@ METHOD_OPTIONS: dict[str, Any] = {
     "lotr": LotrOptions,
     "superlora": SuperloraOptions,
 }
-"""The options of every method, by its name."""
+"""Options class by method name."""
 MethodName = Literal["craft", "lora", "pissa", "lora-xs", "lotr", "superlora"]
 
 LEARNING_RATES: dict[str, float] = {name: options.own_rate for name, options in METHOD_OPTIONS.items()}
-"""Of every method where none is given."""
+"""Default learning rate by method name."""
 WITH_FACTORS = [name for name, options in METHOD_OPTIONS.items() if options.keeps_factors]
-"""Methods that keep tensors of the base, to which an adapter may refer."""
+"""Methods with factors of the base, which an adapter can store by reference."""
 
 
 def of_each(name: str) -> str:
-    """The defaults of an option that several methods have, each with its methods."""
-    found: dict[Any, list[str]] = {}
+    """The defaults of an option shared by several methods, as help text."""
+    methods_by_default: dict[Any, list[str]] = {}
     for method, options in METHOD_OPTIONS.items():
         for field in dataclasses.fields(options):
             if field.name == name:
-                found.setdefault(field.default, []).append(method)
-    return "; ".join(f"{value:g} for {', '.join(methods)}" for value, methods in found.items())
+                methods_by_default.setdefault(field.default, []).append(method)
+    return "; ".join(f"{value:g} for {', '.join(methods)}" for value, methods in methods_by_default.items())
 
 
 @dataclass(frozen=True)
 class MethodOptions(CraftOptions, LoraOptions, PissaOptions, LoraXsOptions, LotrOptions, SuperloraOptions):
-    """The options of all methods, for a run that chooses one. What several have, each with a default of its own, is None."""
+    """The options of all methods. One that several methods share, with different defaults, is None until the method is known."""
 
-    rank: Positive | None = setting(None, f"Rank of the change; without: {of_each('rank')}.")  # type: ignore[assignment]
+    rank: Positive | None = setting(None, f"Rank of the update. Default: {of_each('rank')}.")  # type: ignore[assignment]
     alpha: Alpha | None = setting(  # type: ignore[assignment]
-        None, f"The change is scaled by alpha / rank; without: {of_each('alpha')}."
+        None, f"Scale of the update: alpha / rank. Default: {of_each('alpha')}."
     )
 
 
 def option_names(method: str, *, start: bool = True) -> list[str]:
-    """The options of a method, with those of its start or without; none where there is no such method."""
+    """The option names of a method, with or without those of its initialization; empty for an unknown method."""
     options = METHOD_OPTIONS.get(method)
     fields = dataclasses.fields(options) if options else ()
     return [field.name for field in fields if start or not field.metadata["start"]]
 
 
 def owners(name: str) -> list[str]:
-    """The methods that have this option; none for a setting of every run."""
+    """The methods that have this option; empty for a setting shared by all methods."""
     return [method for method in METHOD_OPTIONS if name in option_names(method)]
 
 
 def parse_ranks(ranks: str | Sequence[int]) -> tuple[int, int, int]:
-    """OUT,IN,LAYERS from `64,64,8` or (64, 64, 8).
+    """Parse OUT,IN,LAYERS from `64,64,8` or (64, 64, 8).
 
     Raises:
-        ConfigError: not three positive whole numbers.
+        ConfigError: not three positive integers.
     """
     try:
         parts = ranks.split(",") if isinstance(ranks, str) else list(ranks)
@@ -192,23 +196,23 @@ def parse_ranks(ranks: str | Sequence[int]) -> tuple[int, int, int]:
             raise ValueError
     except (ValueError, TypeError):
         raise ConfigError(
-            f"--ranks: expected three positive whole numbers OUT,IN,LAYERS such as 64,64,8, not '{ranks}'"
+            f"--ranks: expected three positive integers OUT,IN,LAYERS such as 64,64,8, not '{ranks}'"
         ) from None
     return out, in_, layers
 
 
 MOST_NUMBERS = 10**12
-"""No model has as many."""
+"""More than any model has."""
 
 
 def parse_budget(budget: str | int) -> int:
-    """A number of trained numbers; `50k` and `1.5m` are understood.
+    """Parse a number of trainable parameters, such as 50000, `50k` or `1.5m`.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a positive number.
     """
-    found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([km]?)", str(budget).strip().lower())
-    number = int(float(found[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2]]) if found else 0
+    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([km]?)", str(budget).strip().lower())
+    number = int(float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2]]) if match else 0
     if not 0 < number <= MOST_NUMBERS or isinstance(budget, bool):
-        raise ConfigError(f"--budget: expected a number of trained numbers such as 50000 or 50k, not '{budget}'")
+        raise ConfigError(f"--budget: expected a number of parameters such as 50000 or 50k, not '{budget}'")
     return number

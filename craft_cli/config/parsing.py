@@ -1,4 +1,4 @@
-"""Settings as they are given, on the command line, in a recipe or from Python, to values of their types."""
+"""Convert settings from the command line, a recipe or Python to their types."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from craft_cli.errors import ConfigError, plain
 
 AUTO = "auto"
 Auto = Literal["auto"]
-"""Of settings that are numbers unless they are left to craft."""
+"""Value of a numeric setting that craft chooses itself."""
 LISTS = ("targets", "text_columns", "report_to")
-"""Settings that hold several names, on the command line with commas between them."""
+"""Settings that take a comma-separated list of names."""
 _PARSED: dict[str, Callable[[Any], Any]] = {"ranks": parse_ranks, "budget": parse_budget}
 
 
 def parse(given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by name, each converted to its type and checked by itself.
+    """Convert settings to their types and validate each one.
 
     Args:
-        given: as text, or as values of Python.
-        hints: the type of each.
+        given: values by name, as text or as Python values.
+        hints: the type of each setting.
 
     Raises:
-        ConfigError: everything that is wrong, one line each, naming the flag.
+        ConfigError: a value is invalid; one line for each problem, with its flag.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -55,7 +55,7 @@ def parse(given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hint_of(hint: Any, value: Any) -> Any:
-    """Of a number or `auto` the one that is meant, so that errors tell of it alone."""
+    """The number type or `auto` of a union, depending on the value, so that an error names only one."""
     if Auto not in get_args(hint):
         return hint
     return Auto if value == AUTO else next(part for part in get_args(hint) if part != Auto)

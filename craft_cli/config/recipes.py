@@ -1,4 +1,4 @@
-"""Recipes: settings in YAML files, the shipped ones by their names."""
+"""Recipes: settings in YAML files. Shipped recipes are known by name."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from craft_cli.config.settings import RunConfig
 from craft_cli.errors import ConfigError, nearest, plain
 
 MOST_BYTES = 100_000
-"""A recipe is a page of settings; what is larger is another file."""
+"""Maximum size of a recipe; a larger file is something else."""
 _DATA = ("data_dir", "train_file", "validation_file")
 _FOLDERS = ("model", "init_from")
-"""Settings that are a folder, or a name."""
+"""Settings that hold a local path or a name."""
 _TYPES = {
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?(0|[1-9][0-9]*)",
     "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?",
     "null": r"~|null|Null|NULL|",
 }
-"""What is more than text, as YAML 1.2 has it: in YAML 1.1 `no` is false, `12:30` is 750 and `010` is 8."""
+"""Scalars of YAML 1.2 that are not strings. In YAML 1.1 `no` would be false, `12:30` 750 and `010` 8."""
 
 
 def load_recipe(name: str) -> dict[str, Any]:
-    """The settings in a recipe: a shipped one by its name, or a YAML file. A setting that is text stays as it is written.
+    """Read the settings of a recipe: a shipped one by name, or a YAML file. Text settings are kept as written.
 
-    Data of a recipe file are looked for beside it, and so are its model and its `init_from` where such a folder is there.
+    Data paths in a recipe file are relative to the file. So are `model` and `init_from` if such a folder exists there.
 
     Raises:
-        ConfigError: there is none, or it is no YAML mapping.
+        ConfigError: the recipe does not exist, or it is not a YAML mapping.
     """
     import yaml
 
@@ -43,7 +43,7 @@ def load_recipe(name: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
-            raise ConfigError(f"--recipe: {path}: larger than {MOST_BYTES // 1000} kB, so it is no recipe")
+            raise ConfigError(f"--recipe: {path}: larger than {MOST_BYTES // 1000} kB, so it is not a recipe")
         settings = _settings(data.decode(), path)
         return settings if path in shipped_recipes().values() else settings | _beside(path.parent, settings)
     except FileNotFoundError:
@@ -52,19 +52,19 @@ def load_recipe(name: str) -> dict[str, Any]:
         raise ConfigError(f"--recipe: cannot read {path}: {error.strerror}") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = plain(" ".join(str(error).split()))[:200]
-        raise ConfigError(f"--recipe: {path}: not readable YAML: {reason}") from error
+        raise ConfigError(f"--recipe: {path}: invalid YAML: {reason}") from error
 
 
 def _beside(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The paths of a recipe in this folder, from the working folder."""
-    found = {}
+    """Resolve the paths in a recipe against its folder."""
+    resolved = {}
     for name in (*_DATA, *_FOLDERS):
         value = settings.get(name)
         if isinstance(value, str) and not value.startswith(("~", "/")):
             path = folder / value
             if name in _DATA or value.startswith(".") or path.is_dir():
-                found[name] = str(path)
-    return found
+                resolved[name] = str(path)
+    return resolved
 
 
 def _settings(text: str, path: Path) -> dict[str, Any]:
@@ -78,18 +78,18 @@ def _settings(text: str, path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key_node, node in root.value:
         key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-        if key in found:  # YAML would take the last one in silence
+        if key in found:  # YAML would silently use the last one
             count = [other.value for other, _ in root.value].count(key)
-            raise ConfigError(f"{path}: '{key}' is there {count} times; keep one")
+            raise ConfigError(f"{path}: '{key}' appears {count} times; keep one")
         if key not in names:
             raise ConfigError(f"{path}: unknown key '{plain(key[:80])}'{nearest(key[:80], names)}")
         is_text = isinstance(node, yaml.ScalarNode) and not node.tag.endswith(":null")
         keeps = is_text and not {"int", "float", "bool"} & set(re.findall(r"\w+", str(hints[key])))
         try:
             found[key] = node.value if keeps else loader.construct_object(node, deep=True)
-        except (LookupError, AttributeError):  # of PyYAML, for `!!bool maybe`
+        except (LookupError, AttributeError):  # PyYAML raises these for `!!bool maybe`
             kind = node.tag.rpartition(":")[2]
-            raise ValueError(f"'{key}' is not what !!{kind} says") from None
+            raise ValueError(f"'{key}' is not a valid !!{kind}") from None
     return found
 
 
@@ -98,14 +98,16 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Without aliases, which grow without bound, and with the types of YAML 1.2."""
+        """A loader for YAML 1.2 scalars that refuses aliases, since these can expand without bound."""
 
         yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 mark = self.peek_event().start_mark
-                raise yaml.composer.ComposerError(None, None, "a recipe has no aliases: write the value out", mark)
+                raise yaml.composer.ComposerError(
+                    None, None, "aliases are not supported in a recipe; write the value out", mark
+                )
             return super().compose_node(parent, index)
 
     for kind, pattern in _TYPES.items():
@@ -114,12 +116,12 @@ def _loader() -> Any:
 
 
 def comment(text: str) -> str:
-    """A comment on one line of a recipe, whatever a path in it holds."""
+    """A one-line comment, even if a path in the text holds a line break."""
     return f"# {' '.join(text.split())}\n" if text.splitlines()[1:] else f"# {text}\n"
 
 
 def how_to_repeat(path: Path) -> str:
-    """The comment at the head of a recipe in this file: the command that trains with it."""
+    """The first comment of a recipe: the command that trains with it."""
     return comment(f"craft train --recipe {shlex.quote(str(path))}")
 
 
@@ -127,11 +129,11 @@ def recipe_path(name: str) -> Path:
     """The file of a shipped recipe.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: there is no shipped recipe of this name.
     """
     shipped = shipped_recipes()
     if name not in shipped:
-        raise ConfigError(f"--recipe: no recipe '{name}'{nearest(name, shipped)} (or give a path ending in .yaml)")
+        raise ConfigError(f"--recipe: no recipe '{name}'{nearest(name, shipped)} (or pass a path ending in .yaml)")
     return shipped[name]
 
 
@@ -142,7 +144,7 @@ def describe_recipe(path: Path) -> str:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with craft, by name: inside an installed package, or at the top of a checkout."""
+    """The shipped recipes by name, from the installed package or the top of a checkout."""
     inside = Path(__file__).parent.parent / "recipes"
     folder = inside if inside.is_dir() else Path(__file__).parent.parent.parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}

@@ -1,7 +1,7 @@
-"""What a run is: one frozen, validated object. Defaults < recipe < flags.
+"""The settings of a run: one frozen, validated dataclass. Recipes override defaults, flags override recipes.
 
-Every setting stands here once, with its type, default and help; the command line and the recipes are made from it.
-pydantic validates, but is imported only then, so that `--help` stays fast.
+Every setting is declared here once, with its type, default and help. Flags and recipe keys are generated from it.
+pydantic validates the values and is imported only then, so that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ TrainOn = Literal["assistant", "last", "completion", "all"]
 Strategy = Literal["no", "steps", "epoch"]
 
 THRESHOLD = 0.5
-"""Where nothing was found on validation rows."""
+"""Used until a better one has been chosen on the validation rows."""
 MERGED_KEY = "craft"
-"""Under it the config.json of a merged model keeps what `craft eval` and `craft predict` need and no other tool looks for."""
+"""Key in the config.json of a merged model for what only `craft eval` and `craft predict` need."""
 
 GROUPS = (
-    "Model and data", "Adapter", "Optimisation", "Evaluation and checkpoints", "Processes and precision", "This call only"
+    "Model and data", "Adapter", "Optimization", "Evaluation and checkpoints", "Processes and precision", "This call only"
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunConfig(MethodOptions):
-    """One training run, fully specified. The fields are the flags of `craft train` and the keys of a recipe."""
+    """All settings of a training run. The fields are the flags of `craft train` and the keys of a recipe."""
 
     model: str = setting("roberta-base", "Hub id, local folder, 'demo' or 'demo-llm'.")
     revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
@@ -60,45 +60,44 @@ class RunConfig(MethodOptions):
         None, "A task of GLUE's (cola, sst2, mrpc, qqp, stsb, mnli, ...), or a sample: opinions, lighthouse (chats)."
     )
     task_type: TaskType | None = setting(
-        None, f"Kind of task for your own data: {', '.join(get_args(TaskType))}; detected by default."
+        None, f"Task type of your own data: {', '.join(get_args(TaskType))}; default: detected from the columns."
     )
-    data_dir: str | None = setting(None, "Folder with train.* and validation.*, or one saved by datasets.")
+    data_dir: str | None = setting(None, "Folder with train.* and validation.*, or a dataset saved with save_to_disk.")
     train_file: str | None = setting(None, "Training file (jsonl, json, csv, tsv, parquet, conll; .gz too).")
-    validation_file: str | None = setting(None, "Validation file; without, a share of the training rows is held out.")
-    dataset_name: str | None = setting(None, "Data set on the hub.")
-    dataset_config_name: str | None = setting(None, "Its configuration.")
-    train_split: str | None = setting(None, "Split to train on, where it is not called train.")
-    validation_split: str | None = setting(None, "Split to evaluate on, where it is not called validation.")
+    validation_file: str | None = setting(None, "Validation file. Default: a share of the training rows is held out.")
+    dataset_name: str | None = setting(None, "Dataset on the Hub.")
+    dataset_config_name: str | None = setting(None, "Configuration of the dataset.")
+    train_split: str | None = setting(None, "Training split. Default: train.")
+    validation_split: str | None = setting(None, "Validation split. Default: validation.")
     validation_share: Annotated[float, Gt(0.0), Lt(1.0)] | None = setting(
-        None, "Share of the training rows held out without validation data; 0.1 without."
+        None, "Share of the training rows to hold out if there is no validation data. Default: 0.1."
     )
     text_columns: tuple[str, ...] | None = setting(
         None,
-        "Text columns (sentence1,sentence2; more than two are joined), the column of words or messages, or prompt,completion.",
+        "Text columns (sentence1,sentence2; more than two are joined), the column with words or messages, or prompt,completion.",
     )
     label_column: str | None = setting(None, "Label column.")
-    label_separator: str | None = setting(None, "What stands between labels where several apply, as in: a;b.")
+    label_separator: str | None = setting(None, "Separator between the labels of a multi-label row, such as ; in a;b.")
     problem_type: ProblemType | None = setting(
-        None, "Of own data: single_label_classification, multi_label_classification or regression; found without."
+        None,
+        "For your own data: single_label_classification, multi_label_classification or regression. Default: detected.",
     )
-    max_train_samples: Positive | None = setting(
-        None, "Use only the first rows for training, of every label its share."
-    )
-    max_eval_samples: Positive | None = setting(None, "Use only the first rows for evaluation.")
+    max_train_samples: Positive | None = setting(None, "Train on this many rows only, with the label proportions kept.")
+    max_eval_samples: Positive | None = setting(None, "Evaluate on the first rows only, up to this many.")
     max_seq_length: Positive | None = setting(
-        None, "Tokens kept of each example; 128 by default, 1024 for language models."
+        None, "Maximum tokens per example; longer ones are truncated. Default: 128, or 1024 for language models."
     )
     train_on: TrainOn | None = setting(
         None,
-        "Of language models what is learned: assistant (every answer), last (the last answer), completion, or all; by default "
-        "assistant for messages, completion for prompts with completions, all for texts.",
+        "Tokens a language model is trained on: assistant (every answer), last (the last answer), completion or all. "
+        "Default: assistant for messages, completion for prompt and completion, all for plain text.",
     )
     chat_template: str | None = setting(
         None,
-        "Of language models: chatml, zephyr, alpaca, or a file, in the place of the tokenizer's own chat template.",
+        "Chat template for a language model: chatml, zephyr, alpaca or a file. Default: the tokenizer's own.",
     )
     packing: bool = setting(
-        False, "Of language models: several rows share a sequence in training, without seeing each other."
+        False, "Pack several rows into one training sequence, without attention across rows. Language models only."
     )
 
     method: MethodName = setting(
@@ -108,119 +107,127 @@ class RunConfig(MethodOptions):
         ("query", "value"), f"Projections to adapt: {','.join(TARGETS)}, or {ALL_LINEAR}."
     )
     budget: str | int | None = setting(
-        None, "Numbers the adapter may train, such as 16k: the rank (of craft the ranks) that fits is chosen."
+        None,
+        "Most parameters the adapter may train, such as 16k; chooses the largest rank (for craft, ranks) that fits.",
     )
     adapter_factors: Literal["include", "reference"] = setting(
         "include",
-        "reference: the adapter's folder only names its factors, and they are looked for in the cache.",
+        "include: save the factors with the adapter. reference: save only their hash and read them from the cache.",
         free=True,
     )
     init_from: str | None = setting(
         None,
-        "Run or adapter to take the trained numbers from (same base, same method and ranks); the head starts anew.",
+        "Run or adapter to initialize the adapter from (same base, method and ranks). The head is reinitialized.",
     )
     head_start: Literal["auto", "probe", "random"] = setting(
         AUTO,
-        "Where the head's last layer starts. probe: fitted on what the frozen base makes of the training rows; random; "
-        "auto: a checkpoint's own where it has the labels of the data, else a probe.",
+        "Initialization of the head's last layer. probe: a linear probe, fitted on the frozen base's features; random; "
+        "auto: the base checkpoint's own head if it has the labels of the data, else a probe.",
     )
 
     learning_rate: Rate | None = setting(
         None,
-        f"Of the adapter; 0 trains the head alone. Without: {', '.join(f'{n} {r:g}' for n, r in LEARNING_RATES.items())}.",
+        f"Learning rate of the adapter; 0 trains only the head. Default: {', '.join(f'{r:g} ({n})' for n, r in LEARNING_RATES.items())}.",
     )
-    head_learning_rate: Rate = setting(2e-3, "Of the task head.")
-    weight_decay: Rate = setting(0.0, "Pulls K (and the head's matrices) to zero: towards the base model.")
-    warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = setting(0.06, "Share of the steps with a rising rate.")
+    head_learning_rate: Rate = setting(2e-3, "Learning rate of the task head.")
+    weight_decay: Rate = setting(
+        0.0, "Weight decay on the adapter and the head's matrices; pulls the adapter towards the base model."
+    )
+    warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = setting(0.06, "Share of the updates used for linear warmup.")
     num_train_epochs: Annotated[float, Gt(0.0), Lt(math.inf)] | Auto = setting(
-        AUTO, "Passes over the training data; auto: 3 of a known task, and of own data by its rows, with early stopping.",
+        AUTO, "Passes over the training data. auto: 3 with --task; for your own data by its size, with early stopping.",
         free=True,
     )  # fmt: skip
-    max_steps: Positive | None = setting(None, "Stop after this many updates, whatever the epochs.", free=True)
+    max_steps: Positive | None = setting(None, "Stop after this many updates; overrides --num-train-epochs.", free=True)
     per_device_train_batch_size: Positive | None = setting(
-        None, "Examples a process takes at once; 32 by default, 8 for language models."
+        None, "Training batch size per process. Default: 32, or 8 for language models."
     )
     per_device_eval_batch_size: Positive | None = setting(
-        None, "Examples a process evaluates at once; 64 by default, 8 for language models.", free=True
+        None, "Evaluation batch size per process. Default: 64, or 8 for language models.", free=True
     )
-    gradient_accumulation_steps: Positive = setting(1, "Batches a process adds up for one update.")
-    class_weights: Literal["balanced"] | None = setting(None, "balanced: rows of rare labels weigh more.")
+    gradient_accumulation_steps: Positive = setting(1, "Batches per process to accumulate before each update.")
+    class_weights: Literal["balanced"] | None = setting(None, "balanced: weight the loss by inverse label frequency.")
     threshold: Annotated[float, Gt(0.0), Lt(1.0)] | Auto = setting(
-        AUTO, "Where several labels can apply: above it one does; auto: the best one on the validation rows."
+        AUTO, "Multi-label: predict every label above this probability. auto: the best on the validation rows."
     )
-    max_grad_norm: Rate = setting(1.0, "Clip the gradient's norm; 0 does not.")
-    seed: Annotated[int, Ge(0)] = setting(42, "Of the head's start, the order of the data and dropout.")
+    max_grad_norm: Rate = setting(1.0, "Maximum gradient norm for clipping; 0 turns it off.")
+    seed: Annotated[int, Ge(0)] = setting(42, "Random seed for the head, the data order and dropout.")
 
     eval_strategy: Strategy = setting(
         "epoch",
-        "When to evaluate: after every epoch, every --eval-steps, or no. The last update is evaluated too.",
+        "When to evaluate: epoch, steps (every --eval-steps) or no. The last update is always evaluated.",
         free=True,
     )
-    eval_steps: Positive | None = setting(None, "Updates between two evaluations.", free=True)
+    eval_steps: Positive | None = setting(None, "Evaluate every this many updates.", free=True)
     eval_generate: Positive | None = setting(
         None,
-        "Of language models: write answers to so many validation rows at each evaluation, and compare them (exact_match).",
+        "At each evaluation, generate answers to this many validation rows and report exact_match. Language models only.",
     )
     answer_pattern: str | None = setting(
-        None, "Regular expression; the part of an answer that it finds is compared, its group 1 where it has one."
+        None,
+        "Regular expression for the part of an answer to compare: its group 1 if it has one, else the whole match.",
     )
-    max_new_tokens: Positive | None = setting(None, "Tokens of a written answer, at most; 256 by default.")
+    max_new_tokens: Positive | None = setting(None, "Maximum tokens of a generated answer. Default: 256.")
     metric_for_best_model: str | None = setting(
         None,
-        "What chooses the best adapter: loss, or a metric of the task; its first one without, of own numbers loss.",
+        "Metric that chooses the best adapter: loss or a metric of the task. Default: its first metric; loss for regression on your own data.",
     )
     calibrate: bool = setting(
         False,
-        "Divide the head by one temperature, fitted on the validation rows, so that its scores are probabilities.",
+        "Calibrate the scores: scale the head by one temperature, fitted on the validation rows.",
     )
     early_stopping_patience: Positive | None = setting(
-        None, "Stop after this many evaluations in a row that are not better.", free=True
+        None, "Stop after this many evaluations in a row without improvement.", free=True
     )
     early_stopping_threshold: Rate | None = setting(
-        None, "By how much an evaluation must be better to count as better.", free=True
+        None, "Smallest change of the metric that counts as an improvement.", free=True
     )
     save_strategy: Strategy = setting(
         "epoch",
-        "When to write a checkpoint: after every epoch, every --save-steps, or no (only when interrupted).",
+        "When to save a checkpoint: epoch, steps (every --save-steps) or no (only when interrupted).",
         free=True,
     )
-    save_steps: Positive | None = setting(None, "Updates between two checkpoints.", free=True)
-    save_total_limit: Positive = setting(2, "Checkpoints kept; older ones are deleted.", free=True)
+    save_steps: Positive | None = setting(None, "Save a checkpoint every this many updates.", free=True)
+    save_total_limit: Positive = setting(2, "Checkpoints to keep; older ones are deleted.", free=True)
     logging_steps: Positive = setting(
-        10, "Updates between two lines of metrics.jsonl; and of the log, without a terminal.", free=True
+        10, "Log to metrics.jsonl every this many updates; without a terminal, to the screen too.", free=True
     )
     report_to: tuple[str, ...] = setting(
-        ("none",), f"Where to report metrics beside metrics.jsonl: {','.join(TRACKERS)} or none.", free=True
+        ("none",), f"Trackers to report metrics to, besides metrics.jsonl: {','.join(TRACKERS)} or none.", free=True
     )
 
-    num_processes: Positive | None = setting(None, "Processes to start; all visible GPUs, or one, without.", free=True)
-    bf16: bool = setting(False, "bfloat16 autocast; what is trained stays float32.")
-    fp16: bool = setting(False, "float16 autocast with loss scaling; what is trained stays float32.")
+    num_processes: Positive | None = setting(
+        None, "Processes to start. Default: one per visible GPU, or one on the CPU.", free=True
+    )
+    bf16: bool = setting(False, "bfloat16 autocast; trained parameters stay float32.")
+    fp16: bool = setting(False, "float16 autocast with loss scaling; trained parameters stay float32.")
     gradient_checkpointing: bool = setting(
-        False, "Compute activations again in the backward pass: less memory, more time, same result.", free=True
+        False, "Recompute activations in the backward pass: less memory, more time, same result.", free=True
     )
-    torch_compile: bool = setting(False, "Compile the model's layers; refused where they do not compile whole.")
-    load_in_8bit: bool = setting(False, "Train over the base in 8 bits (bitsandbytes, CUDA); factors stay exact.")
-    load_in_4bit: bool = setting(False, "Train over the base in 4 bits (bitsandbytes, CUDA); factors stay exact.")
-    use_cpu: bool = setting(False, "Stay on the CPU even where there is a GPU.", free=True)
+    torch_compile: bool = setting(
+        False, "Compile the model's layers with torch.compile; an error if a layer does not compile as one graph."
+    )
+    load_in_8bit: bool = setting(False, "Load the base in 8 bits (bitsandbytes, CUDA); factors keep full precision.")
+    load_in_4bit: bool = setting(False, "Load the base in 4 bits (bitsandbytes, CUDA); factors keep full precision.")
+    use_cpu: bool = setting(False, "Use the CPU even if a GPU is available.", free=True)
 
-    cache_dir: str | None = setting(None, "Folder of the factor files; ~/.cache/craft without.")
-    output_dir: str | None = setting(None, "Run folder; runs/TASK-MODEL-TIME without.")
-    overwrite: bool = setting(False, "Empty an output folder that is not empty.")
-    resume: bool = setting(False, "Go on with the run in --output-dir, or with the latest: exactly as if never cut.")
+    cache_dir: str | None = setting(None, "Cache folder for factors. Default: ~/.cache/craft.")
+    output_dir: str | None = setting(None, "Run folder. Default: runs/TASK-MODEL-TIME.")
+    overwrite: bool = setting(False, "Replace the run in the output folder.")
+    resume: bool = setting(
+        False, "Resume the run in --output-dir, or the latest run; the result is the same as without the interruption."
+    )
     trust_remote_code: bool = setting(
-        False, "Run Python code that comes with the model. Read it first: it can do all that you can."
+        False, "Run Python code from the model's repository. Read it first: it runs with your permissions."
     )
-    allow_other_base: bool = setting(
-        False, "Go on although the base is not the one that the run or the adapter was trained on."
-    )
-    dry_run: bool = setting(False, "Check everything, down to one real step, and stop.")
+    allow_other_base: bool = setting(False, "Accept a base model other than the one the run or adapter was trained on.")
+    dry_run: bool = setting(False, "Check everything, including one real training step, then stop.")
 
     def __post_init__(self) -> None:
-        """Convert what is given as on the command line, such as ranks="32,32,4", and check each value by itself.
+        """Convert values in command-line form, such as ranks="32,32,4", and validate each one.
 
         Raises:
-            ConfigError: everything that is wrong, one line each.
+            ConfigError: a value is invalid; one line for each problem.
         """
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         given = {name: value for name, value in given.items() if value != getattr(type(self), name)}
@@ -233,7 +240,7 @@ class RunConfig(MethodOptions):
 
     @classmethod
     def settings(cls) -> list[dataclasses.Field[Any]]:
-        """Every field, in the order in which they are shown: the options of the methods follow the choice of one."""
+        """All fields in display order, with the method options after `targets`."""
         inherited = {name for method in METHOD_OPTIONS for name in option_names(method)}
         fields = {field.name: field for field in dataclasses.fields(cls)}
         own = [field for name, field in fields.items() if name not in inherited]
@@ -243,35 +250,35 @@ class RunConfig(MethodOptions):
 
     @classmethod
     def groups(cls) -> dict[str, str]:
-        """The group of every field; each begins with a certain one, and options of methods stand by their owners."""
+        """The help group of every field; method options are grouped by the methods that have them."""
         begin = ("model", "method", "learning_rate", "eval_strategy", "num_processes", "cache_dir")
         first = dict(zip(begin, GROUPS, strict=True))
-        group, found = GROUPS[0], {}
+        group, groups = GROUPS[0], {}
         for field in cls.settings():
             group = first.get(field.name, group)
-            found[field.name] = f"Adapter by {', '.join(owners(field.name))}" if owners(field.name) else group
-        return found
+            groups[field.name] = f"Adapter by {', '.join(owners(field.name))}" if owners(field.name) else group
+        return groups
 
     @property
     def method_options(self) -> Any:
-        """The options of the method chosen, completed by its defaults."""
+        """The options of the chosen method, with its defaults filled in."""
         given = {name: getattr(self, name) for name in option_names(self.method)}
         return METHOD_OPTIONS[self.method](**{name: value for name, value in given.items() if value is not None})
 
     def settled(self, defaults: Mapping[str, Any]) -> RunConfig:
-        """The same run with the defaults of its kind of work where nothing was given."""
+        """A copy with unset fields filled in from the defaults of the task type."""
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     @property
     def adapter_rate(self) -> float:
-        """The learning rate of the adapter: as given, or the method's own."""
+        """The learning rate of the adapter: the one given, or the default of the method."""
         return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
 
     def completed(self, options: Any = None) -> RunConfig:
-        """The same run with nothing of its method left to a default.
+        """A copy with all options of its method filled in.
 
         Args:
-            options: the method's, as they were chosen within the budget; those of this run without.
+            options: the method's options, as chosen for the budget; by default those of this run.
         """
         options = options or self.method_options
         return replace(self, budget=None, learning_rate=self.adapter_rate, **dataclasses.asdict(options))
@@ -283,32 +290,34 @@ class RunConfig(MethodOptions):
         recipe: Mapping[str, Any] | None = None,
         former: Mapping[str, Any] | None = None,
     ) -> RunConfig:
-        """Defaults, overridden by those of a former run, by a recipe, by flags.
+        """Build the settings from defaults, a previous run, a recipe and flags; later ones override earlier ones.
 
         Args:
-            flags: by field name; None stands for "not given".
-            recipe: by field name.
-            former: by field name.
+            flags: settings by field name; None means not given.
+            recipe: settings by field name.
+            former: settings of the previous run, by field name.
 
         Raises:
-            ConfigError: everything that is wrong, one line each, naming the flag or key.
+            ConfigError: a setting is invalid; one line for each problem, with its flag or key.
         """
         given: dict[str, Any] = {}
         for name in USERS_OWN:
             if name in {**(former or {}), **(recipe or {})}:
                 raise ConfigError(
-                    f"{name}: only you can say this, with the flag {flag(name)}: take it out of the recipe"
+                    f"{name} cannot be set in a recipe, only with the flag {flag(name)}; remove it from the recipe"
                 )
         for layer in (
             dict(former or {}),
             dict(recipe or {}),
             {name: value for name, value in (flags or {}).items() if value is not None},
         ):
-            if "budget" in layer:  # it chooses what those below did
+            if "budget" in layer:  # replaces the ranks of lower layers
                 given = {name: value for name, value in given.items() if name not in _SIZES}
             elif any(name in layer for name in _SIZES):
                 given.pop("budget", None)
-            if layer.get("method", given.get("method")) != given.get("method"):  # another than below: its options go
+            if layer.get("method", given.get("method")) != given.get(
+                "method"
+            ):  # options of another method do not apply
                 given = {name: value for name, value in given.items() if not owners(name) and name != "learning_rate"}
             given |= layer | _strategies(layer, given)
         names = [field.name for field in dataclasses.fields(cls)]
@@ -321,13 +330,13 @@ class RunConfig(MethodOptions):
             if owners(name) and config.method not in owners(name):
                 problems.append(f"{flag(name)} is for --method {' or '.join(owners(name))}, not {config.method}")
             if name in _SIZES and given.get("budget"):
-                problems.append(f"{flag(name)} and --budget exclude each other")
+                problems.append(f"{flag(name)} and --budget cannot be combined; choose one")
         if problems:
             raise ConfigError("\n".join(problems))
         return config
 
     def recipe(self) -> dict[str, Any]:
-        """The settings that make a recipe which repeats this run: all that matter and are not None."""
+        """The recipe that reproduces this run: every setting that matters and is not None."""
         kept, whole = {}, self if self.budget else self.completed()
         for name, group in self.groups().items():
             value = getattr(whole, name)
@@ -339,9 +348,9 @@ class RunConfig(MethodOptions):
 
 
 _SIZES = ("rank", "ranks")
-"""What a budget chooses."""
+"""The options that a budget sets."""
 USERS_OWN = ("trust_remote_code", "allow_other_base")
-"""What no recipe, run or adapter may say."""
+"""Settings that only the user may give, never a recipe, run or adapter."""
 
 
 def free_settings() -> set[str]:
@@ -350,7 +359,7 @@ def free_settings() -> set[str]:
 
 
 def _strategies(layer: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
-    """What a number of steps or epochs, or a strategy without steps, says of its partner that is not given beside it."""
+    """The strategy implied by a number of steps or epochs given without one, and the other way round."""
     implied: dict[str, Any] = {}
     for kind in ("eval", "save"):
         strategy, steps = f"{kind}_strategy", f"{kind}_steps"
@@ -364,9 +373,9 @@ def _strategies(layer: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str,
 
 
 def parse_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by field name, each converted to its type and checked by itself.
+    """Convert settings to their types and validate each one.
 
     Raises:
-        ConfigError: everything that is wrong, one line each, naming the flag.
+        ConfigError: a value is invalid; one line for each problem, with its flag.
     """
     return parse(given, get_type_hints(RunConfig, include_extras=True)) if given else {}

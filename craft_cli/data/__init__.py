@@ -1,1 +1,1 @@
-"""Rows: from files and data sets to token ids and batches."""
+"""Data: from files and datasets to token ids and batches."""

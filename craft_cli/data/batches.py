@@ -1,4 +1,4 @@
-"""Which rows make which update and which batch, a function of seed, epoch and lengths alone; rows as padded tensors."""
+"""Batch plans and collation. A plan depends only on seed, epoch and lengths."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from craft_cli.data.tokens import IGNORED, Encoded
 
 BUCKET = 50
-"""Updates whose rows are sorted by length together: enough to save most padding, few enough to keep the order random."""
+"""Updates per length bucket: enough to save most padding, few enough to keep the order random."""
 
 
 def plan_epoch(lengths: Sequence[int], update_size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """The rows of every update of an epoch, rows of similar length together.
+    """Plan the rows of every update of an epoch, grouped by similar length.
 
     Args:
         lengths: tokens of each row.
         update_size: rows of one update, over all processes and accumulated batches; the last update may be smaller.
-        seed: of the run.
-        epoch: from 0.
+        seed: random seed of the run.
+        epoch: epoch number, from 0.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -33,7 +33,7 @@ def plan_epoch(lengths: Sequence[int], update_size: int, *, seed: int, epoch: in
 
 
 def share_out(update: Sequence[int], batch_size: int, *, process: int, processes: int) -> list[list[int]]:
-    """The batches that one process takes of an update: as few as `batch_size` allows, of sizes as even as can be.
+    """One process's batches of an update: as few as `batch_size` allows, of equal size where possible.
 
     Every process gets the same number of batches; the last ones may be empty for some.
     """
@@ -44,21 +44,21 @@ def share_out(update: Sequence[int], batch_size: int, *, process: int, processes
 
 
 def length_sorted_batches(encoded: Encoded, batch_size: int) -> list[list[int]]:
-    """All rows once, rows of similar length together."""
+    """All rows, in batches of similar length."""
     lengths = encoded.lengths
     order = sorted(range(len(encoded)), key=lambda row: -lengths[row])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 class Batch(NamedTuple):
-    """Padded rows.
+    """A padded batch.
 
     Attributes:
-        inputs: of the model, (rows, tokens) each.
-        targets: (rows,), (rows, labels) or (rows, tokens); None where the gold is not known.
-        words: as in `Encoded`, in the padded rows.
-        segments: (bins, tokens), the number of the row that a token belongs to, -1 for padding, where several rows share a
-            bin; such tokens see those of their own row alone.
+        inputs: model inputs, each (rows, tokens).
+        targets: (rows,), (rows, labels) or (rows, tokens); None without gold labels.
+        words: as in `Encoded`, for the padded rows.
+        segments: (bins, tokens), the row number of each token of a packed batch, -1 for padding; tokens attend only to
+            tokens of the same row.
     """
 
     inputs: dict[str, Tensor]
@@ -67,17 +67,17 @@ class Batch(NamedTuple):
     segments: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+        """A copy of the batch on a device."""
         targets = None if self.targets is None else self.targets.to(device)
         segments = None if self.segments is None else self.segments.to(device)
         return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, targets, self.words, segments)
 
 
 def collate(encoded: Encoded, rows: Sequence[int], tokenizer: Any) -> Batch:
-    """A batch, padded to its longest row; what is padding has no target, whatever its token is.
+    """Pad rows to the longest one. Padding is masked by position, never by token id, so it has no target.
 
-    Padding stands on the right, whatever the tokenizer's own side is: there no position and no token of a text depends on
-    the rows beside it.
+    Padding is on the right for every tokenizer, so that the positions of a text do not depend on the other rows of its
+    batch.
     """
     features = [encoded.features[row] for row in rows]
     inputs = dict(tokenizer.pad(features, padding="longest", padding_side="right", return_tensors="pt"))
@@ -93,7 +93,7 @@ def collate(encoded: Encoded, rows: Sequence[int], tokenizer: Any) -> Batch:
 
 
 def collate_packed(encoded: Encoded, rows: Sequence[int], tokenizer: Any) -> Batch:
-    """A batch of rows of tokens with targets, several in a bin as long as the longest row; padding is as in `collate`."""
+    """Pack rows with token targets into bins as long as the longest row. Padding is as in `collate`."""
     lengths = encoded.lengths
     width = max(lengths[row] for row in rows)
     bins: list[list[int]] = []
@@ -117,6 +117,6 @@ def collate_packed(encoded: Encoded, rows: Sequence[int], tokenizer: Any) -> Bat
 
 
 def padding(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """The part of the tokens in these batches (row numbers) that is padding."""
+    """The share of padding among all tokens of these batches of row numbers."""
     padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in batches if rows)
     return 1 - sum(lengths[row] for rows in batches for row in rows) / max(padded, 1)

@@ -1,4 +1,4 @@
-"""Cells: what libraries make of values, lists that were written as text, what spreadsheets would run."""
+"""Cell values: conversions from other libraries, lists stored as text, and csv cells that are safe in a spreadsheet."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """One row: where it stands (`line 3`, or `row 3` where there are no lines), and its cells by column."""
+    """One row: its location (`line 3`, or `row 3` in a binary file), and its cells by column."""
 
     place: str
     cells: dict[str, Any]
 
 
 def plain(value: Any) -> Any:
-    """A value of pyarrow or `datasets` as JSON would hold it: text without the mark of UTF-8 comes as bytes."""
+    """Convert a value of pyarrow or `datasets` to its JSON form; text may arrive as bytes."""
     if isinstance(value, Decimal) and value.is_finite():
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, bytes):
@@ -36,12 +36,12 @@ def plain(value: Any) -> Any:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether there is nothing in a cell: null, an empty cell of a csv, pandas' NaN; never the text `nan`."""
+    """Whether a cell is empty: null, an empty csv cell, or pandas' NaN; never the text `nan`."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def described(value: Any) -> str:
-    """What a cell holds that is of no use, for messages."""
+    """Describe an invalid cell, for messages."""
     kinds: dict[type, str] = {list: "a list", tuple: "a list", dict: "a mapping", bytes: "bytes that are not UTF-8"}
     if isinstance(value, (str, int, float)) and not is_missing(value):
         return str(value)
@@ -49,22 +49,22 @@ def described(value: Any) -> str:
 
 
 def whole_text(text: str) -> bool:
-    """Whether a text has no half characters (lone surrogates, as JSON can spell them), which no tokenizer takes."""
+    """Whether a text has no lone surrogates, which JSON can spell but no tokenizer accepts."""
     return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
-# -- lists written as text -------------------------------------------------------------------------------------------------
+# -- lists stored as text --------------------------------------------------------------------------------------------------
 
 
 def looks_like_list(cell: Any) -> bool:
-    """Whether a text begins and ends as the list that a library wrote."""
+    """Whether a text looks like a list written by a library."""
     return isinstance(cell, str) and cell.strip()[:1] == "[" and cell.strip()[-1:] == "]"
 
 
 def list_in(cell: Any) -> list[Any] | None:
-    """The list that Python, pandas or JSON wrote as this text; None if it is none of theirs.
+    """Parse a list written as text by Python, pandas or JSON; None if the text is not such a list.
 
-    What numpy writes, `['a' 'b']`, is none: Python would read it as one name.
+    numpy's form `['a' 'b']` is refused, because Python would read it as one name.
     """
     if not looks_like_list(cell):
         return None
@@ -80,24 +80,24 @@ def list_in(cell: Any) -> list[Any] | None:
 def _python(text: str) -> Any:
     if _joins(text):
         raise ValueError("numpy wrote it")
-    with warnings.catch_warnings():  # of escapes that Python does not know
+    with warnings.catch_warnings():  # for invalid escape sequences
         warnings.simplefilter("ignore")
         return ast.literal_eval(text)
 
 
 def _joins(cell: str) -> bool:
-    """Whether two quoted texts stand beside each other without a comma: Python would join them."""
+    """Whether two quoted strings follow each other without a comma; Python would join them."""
     return bool(re.search(r"""(?<!\\)(['"])\s+\1""", cell))
 
 
 def as_list(cell: Any) -> Any:
-    """The list that a cell is or holds as text; else the cell."""
+    """The cell as a list, if it is one or stores one as text; else the cell itself."""
     found = list_in(cell)
     return cell if found is None else found
 
 
 def all_lists(cells: Sequence[Any]) -> list[list[Any] | None] | None:
-    """The lists in the cells of a column, None where one is missing; None if any cell is no list written as text."""
+    """Parse a column of lists stored as text, with None for missing cells; None if any cell is not such a list."""
     found = [None if is_missing(cell) else list_in(cell) for cell in cells]
     given = [cell for cell in cells if not is_missing(cell)]
     return found if given and len(given) == sum(it is not None for it in found) else None
@@ -110,7 +110,7 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def for_spreadsheets(value: Any) -> Any:
-    """A csv cell that no spreadsheet runs as a formula: such a text gets an apostrophe before it, which they do not show."""
+    """Escape a csv cell that a spreadsheet would run as a formula, with a leading apostrophe, which spreadsheets hide."""
     if isinstance(value, str) and value.startswith(_FORMULA) and not _NUMBER.fullmatch(value):
         return f"'{value}"
     return value

@@ -1,8 +1,8 @@
-"""Rows held out to evaluate on, remembered by what they say.
+"""Held-out rows, chosen by a hash of their texts.
 
-Every row has a mark, a checksum of salt and texts. Of every label the rows with the lowest marks are held out, and the
-highest of these is remembered. So a row is held out or not wherever it stands and whatever is added: rows that were
-trained on stay rows to train on, and equal texts of one label are never in both parts.
+Every row has a mark, a checksum of a salt and its texts. For each label, the rows with the lowest marks are held out, and
+the highest mark among them is stored. The split therefore does not depend on the order of the rows, and adding rows does
+not move old ones: training rows stay training rows, and equal texts of one label are never in both parts.
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ from craft_cli.data.sources import Split, shares
 from craft_cli.errors import DataError
 
 ALL = "all"
-"""Where rows are not divided by label."""
+"""Key for a split that is not stratified by label."""
 SALT = "salt"
-"""Goes into the marks: the seed, and another number where a text of many rows would go to the wrong side."""
+"""Salt of the marks: the seed, and a number that is changed if a text with many rows would unbalance the split."""
 _TRIES = 8
 
 
 def hold_out(split: Split, share: float, seed: int, *, stratify: bool) -> dict[str, str]:
-    """The highest mark that is held out, by label number or for `ALL`, and the `SALT` of the marks.
+    """Choose the held-out rows: the highest held-out mark, by label number or for `ALL`, and the `SALT` of the marks.
 
     Args:
-        split: rows to divide.
-        share: of them that is to be held out.
-        seed: decides which.
-        stratify: whether every label is to be in both parts, where it can be.
+        split: rows to split.
+        share: share of the rows to hold out.
+        seed: random seed of the split.
+        stratify: whether to keep every label in both parts where possible.
 
     Raises:
-        DataError: too few rows, or all with one text.
+        DataError: there are too few rows, or all have the same text.
     """
     rows, texts = len(split), len(set(split.texts))
     if texts < 2:
-        why = f"{rows} row(s)" if rows < 2 else f"{rows:,} rows of one text"
-        raise DataError(f"{split.origin}: {why} cannot be divided into training and validation")
+        why = f"{rows} row(s)" if rows < 2 else f"{rows:,} rows with the same text"
+        raise DataError(
+            f"{split.origin}: {why} cannot be split into training and validation rows; pass --validation-file"
+        )
     apart = min(max(1, round(share * rows)), rows - 1)
     keys = [str(label) for label in split.labels] if stratify and split.labels else [ALL] * rows
     if len(set(keys)) > min(apart, rows - apart):
@@ -61,21 +63,21 @@ def _limits(keys: Sequence[str], marks: Sequence[str], apart: int) -> dict[str, 
 
 
 def _limit(marks: list[str], count: int) -> str:
-    """The mark of the last of so many rows in their order, but never of all rows; nothing where equal texts are all there is."""
+    """The mark of the n-th row in order, but never of the last row; None if all texts are equal."""
     limit = sorted(marks)[count - 1] if count else ""
     return limit if limit < max(marks) else max((mark for mark in marks if mark < limit), default="")
 
 
 def divided(split: Split, limits: Mapping[str, str]) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows held out, by what `hold_out` found.
+    """Split rows into training rows and held-out rows, with the marks of `hold_out`.
 
     Raises:
-        DataError: no row of these is held out, or every one.
+        DataError: no row is held out, or every row.
     """
     parts = _parts(split, limits, _marks(split, limits.get(SALT, "")))
     if not all(parts):
         which = "no row" if not parts[1] else "every row"
-        raise DataError(f"{split.origin}: {which} of these was held out in training: give --validation-file")
+        raise DataError(f"{split.origin}: {which} was held out in training; pass --validation-file")
     return parts
 
 
@@ -89,5 +91,5 @@ def _parts(split: Split, limits: Mapping[str, str], marks: Sequence[str]) -> tup
 
 def _marks(split: Split, salt: str) -> list[str]:
     seed, _, number = salt.partition(".")
-    begin = f'[{seed}, "{number}", '  # of the JSON of all; a salt that is read from a record may be any text
+    begin = f'[{seed}, "{number}", '  # prefix of the JSON that is hashed; a stored salt can be any text
     return [sha256((begin + json.dumps(text)[1:]).encode()).hexdigest()[:16] for text in split.texts]

@@ -1,4 +1,4 @@
-"""Rows in a .json file, in the forms that people and pandas write: a list, a list below a key, columns, an object a line."""
+"""Rows of a .json file in its common layouts: a list, a list under a key, columns, or JSON lines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from craft_cli.errors import DataError
 
 
 def objects(lines: Iterable[tuple[int, str]], origin: str) -> Iterator[Row]:
-    """An object a line; empty lines count for nothing.
+    """Read JSON lines; empty lines are skipped.
 
     Raises:
-        DataError: a line that is none.
+        DataError: a line is not a JSON object.
     """
     for number, text in lines:
         if text.strip():
@@ -23,15 +23,15 @@ def objects(lines: Iterable[tuple[int, str]], origin: str) -> Iterator[Row]:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{origin}, line {number}: not JSON ({error})") from error
             if not isinstance(cells, dict):
-                raise DataError(f"{origin}, line {number}: expected a JSON object for each line")
+                raise DataError(f"{origin}, line {number}: expected one JSON object per line")
             yield Row(f"line {number}", cells)
 
 
 def rows(lines: Iterable[tuple[int, str]], origin: str) -> Iterator[Row]:
-    """The rows of a file that is one JSON value, or an object a line.
+    """Read a file that is one JSON value, or JSON lines.
 
     Raises:
-        DataError: it is none of the forms.
+        DataError: the layout is not supported.
     """
     held = list(lines)
     try:
@@ -48,7 +48,7 @@ def rows(lines: Iterable[tuple[int, str]], origin: str) -> Iterator[Row]:
 
 
 def _is_object(lines: list[tuple[int, str]]) -> bool:
-    """Whether the first line is an object by itself."""
+    """Whether the first line is a complete JSON object."""
     first = next((text for _, text in lines if text.strip()), "")
     try:
         return isinstance(json.loads(first), dict)
@@ -65,9 +65,7 @@ def _listed(content: Any, origin: str) -> Iterable[Any]:
         return _of_split(list(map(str, content["columns"])), content["data"], origin)
     below = {name: value for name, value in content.items() if _are_objects(value)}
     if len(below) > 1:
-        raise DataError(
-            f"{origin}: rows below {' and '.join(map(repr, below))}: write each list into a file of its own"
-        )
+        raise DataError(f"{origin}: rows under {' and '.join(map(repr, below))}; write each list to its own file")
     if below:
         return next(iter(below.values()))  # {"data": [...]}
     if all(isinstance(value, list) for value in content.values()):
@@ -85,9 +83,7 @@ def _of_split(columns: list[str], data: list[Any], origin: str) -> list[dict[str
     for number, cells in enumerate(data, start=1):
         if not isinstance(cells, list) or len(cells) != len(columns):
             cells_of = "cell" if len(columns) == 1 else "cells"
-            raise DataError(
-                f"{origin}, row {number}: expected a list of {len(columns):,} {cells_of}, as many as there are columns"
-            )
+            raise DataError(f"{origin}, row {number}: expected a list of {len(columns):,} {cells_of}, one per column")
     return [dict(zip(columns, cells, strict=True)) for cells in data]
 
 
@@ -95,13 +91,13 @@ def _across(columns: Mapping[str, list[Any]], origin: str) -> list[dict[str, Any
     """`{"text": [...], "label": [...]}`."""
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"'{name}' {length:,}" for name, length in lengths.items())
-        raise DataError(f"{origin}: columns of different lengths ({told})")
+        lengths_of = ", ".join(f"'{name}' {length:,}" for name, length in lengths.items())
+        raise DataError(f"{origin}: columns of different lengths ({lengths_of})")
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
 def _of_pandas(content: Mapping[str, Mapping[str, Any]], origin: str) -> list[dict[str, Any]]:
-    """What `DataFrame.to_json` writes: columns of cells by row, or rows of cells by column (`orient="index"`)."""
+    """Read the output of `DataFrame.to_json`: columns by row, or rows by column (`orient="index"`)."""
     if all(name.isdecimal() for name in content):
         return [dict(cells) for cells in content.values()]
     places = list(next(iter(content.values())))

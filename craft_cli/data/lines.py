@@ -1,4 +1,4 @@
-"""Lines of text out of bytes: UTF-8, or UTF-16 as Windows writes it, with any of the three line ends."""
+"""Decode lines of text: UTF-8, or UTF-16 as written by Windows, with any of the three line endings."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _FIRST = 1 << 16
-"""So many bytes tell encoding and line end; a first line is hardly ever longer."""
+"""Bytes to read for detecting encoding and line ending; a first line is rarely longer."""
 _UNDECODED = re.compile("[\udc80-\udcff]")
-"""What `surrogateescape` makes of bytes that are not UTF-8; UTF-8 itself cannot give these."""
+"""Characters that `surrogateescape` decodes invalid UTF-8 to; valid UTF-8 never contains them."""
 
 
 def lines_of(file: BinaryIO, origin: str) -> Iterator[tuple[int, str]]:
-    r"""Decoded lines with their numbers and ends, without a byte order mark; the file stays open.
+    r"""Decode lines with their numbers and line endings, without a byte order mark; the file stays open.
 
-    What ends most of the first lines ends every line: inside a file of `\n`, a lone `\r` is a character of its line.
+    The line ending of most of the first lines is used throughout: in a file with `\n`, a lone `\r` is part of its line.
 
     Raises:
-        DataError: bytes that are no text; `origin` names the file.
+        DataError: the bytes are not text; `origin` names the file.
     """
     start = _peek(file)
     encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), _unmarked(start))
@@ -43,14 +43,14 @@ def lines_of(file: BinaryIO, origin: str) -> Iterator[tuple[int, str]]:
                 )
             yield number, line
     except UnicodeDecodeError as error:
-        raise DataError(f"{origin}, after line {number}: not readable as UTF-16, as it begins") from error
+        raise DataError(f"{origin}, after line {number}: invalid UTF-16, although the file starts as UTF-16") from error
     finally:
-        with suppress(ValueError):  # closed before
+        with suppress(ValueError):  # already closed
             text.detach()
 
 
 def _peek(file: BinaryIO) -> bytes:
-    """The first bytes, without taking them; of a pipe what has come so far."""
+    """Peek at the first bytes; for a pipe, those received so far."""
     if file.seekable():
         here = file.tell()
         start = file.read(_FIRST)
@@ -60,7 +60,7 @@ def _peek(file: BinaryIO) -> bytes:
 
 
 def _unmarked(start: bytes) -> str:
-    """UTF-16 without its mark has a zero beside every plain character."""
+    """Whether this is UTF-16 without a byte order mark: every ASCII character comes with a zero byte."""
     if len(start) >= 4 and not start[1] and not start[3] and start[0] and start[2]:
         return "utf-16-le"
     if len(start) >= 4 and not start[0] and not start[2] and start[1] and start[3]:
@@ -69,7 +69,7 @@ def _unmarked(start: bytes) -> str:
 
 
 def _line_end(start: str) -> str:
-    """A carriage return alone, as old Macs wrote, where there are not more lines of the usual kind; in quotes it ends none."""
+    """Whether lines end with a lone carriage return, as on old Macs; one inside quotes does not count."""
     unquoted = re.sub('"[^"]*"', "", start)
     alone = re.findall(r"\r(?!\n)", unquoted)
     return "\r" if len(alone) > unquoted.count("\n") else "\n"

@@ -1,4 +1,4 @@
-"""Files of rows as they lie on disk: the format and the split that a name tells, and gzip unpacked while it is read."""
+"""Open data files: format and split from the file name, gzip decompressed on the fly."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from craft_cli.errors import DataError
 GZIP = ".gz"
 _BUFFER = 1 << 16
 _PLENTY, _MOST_TIMES = 100_000_000, 100
-"""A file that unpacks to more bytes than `_PLENTY` may not be more than `_MOST_TIMES` as large as it is packed."""
+"""Limits against decompression bombs: beyond `_PLENTY` bytes, the ratio must not exceed `_MOST_TIMES`."""
 
 
 def ending(path: Path) -> str:
-    """The ending that names the format: `.csv` of `train.csv` and of `Train.CSV.gz`."""
+    """The file extension that names the format: `.csv` for `train.csv` and `Train.CSV.gz`."""
     last = path.suffix.lower()
     inner = path.with_suffix("").suffix.lower()
-    return inner if last == GZIP and inner and inner != ".parquet" else last  # parquet is packed inside
+    return inner if last == GZIP and inner and inner != ".parquet" else last  # parquet compresses internally
 
 
 def stem(path: Path) -> str:
-    """The name without the endings: `train` of `train.csv` and of `train.csv.gz`."""
+    """The file name without extensions: `train` for `train.csv` and `train.csv.gz`."""
     return path.with_suffix("").stem if ending(path) != path.suffix.lower() else path.stem
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked where its name ends in .gz.
+    """Open a file as bytes, decompressed if its name ends in .gz.
 
     Raises:
-        DataError: while it is read: it is not gzip, is damaged, or unpacks to far more than data does.
+        DataError: while reading, if it is not gzip, is damaged, or looks like a decompression bomb.
     """
     with open(path, "rb") as file:
         if path.suffix.lower() != GZIP:
@@ -46,7 +46,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Bounded(io.RawIOBase):
-    """What gzip unpacks, and not without end."""
+    """A gzip reader with a limit on the decompressed size."""
 
     def __init__(self, file: gzip.GzipFile, path: Path) -> None:
         self._file, self._path, self._read = file, path, 0
@@ -59,11 +59,11 @@ class _Bounded(io.RawIOBase):
         try:
             count = self._file.readinto(buffer)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{self._path}: not readable as gzip ({error})") from error
+            raise DataError(f"{self._path}: invalid gzip ({error})") from error
         self._read += count
         if self._read > self._most:
             raise DataError(
-                f"{self._path} unpacks to more than {_MOST_TIMES} times its size, as no rows of data do: "
-                "if it is right, unpack it yourself"
+                f"{self._path} decompresses to more than {_MOST_TIMES} times its size, which is unusual for data; "
+                "if it is correct, decompress it yourself"
             )
         return count

@@ -1,10 +1,9 @@
-"""Rows out of files, one after another: jsonl, json, csv, tsv, parquet, CoNLL and plain text, from a path or stdin.
+"""Read rows one by one: jsonl, json, csv, tsv, parquet, CoNLL and plain text, from a path or stdin.
 
-All but parquet may be packed by gzip (`train.csv.gz`).
+All formats but parquet can be compressed with gzip (`train.csv.gz`).
 
-One reader serves training and prediction. It never holds a file whole (but json, which is one value), names the line of
-whatever it cannot read, and keeps every cell of a csv as the text it is: "007" stays "007" and "NA" stays "NA"; only an
-empty cell is missing.
+Training and prediction use the same reader. It streams the file (except json, which is one value), names the line of each
+error, and keeps csv cells as text: "007" stays "007" and "NA" stays "NA". Only an empty cell is missing.
 """
 
 from __future__ import annotations
@@ -25,31 +24,31 @@ from craft_cli.data.opened import ending, opened
 from craft_cli.errors import DataError
 
 CONLL = ".conll"
-"""A word a line with its tag in the last column, an empty line between sentences: rows of `tokens` and `tags`."""
+"""CoNLL extension: one word per line with its tag in the last column, read as rows of `tokens` and `tags`."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", CONLL)
 TEXT = ".txt"
-"""A text a line for prediction, which needs no labels; CoNLL where labels are needed."""
+"""Plain text extension: one text per line for prediction; CoNLL if labels are needed."""
 
 MARKS = ",;\t|"
-"""What divides the columns of a .csv file; in a .tsv file only a tab does."""
+"""Possible column separators of a .csv file; a .tsv file uses tabs."""
 _DIALECTS: dict[str, Any] = {
     ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL, "strict": True},
-    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # as GLUE's files: a quote is a character
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # as in GLUE: quotes are ordinary characters
 }
 
 
 def read_rows(path: Path, kinds: Sequence[str] = SUFFIXES, kind: str | None = None) -> Iterator[Row]:
-    """The rows of a file whose name ends in one of `kinds`, in the format of that ending or of `kind`.
+    """Read a file with one of the extensions `kinds`, in the format of the extension or of `kind`.
 
     Raises:
-        DataError: it is missing, empty, of an unknown kind, or a row cannot be read (file and line named).
+        DataError: the file is missing, empty or of an unknown format, or a row is invalid (names file and line).
     """
     if path.is_dir():
-        raise DataError(f"{path} is a folder: name one file in it, or train with --data-dir {shlex.quote(str(path))}")
+        raise DataError(f"{path} is a folder; pass a file in it, or train with --data-dir {shlex.quote(str(path))}")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if ending(path) not in kinds:
-        raise DataError(f"{path}: unknown kind of file; use one of {', '.join(kinds)} (.gz after all but .parquet)")
+        raise DataError(f"{path}: unknown file format; supported: {', '.join(kinds)} (also with .gz, except .parquet)")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
     with opened(path) as file:
@@ -57,26 +56,26 @@ def read_rows(path: Path, kinds: Sequence[str] = SUFFIXES, kind: str | None = No
 
 
 def read_stdin(kind: str) -> Iterator[Row]:
-    """The rows of standard input, in the format of files with the ending `kind`.
+    """Read standard input in the format of files with the extension `kind`.
 
     Raises:
-        DataError: it is closed.
+        DataError: standard input is closed.
     """
     if sys.stdin is None:
-        raise DataError("standard input is closed: give a file with --input")
+        raise DataError("standard input is closed; pass a file with --input")
     return rows_of(sys.stdin.buffer, kind, "standard input")
 
 
 def rows_of(file: BinaryIO, kind: str, origin: str) -> Iterator[Row]:
-    """The rows of an open file.
+    """Read an open file.
 
     Args:
-        file: opened for bytes.
-        kind: ending that names the format.
-        origin: what messages call it.
+        file: file opened in binary mode.
+        kind: extension that names the format.
+        origin: name of the file in messages.
 
     Raises:
-        DataError: a row cannot be read.
+        DataError: a row is invalid.
     """
     if kind == ".parquet":
         return _parquet(file, origin)
@@ -93,8 +92,8 @@ def rows_of(file: BinaryIO, kind: str, origin: str) -> Iterator[Row]:
 
 
 def _separated(lines: Iterable[tuple[int, str]], kind: str, origin: str) -> Iterator[Row]:
-    """Rows below a header; a cell without anything in it is None, and blanks around a column's name are left out."""
-    csv.field_size_limit(2**31 - 1)  # a row may be long
+    """Read rows with a header; empty cells are None, and column names are stripped of whitespace."""
+    csv.field_size_limit(2**31 - 1)  # the default limit is too small for long texts
     lines = iter(lines)
     number, first = next(lines, (1, ""))
     dialect = dict(_DIALECTS[kind]) | (_as_in_header(first) if kind == ".csv" else {})
@@ -102,7 +101,7 @@ def _separated(lines: Iterable[tuple[int, str]], kind: str, origin: str) -> Iter
     start = 1
     try:
         header = [name.strip() for name in next(reader, [])]
-        named = [name for name in header if name]  # what has no name cannot be asked for
+        named = [name for name in header if name]  # unnamed columns cannot be selected
         if len(set(named)) < len(named):
             raise DataError(f"{origin}, line 1: the header names a column twice")
         start = reader.line_num + 1
@@ -119,7 +118,7 @@ def _separated(lines: Iterable[tuple[int, str]], kind: str, origin: str) -> Iter
 
 
 def _as_in_header(line: str) -> dict[str, Any]:
-    """The mark that is most often between the names. Excel writes semicolons; some write a blank behind every comma."""
+    """The most frequent separator in the header. Excel writes semicolons; some files have a space after each comma."""
     line = re.sub('"[^"]*"', "", line)
     delimiter = max(MARKS, key=line.count)
     blank = f"{delimiter} "
@@ -134,10 +133,10 @@ def _parquet(file: BinaryIO, origin: str) -> Iterator[Row]:
         opened = parquet.ParquetFile(file)
         names = opened.schema_arrow.names
         if len(set(names)) < len(names):
-            raise DataError(f"{origin}: two columns have one name")
+            raise DataError(f"{origin}: two columns have the same name")
         for batch in opened.iter_batches(batch_size=1000):
             for cells in batch.to_pylist():
                 number += 1
                 yield Row(f"row {number}", plain(cells))
     except (ArrowException, OSError) as error:
-        raise DataError(f"{origin}: not readable as parquet ({str(error).strip().splitlines()[0]})") from error
+        raise DataError(f"{origin}: invalid parquet ({str(error).strip().splitlines()[0]})") from error

@@ -1,4 +1,4 @@
-"""Where rows lie: files, saved data sets, the hub; and the rows of a split, whatever they mean."""
+"""Data sources (files, saved datasets, the Hub) and the rows of a split."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where rows come from; the fields are the settings of the same names."""
+    """A data source; the fields are the settings of the same names."""
 
     task: str | None = None
     task_type: str | None = None
@@ -47,11 +47,11 @@ class DataSource:
     problem_type: str | None = None
     seed: int | None = None
     held_out: Mapping[str, str] | None = None
-    """No setting: what a training found, see `data.holdout`."""
+    """Not a setting: the held-out marks of a training, see `data.holdout`."""
 
     @classmethod
     def of(cls, settings: Any) -> DataSource:
-        """Taken from an object or mapping that has such settings among others."""
+        """Build a source from an object or mapping that has these settings among others."""
         get = settings.get if isinstance(settings, Mapping) else lambda name: getattr(settings, name, None)
         values = {name: get(name) for name in cls.__dataclass_fields__}
         if values["text_columns"]:
@@ -59,7 +59,7 @@ class DataSource:
         return cls(**values)
 
     def resolved(self) -> DataSource:
-        """With absolute paths, so that it means the same from any folder."""
+        """A copy with absolute paths, valid from any folder."""
         absolute = lambda path: str(Path(path).expanduser().resolve()) if path else None  # noqa: E731
         return replace(
             self,
@@ -70,20 +70,20 @@ class DataSource:
 
     @property
     def given(self) -> bool:
-        """Whether it says where rows come from at all."""
+        """Whether any source is set."""
         return bool(self.task or self.data_dir or self.train_file or self.validation_file or self.dataset_name)
 
 
 @dataclass(frozen=True)
 class Home:
-    """Where a known task has its rows, and what its splits are called.
+    """Location and split names of a built-in task.
 
     Attributes:
-        hub: data set on the hub, with its configuration.
-        sample: folder below `craft_cli/samples`, for data that ships with craft.
-        train: split to train on; None for a task that is only evaluated.
-        validation: splits to evaluate on; the first one chooses the best adapter.
-        test: splits to predict for.
+        hub: dataset on the Hub, with its configuration.
+        sample: folder in `craft_cli/samples`, for data that ships with craft.
+        train: training split; None for a task that is only evaluated.
+        validation: validation splits; the first one chooses the best adapter.
+        test: test splits to predict.
     """
 
     hub: tuple[str, str] | None = None
@@ -95,17 +95,16 @@ class Home:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one split, as a task has read them.
+    """The rows of one split, as read by a task.
 
     Attributes:
-        texts: for each row its parts: one text or two, or the words of a sentence.
-        labels: gold of each row, as the task wants it: a number, a number for each label, or a number for each word. None
-            if it is not known.
+        texts: the parts of each row: one text, two texts, or the words of a sentence.
+        labels: the gold of each row in the task's form: one number, one per label, or one per word. None if unknown.
         origin: file or hub name, for messages.
-        lines: for each row the line that its words come from, where there was one.
-        note: what the user should know of how it was read.
-        place: where a row stands, for messages: `train.csv, line 3`.
-        rows: the numbers of the rows in what they were read from, from 0; without, these are all of it.
+        lines: the source line of each row's words, if there is one.
+        note: a note to the user about how the split was read.
+        place: the location of a row, for messages: `train.csv, line 3`.
+        rows: row numbers in the source, from 0. Default: the split is the whole source.
     """
 
     texts: list[tuple[str, ...]]
@@ -121,22 +120,22 @@ class Split:
 
     @property
     def numbers(self) -> Sequence[int]:
-        """Of each row its number in what it was read from, from 1."""
+        """The number of each row in the source, from 1."""
         return range(1, len(self) + 1) if self.rows is None else [row + 1 for row in self.rows]
 
     def place_of(self, row: int) -> str:
-        """Where a row stands, for messages."""
+        """The location of a row, for messages."""
         return self.place(row) if self.place else f"{self.origin}, row {row + 1}"
 
     def checksum(self) -> str:
-        """sha256 over texts and gold of all rows, to notice that the data is another."""
+        """The sha256 of all texts and labels, to detect changed data."""
         digest = sha256()
         for row in zip(self.texts, self.labels or [None] * len(self), strict=True):
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()
 
     def first(self, rows: int | None, *, by_label: bool = False) -> Split:
-        """Only the first rows; `by_label` those of every label, each with its share, in their order."""
+        """The first rows; with `by_label`, the first rows of each label in proportion, in their original order."""
         if rows is None or rows >= len(self):
             return self
         if not by_label or not self.labels:
@@ -148,7 +147,7 @@ class Split:
         return self.select(sorted(row for label, those in places.items() for row in those[: counts[label]]))
 
     def select(self, rows: Sequence[int], part: str = "") -> Split:
-        """Only these rows; `part` says which, for messages."""
+        """A subset of the rows; `part` names it in messages."""
         return replace(
             self,
             texts=[self.texts[row] for row in rows],
@@ -161,12 +160,12 @@ class Split:
 
 
 def shares(counts: Mapping[Any, int], total: int, *, spared: int = 0) -> dict[Any, int]:
-    """How many of `total` rows are of each label: in proportion to `counts`, and of as many labels as can be.
+    """Distribute `total` rows over labels in proportion to `counts`, covering as many labels as possible.
 
     Args:
-        counts: rows of each label.
-        total: rows to choose.
-        spared: labels with so few rows get none above their whole share.
+        counts: number of rows of each label.
+        total: number of rows to choose.
+        spared: labels with at most this many rows are not rounded up.
     """
     rows = sum(counts.values())
     exact = {label: count * total / rows for label, count in counts.items()}
@@ -180,11 +179,11 @@ def shares(counts: Mapping[Any, int], total: int, *, spared: int = 0) -> dict[An
     return found
 
 
-# -- where the splits are ------------------------------------------------------------------------------------------------
+# -- locating the splits -------------------------------------------------------------------------------------------------
 
 
 def split_names(source: DataSource, home: Home, part: str) -> list[str]:
-    """What the splits of a part are called: MNLI has two to evaluate on, where they are not given as one file."""
+    """The split names of a part. MNLI has two validation splits unless one file is given."""
     if part == TRAIN:
         return [TRAIN]
     if part == TEST:
@@ -197,7 +196,7 @@ def split_names(source: DataSource, home: Home, part: str) -> list[str]:
 
 
 def has_validation(source: DataSource) -> bool:
-    """Whether the user's own data has rows to evaluate on; else some of the training rows are held out."""
+    """Whether the user's data has validation rows; otherwise some training rows are held out."""
     if source.data_dir:
         folder = Path(source.data_dir).expanduser()
         if is_saved(folder):
@@ -213,10 +212,10 @@ def _on_hub(source: DataSource) -> list[str]:
 
 
 def read_split(source: DataSource, home: Home, split: str) -> Table:
-    """The table of a split.
+    """Read the table of a split.
 
     Raises:
-        DataError: it is missing or cannot be read.
+        DataError: the split is missing or cannot be read.
     """
     given = source.train_file if split == TRAIN else source.validation_file if split.startswith(VALIDATION) else None
     renamed = source.train_split if split == TRAIN else source.validation_split if split == VALIDATION else None
@@ -235,4 +234,4 @@ def read_split(source: DataSource, home: Home, split: str) -> Table:
         return hub_table(source.dataset_name, source.dataset_config_name, other or split)
     if home.hub:
         return hub_table(*home.hub, renamed or split)
-    raise DataError(f"no {split} data: give --data-dir or --{split}-file")
+    raise DataError(f"no {split} data: pass --data-dir or --{split}-file")

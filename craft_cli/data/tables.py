@@ -1,4 +1,4 @@
-"""Rows with named columns, wherever they come from: files, folders of files, folders saved by `datasets`, the hub."""
+"""Tables: rows with named columns from files, folders, saved datasets or the Hub."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from craft_cli.data.readers import CONLL, MARKS, SUFFIXES, TEXT, read_rows
 from craft_cli.errors import DataError
 
 WHOLE = "train"
-"""What the only split of a saved data set without splits is called."""
+"""Split name for a saved dataset without splits."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with named columns, wherever they come from.
+    """Rows with named columns.
 
     Attributes:
-        origin: file or hub name, for messages.
-        columns: names.
-        column: all cells of a column.
-        place: where a row stands, for messages.
+        origin: file or Hub name, for messages.
+        columns: column names.
+        column: returns all cells of a column.
+        place: returns the location of a row, for messages.
     """
 
     origin: str
@@ -38,17 +38,17 @@ class Table:
 
 
 def read_file(path: Path) -> Table:
-    """A file as a table.
+    """Read a file as a table.
 
     Raises:
-        DataError: it is missing, empty, of an unknown kind, or a row cannot be read (file and line named).
+        DataError: the file is missing, empty or of an unknown format, or a row is invalid (names file and line).
     """
     tagged = ending(path) == TEXT and holds_tags(path)
     rows = list(read_rows(path, (*SUFFIXES, TEXT), CONLL) if tagged else read_rows(path))
     if not rows:
-        raise DataError(f"{path} holds no rows")
+        raise DataError(f"{path} has no rows")
     columns = list(dict.fromkeys(name for row in rows for name in row.cells))
-    places = [row.place for row in rows]  # kept with a split, when the cells are not
+    places = [row.place for row in rows]  # kept by a split after the cells are released
     return Table(
         origin=str(path),
         columns=columns,
@@ -58,7 +58,7 @@ def read_file(path: Path) -> Table:
 
 
 def _of_dataset(dataset: Any, origin: str) -> Table:
-    """A `datasets.Dataset` as a table; numbers of a class label become its names."""
+    """Wrap a `datasets.Dataset` as a table; ClassLabel numbers become names."""
 
     def column(name: str) -> list[Any]:
         values, feature = [plain(value) for value in dataset[name]], dataset.features[name]
@@ -73,7 +73,7 @@ def _of_dataset(dataset: Any, origin: str) -> Table:
 
 
 def column_named(name: str, columns: Sequence[str]) -> str | None:
-    """The column of this name: as it is written, or the only one that differs in nothing but case; None without."""
+    """Find a column by exact name, or by the only name that differs in case; None if there is no match."""
     if name in columns:
         return name
     alike = [column for column in columns if column.casefold() == name.casefold()]
@@ -81,25 +81,23 @@ def column_named(name: str, columns: Sequence[str]) -> str | None:
 
 
 def columns_told(columns: Sequence[str], flag: str) -> str:
-    """The end of a message on a column that is not there: those that are, and the flag that names others."""
+    """The end of an error about a missing column: the existing columns, and the flag that selects one."""
     if len(columns) == 1 and any(mark in columns[0] for mark in MARKS):
-        return (
-            f"it has one column '{columns[0]}': a .tsv file has tabs between its columns; name it .csv if it has none"
-        )
+        return f"it has one column '{columns[0]}'; a .tsv file needs tabs between columns, rename it to .csv if it uses another separator"
     return f"it has {', '.join(columns)} (choose with {flag})"
 
 
 NAMES = {"validation": ("validation", "valid", "val", "dev")}
-"""What else a split is called."""
+"""Other names for a split."""
 
 
 def named(split: str, names: Sequence[str]) -> str | None:
-    """What a split is called among these names; None where it is not there."""
+    """Find a split among these names; None if it is missing."""
     return next((name for name in NAMES.get(split, (split,)) if name in names), None)
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a folder that hold this split; a text file where there is no other, and it holds tags."""
+    """The files of a folder for this split; a text file counts only if it is the only one and has tags."""
     names = NAMES.get(split, (split,))
     stems = (
         [path for path in sorted(folder.iterdir()) if stem(path) in names and path.is_file()] if folder.is_dir() else []
@@ -109,13 +107,13 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 
 def split_file(folder: Path, split: str) -> Path:
-    """The one file of a folder that holds this split.
+    """The file of a folder for this split.
 
     Raises:
-        DataError: there is none, or there are several.
+        DataError: there is no such file, or more than one.
     """
     if folder.is_file():
-        raise DataError(f"--data-dir: {folder} is a file: give it as --{split}-file")
+        raise DataError(f"--data-dir: {folder} is a file; pass it as --{split}-file")
     if not folder.is_dir():
         raise DataError(f"--data-dir: {folder}: no such folder")
     found = split_files(folder, split)
@@ -127,15 +125,15 @@ def split_file(folder: Path, split: str) -> Path:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `datasets` wrote this folder (`save_to_disk`)."""
+    """Whether a folder was saved by `datasets` (`save_to_disk`)."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def saved_splits(folder: Path) -> list[str]:
-    """The names of the splits in a folder that `datasets` wrote.
+    """The split names of a folder saved by `datasets`.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the folder is damaged.
     """
     with _reading(str(folder)):
         from datasets import DatasetDict, load_from_disk
@@ -145,10 +143,10 @@ def saved_splits(folder: Path) -> list[str]:
 
 
 def saved_table(folder: Path, split: str) -> Table:
-    """A split out of a folder that `datasets` wrote.
+    """Read a split of a folder saved by `datasets`.
 
     Raises:
-        DataError: it is damaged, or has no such split.
+        DataError: the folder is damaged, or has no such split.
     """
     with _reading(str(folder)):
         from datasets import DatasetDict, load_from_disk
@@ -162,10 +160,10 @@ def saved_table(folder: Path, split: str) -> Table:
 
 
 def hub_splits(name: str, config: str | None) -> list[str]:
-    """The names of the splits of a data set on the hub.
+    """The split names of a dataset on the Hub.
 
     Raises:
-        DataError: it is neither in the cache nor on the hub.
+        DataError: the dataset is neither in the cache nor on the Hub.
     """
     from datasets import get_dataset_split_names
 
@@ -174,10 +172,10 @@ def hub_splits(name: str, config: str | None) -> list[str]:
 
 
 def hub_table(name: str, config: str | None, split: str) -> Table:
-    """A split of a data set on the hub, from the cache where it is there.
+    """Read a split of a dataset on the Hub, from the cache if possible.
 
     Raises:
-        DataError: it is neither in the cache nor on the hub.
+        DataError: the dataset is neither in the cache nor on the Hub.
     """
     from datasets import load_dataset
 
@@ -186,7 +184,7 @@ def hub_table(name: str, config: str | None, split: str) -> Table:
 
 
 def _from_hub(origin: str, load: Callable[[], Any], name: str | None = None) -> Any:
-    """Out of the cache of `datasets`, else from the hub."""
+    """Load from the cache of `datasets`, or else from the Hub."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -211,13 +209,13 @@ def _reading(folder: str) -> Iterator[None]:
     try:
         with _quiet_datasets():
             yield
-    except Exception as error:  # `datasets` and pyarrow each raise their own
-        raise DataError(f"{folder}: not readable as a saved data set ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # `datasets` and pyarrow each raise their own errors
+        raise DataError(f"{folder}: invalid saved dataset ({str(error).splitlines()[0]})") from error
 
 
 @contextmanager
 def _cache_only() -> Iterator[None]:
-    """`datasets` looks in its cache and asks no hub, so that a second use needs none."""
+    """Make `datasets` read from its cache without asking the Hub, so that a second use works offline."""
     import datasets
 
     offline = datasets.config.HF_HUB_OFFLINE
@@ -230,7 +228,7 @@ def _cache_only() -> Iterator[None]:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """No bars and no log lines of `datasets` and the hub's client among our own output."""
+    """Silence progress bars and logs of `datasets` and the Hub client."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
 

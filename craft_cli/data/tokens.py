@@ -1,4 +1,4 @@
-"""Texts, or sentences in words, to token ids, kept between runs; token ids to padded batches."""
+"""Tokenize texts, or sentences split into words, with a cache on disk."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ from craft_cli.files import read_tensors, write_tensors
 KIND = "token ids"
 _WORDS = "words"
 _ROWS_AT_ONCE, _AT_ONCE = 1000, 4_000_000
-"""Rows and characters that are tokenised together."""
+"""Maximum rows and characters to tokenize at once."""
 _FAR = 1000
-"""Of a text with more characters than so many for each token, the rest is looked at only where those are too few tokens."""
+"""Characters per token to tokenize first; the rest of a longer text is tokenized only if these give too few tokens."""
 _ROWS_WORTH_KEEPING = 2000
-"""Fewer are tokenised again sooner than a file is found."""
+"""Minimum number of rows to cache; fewer are faster to tokenize again."""
 
 
 IGNORED = -100
-"""The target of a token that has none, as torch's losses take it."""
+"""Target of a token to ignore, as in torch's losses."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one split, not padded.
+    """Token ids of one split, without padding.
 
     Attributes:
-        features: for each row the tokenizer's lists (`input_ids` and what the model needs beside them).
-        labels: gold of each row; None where it is not known.
-        cut: how many rows were longer than allowed.
-        limit: tokens allowed.
-        words: for each row of words the place of every word's first token, -1 where it has none (or it was cut).
-        targets: for each row a target for each of its tokens, `IGNORED` where there is none; without, the target of a row
-            is its gold.
+        features: the tokenizer's output for each row (`input_ids` and the other model inputs).
+        labels: the gold of each row; None if unknown.
+        cut: number of truncated rows.
+        limit: maximum tokens per row.
+        words: the position of every word's first token, -1 for a word without a token (or truncated).
+        targets: a target for each token, `IGNORED` for none. Default: the target of a row is its gold.
     """
 
     features: list[dict[str, list[int]]]
@@ -56,7 +55,7 @@ class Encoded:
         return len(self.features)
 
     def only(self, rows: Sequence[int]) -> Encoded:
-        """These rows alone."""
+        """A subset of the rows."""
 
         def of(column: list[Any] | None) -> list[Any] | None:
             return None if column is None else [column[row] for row in rows]
@@ -76,7 +75,7 @@ class Encoded:
 
     @cached_property
     def weights(self) -> list[float]:
-        """How many targets each row has in a loss, 1 where the row itself is one: a loss is divided by their sum."""
+        """Number of loss targets of each row, 1 if the row is the target; a loss is divided by their sum."""
         if self.targets is None:
             return [1.0] * len(self)
         return [float(sum(target != IGNORED for target in row)) for row in self.targets]
@@ -84,7 +83,7 @@ class Encoded:
 
 @dataclass
 class Unseen:
-    """How much of some rows no model sees: what was cut, words without a token."""
+    """Counts what the model does not see: truncated rows and words without a token."""
 
     rows: int = 0
     cut: int = 0
@@ -93,24 +92,24 @@ class Unseen:
     without: int = 0
 
     def add(self, encoded: Encoded) -> Unseen:
-        """Count these rows too; itself."""
+        """Add the counts of these rows and return self."""
         places = [place for row in encoded.words or [] for place in row]
         self.rows, self.cut, self.limit = self.rows + len(encoded), self.cut + encoded.cut, encoded.limit
         self.words, self.without = self.words + len(places), self.without + sum(place < 0 for place in places)
         return self
 
     def note(self, origin: str, asked: int | None = None) -> str:
-        """A line for the user; empty where all is seen.
+        """One line for the user; empty if nothing was dropped.
 
         Args:
-            origin: where the rows come from.
-            asked: the length that the user wants; a model may take less.
+            origin: source of the rows.
+            asked: the requested length; the model's limit may be lower.
         """
-        why = "--max-seq-length" if asked in (None, self.limit) else "the model takes no more"
+        why = "--max-seq-length" if asked in (None, self.limit) else "the model's limit"
         parts = []
         if self.cut:
             share = f"{self.cut:,} of {self.rows:,} rows of {origin}"
-            parts.append(f"{share} are longer than {self.limit} tokens and were cut ({why})")
+            parts.append(f"{share} are longer than {self.limit} tokens and were truncated ({why})")
         if self.without:
             share = f"{self.without:,} of {self.words:,} words{'' if parts else f' of {origin}'}"
             parts.append(
@@ -128,21 +127,21 @@ def encode(
     *,
     of_words: bool = False,
 ) -> Encoded:
-    """Tokenise a split in blocks of rows; of a pair the longer text is cut first.
+    """Tokenize a split in blocks of rows; for pairs, the longer text is truncated first.
 
-    More than two texts are one, with the tokenizer's separator between them.
+    More than two texts are joined with the tokenizer's separator.
 
     Args:
-        split: texts, and gold where it is known.
-        tokenizer: of transformers.
-        max_seq_length: tokens kept of each row; never more than the tokenizer's own limit.
-        progress: called with (rows done, rows in all).
-        cache: folder to keep the ids in, found again by texts, tokenizer and length.
-        of_words: a row is the words of a sentence, not one text or several.
+        split: texts, with labels if known.
+        tokenizer: a transformers tokenizer.
+        max_seq_length: maximum tokens per row, capped at the tokenizer's limit.
+        progress: called with (rows done, total rows).
+        cache: folder to cache the ids in, by texts, tokenizer and length.
+        of_words: whether a row is a sentence split into words.
 
     Raises:
-        DataError: so few tokens leave no room for any text.
-        ModelError: the tokenizer cannot tell which tokens a word became.
+        DataError: `max_seq_length` leaves no room for text.
+        ModelError: the tokenizer does not map tokens to words.
     """
     limit = min(max_seq_length, tokenizer.model_max_length)
     if not of_words and any(len(row) > 2 for row in split.texts[:1]):
@@ -151,13 +150,13 @@ def encode(
     kept = None
     if (
         cache is not None and len(split) >= _ROWS_WORTH_KEEPING and tokenizer.is_fast
-    ):  # of others the rules are not known
+    ):  # the rules of slow tokenizers cannot be hashed
         kept = cache / "tokens" / f"{_key(split.texts, tokenizer, limit, of_words)}.safetensors"
         try:
             features, cut = _unpack(read_tensors(kept, KIND)[0])
             return _encoded(features, split, cut, limit, of_words=of_words)
         except (FileError, KeyError, RuntimeError):
-            pass  # not there, or damaged: made again
+            pass  # missing or damaged: tokenize again
     _check_room(tokenizer, limit, pair=not of_words and any(len(row) > 1 for row in split.texts[:1]))
     features, cut = [], 0
     for block in _blocks(split.texts, tokenizer, limit, of_words=of_words):
@@ -171,7 +170,7 @@ def encode(
 
 
 def separator(tokenizer: Any) -> str:
-    """What stands between more than two texts: the tokenizer's separator, else its end of text, else a line end."""
+    """Separator for more than two texts: the tokenizer's separator, its end-of-text token, or a newline."""
     return str(tokenizer.sep_token or tokenizer.eos_token or "\n")
 
 
@@ -179,14 +178,14 @@ def _check_room(tokenizer: Any, limit: int, *, pair: bool) -> None:
     around = tokenizer.num_special_tokens_to_add(pair=pair)
     if limit <= around:
         raise DataError(
-            f"--max-seq-length {limit} leaves no room for text: this tokenizer puts {around} tokens of its own into every row"
+            f"--max-seq-length {limit} leaves no room for text: this tokenizer adds {around} special tokens to every row; increase it"
         )
 
 
 def _blocks(
     texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, *, of_words: bool
 ) -> Iterator[list[tuple[str, ...]]]:
-    """Rows to tokenise at once: some, and never many characters, however long a text is."""
+    """Iterate over blocks of rows, limited in rows and characters."""
     block: list[tuple[str, ...]] = []
     held = 0
     for row in texts:
@@ -203,7 +202,7 @@ def _blocks(
 
 
 def near_end(text: str, tokenizer: Any, limit: int) -> str:
-    """Of a long text so much that more of it would be cut away."""
+    """The start of a long text, long enough that the rest would be truncated."""
     size, left = _FAR * limit, tokenizer.truncation_side == "left"
     while len(text) > size:
         part = _head(text[::-1], size)[::-1] if left else _head(text, size)
@@ -214,13 +213,13 @@ def near_end(text: str, tokenizer: Any, limit: int) -> str:
 
 
 def _head(text: str, size: int) -> str:
-    """About so many characters, up to white space where there is any: no token goes on behind it."""
+    """About this many characters, up to whitespace if possible, so that no token is split."""
     end = next((end for end in range(size, size // 2, -1) if text[end].isspace()), size)
     return text[:end].rstrip()
 
 
 def _first_words(words: tuple[str, ...], tokenizer: Any, limit: int) -> tuple[str, ...]:
-    """Of a long sentence so many words that more of it would be cut away."""
+    """The first words of a long sentence, enough that the rest would be truncated."""
     count = limit
     while len(words) > count and tokenizer.truncation_side == "right":
         part = list(words[:count])
@@ -234,7 +233,7 @@ def _first_words(words: tuple[str, ...], tokenizer: Any, limit: int) -> tuple[st
 def _tokenise(
     texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, *, of_words: bool
 ) -> tuple[list[dict[str, list[int]]], int]:
-    """Features of some rows, and how many were cut; of rows of words with the number of each token's word."""
+    """Tokenize some rows. Returns features, the number of truncated rows and, for words, each token's word number."""
     columns: list[list[Any]] = [list(column) for column in zip(*texts, strict=True)] if not of_words else []
     options = {}
     if of_words:
@@ -243,7 +242,7 @@ def _tokenise(
     batch = tokenizer(*columns, truncation="longest_first", max_length=limit, **options)
     if tokenizer.is_fast:
         cut = sum(bool(encoding.overflowing) for encoding in batch.encodings)
-    else:  # whether they were longer is seen without a limit
+    else:  # tokenized without a limit, to count truncated rows
         full = [row for row, ids in enumerate(batch["input_ids"]) if len(ids) >= limit]
         whole = (
             tokenizer(*[[column[row] for row in full] for column in columns], verbose=False)
@@ -256,7 +255,7 @@ def _tokenise(
         feature = {name: batch[name][row] for name in batch if name != "attention_mask"}
         if of_words:
             feature[_WORDS] = [-1 if word is None else word for word in batch.word_ids(row)]
-        if not feature["input_ids"]:  # nothing stands around a text, and there is none: a model needs one token
+        if not feature["input_ids"]:  # an empty text without special tokens; a model needs at least one token
             feature = {name: [0] for name in feature} | {"input_ids": [_blank(tokenizer)]}
             feature |= {_WORDS: [-1]} if of_words else {}
         features.append(feature)
@@ -264,13 +263,13 @@ def _tokenise(
 
 
 def _blank(tokenizer: Any) -> int:
-    """The one token of a text without tokens, the same for every such text."""
+    """The single token used for a text without tokens."""
     usual = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return next((token for token in usual if token is not None), 0)
 
 
 def _encoded(features: list[dict[str, list[int]]], split: Split, cut: int, limit: int, *, of_words: bool) -> Encoded:
-    """Of rows of words each word's gold is the target of its first token."""
+    """Make each word's gold label the target of its first token."""
     if not of_words:
         return Encoded(features, split.labels, cut, limit)
     words = []
@@ -291,14 +290,14 @@ def _encoded(features: list[dict[str, list[int]]], split: Split, cut: int, limit
 
 
 def _blank_before_words(tokenizer: Any) -> str:
-    """What a byte-level tokenizer must be given before each word, so that it sees it as in running text.
+    """The prefix that a byte-level tokenizer needs before each word, to tokenize it as in running text.
 
     Raises:
-        ModelError: the tokenizer cannot tell which tokens a word became.
+        ModelError: the tokenizer does not map tokens to words.
     """
     if not tokenizer.is_fast:
         raise ModelError(
-            f"{tokenizer.name_or_path}: its tokenizer cannot tell which tokens a word became; it needs a tokenizer.json"
+            f"{tokenizer.name_or_path}: its tokenizer does not map tokens to words; rows of words require a tokenizer.json"
         )
     rules = json.loads(tokenizer.backend_tokenizer.to_str()).get("pre_tokenizer") or {}
     steps = [step for step in (rules, *rules.get("pretokenizers", ())) if step.get("type") == "ByteLevel"]
@@ -306,11 +305,14 @@ def _blank_before_words(tokenizer: Any) -> str:
 
 
 def _key(texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, of_words: bool) -> str:
-    """A checksum of all that decides the ids: the texts, the length, and the tokenizer with every setting of it."""
+    """A checksum of everything the ids depend on: texts, length, and the tokenizer with all its settings."""
     import tokenizers
     import transformers
 
-    rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # of the last call
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {
+        "truncation": None,
+        "padding": None,
+    }  # left over from the last call
     settings = {
         name: repr(value)
         for name, value in tokenizer.init_kwargs.items()
@@ -333,7 +335,7 @@ def _key(texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int, of_words:
 
 
 def _pack(features: Sequence[dict[str, list[int]]], cut: int) -> dict[str, Tensor]:
-    """Every list in one long tensor, with the number of tokens of each row."""
+    """Concatenate all lists into one tensor, with the number of tokens of each row."""
     lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
     packed = {
         name: torch.tensor([token for feature in features for token in feature[name]], dtype=torch.int32)

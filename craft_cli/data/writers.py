@@ -1,4 +1,4 @@
-"""Predictions as rows, and the files they are written to: one JSON object or one csv line for each example."""
+"""Write predictions, one JSON object or csv line per example."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from craft_cli.files import whole_file
 
 FORMATS = ("jsonl", "csv")
 SCORES = "scores"
-"""The part of a record that csv divides into a column for each label."""
+"""The field of a record that csv splits into one column per label."""
 
 
 class RecordWriter:
-    """Writes records to an open text file, in one of `FORMATS`."""
+    """Write records to an open text file in one of `FORMATS`."""
 
     def __init__(self, file: TextIO, kind: str) -> None:
         self._file, self._kind = file, kind
         self._headed = False
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Append rows and pass them on at once."""
+        """Append rows and flush."""
         for row in rows:
             if self._kind == "jsonl":
                 self._file.write(as_json(row, ascii=not is_utf8(self._file)) + "\n")
@@ -44,7 +44,7 @@ class RecordWriter:
 
 
 def parts_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a record by the names that they have in any format: the scores together, and each of them as in csv."""
+    """Field names of a record in any format: the scores together, and each of them as in csv."""
     found: dict[str, Any] = {}
     for name, value in record.items():
         found[name] = value
@@ -54,14 +54,14 @@ def parts_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def csv_line(cells: Iterable[Any]) -> str:
-    """A line of csv that no spreadsheet runs; a carriage return inside a cell is quoted, as only csv's own line end makes the library do."""
+    """A csv line that is safe in a spreadsheet. Cells with a carriage return are quoted, which csv does only for its own line ending."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\r\n").writerow(map(for_spreadsheets, cells))
     return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _cell(value: Any) -> Any:
-    """Names with commas between them, in quotes where they hold one; anything deeper as JSON."""
+    """Comma-separated names, quoted if they contain a comma; nested values as JSON."""
     if isinstance(value, dict):
         return as_json(value)
     if not isinstance(value, list):
@@ -71,10 +71,10 @@ def _cell(value: Any) -> Any:
 
 
 def format_of(path: Path, given: str | None = None) -> str:
-    """The format of a predictions file: as given, or as its name ends.
+    """The format of a predictions file: the one given, or that of its extension.
 
     Raises:
-        ConfigError: an unknown one.
+        ConfigError: the format is unknown.
     """
     kind = given or path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
@@ -84,10 +84,10 @@ def format_of(path: Path, given: str | None = None) -> str:
 
 @contextmanager
 def open_records(path: Path, kind: str) -> Iterator[RecordWriter]:
-    """A writer to a file that takes its place when whole, however long it is; a failure leaves the former one.
+    """Open a writer to a file that is replaced atomically; on failure the previous file stays intact.
 
     Raises:
-        FileError: it cannot be written.
+        FileError: the file cannot be written.
     """
     with whole_file(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)

@@ -1,4 +1,4 @@
-"""Writing so that nothing is half there or lost, and reading so that damage is noticed."""
+"""Atomic writes of files and folders, and reads that detect damage."""
 
 from craft_cli.files.folders import check_inputs, check_place, delete_folder, steadily, whole_folder, write_marker
 from craft_cli.files.locks import Busy, locked, turn

@@ -1,4 +1,4 @@
-"""Folders that are never half there, and never take away what is not craft's."""
+"""Atomic writes of whole folders. Files that craft did not write are never deleted."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from craft_cli.files.writing import bring_home, cannot_write, hidden, sync_folde
 
 _TRIES = 50
 _MOMENT = 1.0
-"""Seconds that a folder may be missing while it is replaced."""
+"""Longest time in seconds that a folder may be missing while it is replaced."""
 T = TypeVar("T")
 
 
 @contextmanager
 def whole_folder(destination: Path, kind: str, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `destination`, moved there when the block ends well and removed when it does not.
+    """Yield a temporary folder that replaces `destination` when the block succeeds and is removed when it fails.
 
-    What is not craft's in a former folder is in the new one too. A link stays and the folder it points to is replaced.
+    Files in the previous folder that craft did not write are kept. A symbolic link is followed and its target replaced.
 
     Args:
         destination: the folder to write.
-        kind: of folder; only one of the same kind is replaced.
-        overwrite: whether one may be.
+        kind: the kind of folder; only a folder of the same kind is replaced.
+        overwrite: whether an existing folder may be replaced.
 
     Raises:
-        FileError: the destination is not empty and may not be overwritten, or holds something that is not craft's where
-            a file is to be written, is a mount point, the working folder or above it, or something cannot be written.
+        FileError: the destination is not empty and `overwrite` is false, holds a file of the user's where craft would
+            write, is a mount point, is the working folder or a parent of it, or cannot be written.
     """
     place = Path(os.path.realpath(destination))
-    with tidied(place.parent):  # a former one may come back
+    with tidied(place.parent):  # restores a folder whose replacement was interrupted
         pass
     check_place(destination, kind, overwrite=overwrite)
     if os.path.ismount(place):
@@ -69,7 +69,7 @@ def whole_folder(destination: Path, kind: str, *, overwrite: bool) -> Iterator[P
         sync_folder(place.parent)
     except OSError as error:
         raise cannot_write(destination, error) from error
-    except FileError as error:  # speak of the place the user knows
+    except FileError as error:  # name the path that the user gave
         raise FileError(str(error).replace(str(temporary), str(destination))) from error
     finally:
         os.close(lock)
@@ -77,12 +77,14 @@ def whole_folder(destination: Path, kind: str, *, overwrite: bool) -> Iterator[P
 
 
 def write_marker(folder: Path, kind: str, files: Iterable[str]) -> None:
-    """Say that these files in a folder are craft's, or will be.
+    """Record in the marker which files of a folder craft wrote or is about to write.
 
     Raises:
-        FileError: it cannot be written.
+        FileError: the marker cannot be written.
     """
-    content = json.dumps({"craft": kind, "files": sorted(files)}, indent=1)  # in ASCII, for names that are no text
+    content = json.dumps(
+        {"craft": kind, "files": sorted(files)}, indent=1
+    )  # ASCII, because a file name can be invalid UTF-8
     write_bytes(folder / MARKER, content.encode())
 
 
@@ -96,15 +98,15 @@ def _new_part(place: Path) -> tuple[Path, int]:
 
 
 def _permit(temporary: Path, place: Path) -> None:
-    """Give the new folder and its files the permissions of the former ones."""
-    with contextlib.suppress(OSError):  # there is none, or a file system without permissions
+    """Copy the permissions of the previous folder and its files to the new ones."""
+    with contextlib.suppress(OSError):  # no previous folder, or no permissions
         temporary.chmod(stat.S_IMODE(place.stat().st_mode))
     for name in files_in(temporary):
         with contextlib.suppress(OSError):
             (temporary / name).chmod(stat.S_IMODE((place / name).stat().st_mode))
 
 
-def _swap(temporary: Path, place: Path, told: Path) -> None:
+def _swap(temporary: Path, place: Path, shown: Path) -> None:
     if not place.exists():
         temporary.rename(place)
         return
@@ -116,7 +118,7 @@ def _swap(temporary: Path, place: Path, told: Path) -> None:
             odd.append(place / name)
         if odd:
             raise FileError(
-                f"{told / odd[0].relative_to(place)} is in the way and was not written by craft; move it elsewhere"
+                f"{shown / odd[0].relative_to(place)} is in the way and was not written by craft; move it elsewhere"
             )
     former = hidden(place, "old")
     place.rename(former)
@@ -125,15 +127,15 @@ def _swap(temporary: Path, place: Path, told: Path) -> None:
     except OSError:
         former.rename(place)
         raise
-    with contextlib.suppress(OSError):  # what cannot be moved stays in the former one
+    with contextlib.suppress(OSError):  # a file that cannot be moved stays in the previous folder
         bring_home(former, place)
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete what craft wrote into a folder; where that is all, so that it is never there by halves.
+    """Delete the files that craft wrote to a folder; atomically if the folder holds only these.
 
     Raises:
-        OSError: something cannot be deleted.
+        OSError: a file cannot be deleted.
     """
     folder = Path(os.path.realpath(folder))
     marker = read_marker(folder)
@@ -141,63 +143,63 @@ def delete_folder(folder: Path) -> None:
         return
     if foreign(folder):
         delete_listed(folder)
-        write_marker(folder, marker.kind, ())  # it stays a place to write to
+        write_marker(folder, marker.kind, ())  # marks the folder as craft's, so that it can be written again
         return
-    former = hidden(folder, "part")  # first it loses its name
+    former = hidden(folder, "part")  # renamed first, so that it is never seen half deleted
     folder.rename(former)
     shutil.rmtree(former, ignore_errors=True)
 
 
 def check_place(destination: Path, kind: str, *, overwrite: bool) -> None:
-    """Refuse a folder to write to that holds something, unless that is of the same kind and may be overwritten.
+    """Refuse an output folder that is not empty, unless it is of the same kind and may be overwritten.
 
     Raises:
-        FileError: so; or it is a file, the working folder or one above it, or under version control.
+        FileError: the folder is not empty; or it is a file, the working folder or a parent of it, or a git repository.
     """
     if not destination.exists():
         return
     if not destination.is_dir():
         raise FileError(f"{destination} is a file; choose a folder")
     if Path.cwd().is_relative_to(destination.resolve()):
-        raise FileError(f"{destination} is the working folder or above it; choose a folder of its own")
+        raise FileError(f"{destination} is the current folder or a parent of it; choose another folder")
     if os.path.lexists(destination / ".git"):
-        raise FileError(f"{destination} is under version control (.git); choose a folder of its own")
+        raise FileError(f"{destination} is a git repository; choose another folder")
     if not holds_something(destination):
         return
     marker = read_marker(destination)
     if marker and marker.kind == kind:
         if not overwrite:
-            raise FileError(f"{destination} is not empty; choose another --output-dir or give --overwrite")
+            raise FileError(f"{destination} is not empty; choose another --output-dir or pass --overwrite")
         return
     strange = sorted(entry.name for entry in destination.iterdir() if counts(entry.name))
     what = f"it holds {marker.kind}" if marker else f"craft did not write {listed(strange, 3)}"
-    raise FileError(f"{destination} is not empty and is not replaced: {what}; choose another folder")
+    raise FileError(f"{destination} is not empty and cannot be replaced: {what}; choose another folder")
 
 
 def check_inputs(flag: str, output: Path, inputs: Iterable[Path]) -> None:
-    """Refuse an output that is, or holds, something that is read, by whatever names and links.
+    """Refuse an output path that is, or contains, an input path. Links and other spellings are resolved.
 
     Raises:
-        ConfigError: so.
+        ConfigError: an output would overwrite an input.
     """
     for path in inputs:
         with contextlib.suppress(OSError):
             alike = output.exists() and path.exists() and output.samefile(path)
             if alike or (output.is_dir() and path.resolve().is_relative_to(output.resolve())):
                 raise ConfigError(
-                    f"{flag}: {output} {'is' if alike else 'holds'} {path}, which is read; choose another"
+                    f"{flag}: {output} {'is' if alike else 'contains'} the input {path}; choose another path"
                 )
 
 
 def steadily(folder: Path, read: Callable[[], T]) -> T:
-    """Read files of a folder that another process may replace meanwhile, so that all are of one state.
+    """Read a consistent set of files from a folder that another process may be replacing.
 
     Raises:
-        FileError: what `read` raises of a folder that stays; or it is replaced all the time.
+        FileError: `read` raised it for an unchanged folder; or the folder keeps being replaced.
     """
     for _ in range(_TRIES):
         if not wait_until(lambda: not _gives_way(folder), _MOMENT):
-            with tidied(folder.parent):  # whoever replaced it was killed
+            with tidied(folder.parent):  # restores the folder if the process that replaced it was killed
                 pass
         before = _identity(folder)
         try:
@@ -208,28 +210,28 @@ def steadily(folder: Path, read: Callable[[], T]) -> T:
         else:
             if _identity(folder) == before:
                 return result
-    raise FileError(f"{folder} is being replaced all the time; try again later")
+    raise FileError(f"{folder} keeps being replaced by another process; try again later")
 
 
 def _identity(folder: Path) -> tuple[int, ...] | None:
     try:
-        found = folder.stat()
+        status = folder.stat()
     except OSError:
         return None
-    identity: tuple[int, ...] = (found.st_dev, found.st_ino)
-    with contextlib.suppress(OSError):  # numbers of folders are used again
+    identity: tuple[int, ...] = (status.st_dev, status.st_ino)
+    with contextlib.suppress(OSError):  # inode numbers are reused
         marker = (folder / MARKER).stat()
         identity = (*identity, marker.st_ino, marker.st_mtime_ns)
     return identity
 
 
 def _gives_way(folder: Path) -> bool:
-    """Whether it has no name at this moment, because another takes its place."""
+    """Whether the folder is missing at the moment because it is being replaced."""
     if folder.exists():
         return False
     with contextlib.suppress(OSError):
         for entry in os.scandir(os.path.dirname(os.path.realpath(folder))):
-            found = HIDDEN.fullmatch(entry.name)
-            if found and found["end"] == "old" and found["name"] == os.path.basename(os.path.realpath(folder)):
+            match = HIDDEN.fullmatch(entry.name)
+            if match and match["end"] == "old" and match["name"] == os.path.basename(os.path.realpath(folder)):
                 return True
     return False

@@ -1,7 +1,7 @@
-"""One process at a time.
+"""File locks, for one process at a time.
 
-The system lets go of a lock when its process ends, however that comes. A file system without locks (NFS without lockd, some
-FUSE) is no reason to stop: there nobody waits for anybody.
+The system releases a lock when its process ends, for any reason. On a file system without locks (NFS without lockd, some
+FUSE), processes do not wait for each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from craft_cli.files.marker import HIDDEN
 _LOOK = 0.02
 _SAID_AFTER = 1.0
 _TURN = 1.0
-"""Seconds between two looks, before a wait is reported, and to wait for a turn."""
+"""Seconds between two attempts, before a wait is reported, and to wait for a folder."""
 
 
 class Busy(Exception):
@@ -28,7 +28,7 @@ class Busy(Exception):
 
 
 def take(descriptor: int) -> bool | None:
-    """Try to lock an open file or folder: whether it is ours now, or None where this file system has no locks."""
+    """Try to lock an open file or folder. Returns whether it is locked, or None on a file system without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -40,15 +40,15 @@ def take(descriptor: int) -> bool | None:
 
 @contextmanager
 def locked(path: Path, timeout: float | None = None) -> Iterator[None]:
-    """Hold the lock in this file, which is made where it is missing. A wait of more than a second is reported.
+    """Hold a lock file, which is created if missing. A wait of more than a second is reported.
 
     Args:
-        path: of the file. A link is not followed.
-        timeout: seconds to wait; without, as long as it takes.
+        path: the lock file. A symbolic link is not followed.
+        timeout: seconds to wait. Default: no limit.
 
     Raises:
-        Busy: another process holds it for longer.
-        OSError: the file cannot be made.
+        Busy: another process held the lock until the timeout.
+        OSError: the file cannot be created.
     """
     began, said = time.monotonic(), timeout is not None
     while True:
@@ -63,13 +63,13 @@ def locked(path: Path, timeout: float | None = None) -> Iterator[None]:
         if timeout is not None and waited >= timeout:
             raise Busy(str(path))
         if waited > _SAID_AFTER and not said:
-            logging.getLogger(__name__).warning("note: waiting for another process that holds %s", path)
+            logging.getLogger(__name__).warning("note: waiting for another process to release %s", path)
             said = True
         time.sleep(_LOOK)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one of this name: somebody may have deleted it meanwhile."""
+    """Whether the open file still has this name; another process may have deleted it."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
@@ -77,18 +77,18 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def turn(folder: Path) -> Iterator[bool | None]:
-    """Hold a folder itself for a moment, in which its entries change names.
+    """Lock a folder briefly, while its entries are renamed.
 
     Yields:
-        Whether it is ours: not after waiting for a second (a script may hold it), and None where there are no locks.
+        Whether the folder is locked: False after waiting for a second, None on a file system without locks.
     """
     ours, end = None, time.monotonic() + _TURN
-    if HIDDEN.fullmatch(folder.name):  # it is being written, and held by whoever writes it
+    if HIDDEN.fullmatch(folder.name):  # a temporary folder, already locked by its writer
         yield False
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # a folder that may be written, but not listed
+    except OSError:  # the folder is writable but not readable
         yield None
         return
     try:
@@ -100,7 +100,7 @@ def turn(folder: Path) -> Iterator[bool | None]:
 
 
 def wait_until(happened: Callable[[], bool], seconds: float) -> bool:
-    """Look again and again, for so long at most; whether it happened."""
+    """Poll a condition until it is true or the time is up. Returns whether it became true."""
     end = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > end:

@@ -1,7 +1,7 @@
-"""What in a folder is craft's own: `.craft.json` says what kind of folder it is and lists the files that craft wrote.
+"""The marker `.craft.json` names the kind of a folder and lists the files that craft wrote.
 
-It is the first thing written. Only listed files are ever deleted or replaced; everything else belongs to somebody else and
-stays. A marker may come from a stranger: names that lead out of its folder are not believed.
+It is written first. Only listed files are ever deleted or replaced; all other files belong to the user and are kept. A
+marker may come from an untrusted source: names that lead out of its folder are ignored.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from craft_cli.files.reading import cannot_read
 
 MARKER = ".craft.json"
 LOCK_FILE = ".lock"
-"""In a folder that one process at a time may write."""
+"""Lock file of a folder that one process at a time may write."""
 RUN, ADAPTER, CHECKPOINT, MERGED, SWEEP = "a run", "an adapter", "a checkpoint", "a merged model", "a sweep"
 _LARGEST = 1 << 24
 HIDDEN = re.compile(r"\.(?P<name>.+)\.craft-[0-9a-f]{16}\.(?P<end>part|old)", re.DOTALL)
-"""What is being written is `.NAME.craft-RANDOM.part`, a folder that gives way `.NAME.craft-RANDOM.old`."""
+"""Temporary names: `.NAME.craft-RANDOM.part` while written, `.NAME.craft-RANDOM.old` for a folder being replaced."""
 
 
 @dataclass(frozen=True)
 class Marker:
-    """What a folder says of itself.
+    """The contents of a marker.
 
     Attributes:
-        kind: of folder, `a run` or another of these.
-        files: that craft wrote or is going to write, relative to the folder.
+        kind: the kind of folder, such as `a run`.
+        files: files that craft wrote or is about to write, relative to the folder.
     """
 
     kind: str
@@ -39,10 +39,10 @@ class Marker:
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """What is craft's own in a folder; None where it has no marker of craft's.
+    """Read the marker of a folder; None if there is none.
 
     Raises:
-        FileError: it may not be read.
+        FileError: the marker cannot be read.
     """
     path = folder / MARKER
     try:
@@ -60,13 +60,13 @@ def read_marker(folder: Path) -> Marker | None:
 
 
 def is_kind(folder: Path, kind: str) -> bool:
-    """Whether craft made this folder, as this kind."""
+    """Whether craft created this folder, as this kind."""
     marker = read_marker(folder)
     return marker is not None and marker.kind == kind
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """Everything in a folder that is not a folder with something in it, relative to it; no marker, lock or hidden part."""
+    """All files and empty folders below a folder, relative to it, without marker, lock and temporary files."""
     for path, folders, files in os.walk(folder):
         here = Path(path)
         links = [name for name in folders if (here / name).is_symlink()]
@@ -78,7 +78,7 @@ def files_in(folder: Path) -> Iterator[str]:
 
 
 def foreign(folder: Path) -> list[str]:
-    """What in a folder is not craft's, relative to it."""
+    """Files in a folder that craft did not write, relative to it."""
     marker = read_marker(folder)
     own = marker.files if marker else frozenset()
     strange = [MARKER] if marker is None and os.path.lexists(folder / MARKER) else []
@@ -86,20 +86,20 @@ def foreign(folder: Path) -> list[str]:
 
 
 def holds_something(folder: Path) -> bool:
-    """Whether a folder is not empty; a lock, a marker and what a killed process left of ours do not count."""
+    """Whether a folder is not empty; locks, markers and leftovers of killed processes do not count."""
     return any(counts(entry.name) and not (entry.name == MARKER and read_marker(folder)) for entry in folder.iterdir())
 
 
 def counts(name: str) -> bool:
-    """Whether an entry of a folder is something that it holds: no lock, and nothing that a killed process left of ours."""
+    """Whether an entry of a folder is content, not a lock or the leftover of a killed process."""
     return name != LOCK_FILE and not HIDDEN.fullmatch(name)
 
 
 def delete_listed(folder: Path) -> None:
-    """Delete the files that the marker of a folder lists.
+    """Delete the files listed in the marker of a folder.
 
     Raises:
-        OSError: one cannot be deleted.
+        OSError: a file cannot be deleted.
     """
     marker = read_marker(folder)
     for name in sorted(marker.files) if marker else ():
@@ -107,7 +107,7 @@ def delete_listed(folder: Path) -> None:
 
 
 def _delete(folder: Path, name: str) -> None:
-    """Delete a file below a folder, and the folders between that are empty then; nothing behind a link."""
+    """Delete a file below a folder, then its parents that became empty. Symbolic links are not followed."""
     path = folder / name
     between = [parent for parent in path.parents if parent.is_relative_to(folder) and parent != folder]
     if any(parent.is_symlink() for parent in between) or (path.is_dir() and not path.is_symlink()):

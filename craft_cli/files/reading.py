@@ -1,4 +1,4 @@
-"""Reading what may be damaged or come from a stranger."""
+"""Reads of files that may be damaged or come from an untrusted source."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from craft_cli.errors import FileError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Read the JSON object in `path`.
 
     Raises:
-        FileError: there is no such file, or it holds no JSON object.
+        FileError: the file does not exist or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -27,15 +27,15 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path} is damaged or not JSON ({reason_of(error)})") from error
     if not isinstance(content, dict):
-        raise FileError(f"{path} is damaged: it holds no JSON object")
+        raise FileError(f"{path} is damaged: it is not a JSON object")
     return content
 
 
 def read_content(path: Path) -> bytes:
-    """All of a file.
+    """Read a whole file.
 
     Raises:
-        FileError: it cannot be read.
+        FileError: the file cannot be read.
     """
     try:
         return path.read_bytes()
@@ -44,53 +44,53 @@ def read_content(path: Path) -> bytes:
 
 
 def cannot_read(path: Path, error: OSError) -> FileError:
-    """The error for a file that is there and cannot be read, such as another user's."""
+    """The error for an existing file that cannot be read, such as another user's."""
     return FileError(f"cannot read {path}: {error.strerror or error}")
 
 
 def quoted(value: Any, most: int = 80) -> str:
-    """Something out of a file that may come from a stranger, for a message: printable and short."""
+    """Format a value from an untrusted file for a message: printable and short."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def reason_of(error: BaseException) -> str:
-    """What a reader says, in one short line: it may quote the file, or say nothing."""
+    """Format a reader's error as one short line; the error may quote the file, or be empty."""
     line = "".join(letter if letter.isprintable() else " " for letter in str(error))
     return " ".join(line.split())[:200] or type(error).__name__
 
 
 @contextmanager
 def entries_of(path: Path) -> Iterator[None]:
-    """Around what takes entries out of a file's header and tensors: one that is missing or cannot be is damage.
+    """Report a missing or invalid entry of a file's header or tensors as damage.
 
     Raises:
-        FileError: so.
+        FileError: the block raised a KeyError, TypeError or ValueError.
     """
     try:
         yield
     except KeyError as error:
         raise FileError(f"{path} is damaged: {error} is missing") from error
     except TypeError as error:
-        raise FileError(f"{path} is damaged: its header holds something of another type than expected") from error
+        raise FileError(f"{path} is damaged: its header holds a value of the wrong type") from error
     except ValueError as error:
         raise FileError(f"{path} is damaged: {error}") from error
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file of any size."""
+    """The sha256 of a file, read in chunks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stamp(path: Path) -> list[int]:
-    """By what a file is known to be the one of before: device, inode, size, and when it was last changed in any way.
+    """What identifies an unchanged file: device, inode, size, and the times of the last changes.
 
     Raises:
-        FileError: there is none.
+        FileError: the file does not exist.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}") from error
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -1,6 +1,6 @@
-"""Our own tensor files.
+"""craft's tensor files.
 
-They are safetensors with one header entry `craft`: a JSON object that names the kind of file, the format version and a
+Each is a safetensors file with one metadata entry, `craft`: a JSON object with the kind of file, the format version and a
 checksum of the contents.
 """
 
@@ -23,7 +23,7 @@ FORMAT_VERSION = 3
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and values."""
+    """The sha256 of all names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -33,16 +33,16 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The values of a tensor as they lie in memory, in row-major order."""
+    """The raw bytes of a tensor in row-major order."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write a tensor file of ours in one step.
+    """Write a tensor file atomically.
 
     Raises:
-        FileError: it cannot be written.
+        FileError: the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -52,15 +52,18 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], header: 
 
 
 def read_header(path: Path, kind: str) -> dict[str, Any]:
-    """The header of a tensor file of ours, without its tensors.
+    """Read the header of a tensor file, without its tensors.
 
     Raises:
-        FileError: there is no such file, it is damaged, or it is something else.
+        FileError: the file does not exist, is damaged, or is of another kind.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with open(path, "rb"), safe_open(path, framework="pt") as file:  # to it, what may not be read is not there
+        with (
+            open(path, "rb"),
+            safe_open(path, framework="pt") as file,
+        ):  # safetensors reports an unreadable file as missing
             header = json.loads((file.metadata() or {}).get("craft", "null"))
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
@@ -69,29 +72,31 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise FileError(f"{path} is damaged or truncated ({reason_of(error)})") from error
     if not isinstance(header, dict) or header.get("kind") != kind:
-        raise FileError(f"{path} is not a file of craft's with {kind}")
+        raise FileError(f"{path} is not a craft file with {kind}")
     check_version(header, path)
     return header
 
 
 def check_version(header: Mapping[str, Any], path: Path) -> None:
-    """Refuse a file of another format version than ours.
+    """Refuse a file with another format version.
 
     Raises:
-        OtherVersion: it has one, or none.
+        OtherVersion: the version differs or is missing.
     """
     version = header.get("format_version")
     if version != FORMAT_VERSION:
         earlier = isinstance(version, int) and version < FORMAT_VERSION
-        way_out = "it was written by an earlier craft, make it again" if earlier else "upgrade craft"
-        raise OtherVersion(f"{path} has format version {quoted(version)}, this craft reads {FORMAT_VERSION}: {way_out}")
+        way_out = "an earlier craft wrote it, create it again" if earlier else "upgrade craft"
+        raise OtherVersion(
+            f"{path} has format version {quoted(version)}, but this craft reads version {FORMAT_VERSION}: {way_out}"
+        )
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file of ours.
+    """Read the tensors and the header of a tensor file.
 
     Raises:
-        FileError: there is no such file, it is damaged, or it is something else.
+        FileError: the file does not exist, is damaged, or is of another kind.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -102,5 +107,5 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     except (OSError, SafetensorError) as error:
         raise FileError(f"{path} is damaged or truncated ({reason_of(error)})") from error
     if checksum(tensors) != header.get("checksum"):
-        raise FileError(f"{path} is damaged: its contents do not match their checksum")
+        raise FileError(f"{path} is damaged: its contents do not match the checksum")
     return tensors, header

@@ -1,4 +1,4 @@
-"""Files that are never half there: each is written beside its place and moved there when whole."""
+"""Atomic writes: each file is written under a temporary name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from craft_cli.files.marker import HIDDEN, MARKER, delete_listed
 _LINKS = 40
 _DESCRIPTORS = re.compile(r"/dev/fd|/proc/[^/]+(/task/[^/]+)?/fd")
 _OLD = 24 * 3600
-"""Seconds after which, where there are no locks, a hidden part is left over."""
+"""Age in seconds at which a temporary file counts as abandoned on a file system without locks."""
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
-    """Where craft keeps what it can make again: `~/.cache/craft` (or below XDG_CACHE_HOME) without.
+    """The cache folder. Default: `~/.cache/craft`, or `craft` in XDG_CACHE_HOME.
 
     Raises:
-        FileError: there is no home directory (a user id without a name).
+        FileError: the user has no home directory.
     """
     if given:
         return Path(given).expanduser()
@@ -37,34 +37,34 @@ def cache_folder(given: str | Path | None = None) -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "craft"
     except RuntimeError:
         raise FileError(
-            "cannot use the cache folder: this user has no home directory; give --cache-dir, or set HOME or XDG_CACHE_HOME"
+            "cannot use the cache folder: this user has no home directory; pass --cache-dir, or set HOME or XDG_CACHE_HOME"
         ) from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step; a failure leaves the former file whole.
+    """Write `data` to `path` atomically; on failure the previous file stays intact.
 
     Raises:
-        FileError: it cannot be written (disk full, no permission).
+        FileError: the file cannot be written (disk full, no permission).
     """
     with whole_file(path) as file:
         file.write(data)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace `path` by `content` as indented JSON; of a path that is no UTF-8 the odd bytes are escaped."""
+    """Write `content` as indented JSON atomically; bytes of a path that are not UTF-8 are escaped."""
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file beside `path` that replaces it when the block ends well; a failure leaves the former one whole.
+    """Yield a temporary file that replaces `path` when the block succeeds; on failure the previous file stays intact.
 
-    A link stays and the file it points to is replaced; a former file keeps its permissions. A device, a pipe or
-    `/dev/stdout` is written to as it is.
+    A symbolic link is followed and its target replaced. File permissions are kept. A device, a pipe or `/dev/stdout` is
+    written to directly.
 
     Raises:
-        FileError: it cannot be written (disk full, no permission, a folder, write-protected).
+        FileError: the file cannot be written (disk full, no permission, a folder, write-protected).
     """
     try:
         if _is_stream(path):
@@ -79,7 +79,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             with open(descriptor, "wb") as file:
                 yield file
                 file.flush()
-                with contextlib.suppress(OSError):  # a file system without permissions
+                with contextlib.suppress(OSError):  # the file system has no permissions
                     os.fchmod(descriptor, stat.S_IMODE(target.stat().st_mode))
                 os.fsync(descriptor)
                 os.replace(temporary, target)
@@ -91,7 +91,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether a path is no regular file, or stands for an open one, such as /dev/stdout."""
+    """Whether a path is not a regular file, or names an open stream such as /dev/stdout."""
     place = Path(os.path.abspath(path))
     for _ in range(_LINKS):
         folder = os.path.realpath(place.parent)
@@ -105,15 +105,17 @@ def _is_stream(path: Path) -> bool:
 
 def _check_replaceable(path: Path, target: Path) -> None:
     if target.is_dir():
-        raise FileError(f"cannot write {path}: it is a folder; give the name of a file")
+        raise FileError(f"cannot write {path}: it is a folder; pass a file name")
     if target.exists() and not os.access(target, os.W_OK):
         raise FileError(f"cannot write {path}: it is write-protected; allow it with chmod, or choose another name")
 
 
 def _new_part(target: Path) -> tuple[Path, int]:
-    """A temporary file for one in this place, open and locked. What a killed process left in this folder is cleared away."""
+    """Open and lock a temporary file for `path`. Temporary files of killed processes in this folder are removed."""
     with tidied(target.parent):
-        name = os.fsencode(target.name)[:200].decode(errors="ignore")  # with ours, no longer than names may be
+        name = os.fsencode(target.name)[:200].decode(
+            errors="ignore"
+        )  # leaves room for our suffix within the name limit
         temporary = hidden(target.with_name(name), "part")
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         take(descriptor)
@@ -121,13 +123,13 @@ def _new_part(target: Path) -> tuple[Path, int]:
 
 
 def hidden(path: Path, end: str) -> Path:
-    """A name beside `path` that no other process uses, on whatever machine; see `HIDDEN`."""
+    """A temporary name next to `path`, unique across processes and machines; see `HIDDEN`."""
     return path.with_name(f".{path.name}.craft-{secrets.token_hex(8)}.{end}")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlive a power cut, as `fsync` does for the contents of a file."""
-    with contextlib.suppress(OSError):  # some file systems cannot; a full disk was noticed when writing
+    """Flush a folder's entries to disk, as `fsync` does for the contents of a file."""
+    with contextlib.suppress(OSError):  # not supported everywhere; a full disk raises earlier, on write
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -136,21 +138,23 @@ def sync_folder(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: Exception) -> FileError:
-    """One line for a failed write: the reason, and that nothing was lost."""
+    """The error for a failed write: the reason, and that nothing was lost."""
     reason = getattr(error, "strerror", None) or str(error)
-    return FileError(f"cannot write {path}: {reason}; free space or choose another place (what was there is untouched)")
+    return FileError(
+        f"cannot write {path}: {reason}; free space or choose another path (the previous contents are unchanged)"
+    )
 
 
 def cannot_change(path: Path, error: OSError) -> FileError:
-    """One line for what could not be deleted or renamed."""
-    return FileError(f"cannot delete or rename {path}: {error.strerror}; allow it with chmod, or choose another place")
+    """The error for a path that could not be deleted or renamed."""
+    return FileError(f"cannot delete or rename {path}: {error.strerror}; allow it with chmod, or choose another path")
 
 
 def make_folder(path: Path) -> None:
-    """Make it and those above it, where they are missing.
+    """Create a folder and its missing parents.
 
     Raises:
-        FileError: it cannot be made.
+        FileError: the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -158,31 +162,31 @@ def make_folder(path: Path) -> None:
         raise cannot_write(path, error) from error
 
 
-# -- what a killed process left ----------------------------------------------------------------------------------------------
+# -- leftovers of killed processes -------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def tidied(folder: Path) -> Iterator[None]:
-    """Hold a folder (`turn`) without what killed processes left of writing its entries; one cut while it was replaced is back.
+    """Lock a folder (`turn`), remove the leftovers of killed processes, and restore folders whose replacement was interrupted.
 
-    Where there are no locks, only what is a day old is cleared away.
+    On a file system without locks, only leftovers older than a day are removed.
     """
     with turn(folder) as ours:
         if ours is not False:
-            with contextlib.suppress(OSError):  # it can be written all the same
+            with contextlib.suppress(OSError):  # leftovers do not prevent writing
                 for entry in list(os.scandir(folder)):
                     with contextlib.suppress(OSError):
-                        if found := HIDDEN.fullmatch(entry.name):
-                            _clear(Path(entry.path), found, ours=bool(ours))
+                        if match := HIDDEN.fullmatch(entry.name):
+                            _clear(Path(entry.path), match, ours=bool(ours))
         yield
 
 
-def _clear(entry: Path, found: re.Match[str], *, ours: bool) -> None:
+def _clear(entry: Path, match: re.Match[str], *, ours: bool) -> None:
     if entry.is_symlink():
         entry.unlink()
-    elif found["end"] == "old" and (ours or _is_old(entry)):  # its owner would hold the folder
-        bring_home(entry, entry.with_name(found["name"]))
-    elif found["end"] == "part" and _is_left_over(entry):
+    elif match["end"] == "old" and (ours or _is_old(entry)):  # a live owner would hold the lock
+        bring_home(entry, entry.with_name(match["name"]))
+    elif match["end"] == "part" and _is_left_over(entry):
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -190,14 +194,14 @@ def _clear(entry: Path, found: re.Match[str], *, ours: bool) -> None:
 
 
 def bring_home(former: Path, place: Path) -> None:
-    """End the replacing of a folder: what was not craft's in the former one moves into the new one, the rest is deleted.
+    """Finish replacing a folder: move files that craft did not write into the new folder, delete the rest.
 
     Args:
-        former: the former folder, under a hidden name.
-        place: where it lay; where nothing is there, it comes back.
+        former: the previous folder, under its temporary name.
+        place: its original path. If nothing exists there, the previous folder is restored.
 
     Raises:
-        OSError: something cannot be moved or deleted.
+        OSError: a file cannot be moved or deleted.
     """
     if not os.path.lexists(place):
         former.rename(place)
@@ -213,8 +217,8 @@ def _move_into(former: Path, place: Path) -> None:
         there = place / entry.name
         if entry.name == MARKER:
             continue
-        if found := HIDDEN.fullmatch(entry.name):
-            _clear(entry, found, ours=True)
+        if match := HIDDEN.fullmatch(entry.name):
+            _clear(entry, match, ours=True)
         elif not os.path.lexists(there):
             entry.rename(there)
         elif entry.is_dir() and not entry.is_symlink() and there.is_dir():
@@ -223,7 +227,7 @@ def _move_into(former: Path, place: Path) -> None:
 
 
 def _is_left_over(entry: Path) -> bool:
-    """Whether nobody is writing it any more."""
+    """Whether no process is writing it any more."""
     descriptor = os.open(entry, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     try:
         held = take(descriptor)

@@ -135,7 +135,7 @@ class FrozenCache(Generic[Entry]):
             held = ExitStack()
             held.enter_context(locked(path.with_suffix(".lock")))
         except OSError as error:
-            raise FileError(f"cannot use the cache folder {self.folder}: {error.strerror}; give --cache-dir") from error
+            raise FileError(f"cannot use the cache folder {self.folder}: {error.strerror}; pass --cache-dir") from error
         with held:
             yield
 

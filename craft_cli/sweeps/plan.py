@@ -213,7 +213,7 @@ def _check(plan: Plan, trials: int | None) -> None:
     if plan.sampler == "grid":
         if trials is not None:
             raise ConfigError(
-                "--trials: a grid has as many as there are combinations; leave it out, or give --sampler tpe"
+                "--trials: a grid has as many as there are combinations; leave it out, or pass --sampler tpe"
             )
         if plan.pruner != "none":
             raise ConfigError("--pruner: each setting of a grid is trained to its end; leave it out")

@@ -86,7 +86,7 @@ def _parse(name: str, text: str) -> Values:
     if name not in groups:
         raise ConfigError(f"--set {name}: no such setting{nearest(name, groups)}")
     if name == "seed":
-        raise ConfigError("--set seed: give --seeds, whose runs are averaged")
+        raise ConfigError("--set seed: pass --seeds, whose runs are averaged")
     if name in _MEASURED_BY:
         raise ConfigError(f"--set {name}: scores would not be comparable; give {flag(name)}, for all trials")
     if groups[name] == GROUPS[-1]:
@@ -187,7 +187,7 @@ def grid(space: Space) -> Iterator[dict[str, Any]]:
     """
     for name, values in space.items():
         if isinstance(values, Range):
-            raise ConfigError(f"--set {name}={values}: a grid needs values; name them, or give --trials")
+            raise ConfigError(f"--set {name}={values}: a grid needs values; name them, or pass --trials")
     for combination in itertools.product(*space.values()):  # type: ignore[arg-type]
         yield dict(zip(space, combination, strict=True))
 

@@ -1,4 +1,4 @@
-"""Kinds of work: what a row means, its loss, its metrics, its answers. A kind is one module with one class, named here."""
+"""Task types: rows, loss, metrics and answers. Each task type is a class in its own module, registered here."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ KINDS = {
     "causal-lm": "causal_lm.CausalLM",
     "sequence-classification": "sequence_classification.SequenceClassification",
 }
-"""By the words after `--task-type`; the last one where nothing speaks for another."""
+"""Task classes by the value of `--task-type`. The last one is the default."""
 
 
 def kind_named(name: str) -> type[Task]:
-    """The class of a kind of work."""
+    """The class of a task type."""
     module, _, class_name = KINDS[name].partition(".")
-    found: type[Task] = getattr(import_module(f"craft_cli.tasks.{module}"), class_name)
-    return found
+    kind: type[Task] = getattr(import_module(f"craft_cli.tasks.{module}"), class_name)
+    return kind
 
 
 def kind_of_table(table: Table, source: DataSource) -> type[Task]:
-    """The kind of work that the user names, or that a table of theirs looks like."""
+    """The task type that the user gave, or the one that matches the table."""
     if source.task_type:
         return kind_named(source.task_type)
     kinds = [kind_named(name) for name in KINDS]
@@ -37,32 +37,32 @@ def kind_of_table(table: Table, source: DataSource) -> type[Task]:
 
 
 def kind_of_model(record: Mapping[str, Any], architectures: list[str] | None, *, strict: bool = False) -> type[Task]:
-    """The kind of work that an adapter was trained for, or that a checkpoint has the head of.
+    """The task type that an adapter was trained for, or that matches the head of a base checkpoint.
 
     Args:
-        record: of an adapter's training; may be empty.
-        architectures: of the model's configuration.
-        strict: whether a class with the head of no kind is refused; else it is to get a head.
+        record: the adapter's training record; may be empty.
+        architectures: `architectures` of the model's configuration.
+        strict: whether to refuse a model class without a supported head, instead of adding one.
 
     Raises:
-        ConfigError: it is refused.
+        ConfigError: the model's head is not supported, or contradicts the record.
     """
-    told = str(record.get("task_type"))
-    if told in KINDS:
-        kind = kind_named(told)
+    task_type = str(record.get("task_type"))
+    if task_type in KINDS:
+        kind = kind_named(task_type)
         if strict and not any(name.endswith(_head(kind)) for name in architectures or []):
             raise ConfigError(
-                f"it was trained for {told}, but as a {', '.join(architectures or [])}: it contradicts itself"
+                f"the adapter is damaged: its task type is {task_type}, but its model class is {', '.join(architectures or [])}"
             )
         return kind
     kinds = [kind_named(name) for name in KINDS]
     names = architectures or []
-    found = next((kind for kind in kinds if any(name.endswith(_head(kind)) for name in names)), None)
-    if found is None and strict:
+    matching = next((kind for kind in kinds if any(name.endswith(_head(kind)) for name in names)), None)
+    if matching is None and strict:
         raise ConfigError(
-            f"a {', '.join(names)} has the head of none of {', '.join(KINDS)}: merge it, and use it with its own tools"
+            f"the head of a {', '.join(names)} fits none of the task types {', '.join(KINDS)}; merge it and use it with its own tools"
         )
-    return found or kinds[-1]
+    return matching or kinds[-1]
 
 
 def _head(kind: Any) -> str:

@@ -1,7 +1,7 @@
-"""A kind of work: what a row means, the loss of a batch, the metrics, the answers. Everything else knows this protocol only.
+"""The task protocol: reading rows, the loss of a batch, metrics and answers. All other code uses only this protocol.
 
-A task begins as a kind alone (or as a row of `glue`), learns columns and labels as it reads tables, and is put on the head
-of a model. Tasks are frozen: what they learn is in the copy that is returned.
+A task starts from its type alone (or from a row of `glue`), learns columns and labels when it reads tables, and is then
+matched to the head of a model. Tasks are frozen: methods that learn something return a copy.
 """
 
 from __future__ import annotations
@@ -25,139 +25,139 @@ if TYPE_CHECKING:
     from craft_cli.tasks.probe import Progress
 
 OWN = "own"
-"""The name of a task on the user's own data: columns and labels are found in it."""
+"""Name of a task on the user's own data, where columns and labels are detected."""
 
 
 class Task(Protocol):
-    """One kind of work on one set of data."""
+    """A task type on one dataset."""
 
     @property
     def kind(self) -> str:
-        """As typed after `--task-type`."""
+        """The value of `--task-type`."""
 
     @property
     def name(self) -> str:
-        """As typed after `--task`; `OWN` for the user's own data."""
+        """The value of `--task`; `OWN` for the user's own data."""
 
     @property
     def auto_model(self) -> str:
-        """The class of transformers that loads a model for it."""
+        """The transformers class that loads a model for the task."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What `measure` gives beside `loss`; the first one is what people look at."""
+        """Names of the metrics that `measure` returns besides `loss`, the main metric first."""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of what the model tells apart, in the order of the gold numbers."""
+        """Label names, in the order of the gold numbers."""
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """What it can answer, for people: labels in the order of the head, or kinds of entities."""
+        """Possible answers, for display: labels in the order of the head, or entity types."""
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """The columns that it reads; none where the data have not said yet."""
+        """The columns to read; empty until a table has been read."""
 
     @property
     def home(self) -> Home:
-        """Where its rows lie."""
+        """The location of its rows."""
 
     @property
     def stratified(self) -> bool:
-        """Whether rows that are held out are to be of all labels alike."""
+        """Whether to stratify held-out rows by label."""
 
     @property
     def chooser(self) -> str:
-        """The metric that chooses the best adapter where none is named."""
+        """The default metric for choosing the best adapter."""
 
     @property
     def units(self) -> tuple[float, float]:
-        """The mean of the numbers to learn, and the power of two by which a training divides them; else 0 and 1.
+        """Offset and scale of regression targets: their mean and a power of two; 0 and 1 for other tasks.
 
-        Outputs in training are in these units, `scores` in those of the data; the mean loss is to be multiplied by the square.
+        Training outputs are in these units, `scores` in those of the data. Multiply the mean loss by the squared scale.
         """
 
     @property
     def trains_head(self) -> bool:
-        """Whether the model gets a head of its own, which is trained in full."""
+        """Whether the model gets a task head, which is trained in full."""
 
     @property
     def generates(self) -> bool:
-        """Whether its answers are written token by token (`prompts`), not chosen by `scores`."""
+        """Whether answers are generated (`prompts`) rather than computed from `scores`."""
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """Values of the settings that nobody gave, where kinds of work differ."""
+        """Task-specific defaults of unset settings."""
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
     @classmethod
     def recognises(cls, table: Table, source: DataSource) -> bool:
-        """Whether a table of the user's own looks like rows of this kind."""
+        """Whether a table of the user's own data matches this task type."""
 
     @classmethod
     def own(cls) -> Self:
-        """The task on data of the user's own, of which nothing is known yet."""
+        """The task on the user's own data, before any table is read."""
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], config: Any) -> Self:
-        """The task an adapter was trained for (`record` and the data it names), or what a checkpoint looks like.
+        """The task of an adapter (from its `record`), or of a base checkpoint (from its configuration).
 
         Args:
-            record: what `record` gave; empty for a checkpoint.
-            config: of the model.
+            record: the result of `record`; empty for a base checkpoint.
+            config: the model's configuration.
         """
 
     def chosen(self, source: DataSource) -> Self:
-        """With the columns and other properties of the data that the user names.
+        """A copy with the columns and other data properties that the user gave.
 
         Raises:
-            ConfigError: one that this kind of work does not have.
+            ConfigError: the task type does not have this property.
         """
 
     def read(self, table: Table, *, labelled: bool) -> tuple[Self, Split]:
-        """A table's rows, and the task with what it has learned from them: columns, labels.
+        """Read the rows of a table, and return the task with the columns and labels learned from them.
 
         Raises:
-            DataError: a column, cell or label that cannot be used.
+            DataError: a column, cell or label is invalid.
         """
 
     def reader(
         self, first: Row, origin: str, *, plain: bool, columns: Sequence[str]
     ) -> Callable[[Sequence[Row]], Split]:
-        """How rows to predict for are read, judged by the first of them.
+        """Return a reader of rows to predict, chosen from the first row.
 
         Args:
             first: the first row.
-            origin: what messages call the file.
+            origin: name of the file in messages.
             plain: whether rows are lines of text.
-            columns: wanted by the user; as in training without.
+            columns: columns that the user gave. Default: those of the training.
 
         Raises:
-            DataError: the columns are not there.
+            DataError: the columns are missing.
         """
 
     def notes(self, rows: Mapping[str, Split]) -> list[str]:
-        """What looks wrong in the rows of every split before they are trained and evaluated on, a line each."""
+        """Suspicious findings in the rows of every split, one line per finding, before training."""
 
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> Self:
-        """With what a run's settings and the gold of its training rows decide: weights of labels, a threshold."""
+        """A copy with the class weights and threshold that follow from the settings and the training labels."""
 
     # -- model ----------------------------------------------------------------------------------------------------------
 
     def on_head(self, config: Any, *, strict: bool = True) -> Self:
-        """For a model with this configuration: where its head names the same labels, in their order.
+        """A copy for a model with this configuration: labels in the order of its head, if the head names them.
 
         Raises:
-            DataError: it names others (without `strict` the head is to be trained for ours).
+            DataError: the head has other labels and `strict` is true. Otherwise a new head is trained.
         """
 
     def continues(self, config: Any) -> bool:
-        """Whether a trained head of a checkpoint with this configuration answers what this task asks."""
+        """Whether the trained head of a base checkpoint with this configuration fits this task."""
 
     def model_options(self) -> dict[str, Any]:
-        """What `from_pretrained` needs to know for a head of this task, in the order of the head."""
+        """Arguments of `from_pretrained` for a head of this task, in the order of the head."""
 
     def encode(
         self,
@@ -170,87 +170,86 @@ class Task(Protocol):
         """Token ids, gold and targets."""
 
     def prompts(self, split: Split, tokenizer: Any) -> list[list[int]]:
-        """Where answers are written: the tokens of each row that are to be answered."""
+        """For generated answers: the prompt tokens of each row."""
 
     def in_chat(self, tokenizer: Any) -> tuple[Self, bool]:
         """Where answers are written: as a chat asks for them, and whether they answer conversations; else they continue texts."""
 
     def ends(self, tokenizer: Any) -> list[int]:
-        """Where answers are written: the tokens that end one."""
+        """For generated answers: the tokens that end an answer."""
 
     def example(self, encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
-        """One row as parts of its text, each with whether it is learned; empty where a row is learned whole."""
+        """One row as parts of its text, each with whether it is trained on; empty if all of it is."""
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """The loss of a batch, summed over its targets; calls the model once."""
 
     def scores(self, model: Any, batch: Batch) -> list[Tensor]:
-        """For each row what `measure` and `records` need, float32 on the CPU, in the order of `labels`."""
+        """The scores of each row for `measure` and `records`, float32 on the CPU, in the order of `labels`."""
 
     def in_own_order(self) -> Self:
-        """The same for what a model gives in the place of its head's outputs: `scores` leaves its order alone."""
+        """The same for a model without its head's last layer: `scores` keeps the order of the outputs."""
 
     def fit_head(
         self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool, progress: Progress
     ) -> tuple[Tensor, Tensor]:
-        """A linear probe for the last layer of the head, in the order of the head.
+        """Fit a linear probe for the last layer of the head, in the order of the head.
 
         Args:
-            features: for each row what goes into that layer, as `scores` gives it.
-            gold: of each row.
-            bias: whether the layer has one.
-            progress: called with (fits done, fits in all).
+            features: the inputs of that layer for each row, in the form of `scores`.
+            gold: the gold of each row.
+            bias: whether the layer has a bias.
+            progress: called with (fits done, total fits).
 
         Returns:
-            Its weight (outputs, features) and its bias (outputs,).
+            The weight (outputs, features) and the bias (outputs,).
         """
 
     # -- results --------------------------------------------------------------------------------------------------------
 
     def settled(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> Self:
-        """With what is found on the validation rows, such as a threshold."""
+        """A copy with values chosen on the validation rows, such as a threshold."""
 
     def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
-        """The metrics and the mean `loss`; finite numbers but for errors (`tasks.metrics.lower_is_better`) of what is not."""
+        """The metrics and the mean `loss`. All are finite, except errors (`tasks.metrics.lower_is_better`) of non-finite scores."""
 
     def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> dict[str, float]:
-        """The metrics of always giving the same answer, the best one on the training rows."""
+        """The metrics of the constant answer that is best on the training rows."""
 
     def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
-        """`by_label`, `confusion` and `ece`, as far as they make sense."""
+        """`by_label`, `confusion` and `ece`, where they apply."""
 
     def calibration(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> float | None:
-        """The expected calibration error; None where nothing is given a probability."""
+        """The expected calibration error; None for a task without probabilities."""
 
     def temperature(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> float:
-        """What the logits are to be divided by to make the mean loss smallest; 1.0 where nothing is given a probability."""
+        """The temperature that minimizes the mean loss of logits / temperature; 1.0 for a task without probabilities."""
 
     def mistakes(self, scores: Sequence[Tensor], split: Split) -> Iterator[tuple[float, dict[str, Any]]]:
-        """For each row with a wrong answer how sure it was, or how far off, and the row.
+        """For each wrong answer, its confidence or error, and the row.
 
-        A row has its `place`, `label`, `prediction` and `texts`, whatever else tells of the mistake, and `confidence` or
-        `error`.
+        A row has `place`, `label`, `prediction` and `texts`, `confidence` or `error`, and further details of the mistake.
         """
 
     def remarks(self, tables: Mapping[str, Any], train: Sequence[Any], *, weighted: bool) -> list[str]:
-        """What the user should know of `tables`, and what can be done.
+        """Advice for the user about the results in `tables`.
 
         Args:
-            tables: of the validation rows.
+            tables: tables of the validation rows.
             train: gold of the training rows.
-            weighted: whether labels are weighed already.
+            weighted: whether class weights are already in use.
         """
 
     def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
-        """For each row its `prediction` and more, and its `label` where the gold is known."""
+        """For each row its `prediction` and further fields, with its `label` if the gold is known."""
 
     # -- on disk --------------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
-        """What an adapter keeps of the task, as JSON."""
+        """The JSON record of the task that is saved with an adapter."""
 
     def columns(self) -> dict[str, Any]:
-        """Which columns were read, by the names of the settings."""
+        """The columns that were read, by setting name."""
 
     def settings(self) -> dict[str, Any]:
-        """The settings that repeat what was found in the user's own data."""
+        """The settings that reproduce what was detected in the user's own data."""

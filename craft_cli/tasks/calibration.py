@@ -1,7 +1,7 @@
-"""Whether probabilities mean what they say: the expected calibration error, and the temperature that corrects them.
+"""Calibration of probabilities: the expected calibration error, and temperature scaling.
 
-Guo et al. 2017, arXiv 1706.04599. Everywhere the gold is (rows,) label numbers, with one label a row, or (rows, labels)
-of 0 and 1, where several can apply: then the probability of each label is a forecast by itself.
+Guo et al. 2017, arXiv 1706.04599. Gold is (rows,) label numbers for single-label tasks, or (rows, labels) of 0 and 1 for
+multi-label tasks, where the probability of each label counts as a separate forecast.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from torch import Tensor
 from torch.nn import functional
 
 BINS = 15
-"""Of equal width, as in the paper."""
+"""Number of bins of equal width, as in the paper."""
 _AT_ONCE = 256
 COLDEST, HOTTEST = 0.05, 20.0
-"""Between these a temperature is looked for."""
+"""Search range of the temperature."""
 
 
 def forecast_error(logits: Tensor, gold: Tensor) -> float | None:
-    """The expected calibration error of logits (rows, labels): of the label chosen, or of every label; None of no row."""
+    """The expected calibration error of logits (rows, labels): of the predicted label, or of every label; None without rows."""
     if gold.ndim == 2:
         return expected_calibration_error(torch.sigmoid(logits.double()).flatten(), gold.flatten())
-    found = [
+    forecasts = [
         torch.softmax(rows.double(), dim=-1).max(dim=-1) for rows in logits.split(_AT_ONCE)
-    ]  # labels may be thousands
-    confidence, chosen = (torch.cat(parts) for parts in zip(*found, strict=True))
+    ]  # there can be thousands of labels
+    confidence, chosen = (torch.cat(parts) for parts in zip(*forecasts, strict=True))
     return expected_calibration_error(confidence, chosen == gold)
 
 
 def expected_calibration_error(probabilities: Tensor, right: Tensor, bins: int = BINS) -> float | None:
-    """Mean distance of probability and frequency, over bins of equal width weighted by their forecasts.
+    """Mean gap between probability and frequency over bins of equal width, weighted by the forecasts per bin.
 
     Args:
-        probabilities: (forecasts,); one between two bins belongs to the lower one.
-        right: (forecasts,), 1 where it came true.
-        bins: how many.
+        probabilities: (forecasts,); a value on a boundary belongs to the lower bin.
+        right: (forecasts,), 1 for a correct forecast.
+        bins: number of bins.
     """
     if not len(probabilities):
         return None
     place = (torch.ceil(probabilities * bins) - 1).clamp(0, bins - 1).nan_to_num().long()
-    surplus = torch.bincount(place, probabilities.double() - right.double(), bins)  # (bins,), of sums
+    surplus = torch.bincount(place, probabilities.double() - right.double(), bins)  # sums (bins,)
     return float(surplus.abs().sum() / len(probabilities))
 
 
 def temperature(logits: Tensor, gold: Tensor) -> float:
-    """The T, from `COLDEST` to `HOTTEST`, for which the mean loss of logits (rows, labels) / T is smallest.
+    """The T between `COLDEST` and `HOTTEST` that minimizes the mean loss of logits (rows, labels) / T.
 
-    1.0 where the rows cannot tell: with no wrong answer the loss only falls as T does, and one outcome says nothing of
-    the others.
+    Returns 1.0 if the rows do not determine it: without wrong answers the loss only falls as T does, and with a single
+    outcome there is nothing to calibrate.
     """
     from scipy.optimize import minimize_scalar
 

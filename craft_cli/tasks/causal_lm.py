@@ -1,7 +1,7 @@
-"""What a language model answers, `--task-type causal-lm`: conversations, prompts with completions, texts.
+"""Language modeling, `--task-type causal-lm`: conversations, prompts with completions, or plain text.
 
-The loss is over the tokens that are to be learned: the assistant's turns with the token that ends them, a completion, or all of
-a text. It is their sum; a training divides by their number. There is no head to train: the model's own is kept.
+The loss covers the trained tokens only: the assistant's turns with their end tokens, a completion, or the whole text. It is a
+sum; the training loop divides by the number of trained tokens. The model keeps its own head, which is not trained.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _ROWS_AT_ONCE = 200
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Answers of a language model. The methods are those of `tasks.base.Task`.
+    """A language modeling task. The methods are those of `tasks.base.Task`.
 
     Attributes:
         name: `OWN`, or that of a sample.
@@ -98,12 +98,12 @@ class CausalLM:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """With the share of answers that match, where answers are written."""
+        """The metrics, with exact match if answers are generated."""
         return ("perplexity", "token_accuracy", *([MATCHES] if self.asked else []))
 
     @classmethod
     def recognises(cls, table: Table, source: DataSource) -> bool:
-        """Whether there are conversations, or prompts with completions, or texts with nothing beside them."""
+        """Whether a table has conversations, prompts with completions, or texts without labels."""
         if any(getattr(source, name) for name in _LABELS_ONLY):
             return False
         layout = layout_of(table.columns, _first(table), source.text_columns or ())
@@ -113,15 +113,17 @@ class CausalLM:
 
     @classmethod
     def own(cls) -> CausalLM:
-        """Columns and form are to be found in the data."""
+        """A task whose columns and form are detected in the data."""
         return cls()
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], config: Any) -> CausalLM:
-        """Of a checkpoint nothing is known but that it answers."""
+        """The task of an adapter; of a base checkpoint, columns and form are unknown."""
         data, form, train_on = record.get("data", {}), record.get("form", ""), record.get("train_on", "")
         if form not in ("", *FORMS) or train_on not in ("", *TRAIN_ON):
-            raise ModelError(f"it was trained on {form or train_on!r}, which this version does not know: it is damaged")
+            raise ModelError(
+                f"the adapter is damaged: its training form {form or train_on!r} is unknown to this version"
+            )
         columns = tuple(data.get("text_columns") or ())
         beside, template = str(data.get("beside") or ""), str(record.get("chat_template") or "")
         task = cls(OWN, columns, form, beside, train_on, template)
@@ -133,10 +135,10 @@ class CausalLM:
         return replace(task, name=known.name, sample=known.sample)
 
     def chosen(self, source: DataSource) -> CausalLM:
-        """With the columns that the user names."""
+        """A copy with the columns that the user gave."""
         for name in _LABELS_ONLY:
             if getattr(source, name):
-                raise ConfigError(f"--{name.replace('_', '-')}: a language model has no labels; leave it out")
+                raise ConfigError(f"--{name.replace('_', '-')}: a language model has no labels; remove it")
         if not source.text_columns or source.text_columns == self.text_columns:
             return self
         return replace(self, text_columns=source.text_columns, form="", beside="")
@@ -154,7 +156,7 @@ class CausalLM:
             )
         if self.form and layout.form != self.form:
             raise DataError(
-                f"{table.origin} holds rows of the form '{layout.form}', the training rows are '{self.form}'"
+                f"{table.origin} has rows of the form '{layout.form}', but the training rows have the form '{self.form}'"
             )
         rows = rows_of(table, layout)
         task = replace(self, text_columns=layout.columns, form=layout.form, beside=layout.beside)
@@ -163,7 +165,7 @@ class CausalLM:
     def reader(
         self, first: Row, origin: str, *, plain: bool, columns: Sequence[str]
     ) -> Callable[[Sequence[Row]], Split]:
-        """Prompts or conversations that wait for an answer; a line of text is what a user says, or the beginning of a text."""
+        """Return a reader of prompts or conversations to answer. A line of text is a user message, or the start of a text."""
         speaks = self.form == MESSAGES or not self.form
         wanted = ("text",) if plain else (*columns,) or self.text_columns
         layout = waiting(first.cells, wanted, self.beside, speaks=speaks)
@@ -184,10 +186,10 @@ class CausalLM:
         return read
 
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> CausalLM:
-        """With what is learned of each row.
+        """A copy with the tokens to train on settled.
 
         Raises:
-            ConfigError: a setting of heads and labels, or one that the rows do not have.
+            ConfigError: a setting does not apply to language models, or not to this form of rows.
         """
         refused = {
             "threshold": config.threshold != AUTO, "class_weights": config.class_weights, "calibrate": config.calibrate,
@@ -195,7 +197,7 @@ class CausalLM:
         }  # fmt: skip
         for name, given in refused.items():
             if given:
-                raise ConfigError(f"--{name.replace('_', '-')}: a language model keeps its own head; leave it out")
+                raise ConfigError(f"--{name.replace('_', '-')}: a language model keeps its own head; remove it")
         train_on = config.train_on or learned_by_default(self.form)
         possible = {MESSAGES: TRAIN_ON, COMPLETION: TRAIN_ON[2:], TEXT: (ALL,)}[self.form]
         if train_on not in possible:
@@ -204,38 +206,38 @@ class CausalLM:
             )
         if config.chat_template and self.form != MESSAGES:
             raise ConfigError(
-                f"--chat-template: rows of {', '.join(self.text_columns)} are taken as they are; leave it out"
+                f"--chat-template: rows of {', '.join(self.text_columns)} are used without a template; remove it"
             )
         template = template_named(config.chat_template) if config.chat_template else ""
         if config.eval_generate and self.form == TEXT:
-            raise ConfigError("--eval-generate: a text has no answer that could be compared; leave it out")
+            raise ConfigError("--eval-generate: plain texts have no answers to compare; remove it")
         Matcher(config.answer_pattern)
         return replace(
             self, train_on=train_on, template=template, packing=config.packing, asked=config.eval_generate or 0
         )
 
     def notes(self, rows: Mapping[str, Split]) -> list[str]:
-        """Of the texts alone."""
+        """Notes about the texts."""
         return row_notes(rows)
 
     # -- model ----------------------------------------------------------------------------------------------------------
 
     def on_head(self, config: Any, *, strict: bool = True) -> CausalLM:
-        """The model's own head.
+        """A copy for this model, whose head is kept.
 
         Raises:
-            ModelError: it reads texts in both directions.
-            ConfigError: rows cannot share a sequence.
+            ModelError: the model is bidirectional.
+            ConfigError: the model does not support packing.
         """
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
         if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
             raise ModelError(
-                f"a {config.model_type} model reads texts in both directions and writes none: choose a language model"
+                f"a {config.model_type} model is bidirectional and cannot generate text; choose a decoder model"
             )
         if self.packing and (config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False)):
             raise ConfigError(
-                f"--packing: a {config.model_type} model tells positions apart by distances alone; leave it out"
+                f"--packing: a {config.model_type} model uses relative positions, which packing does not support; remove it"
             )
         return self
 
@@ -255,14 +257,14 @@ class CausalLM:
         progress: Callable[[int, int], None] = lambda done, total: None,
         cache: Path | None = None,
     ) -> Encoded:
-        """Rows in tokens, what is learned of them as targets."""
+        """Tokenize rows, with the trained tokens as targets."""
         renderer = Renderer(tokenizer, self.form, self.train_on or learned_by_default(self.form), self.template)
         features, targets, cut = [], [], 0
         for number, row in enumerate(split.texts):
-            found = renderer.row(row, split.place_of(number), limit)
-            features.append({"input_ids": found.ids[:limit]})
-            targets.append(found.targets[:limit])
-            cut += len(found.ids) > limit
+            rendered = renderer.row(row, split.place_of(number), limit)
+            features.append({"input_ids": rendered.ids[:limit]})
+            targets.append(rendered.targets[:limit])
+            cut += len(rendered.ids) > limit
             if number % _ROWS_AT_ONCE == 0 or number + 1 == len(split):
                 progress(number + 1, len(split))
         return Encoded(features, split.labels, cut, limit, targets=targets)
@@ -276,18 +278,18 @@ class CausalLM:
         return replace(self, form=TEXT), False
 
     def prompts(self, split: Split, tokenizer: Any) -> list[list[int]]:
-        """The tokens of each row that are to be answered."""
+        """The prompt tokens of each row."""
         renderer = Renderer(tokenizer, self.form or MESSAGES, ALL, self.template)
         return [renderer.prompt(row, split.place_of(number)) for number, row in enumerate(split.texts)]
 
     def ends(self, tokenizer: Any) -> list[int]:
-        """The end of a text, and of the assistant's turn."""
+        """The tokens that end a text or the assistant's turn."""
         return (
             end_tokens(tokenizer, self.template) if self.form in ("", MESSAGES) else end_tokens(tokenizer, chat=False)
         )
 
     def example(self, encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
-        """The first row that teaches something."""
+        """The first row with trained tokens."""
         assert encoded.targets is not None
         row = next((row for row, weight in enumerate(encoded.weights) if weight), 0)
         pairs = zip(encoded.features[row]["input_ids"], encoded.targets[row], strict=True)
@@ -297,39 +299,39 @@ class CausalLM:
         return [(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), learned) for learned, ids in parts]
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        """Cross-entropy, summed over what is learned."""
+        """Cross-entropy, summed over the trained tokens."""
         assert batch.targets is not None
         return summed_loss(model, model_inputs(model, batch), batch.targets)
 
     def scores(self, model: Any, batch: Batch) -> list[Tensor]:
-        """For each row the sum of its losses, how many of its targets are the likeliest token, how many there are."""
+        """For each row (3,): summed loss, number of targets predicted correctly, number of targets."""
         assert batch.targets is not None
         return losses_and_hits(model, model_inputs(model, batch), batch.targets)
 
     def in_own_order(self) -> CausalLM:
-        """As it is."""
+        """Return the scores unchanged."""
         return self
 
     def fit_head(
         self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool, progress: Progress
     ) -> tuple[Tensor, Tensor]:
-        """Never asked for: there is no head to fit."""
+        """Not used: there is no head to fit."""
         raise NotImplementedError
 
     # -- results --------------------------------------------------------------------------------------------------------
 
     def settled(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> CausalLM:
-        """Nothing is found."""
+        """Nothing to choose on the validation rows."""
         return self
 
     def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
-        """Mean loss of a target in nats, its exponential, and how many targets are the likeliest token."""
+        """Mean loss per target token in nats, perplexity, and token accuracy."""
         losses, hits, count = (float(column) for column in torch.stack(list(scores)).double().sum(dim=0))
         loss = losses / max(count, 1.0)
         return {"perplexity": math.exp(min(loss, 700.0)), "token_accuracy": hits / max(count, 1.0), "loss": loss}
 
     def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> dict[str, float]:
-        """None: the model as it is stands at update 0."""
+        """Empty: the baseline is the untrained model at update 0."""
         return {}
 
     def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
@@ -345,22 +347,22 @@ class CausalLM:
         return 1.0
 
     def mistakes(self, scores: Sequence[Tensor], split: Split) -> Iterator[tuple[float, dict[str, Any]]]:
-        """The rows by their mean loss."""
+        """Rows by mean loss."""
         for row, (losses, hits, count) in enumerate(torch.stack(list(scores)).tolist()):
             mean = losses / max(count, 1.0)
-            told = {
+            fields = {
                 "label": (split.labels or [""])[row],
                 "prediction": f"{hits:g} of {count:g} tokens",
                 "error": round(mean, 6),
             }
-            yield mean, {"place": split.place_of(row), **told, "texts": [as_text(split.texts[row], self.form)]}
+            yield mean, {"place": split.place_of(row), **fields, "texts": [as_text(split.texts[row], self.form)]}
 
     def remarks(self, tables: Mapping[str, Any], train: Sequence[Any], *, weighted: bool) -> list[str]:
         """None."""
         return []
 
     def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
-        """For each row its answer in the data and how well the model expects it."""
+        """For each row, its reference answer and how well the model predicts it."""
         for row, (losses, hits, count) in enumerate(torch.stack(list(scores)).tolist()):
             yield {
                 "label": (split.labels or [""])[row], "loss": losses / max(count, 1.0),
@@ -370,16 +372,16 @@ class CausalLM:
     # -- on disk --------------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
-        """What the model answers to, and how."""
-        found = {"task": self.name, "task_type": self.kind, "form": self.form, "train_on": self.train_on}
-        return found | ({"chat_template": self.template} if self.template else {})
+        """The record of columns, form and template."""
+        record = {"task": self.name, "task_type": self.kind, "form": self.form, "train_on": self.train_on}
+        return record | ({"chat_template": self.template} if self.template else {})
 
     def columns(self) -> dict[str, Any]:
-        """Which columns are read."""
+        """The columns that are read."""
         return {"text_columns": list(self.text_columns)} | ({"beside": self.beside} if self.beside else {})
 
     def settings(self) -> dict[str, Any]:
-        """By the names of the flags."""
+        """The settings by flag name."""
         return {"task_type": self.kind, "text_columns": ",".join(self.text_columns)}
 
 

@@ -1,6 +1,6 @@
-"""What looks wrong in rows, pointed out before a model is trained on them: a line each, with a number.
+"""Checks for suspicious rows, reported before training: one line per finding, with a count.
 
-Nothing here stops a training. What cannot be trained on is refused where it is read: `tasks/labels.py`.
+These checks never stop a training. Data that cannot be trained on is refused in `tasks/labels.py`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from craft_cli.data.sources import TRAIN, Split
 from craft_cli.errors import listed
 
 _FEW = 2
-"""A label with fewer rows to train on is named."""
+"""Labels with fewer training rows are reported."""
 _FAR = 1e5
-"""Numbers so many times farther from zero than from each other are named: float32 has seven digits."""
+"""Regression targets with a larger ratio of mean to spread are reported: float32 has seven digits."""
 _SHOWN = 3
-"""So many labels, or groups of labels, are named in a note."""
+"""Maximum labels, or groups of labels, to list in a note."""
 
 
 def row_notes(rows: Mapping[str, Split]) -> list[str]:
-    """Rows without text, texts that repeat, rows to evaluate on that are trained on too.
+    """Report rows without text, repeated texts, and validation rows that are also training rows.
 
     Args:
-        rows: of every split, by its name; `train` is among them.
+        rows: splits by name, including `train`.
     """
     train = rows[TRAIN]
     earlier: dict[tuple[str, ...], int] = {}
@@ -64,18 +64,18 @@ def _shared(count: int, apart: int) -> str:
     if not count:
         return ""
     return (
-        f"{count:,} of {apart:,} rows to evaluate on {'has' if count == 1 else 'have'} a text that is trained on too: "
+        f"{count:,} of {apart:,} validation rows {'has' if count == 1 else 'have'} a text that is also in the training rows: "
         "the metrics will look too good"
     )
 
 
 def label_notes(rows: Mapping[str, Split], labels: Sequence[str], column: str) -> list[str]:
-    """Labels that are suspiciously many, that differ in case or white space only, that have next to no rows.
+    """Report too many labels, labels that differ only in case or whitespace, and labels with few rows.
 
     Args:
-        rows: of every split, by its name; `train` is among them. Gold is a label number, or 0 or 1 for every label.
-        labels: their names.
-        column: where they stand.
+        rows: splits by name, including `train`. Gold is a label number, or 0 or 1 for every label.
+        labels: label names.
+        column: the label column.
     """
     train = _counts([rows[TRAIN]], len(labels))
     apart = _counts([split for name, split in rows.items() if name != TRAIN], len(labels))
@@ -84,19 +84,19 @@ def label_notes(rows: Mapping[str, Split], labels: Sequence[str], column: str) -
 
 
 def number_notes(rows: Mapping[str, Split], column: str) -> list[str]:
-    """Numbers that are far from zero beside how far they are apart.
+    """Report regression targets whose mean is large compared with their spread.
 
     Args:
-        rows: of every split, by its name; `train` is among them. Gold is a number.
-        column: where they stand.
+        rows: splits by name, including `train`. Gold is a number.
+        column: the label column.
     """
     gold = rows[TRAIN].labels or [0.0]
     mean, spread = float(np.mean(gold)), float(np.std(gold))
     if not spread or abs(mean) <= _FAR * spread:
         return []
     return [
-        f"the numbers in '{column}' lie around {mean:.7g} and only {spread:.2g} from each other, which float32 hardly tells "
-        "apart: subtract a constant from all of them first"
+        f"the numbers in '{column}' have a mean of {mean:.7g} and a spread of only {spread:.2g}, close to the precision of "
+        "float32: subtract a constant from all of them first"
     ]
 
 
@@ -117,33 +117,33 @@ def _alike(labels: Sequence[str], counts: np.ndarray) -> str:
         return ""
     shown = [", ".join(f"{counts[n]:,} x {_quoted(labels[n])}" for n in group) for group in alike[:_SHOWN]]
     more = f"; and {len(alike) - _SHOWN:,} more" if len(alike) > _SHOWN else ""
-    return f"labels that differ only in case or white space are learned as different labels: {'; '.join(shown)}{more}"
+    return f"labels that differ only in case or whitespace count as different labels: {'; '.join(shown)}{more}"
 
 
 def _rare(labels: Sequence[str], train: np.ndarray, apart: np.ndarray) -> str:
-    """In one line: labels that can hardly be learned, labels that are not measured."""
+    """One line about labels with too few training rows or no validation rows."""
     rare = [name for name, count in zip(labels, train, strict=True) if count < _FEW]
     unseen = [name for name, count in zip(labels, apart, strict=True) if not count] if apart.any() else []
     parts = [
         f"with {what}: {len(names):,} of {len(labels):,} ({listed([*map(_quoted, names)], _SHOWN)})"
-        for names, what in ((rare, f"fewer than {_FEW} rows to train on"), (unseen, "no row to evaluate on"))
+        for names, what in ((rare, f"fewer than {_FEW} training rows"), (unseen, "no validation row"))
         if names
     ]
     return "labels " + ", ".join(parts) if parts else ""
 
 
 def _counts(splits: Iterable[Split], labels: int) -> np.ndarray:
-    """The rows of every label (labels,)."""
+    """Number of rows of every label (labels,)."""
     counts = np.zeros(labels, dtype=int)
     for split in splits:
         if split.labels:
-            table = np.asarray(split.labels, dtype=int)  # (rows,) of label numbers, or (rows, labels)
+            table = np.asarray(split.labels, dtype=int)  # label numbers (rows,), or (rows, labels)
             counts += np.bincount(table, minlength=labels) if table.ndim == 1 else table.sum(axis=0)
     return counts
 
 
 def _quoted(name: str) -> str:
-    """Its blanks can be seen, also those at the end of a long name."""
+    """Quote a name so that its whitespace is visible, also at the end of a long name."""
     return repr(name if len(name) <= 38 else f"{name[:17]}...{name[-18:]}")
 
 

@@ -1,6 +1,6 @@
-"""What a row of a language model's data is: a conversation, a prompt with its completion, or a text; found from the columns.
+"""Rows for language models: a conversation, a prompt with its completion, or a text, detected from the columns.
 
-A row is kept as texts, a part each: a conversation as the JSON of a `Conversation`, a prompt and its completion, or the text.
+A row is stored as a tuple of texts: the JSON of a `Conversation`, a prompt and its completion, or the text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CALLED = {
     "human": USER, "gpt": ASSISTANT, "model": ASSISTANT, "bot": ASSISTANT, "developer": SYSTEM, "ipython": TOOL, "function": TOOL,
     "function_call": ASSISTANT, "observation": TOOL,
 }  # fmt: skip
-"""What else roles are called."""
+"""Other names for roles."""
 
 _LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"))
@@ -36,19 +36,19 @@ _TURNS = (
     ("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("query", "response"),
     ("input", "output"),
 )  # fmt: skip
-"""Columns of a question and its answer, which a chat template joins; alpaca has an `input` beside the instruction."""
+"""Columns of a question and its answer, joined by a chat template; alpaca has an `input` besides the instruction."""
 ASKED = (*_LISTS, *dict.fromkeys(pair[0] for pair in (*_PAIRS, *_TURNS)), "text")
-"""What the column of something to be answered is usually called."""
+"""Usual column names of prompts."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of a table keep their parts.
+    """The columns of a table that hold the parts of a row.
 
     Attributes:
         form: one of `FORMS`.
-        columns: one of lists or texts, or one of questions and one of answers.
-        beside: the column of what belongs to an instruction (alpaca's `input`); empty without.
+        columns: one column of messages or texts, or one of questions and one of answers.
+        beside: the column with the input of an instruction (alpaca's `input`); empty if there is none.
     """
 
     form: str
@@ -58,12 +58,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template takes them.
+    """Messages in the form that chat templates expect.
 
     Attributes:
-        messages: each with its `role` and `content`, and whatever else the template knows (`tool_calls`).
-        tools: descriptions of tools; empty without.
-        given: how many of the messages are the prompt, where prompt and completion are told apart; else 0.
+        messages: each with `role`, `content` and further keys of the template (`tool_calls`).
+        tools: tool descriptions; empty if there are none.
+        given: number of messages that form the prompt, if prompt and completion are separate; else 0.
     """
 
     messages: list[dict[str, Any]]
@@ -71,14 +71,14 @@ class Conversation:
     given: int = 0
 
     def packed(self) -> str:
-        """As a text."""
+        """Serialize to text."""
         return json.dumps(
             {"messages": self.messages, "tools": self.tools, "given": self.given}, ensure_ascii=False, default=str
         )
 
     @classmethod
     def of(cls, text: str) -> Conversation:
-        """Of what `packed` gave."""
+        """Parse the result of `packed`."""
         return cls(**json.loads(text))
 
     @property
@@ -91,18 +91,18 @@ class Conversation:
 
     @property
     def answer(self) -> str:
-        """The text of the last answer; empty where the last message is none."""
+        """The text of the last answer; empty if the last message is not an answer."""
         last = self.messages[len(self.prompt) :]
         return str(last[-1].get("content") or "") if last else ""
 
 
 def layout_of(columns: Sequence[str], first: Mapping[str, Any], wanted: Sequence[str] = ()) -> Layout | None:
-    """Where rows keep their parts, by the names of the columns and the cells of the first row; None if nothing is known.
+    """Detect the layout from the column names and the first row; None if it is unknown.
 
     Args:
-        columns: of the table.
-        first: cells of its first row.
-        wanted: columns that the user names: one of conversations or texts, or a prompt's and a completion's.
+        columns: column names of the table.
+        first: cells of the first row.
+        wanted: columns that the user gave: one of conversations or texts, or those of prompt and completion.
     """
     written = {name.casefold(): name for name in reversed(columns)}  # a column is found whatever its case
 
@@ -127,10 +127,10 @@ def layout_of(columns: Sequence[str], first: Mapping[str, Any], wanted: Sequence
 
 
 def rows_of(table: Table, layout: Layout) -> list[tuple[str, ...]]:
-    """The rows of a table.
+    """Read the rows of a table.
 
     Raises:
-        DataError: one is malformed.
+        DataError: a row is malformed.
     """
     used = [*layout.columns, *filter(None, [layout.beside]), *([TOOLS] if TOOLS in table.columns else [])]
     cells = {name: table.column(name) for name in dict.fromkeys(used)}
@@ -142,27 +142,27 @@ def rows_of(table: Table, layout: Layout) -> list[tuple[str, ...]]:
 
 
 TOOLS = "tools"
-"""The column of the descriptions of tools."""
+"""The column of tool descriptions."""
 
 
 def read_row(cells: Mapping[str, Any], layout: Layout, place: Place, *, answered: bool = True) -> tuple[str, ...]:
-    """A row.
+    """Read a row.
 
     Args:
-        cells: by column.
-        layout: of the rows.
-        place: where it stands, for messages.
-        answered: whether it must have an answer; else it is what is to be answered.
+        cells: cells by column.
+        layout: layout of the rows.
+        place: returns the location of the row, for messages.
+        answered: whether the row must have an answer; otherwise it is a prompt.
 
     Raises:
-        DataError: it is malformed.
+        DataError: the row is malformed.
     """
     first = layout.columns[0]
     if layout.form != MESSAGES:
         names = layout.columns if answered else layout.columns[:1]
         texts = tuple(_completion(cells.get(name), name, place) for name in names)
         if layout.form == COMPLETION and answered and not texts[1].strip():
-            raise DataError(f"{place()}: column '{layout.columns[1]}' holds no answer")
+            raise DataError(f"{place()}: column '{layout.columns[1]}' has no answer")
         return texts
     tools = as_list(cells.get(TOOLS))
     if not is_missing(tools) and not isinstance(tools, (list, tuple)):
@@ -188,63 +188,61 @@ def read_row(cells: Mapping[str, Any], layout: Layout, place: Place, *, answered
 
 
 def _completion(value: Any, column: str, place: Place) -> str:
-    """A text, which may begin and end with blanks: they are a part of what is learned."""
+    """The text of a cell, with leading and trailing whitespace kept, because it is trained on."""
     return "" if value == "" else text_of(value, column, place)
 
 
 def is_conversation(cell: Any) -> bool:
     """Whether a cell holds messages."""
-    found = as_list(cell)
-    return isinstance(found, (list, tuple)) and bool(found) and isinstance(found[0], Mapping)
+    messages = as_list(cell)
+    return isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], Mapping)
 
 
 def _messages(cell: Any, column: str, place: Place) -> list[dict[str, Any]]:
-    """The messages in a cell, by the names of chat templates.
+    """Read the messages in a cell, with roles as in chat templates.
 
     Raises:
-        DataError: it is no list of messages.
+        DataError: the cell is not a list of messages.
     """
-    found = as_list(cell)
-    if not isinstance(found, (list, tuple)) or not found:
+    items = as_list(cell)
+    if not isinstance(items, (list, tuple)) or not items:
         raise DataError(f"{place()}: column '{column}' is {described(cell)}, not a list of messages")
     messages = []
-    for number, message in enumerate(found, start=1):
+    for number, message in enumerate(items, start=1):
         if not isinstance(message, Mapping):
             raise DataError(f"{place()}: message {number} is {described(message)}, not a mapping with role and content")
-        told = {name: value for name, value in message.items() if not is_missing(value)}
-        role = told.pop("role", told.pop("from", None))
-        content = told.pop("content", told.pop("value", None))
+        fields = {name: value for name, value in message.items() if not is_missing(value)}
+        role = fields.pop("role", fields.pop("from", None))
+        content = fields.pop("content", fields.pop("value", None))
         role = _CALLED.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise DataError(f"{place()}: message {number} has the role {role!r}; use {', '.join(ROLES)}")
-        messages.append({"role": role, "content": _content(content, number, place), **told})
+        messages.append({"role": role, "content": _content(content, number, place), **fields})
     return messages
 
 
 def _content(content: Any, number: int, place: Place) -> str:
-    """The text of a message; of several parts that are all texts, one below the other."""
+    """The text of a message; several text parts are joined by newlines."""
     if isinstance(content, (list, tuple)):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         texts = [part for part in parts if isinstance(part, str)]
         if len(texts) < len(parts):
-            raise DataError(f"{place()}: message {number} holds something else than text, which craft cannot train on")
+            raise DataError(f"{place()}: message {number} has content that is not text, which craft does not support")
         content = "\n".join(texts)
     if content is None:
         return ""
     if not isinstance(content, str):
         raise DataError(f"{place()}: the content of message {number} is {described(content)}, not a text")
     if not whole_text(content):
-        raise DataError(
-            f"{place()}: message {number} holds half a character (a lone surrogate), which no tokenizer takes"
-        )
+        raise DataError(f"{place()}: message {number} contains an invalid character (a lone surrogate); remove it")
     return content
 
 
 def _check_order(messages: Sequence[Mapping[str, Any]], place: Place, *, answered: bool) -> None:
-    """Refuse conversations that no template means.
+    """Check the order of roles and the answers of a conversation.
 
     Raises:
-        DataError: roles out of order, an empty answer, or no answer at all.
+        DataError: roles are out of order, an answer is empty, or there is no answer.
     """
     before = ""
     for number, message in enumerate(messages, start=1):
@@ -254,7 +252,7 @@ def _check_order(messages: Sequence[Mapping[str, Any]], place: Place, *, answere
             where = f"follows one of {before}" if before else "comes first"
             raise DataError(f"{place()}: message {number} of {role} {where}: roles are out of order")
         if role == ASSISTANT and not message["content"].strip() and not message.get("tool_calls"):
-            raise DataError(f"{place()}: message {number}, an answer of the assistant, is empty")
+            raise DataError(f"{place()}: message {number}, from the assistant, is empty")
         before = role
     if answered and before != ASSISTANT:
         raise DataError(f"{place()}: the conversation ends with a message of {before}, so its last answer is missing")

@@ -1,4 +1,4 @@
-"""Answers written token by token, and how those are judged that the data knows."""
+"""Generate answers, and compare them with the reference answers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from craft_cli.errors import ConfigError, ModelError
 
 MAX_NEW_TOKENS = 256
 MATCHES = "exact_match"
-"""The share of answers that are those of the data."""
+"""Share of answers equal to the reference."""
 ENDED, STOPPED, FULL = "end", "stop", "length"
-"""Why an answer is over: the model ended it, a stop string came, or it has as many tokens as were allowed."""
+"""Why an answer ended: an end token, a stop string, or the maximum number of tokens."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are written.
+    """Generation settings.
 
     Attributes:
-        max_new_tokens: of an answer.
-        temperature: 0 takes the likeliest token each time; above, one is drawn.
-        top_p: drawn from the likeliest tokens that have this probability together.
-        seed: of what is drawn.
-        stop: texts that end an answer, which does not keep them.
+        max_new_tokens: maximum tokens of an answer.
+        temperature: sampling temperature; 0 is greedy decoding.
+        top_p: sample from the most likely tokens with this total probability.
+        seed: random seed of the sampling.
+        stop: strings that end an answer; they are removed from it.
 
     Raises:
-        ConfigError: a value that cannot be.
+        ConfigError: a value is out of range.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -53,11 +53,11 @@ class Generation:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote.
+    """A generated answer.
 
     Attributes:
-        text: without the tokens and texts that ended it.
-        tokens: that were written, with the one that ended it.
+        text: the text, without end token and stop string.
+        tokens: number of generated tokens, including the end token.
         why: one of `ENDED`, `STOPPED`, `FULL`.
     """
 
@@ -78,36 +78,36 @@ def write_answers(
     progress: Callable[[int, int], None] = lambda done, total: None,
     streamer: Any = None,
 ) -> list[Answer]:
-    """An answer to each prompt, in their order.
+    """Generate an answer to each prompt, in order.
 
     Args:
-        model: a language model of transformers.
-        tokenizer: of it; its padding is settled.
-        prompts: token ids of each.
+        model: a transformers language model.
+        tokenizer: its tokenizer, with a padding token.
+        prompts: token ids of each prompt.
         ends: tokens that end an answer.
-        settings: how.
-        batch_size: prompts at once; those of similar length go together.
-        progress: called with (prompts done, prompts in all).
-        streamer: of transformers, for one prompt at a time.
+        settings: generation settings.
+        batch_size: prompts per batch; prompts of similar length are batched together.
+        progress: called with (prompts done, total prompts).
+        streamer: a transformers streamer, for a single prompt.
 
     Raises:
-        ModelError: there is no room for an answer, or the scores of the tokens are not finite.
+        ModelError: a prompt leaves no room for an answer, or the logits are not finite.
     """
     was_training = model.training
     model.eval()
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    found: dict[int, Answer] = {}
+    answers: dict[int, Answer] = {}
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(settings.seed)
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 written = _write(model, tokenizer, [prompts[row] for row in rows], ends, settings, streamer)
-                found |= dict(zip(rows, written, strict=True))
-                progress(len(found), len(prompts))
+                answers |= dict(zip(rows, written, strict=True))
+                progress(len(answers), len(prompts))
     finally:
         model.train(was_training)
-    return [found[number] for number in range(len(prompts))]
+    return [answers[number] for number in range(len(prompts))]
 
 
 def _write(
@@ -118,7 +118,7 @@ def _write(
     settings: Generation,
     streamer: Any,
 ) -> list[Answer]:
-    """The answers to prompts that are computed together, the shorter ones padded on the left."""
+    """Generate the answers of one batch, with shorter prompts padded on the left."""
     width = max(map(len, prompts))
     room = _room(positions_of(model), width, settings.max_new_tokens)
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
@@ -132,9 +132,7 @@ def _write(
         options |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     if settings.stop:
         options |= {"stop_strings": list(settings.stop), "tokenizer": tokenizer}
-    with (
-        warnings.catch_warnings()
-    ):  # of settings in the checkpoint's generation_config.json that greedy decoding leaves alone
+    with warnings.catch_warnings():  # generation_config.json may set sampling options that greedy decoding ignores
         warnings.filterwarnings("ignore", module="transformers")
         out = model.generate(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=room, use_cache=True,
@@ -144,7 +142,7 @@ def _write(
 
 
 def _plain(model: Any, draws: bool) -> dict[str, Any]:
-    """What takes back the checkpoint's own settings of generation, so that an answer depends on ours alone."""
+    """Arguments that override the checkpoint's generation_config.json, so that answers depend only on `settings`."""
     return {"repetition_penalty": 1.0, "num_beams": 1} | (
         {} if draws else {"temperature": None, "top_p": None, "top_k": None}
     )
@@ -160,7 +158,7 @@ def _room(positions: int | None, width: int, wanted: int) -> int:
     """So many tokens may be written behind a prompt of this width.
 
     Raises:
-        ModelError: none.
+        ModelError: there is no room.
     """
     room = wanted if positions is None else min(wanted, positions - width)
     if room < 1:
@@ -171,7 +169,7 @@ def _room(positions: int | None, width: int, wanted: int) -> int:
 
 
 def _answer(ids: list[int], tokenizer: Any, ends: Sequence[int], settings: Generation, room: int) -> Answer:
-    """What was written for one prompt; what follows its end is padding."""
+    """Extract the answer to one prompt; everything after its end is padding."""
     end = next((number for number, token in enumerate(ids) if token in ends), None)
     if end is not None:
         return Answer(decoded(tokenizer, ids[:end]), end + 1, ENDED)
@@ -185,48 +183,48 @@ def _answer(ids: list[int], tokenizer: Any, ends: Sequence[int], settings: Gener
 
 
 def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Tokens as a text, as they stand; of the tokens that mean no text nothing."""
+    """Decode tokens without cleanup, skipping special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class Matcher:
-    """Whether an answer is the one of the data: after blanks around it are gone, or by a part of both.
+    """Compare an answer with the reference: stripped of whitespace, or only the part that a pattern matches.
 
     Args:
-        pattern: a regular expression; its first group is compared, or all that it matches where it has none, in its last match.
+        pattern: a regular expression. Its last match is compared: the first group, or the whole match if there is no group.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the pattern is not a valid regular expression.
     """
 
     def __init__(self, pattern: str | None = None) -> None:
         try:
             self._pattern = re.compile(pattern) if pattern else None
         except re.error as error:
-            raise ConfigError(f"--answer-pattern: no regular expression ({error})") from error
+            raise ConfigError(f"--answer-pattern: invalid regular expression ({error})") from error
 
     def part(self, text: str) -> str | None:
-        """What is compared of an answer; None where the pattern is not in it."""
+        """The part of an answer to compare; None if the pattern does not match."""
         if self._pattern is None:
             return text.strip()
-        found = list(self._pattern.finditer(text))
-        if not found:
+        matches = list(self._pattern.finditer(text))
+        if not matches:
             return None
-        return str(found[-1].group(1 if self._pattern.groups else 0) or "").strip()
+        return str(matches[-1].group(1 if self._pattern.groups else 0) or "").strip()
 
     def matches(self, answer: str, wanted: str) -> bool:
-        """Whether both have the same part."""
+        """Whether both answers have the same part."""
         part = self.part(answer)
         return part is not None and part == self.part(wanted)
 
 
 def judged(answers: Sequence[Answer], wanted: Sequence[str], pattern: str | None) -> tuple[float, list[dict[str, Any]]]:
-    """The share of answers that are those of the data, and each answer for people.
+    """The share of answers equal to the reference, and a record of each answer.
 
     Args:
-        answers: that were written.
-        wanted: those of the data.
-        pattern: by which they are compared, see `Matcher`.
+        answers: generated answers.
+        wanted: reference answers.
+        pattern: pattern for the comparison, see `Matcher`.
     """
     matcher = Matcher(pattern)
     rows = [

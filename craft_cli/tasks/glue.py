@@ -70,7 +70,7 @@ TASKS = {
         ),
     )
 }  # fmt: skip
-"""By the names that `run_glue` and the hub use; label numbers as in the hub's nyu-mll/glue."""
+"""GLUE tasks by the names of `run_glue` and the Hub, with label numbers as in nyu-mll/glue."""
 
 
 SAMPLES = {"lighthouse": CausalLM("lighthouse", ("messages",), MESSAGES, sample="lighthouse")}
@@ -84,7 +84,7 @@ def task_named(name: str) -> Task | CausalLM:
     """The task of this name, in any of the spellings people use: `stsb`, `STS-B`, `sts_b`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such task.
     """
     plain = name.lower().replace("-", "").replace("_", "")
     known = _ALIASES.get(plain, plain)
@@ -107,18 +107,18 @@ def task_of(kind: type[Kind], name: str) -> Kind:
 
 
 HIGHEST = 5.0
-"""STS-B's scores go from 0 to 5."""
+"""Maximum score of STS-B."""
 
 
 def server_answers(predictions: Sequence[float], task: Task) -> list[str]:
-    """As the server writes them."""
+    """Format predictions for the server."""
     if task.problem_type == REGRESSION:
         return [f"{min(max(value, 0.0), HIGHEST):.3f}" for value in predictions]
     return [str(int(number)) if task.server_numbers else task.labels[int(number)] for number in predictions]
 
 
 def zipped(answers: Mapping[str, Sequence[str]]) -> bytes:
-    """The zip that the server takes: a file for each task."""
+    """The zip for the server, with one file per task."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(answers):

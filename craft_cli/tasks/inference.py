@@ -1,4 +1,4 @@
-"""Scores of a model for rows, batch by batch, and in the order of the rows."""
+"""Compute scores batch by batch, and restore the order of the rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def predict_batches(
     progress: Callable[[int, int], None] = lambda done, total: None,
     cancelled: Callable[[], object] = lambda: False,
 ) -> list[list[Tensor]]:
-    """The task's scores of every row of every batch; of fewer batches, once `cancelled` says so."""
+    """Compute the task's scores of all rows, batch by batch, until `cancelled` returns true."""
     was_training = model.training
     model.eval()
     outputs, done, total = [], 0, sum(len(batch) for batch in batches)
@@ -40,19 +40,19 @@ def predict_batches(
 
 
 def in_order(outputs: Sequence[Sequence[Any]], batches: Sequence[Sequence[int]], examples: int) -> list[Any]:
-    """What was computed for batches, in the order of the rows.
+    """Restore the order of the rows from batches.
 
     Raises:
-        CraftError: a row was counted twice or not at all.
+        CraftError: a row is missing or appears twice.
     """
     rows = [row for batch in batches for row in batch]
     if sorted(rows) != list(range(examples)):
         raise CraftError(f"evaluation counted {len(rows)} rows of {examples}; please report this")
-    found = dict(zip(rows, (scores for batch in outputs for scores in batch), strict=True))
-    return [found[row] for row in range(examples)]
+    by_row = dict(zip(rows, (scores for batch in outputs for scores in batch), strict=True))
+    return [by_row[row] for row in range(examples)]
 
 
 def not_finite(scores: Sequence[Tensor]) -> list[int]:
-    """The rows whose scores are not all finite; words (words, labels) without a token, whose scores are all -inf, apart."""
+    """Rows with non-finite scores, except words (words, labels) without a token, whose scores are all -inf."""
     seen = [row[~row.isneginf().all(dim=-1)] if row.ndim > 1 else row for row in scores]
     return [number for number, row in enumerate(seen) if not row.isfinite().all()]

@@ -1,4 +1,4 @@
-"""What all tasks share whose model has an output for each of some labels."""
+"""Shared base of tasks with one model output per label."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from craft_cli.tasks.probe import Linear
 
 _UNEVEN = 1.5
-"""Factors of labels that differ by less would change nothing that can be seen."""
+"""Minimum ratio of class weights worth suggesting."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """What all tasks share whose model has an output for each of some labels.
+    """Base class of tasks with one model output per label.
 
     Attributes:
-        name: as typed after `--task`; `OWN` for the user's own data.
-        text_columns: what is read; found in the data without.
-        labels: the names, in the order of the label numbers.
-        metrics: what is reported.
-        label_column: the gold.
-        head: the labels in the order of the model's outputs; empty where that is the order of `labels`.
-        class_weights: a factor in the loss for each label; none without.
+        name: the value of `--task`; `OWN` for the user's own data.
+        text_columns: columns to read. Default: detected in the data.
+        labels: label names, in the order of the label numbers.
+        metrics: metrics to report.
+        label_column: the label column.
+        head: labels in the order of the model's outputs; empty if it is the order of `labels`.
+        class_weights: loss weight of each label; empty for equal weights.
     """
 
     trains_head: ClassVar[bool] = True
@@ -81,7 +81,7 @@ class Labelled:
         return self
 
     def notes(self, rows: Mapping[str, Split]) -> list[str]:
-        """Of the texts alone."""
+        """Notes about the texts."""
         return row_notes(rows)
 
     def on_head(self, config: Any, *, strict: bool = True) -> Self:
@@ -89,12 +89,12 @@ class Labelled:
         if strict:
             return replace(self, head=align_labels(self.labels, config.id2label))
         if config.num_labels == len(self.labels):
-            with suppress(CraftError):  # other names: the head is trained for ours
+            with suppress(CraftError):  # other label names: a new head is trained
                 return replace(self, head=align_labels(self.labels, config.id2label))
         return self
 
     def prompts(self, split: Split, tokenizer: Any) -> list[list[int]]:
-        """See `Task`; never asked for."""
+        """See `Task`; not used by these tasks."""
         raise NotImplementedError
 
     def in_chat(self, tokenizer: Any) -> tuple[Self, bool]:
@@ -102,7 +102,7 @@ class Labelled:
         raise NotImplementedError
 
     def ends(self, tokenizer: Any) -> list[int]:
-        """See `Task`; never asked for."""
+        """See `Task`; not used by these tasks."""
         raise NotImplementedError
 
     def example(self, encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -110,19 +110,19 @@ class Labelled:
         return []
 
     def only_labels(self, config: RunConfig) -> None:
-        """Refuse the settings of language models.
+        """Refuse settings of language models.
 
         Raises:
-            ConfigError: one is given.
+            ConfigError: such a setting is given.
         """
         for name in ("train_on", "chat_template", "packing", "eval_generate"):
             if getattr(config, name):
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} is for language models, and these rows have labels; leave it out"
+                    f"--{name.replace('_', '-')} is for language models, but these rows have labels; remove it"
                 )
 
     def continues(self, config: Any) -> bool:
-        """See `Task`; a head whose labels have no names may be another's."""
+        """See `Task`; a head without label names may belong to a different task."""
         theirs = {str(name).lower() for name in (config.id2label or {}).values()}
         return bool(self.head) and theirs == {label.lower() for label in self.labels}
 
@@ -136,7 +136,7 @@ class Labelled:
         }
 
     def balanced(self, gold: Sequence[Any]) -> list[float]:
-        """A weight for every label against rare ones being drowned."""
+        """Class weights that balance frequent and rare labels."""
         raise NotImplementedError
 
     def remarks(self, tables: Mapping[str, Any], train: Sequence[Any], *, weighted: bool) -> list[str]:
@@ -144,10 +144,10 @@ class Labelled:
         missed = [name for name, row in tables.get("by_label", {}).items() if row["support"] and not row["f1"]]
         if not missed:
             return []
-        line = f"never right on the validation rows (F1 0): {listed(missed, 5)}"
+        line = f"never predicted correctly on the validation rows (F1 0): {listed(missed, 5)}"
         factors = [] if weighted else self.balanced(train)
         if max(factors, default=0.0) > _UNEVEN * min([1.0, *factors]):
-            line += f"; --class-weights balanced lets rare labels weigh more, here {min(factors):.2g} to {max(factors):.2g} times"
+            line += f"; --class-weights balanced weights rare labels higher, here {min(factors):.2g} to {max(factors):.2g} times"
         return [line]
 
     def in_own_order(self) -> Self:
@@ -155,7 +155,7 @@ class Labelled:
         return replace(self, head=())
 
     def in_head_order(self, probe: Linear) -> tuple[Tensor, Tensor]:
-        """The weight and the bias of a probe, whose outputs are in the order of `labels`."""
+        """Weight and bias of a probe, reordered from `labels` to the order of the head."""
         order = [self.labels.index(name) for name in self.head or self.labels]
         return torch.from_numpy(probe.weight[order]), torch.from_numpy(probe.bias[order])
 
@@ -167,27 +167,27 @@ class Labelled:
         return logits[..., [self.head.index(name) for name in self.labels]]
 
     def forecasts(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
-        """The logits (rows, labels) that mean probabilities, and what came true: a number a row, or one a label."""
+        """Logits (rows, labels) and gold for calibration: one number per row, or one per label."""
         return torch.stack(list(scores)), torch.tensor(gold)
 
     def calibration(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> float | None:
         """See `Task`."""
-        found = self.forecasts(scores, gold)
-        return forecast_error(*found) if found else None
+        forecasts = self.forecasts(scores, gold)
+        return forecast_error(*forecasts) if forecasts else None
 
     def temperature(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> float:
         """See `Task`."""
-        found = self.forecasts(scores, gold)
-        return temperature(*found) if found else 1.0
+        forecasts = self.forecasts(scores, gold)
+        return temperature(*forecasts) if forecasts else 1.0
 
 
 def align_labels(labels: Sequence[str], id2label: Mapping[int, str] | None) -> tuple[str, ...]:
-    """The label names in the order of a checkpoint's head, if it has names; by name, never by position.
+    """Order the labels as in a checkpoint's head, if the head has label names; matched by name, never by position.
 
-    Names in another case are the same names, unless there are labels that differ in nothing else.
+    Names match regardless of case, unless some labels differ only in case.
 
     Raises:
-        DataError: the checkpoint names other labels.
+        DataError: the checkpoint has different labels.
     """
     if not id2label:
         return tuple(labels)
@@ -198,5 +198,5 @@ def align_labels(labels: Sequence[str], id2label: Mapping[int, str] | None) -> t
         return tuple(theirs)
     by_lower = {label.lower(): label for label in labels}
     if sorted(name.lower() for name in theirs) != sorted(by_lower):
-        raise DataError(f"the checkpoint has the labels {listed(theirs)}, the data {listed(labels)}")
+        raise DataError(f"the checkpoint has the labels {listed(theirs)}, but the data has {listed(labels)}")
     return tuple(by_lower[name.lower()] for name in theirs)

@@ -1,4 +1,4 @@
-"""From the cells of a label column to what a loss takes: what kind of problem it is, which labels, which numbers."""
+"""Detect the problem type and the labels of a label column, and convert its cells to numbers for the loss."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SINGLE, MULTI, REGRESSION = PROBLEM_TYPES = (
     "multi_label_classification",
     "regression",
 )
-"""As `transformers` names them in a model's configuration."""
+"""Problem types, named as in the configuration of transformers."""
 
 NUMBER = ("score",)
-"""The one output of a regression, where others have the names of their labels."""
+"""Label name of a regression's single output."""
 
 OWN_METRICS = {
     SINGLE: ("accuracy", "f1_macro"),
@@ -33,34 +33,34 @@ OWN_METRICS = {
 }
 
 Place = Callable[[int], str]
-"""Where a row stands, for messages: `train.csv, line 3`."""
+"""Returns the location of a row, for messages: `train.csv, line 3`."""
 
 ALL_DIFFERENT = 10
-"""So many labels, each in one row only, are no labels; fewer may be an example of each."""
+"""From this many labels with a single row, the column is refused; a smaller table may have one example per label."""
 
 _LARGEST = 1e30
-"""Squares of numbers in their own units are far from it; float32 ends at 3e38."""
+"""Largest regression target, so that its square stays below the float32 maximum of 3e38."""
 
 HIDDEN = (None, -1, "-1")
-"""GLUE's test sets keep their labels to themselves."""
+"""Label of the GLUE test sets, whose labels are hidden."""
 
 _PLAIN = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-"""A number as people and libraries write it: neither `007` nor `1_000` nor `nan`."""
+"""A plainly written number: not `007`, `1_000` or `nan`."""
 _OF_LISTS = re.compile(r"""[,'"]|^[][\d.\s+-]+$""")
-"""What lists written as text hold, and names in brackets do not."""
+"""Characters in lists written as text, but not in names in brackets."""
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0")
-"""A whole number as pandas writes it in a column with gaps."""
+"""An integer as written by pandas in a column with missing values."""
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 
 
 def settle_task(task: Task, values: Sequence[Any], place: Place, origin: str) -> Task:
-    """The user's own task with its problem, labels and metrics, as far as they are not known yet.
+    """Complete a task on the user's own data with problem type, labels and metrics, where they are not known yet.
 
-    Lists make a multi-label problem, and real numbers a regression; everything else is one label a row. Text is a number
-    only where all cells are numbers and none is written in two ways; a label keeps its text.
+    Lists make a multi-label problem, real numbers a regression; everything else is single-label. Text counts as numbers
+    only if all cells are numbers and no number is written in two ways; labels keep their text.
 
     Raises:
-        DataError: a row without a label, labels of different kinds, a single label in all, or another one in every row.
+        DataError: a row has no label, labels have mixed types, there is only one label, or every row has its own label.
     """
     if task.name != OWN or task.labels:
         return task
@@ -81,55 +81,55 @@ def settle_task(task: Task, values: Sequence[Any], place: Place, origin: str) ->
     labels = tuple(sorted(names, key=_order))
     if len(labels) < 2:
         held = f"one label only ({labels[0]})" if labels else "no label"
-        raise DataError(f"{origin}: column '{task.label_column}' holds {held}; nothing can be learned from it")
+        raise DataError(f"{origin}: column '{task.label_column}' has {held}; choose another with --label-column")
     if len(labels) == len(cells) >= ALL_DIFFERENT:
         amounts = problem == SINGLE and all(_PLAIN.fullmatch(name) for name in labels)
         raise DataError(
-            f"{origin}: column '{task.label_column}' holds {len(labels):,} labels, each in one row only, as an id or a text "
-            f"does: choose another with --label-column{', or --problem-type regression for amounts' if amounts else ''}"
+            f"{origin}: column '{task.label_column}' holds {len(labels):,} labels, each in one row only, like an id or a "
+            f"text: choose another with --label-column{', or --problem-type regression for amounts' if amounts else ''}"
         )
     return replace(task, labels=labels)
 
 
 def label_numbers(values: Sequence[Any], task: Task, place: Place) -> list[Any] | None:
-    """The gold of every row: a label number, a real number, or a 0.0 or 1.0 for every label; None if it is hidden.
+    """Convert the labels of all rows to label numbers, real numbers, or 0.0 and 1.0 per label; None if they are hidden.
 
     Raises:
-        DataError: a label that is not among the task's, or no number where one is needed.
+        DataError: a label is unknown to the task, or a number is missing.
     """
     if task.name != OWN and all(value in HIDDEN for value in values):
         return None
     if task.problem_type == REGRESSION:
         return [_real(value, task, place, row) for row, value in enumerate(values)]
     numbers = {name: number for number, name in enumerate(task.labels)}
-    if task.name != OWN:  # a known task's data may hold the numbers themselves
+    if task.name != OWN:  # a dataset of a built-in task may already have label numbers
         numbers |= {str(number): number for number in range(len(task.labels))}
     nameless = task.labels == _nameless(len(task.labels))
-    found: list[Any] = []
+    gold: list[Any] = []
     for row, value in enumerate(values):
         if task.problem_type == MULTI and isinstance(value, str) and value not in numbers:
             value = as_list(value)
         if nameless and _is_vector(value) and len(value) == len(task.labels):
-            found.append([float(part) for part in value])
+            gold.append([float(part) for part in value])
             continue
         chosen = set()
         for name in _names(value, task, place, row):
             number = _number_of(name, numbers, nameless=nameless)
             if number is None:
-                raise DataError(f"{place(row)}: label '{name}' is not among those trained on ({listed(task.labels)})")
+                raise DataError(f"{place(row)}: label '{name}' is not a label of the training ({listed(task.labels)})")
             chosen.add(number)
         if task.problem_type == MULTI:
-            found.append([float(number in chosen) for number in range(len(task.labels))])
+            gold.append([float(number in chosen) for number in range(len(task.labels))])
         else:
-            found.append(chosen.pop())
-    return found
+            gold.append(chosen.pop())
+    return gold
 
 
 def check_numbers(gold: Sequence[float], column: str) -> None:
-    """Refuse numbers to train on from which nothing can be learned.
+    """Refuse regression targets that cannot be learned.
 
     Raises:
-        DataError: all are the same but for rounding, or float32 cannot hold them or what is between them.
+        DataError: all are equal up to rounding, or float32 cannot represent them or their differences.
     """
     if not gold:
         return
@@ -137,35 +137,35 @@ def check_numbers(gold: Sequence[float], column: str) -> None:
     largest, between = max(abs(lowest), abs(highest)), highest - lowest
     if between <= 1e-12 * largest:
         raise DataError(
-            f"column '{column}' holds one number only ({lowest:.7g}) in the rows to train on; nothing can be learned from it"
+            f"column '{column}' has only one number ({lowest:.7g}) in the training rows; choose another with --label-column"
         )
     if largest > _LARGEST or between < 1 / _LARGEST:
         what = f"numbers up to {largest:.3g}" if largest > _LARGEST else f"numbers no more than {between:.3g} apart"
-        raise DataError(f"column '{column}' holds {what}, which float32 cannot hold; give them in another unit")
+        raise DataError(f"column '{column}' has {what}, which float32 cannot represent; use another unit")
 
 
 # -- columns --------------------------------------------------------------------------------------------------------------
 
 
 def _lists_read(values: Sequence[Any], task: Task, origin: str) -> Sequence[Any]:
-    """The cells, with the lists that a csv holds as text where all of them are such.
+    """The cells, parsed as lists if all of them are lists written as text.
 
     Raises:
-        DataError: they look like lists, but nothing can read them.
+        DataError: a cell looks like a list but cannot be parsed.
     """
     given = [value for value in values if not is_missing(value)]
     if not given or not all(map(looks_like_list, given)):
         return values
-    found = all_lists(values)
-    if found is None and not any(_OF_LISTS.search(value) for value in given):
+    lists = all_lists(values)
+    if lists is None and not any(_OF_LISTS.search(value) for value in given):
         return values  # names in brackets
-    if found is None:
+    if lists is None:
         bad = next(value for value in given if list_in(value) is None)
         raise DataError(
-            f"{origin}: column '{task.label_column}' looks like lists written as text, but {listed([bad])} cannot be read: write "
-            'them as JSON (["a", "b"]), or the names with commas between them'
+            f"{origin}: column '{task.label_column}' looks like lists written as text, but {listed([bad])} cannot be parsed: write "
+            'them as JSON (["a", "b"]), or as comma-separated names'
         )
-    return found
+    return lists
 
 
 def _problem_of(values: Sequence[Any], task: Task) -> str:
@@ -181,14 +181,14 @@ def _problem_of(values: Sequence[Any], task: Task) -> str:
 
 
 def _is_vector(value: Any) -> bool:
-    """Whether a cell says of every label whether it applies: a list of 0 and 1."""
+    """Whether a cell is a multi-hot vector: a list of 0 and 1, one per label."""
     return isinstance(value, (list, tuple)) and len(value) > 1 and all(
         isinstance(part, (int, float)) and part in (0, 1) for part in value
     )  # fmt: skip
 
 
 def _width_of_vectors(values: Sequence[Any], task: Task, origin: str) -> int:
-    """The length of the vectors of 0 and 1 in all cells; 0 where cells are lists of labels.
+    """The common length of the multi-hot vectors; 0 if the cells are lists of labels.
 
     Raises:
         DataError: the vectors have different lengths.
@@ -199,14 +199,14 @@ def _width_of_vectors(values: Sequence[Any], task: Task, origin: str) -> int:
     if len(widths) > 1:
         if any(len(set(value)) < len(value) for value in values):
             raise DataError(
-                f"{origin}: column '{task.label_column}' holds vectors of 0 and 1 of different lengths ({min(widths)} to {max(widths)})"
+                f"{origin}: column '{task.label_column}' has vectors of 0 and 1 of different lengths ({min(widths)} to {max(widths)})"
             )
         return 0
     return widths.pop()
 
 
 def _nameless(count: int) -> tuple[str, ...]:
-    """The names that transformers gives to labels without any."""
+    """Default label names of transformers."""
     return tuple(f"LABEL_{number}" for number in range(count))
 
 
@@ -214,7 +214,7 @@ def _nameless(count: int) -> tuple[str, ...]:
 
 
 def _names(value: Any, task: Task, place: Place, row: int) -> list[str]:
-    """The labels of one cell, as text. Where several can apply, an empty cell means that none does."""
+    """The labels of one cell, as text. In a multi-label task, an empty cell has no labels."""
     if task.problem_type == MULTI:
         if is_missing(value):
             return []
@@ -225,26 +225,28 @@ def _names(value: Any, task: Task, place: Place, row: int) -> list[str]:
         raise DataError(f"{place(row)}: column '{task.label_column}' has no label")
     elif isinstance(value, (list, tuple)):
         raise DataError(
-            f"{place(row)}: column '{task.label_column}' is a list; one label a row is expected "
-            f"(--problem-type {MULTI} where several can apply)"
+            f"{place(row)}: column '{task.label_column}' is a list, but one label per row is expected "
+            f"(use --problem-type {MULTI} for several)"
         )
     else:
         parts = [value]
     for part in parts:
         if not isinstance(part, (str, int, float)) or (isinstance(part, float) and not math.isfinite(part)):
-            raise DataError(f"{place(row)}: column '{task.label_column}' holds {described(part)}, not a label")
+            raise DataError(f"{place(row)}: column '{task.label_column}' has {described(part)}, not a label")
         if isinstance(part, str) and not whole_text(part):
-            raise DataError(f"{place(row)}: column '{task.label_column}' holds half a character (a lone surrogate)")
+            raise DataError(
+                f"{place(row)}: column '{task.label_column}' contains an invalid character (a lone surrogate); remove it"
+            )
     return [_name(part) for part in parts]
 
 
 def _name(value: Any) -> str:
-    """Text as it is; the number 1.0 is label 1."""
+    """Convert a cell to a label name: text is unchanged, the number 1.0 becomes `1`."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _number_of(name: str, numbers: Mapping[str, int], *, nameless: bool) -> int | None:
-    """The number of a label: by its very name, else as another library writes the same whole number, true or false."""
+    """The number of a label, by exact name or by another spelling of the same integer or boolean."""
     if name in numbers:
         return numbers[name]
     if (whole := _WHOLE.fullmatch(name)) and whole[1] in numbers:
@@ -263,26 +265,26 @@ def _real(value: Any, task: Task, place: Place, row: int) -> float:
     number = _number(value)
     if number is None:
         held = described(value) if is_missing(value) else f"'{listed([str(value)])}'"
-        raise DataError(f"{place(row)}: column '{task.label_column}' holds {held}, not a number")
+        raise DataError(f"{place(row)}: column '{task.label_column}' has {held}, not a number")
     if abs(number) > _LARGEST:
         raise DataError(
-            f"{place(row)}: column '{task.label_column}' holds {number:.3g}, which float32 cannot hold; give the numbers in another unit"
+            f"{place(row)}: column '{task.label_column}' has {number:.3g}, which float32 cannot represent; use another unit"
         )
     return number
 
 
 def _order(name: str) -> tuple[bool, int, str]:
-    """Whole numbers first, by their value; then names by their characters, `007` and `nan` among them."""
+    """Sort key: integers first, by value; then names alphabetically, including `007` and `nan`."""
     return (False, int(name), name) if _INTEGER.fullmatch(name) and len(name) < 1000 else (True, 0, name)
 
 
 def _number(value: Any) -> float | None:
-    """The number that a cell is, or whose plain text it holds."""
+    """The number in a cell, or in its text."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or is_missing(value):
         return None
     if isinstance(value, str) and not _PLAIN.fullmatch(value.strip()):
         return None
     try:
         return float(value)
-    except OverflowError:  # a whole number of hundreds of digits
+    except OverflowError:  # an integer with hundreds of digits
         return math.inf

@@ -1,7 +1,7 @@
-"""The loss of a language model, computed where there is something to learn alone, and never for all of a vocabulary at once.
+"""Language modeling loss, computed at target positions only and in chunks.
 
-The model's last layer turns every position into as many numbers as there are tokens. Here it gets only the positions whose next
-token is a target, some at a time, so that neither their scores nor the gradients of those are ever held for all.
+The last layer of a language model maps every position to one logit per vocabulary entry. Here it is applied only to
+positions whose next token is a target, in chunks, so that the logits and their gradients are never in memory all at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from craft_cli.data.tokens import IGNORED
 from craft_cli.errors import ConfigError, ModelError
 
 _AT_ONCE = 2**24
-"""Scores held at once: 64 MB in float32."""
+"""Maximum logits in memory at once: 64 MB in float32."""
 
 Scorer = Callable[[Tensor], Tensor]
 
@@ -30,20 +30,20 @@ def model_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     Padding stands on the right, where no token looks: masking it would change no loss, and cost a copy of grouped keys and values.
 
     Raises:
-        ConfigError: the model's attention takes no such mask.
+        ConfigError: the model's attention does not support such a mask.
     """
     if batch.segments is None:
         return {**batch.inputs, "attention_mask": torch.ones_like(batch.inputs["input_ids"])}
     config = getattr(model, "module", model).config
     kind = str(config._attn_implementation)
     if kind not in ("sdpa", "eager"):
-        raise ConfigError(f"--packing: the attention of this model ({kind}) takes no mask of blocks; leave it out")
+        raise ConfigError(f"--packing: this model's attention ({kind}) does not support a block mask; remove it")
     segments = batch.segments  # (bins, tokens)
     width = segments.shape[1]
     window = getattr(config.get_text_config(), "sliding_window", None)
     if window and width > window:
         raise ConfigError(
-            f"--packing: this model sees {window} tokens back: give --max-seq-length {window} or less, or leave it out"
+            f"--packing: this model has a sliding window of {window} tokens: pass --max-seq-length {window} or less, or remove it"
         )
     order = torch.arange(width, device=segments.device)
     seen = (segments[:, :, None] == segments[:, None, :]) & (order[:, None] >= order[None, :])  # (bins, tokens, tokens)
@@ -54,21 +54,21 @@ def model_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
 
 
 def hidden_at_targets(model: Any, inputs: dict[str, Any], targets: Tensor) -> tuple[Tensor, Tensor, Scorer, Tensor]:
-    """What the last layer of a model is given where the next token is a target.
+    """Run the model and collect the inputs of its last layer at positions whose next token is a target.
 
     Args:
-        model: with a language model's head, perhaps wrapped for several processes; called once.
-        inputs: of the model.
-        targets: (rows, tokens), the tokens themselves where they are to be learned, else `IGNORED`.
+        model: a model with a language modeling head, possibly wrapped for several processes; called once.
+        inputs: model inputs.
+        targets: (rows, tokens), the token ids to train on, `IGNORED` elsewhere.
 
     Returns:
-        The hidden states (N, width), their targets (N,), the scores (n, vocabulary) of some of them, as the model computes them,
-        and a zero by which what the model returned takes part in a loss: engines that shard a model wait for its gradient.
+        The hidden states (N, width), their targets (N,), the logits (n, vocabulary) of some of them as the model computes
+        them, and a zero that connects the model's output to the loss, because sharded engines wait for its gradient.
     """
     inner = getattr(model, "module", model)
     head = inner.get_output_embeddings()
     if head is None:
-        raise ModelError(f"{type(inner).__name__} has no output embedding: it is no language model")
+        raise ModelError(f"{type(inner).__name__} has no output embedding, so it is not a language model")
     following = torch.full_like(targets, IGNORED)
     following[:, :-1] = targets[:, 1:]
     learned = following != IGNORED  # (rows, tokens)
@@ -94,21 +94,21 @@ def summed_loss(model: Any, inputs: dict[str, Any], targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def losses_and_hits(model: Any, inputs: dict[str, Any], targets: Tensor) -> list[Tensor]:
-    """For each row (3,): the sum of the losses of its targets, how many of them are the likeliest token, how many there are."""
+    """For each row (3,): summed loss, number of targets predicted correctly, number of targets."""
     hidden, wanted, scores_of, _ = hidden_at_targets(model, inputs, targets)
     each = [torch.zeros(2, 0, device=hidden.device)]
     for part in _parts(len(wanted), _rows_at_once(model)):
         scores = scores_of(hidden[part])  # (n, vocabulary)
         losses = functional.cross_entropy(scores, wanted[part], reduction="none")
         each.append(torch.stack([losses, (scores.argmax(dim=-1) == wanted[part]).float()]))
-    found = torch.cat(each, dim=1).cpu()  # (2, N)
+    per_target = torch.cat(each, dim=1).cpu()  # (2, N)
     counts = (targets[:, 1:] != IGNORED).sum(dim=1).tolist()
-    rows = zip(*(column.split(counts) for column in found), counts, strict=True)
+    rows = zip(*(column.split(counts) for column in per_target), counts, strict=True)
     return [torch.tensor([float(losses.sum()), float(hits.sum()), float(count)]) for losses, hits, count in rows]
 
 
 class _Loss(torch.autograd.Function):
-    """The summed cross-entropy of a frozen last layer: its gradient is computed with it, some positions at a time."""
+    """Summed cross-entropy of a frozen last layer. The gradient is computed in the forward pass, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, wanted: Tensor, scores_of: Scorer, at_once: int) -> Tensor:
@@ -138,7 +138,7 @@ def _parts(count: int, size: int) -> Iterator[slice]:
 
 
 def _finisher(config: Any) -> Scorer:
-    """What families do to the scores of their last layer."""
+    """Scaling and capping that some model families apply to their logits."""
     config = config.get_text_config()
     scale = getattr(config, "logit_scale", None)  # cohere
     scaling = getattr(config, "logits_scaling", None)  # granite
@@ -154,12 +154,12 @@ def _finisher(config: Any) -> Scorer:
 
 @contextmanager
 def _in_place_of(head: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A module that computes something else."""
-    former = vars(head).get("forward")  # where somebody else has put one in its place
+    """Replace a module's forward temporarily."""
+    previous = vars(head).get("forward")  # another library may have replaced it already
     head.forward = forward
     try:
         yield
     finally:
         del head.forward
-        if former is not None:
-            head.forward = former
+        if previous is not None:
+            head.forward = previous

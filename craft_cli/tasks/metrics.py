@@ -1,8 +1,8 @@
-"""Metrics by the names of scikit-learn and scipy, and the two kinds of tables made of predictions.
+"""Metrics, named as in scikit-learn and scipy, and the tables by label.
 
-Every metric is a number for whatever was predicted: a correlation with something constant is 0, and so are R2 of constant
-gold and the F1 of a label that neither occurs nor is predicted. Only an error (`mae`, `rmse`) of predictions that are not
-finite is not finite either.
+Every metric is defined for all predictions: a correlation with constant values is 0, and so are R2 for constant gold and
+the F1 of a label that neither occurs nor is predicted. Only the errors (`mae`, `rmse`) of non-finite predictions are
+non-finite.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import numpy as np
 
 
 def compute_metrics(names: Sequence[str], gold: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-    """Metrics of predictions.
+    """Compute metrics of predictions.
 
     Args:
-        names: of one label a row `accuracy`, `f1` (of label 1 of two), `f1_macro`, `matthews_correlation`; of several
-            `f1_micro`, `f1_macro`; of numbers `pearson`, `spearman`, `mae`, `rmse`, `r2`.
-        gold: label numbers; a 0 or 1 for every label; real numbers.
-        predictions: the same.
+        names: single-label: `accuracy`, `f1` (of label 1 of two), `f1_macro`, `matthews_correlation`; multi-label:
+            `f1_micro`, `f1_macro`; regression: `pearson`, `spearman`, `mae`, `rmse`, `r2`.
+        gold: label numbers, 0 or 1 for every label, or real numbers.
+        predictions: in the same form.
 
     `f1_macro` averages over all labels that occur in gold or predictions.
     """
-    with warnings.catch_warnings():  # of constant input and undefined ratios: they are defined here
+    with warnings.catch_warnings():  # constant inputs and undefined ratios are defined here
         warnings.simplefilter("ignore")
         values = {name: float(_METRICS[name](np.asarray(gold), np.asarray(predictions))) for name in names}
     return {name: value if math.isfinite(value) or lower_is_better(name) else 0.0 for name, value in values.items()}
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a metric is an error: `loss`, `mae`, `rmse`, `perplexity`, also of a split, `loss_mismatched`."""
+    """Whether lower values are better: `loss`, `mae`, `rmse`, `perplexity`, also with a split, as in `loss_mismatched`."""
     return name.split("_")[0] in ("loss", "mae", "rmse", "perplexity")
 
 
@@ -104,11 +104,11 @@ _METRICS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 MOST_CONFUSED = 200
-"""More labels make a matrix that nobody reads, and of thousands one that needs gigabytes."""
+"""Maximum labels of a confusion matrix: larger ones are unreadable, and thousands of labels would need gigabytes."""
 
 
 def confusion(gold: Sequence[int], predictions: Sequence[int], labels: Sequence[str]) -> list[list[int]]:
-    """Rows counted by gold label (down) and predicted label (across)."""
+    """Confusion matrix: gold labels are rows, predicted labels are columns."""
     from sklearn.metrics import confusion_matrix
 
     matrix: list[list[int]] = confusion_matrix(gold, predictions, labels=range(len(labels))).tolist()
@@ -116,7 +116,7 @@ def confusion(gold: Sequence[int], predictions: Sequence[int], labels: Sequence[
 
 
 def by_label(gold: Sequence[Any], predictions: Sequence[Any], labels: Sequence[str]) -> dict[str, Mapping[str, float]]:
-    """Precision, recall, f1 and support (rows of this gold label) of every label."""
+    """Precision, recall, f1 and support (rows with this gold label) of every label."""
     from sklearn.metrics import precision_recall_fscore_support
 
     columns = precision_recall_fscore_support(
@@ -135,25 +135,25 @@ def by_label(gold: Sequence[Any], predictions: Sequence[Any], labels: Sequence[s
 def averages(
     by_label: Mapping[str, Mapping[str, float]], confusion: Sequence[Sequence[int]] | None = None
 ) -> dict[str, dict[str, float]]:
-    """The lines below a table by label, by the names of scikit-learn's classification_report.
+    """The average lines of a table by label, named as in scikit-learn's classification_report.
 
     Args:
         by_label: the table.
-        confusion: of one label a row; without there is no accuracy.
+        confusion: confusion matrix of a single-label task; without it, accuracy is omitted.
     """
     support = [row["support"] for row in by_label.values()]
     rates = {name: np.array([row[name] for row in by_label.values()]) for name in ("precision", "recall", "f1")}
     total, parts = sum(support), np.array(support) / max(sum(support), 1)
-    found: dict[str, dict[str, float]] = {}
+    averages: dict[str, dict[str, float]] = {}
     if confusion is not None:
-        found["accuracy"] = {"f1": float(np.trace(confusion)) / max(total, 1), "support": total}
-    found["macro avg"] = {name: float(values.mean()) for name, values in rates.items()} | {"support": total}
-    found["weighted avg"] = {name: float(values @ parts) for name, values in rates.items()} | {"support": total}
-    return found
+        averages["accuracy"] = {"f1": float(np.trace(confusion)) / max(total, 1), "support": total}
+    averages["macro avg"] = {name: float(values.mean()) for name, values in rates.items()} | {"support": total}
+    averages["weighted avg"] = {name: float(values @ parts) for name, values in rates.items()} | {"support": total}
+    return averages
 
 
 def renamed(metrics: Mapping[str, float], split: str, splits: Sequence[str] | Mapping[str, Any]) -> dict[str, float]:
-    """Metrics by their names; those of other splits than the first have its name behind: `accuracy_mismatched`."""
+    """Metrics by name. Those of further splits have the split as a suffix: `accuracy_mismatched`."""
     if split == next(iter(splits)):
         return dict(metrics)
     return {f"{name}_{split.removeprefix('validation_')}": value for name, value in metrics.items()}

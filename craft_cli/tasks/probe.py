@@ -1,7 +1,7 @@
-"""A linear probe: what scikit-learn fits on the features that a frozen base hands to the last layer of its head.
+"""Linear probe, fitted with scikit-learn on the frozen base's inputs to the last layer of the head.
 
-Where a head starts (LP-FT, Kumar et al. 2022, arXiv 2202.10054). All fits are penalised on features whose variances have the
-mean 1, with the penalty that serves rows best that were not fitted on; what is returned takes the features as they are.
+It initializes the head (LP-FT, Kumar et al. 2022, arXiv 2202.10054). Features are scaled to a mean variance of 1, and the
+penalty is chosen by cross-validation. The returned weights apply to unscaled features.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3)
-"""Half of each times the squared norm of the weights is added to the mean loss of the rows."""
+"""Penalties to try; half of the penalty times the squared norm of the weights is added to the mean loss."""
 
 MOST_AMPLIFIED = 100.0
-"""A layer that makes more of a rounding error in the features than this is fitted with a stronger penalty."""
+"""Maximum amplification of rounding errors in the features; above it, a stronger penalty is used."""
 
 _FOLDS = 5
 _MANY_ROWS = 3000
-"""From here on one part of the rows tells penalties apart as well as five."""
+"""From this many rows on, one validation part replaces five-fold cross-validation."""
 
-Weights = Any  # (rows,), how much each counts
+Weights = Any  # row weights (rows,)
 
 Progress = Callable[[int, int], None]
-"""Called with (fits done, fits in all)."""
+"""Called with (fits done, total fits)."""
 
 
 def silent(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Ignore progress."""
 
 
 class Linear(NamedTuple):
@@ -37,14 +37,14 @@ class Linear(NamedTuple):
 
     Attributes:
         weight: (outputs, features), float64.
-        bias: (outputs,); zero where there is to be none.
+        bias: (outputs,); zero for a layer without bias.
     """
 
     weight: Any
     bias: Any
 
     def __call__(self, features: Any) -> Any:
-        """(rows, features) to (rows, outputs)."""
+        """Map (rows, features) to (rows, outputs)."""
         return features @ self.weight.T + self.bias
 
 
@@ -62,9 +62,9 @@ def fit_labels(
     Args:
         features: (rows, features).
         gold: (rows,), label numbers.
-        labels: how many there are; one without rows keeps a score of zero, which is never the highest.
-        factors: (labels,), of the loss of each label's rows; none without.
-        bias: whether the layer has one; without, features are scaled but not centred.
+        labels: number of labels; a label without rows is never predicted.
+        factors: class weights (labels,). Default: equal weights.
+        bias: whether the layer has a bias; if not, features are scaled but not centered.
         progress: see `Progress`.
     """
     from sklearn.linear_model import LogisticRegression
@@ -76,7 +76,7 @@ def fit_labels(
         model = LogisticRegression(C=1 / (penalty * w.sum()), fit_intercept=bias, max_iter=300, tol=1e-4)
         model.fit(x, y, sample_weight=w)
         weight, start = np.zeros((labels, x.shape[1])), np.zeros(labels)
-        if len(model.classes_) == 2:  # one output, which tells the second from the first
+        if len(model.classes_) == 2:  # a single output, for the second label
             one, two = model.classes_
             weight[two], start[two] = model.coef_[0] / 2, model.intercept_[0] / 2 if bias else 0.0
             weight[one], start[one] = -weight[two], -start[two]
@@ -99,12 +99,12 @@ def fit_labels(
 def fit_several(
     features: Any, gold: Any, *, factors: Sequence[float] = (), bias: bool = True, progress: Progress = silent
 ) -> Linear:
-    """A logistic regression for each of several labels that can apply.
+    """One logistic regression per label, for multi-label tasks.
 
     Args:
         features: (rows, features).
         gold: (rows, labels), 0 or 1.
-        factors: (labels,), of the loss of the rows that a label applies to; none without.
+        factors: positive weights (labels,). Default: equal weights.
         bias: see `fit_labels`.
         progress: see `Progress`.
     """
@@ -118,7 +118,7 @@ def fit_several(
         pair = (1.0, factors[number]) if len(factors) else ()
         two = fit_labels(features, column.astype(int), 2, factors=pair, bias=bias, progress=of_all)
         weight, start = two.weight[1] - two.weight[0], two.bias[1] - two.bias[0]
-        if len(np.unique(column)) < 2 and bias:  # all rows or none: as likely as with one row of the other kind
+        if len(np.unique(column)) < 2 and bias:  # only one class: use the odds with one row of the other class added
             start = np.log((column.sum() + 1) / (len(column) - column.sum() + 1))
         layers.append((weight, start))
     return Linear(np.stack([weight for weight, _ in layers]), np.array([start for _, start in layers]))
@@ -145,11 +145,11 @@ def fit_numbers(features: Any, gold: Any, *, bias: bool = True, progress: Progre
         return float(((layer(x)[:, 0] - y) ** 2).sum())
 
     ranks = np.argsort(np.argsort(gold, kind="stable"), kind="stable")
-    strata = ranks * 10 // max(len(ranks), 1)  # low and high numbers in every part
-    found = _fitted(
+    strata = ranks * 10 // max(len(ranks), 1)  # stratify by the size of the target
+    fitted = _fitted(
         features, np.asarray(gold) / scale, np.ones(len(gold)), fit, loss, strata, bias=bias, progress=progress
     )
-    return Linear(found.weight * scale, found.bias * scale)
+    return Linear(fitted.weight * scale, fitted.bias * scale)
 
 
 def _fitted(
@@ -163,17 +163,17 @@ def _fitted(
     bias: bool,
     progress: Progress,
 ) -> Linear:
-    """The fit with the penalty that is best on rows it has not seen."""
+    """Fit with the penalty that is best on held-out rows."""
     x = np.asarray(features, dtype=np.float64)
     mean = x.mean(axis=0) if bias else np.zeros(x.shape[1])
     scale = (
         float(np.sqrt(((x - mean) ** 2).mean())) or 1.0
-    )  # one for all: a feature that hardly changes gets no large weight
+    )  # one scale for all features, so that nearly constant ones get no large weight
     x = (x - mean) / scale
     parts, totals = _parts(strata), np.zeros(len(PENALTIES))
     fits = len(parts) * len(PENALTIES) + 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of many labels, of a fit that stops a little early: no user can mend them
+        warnings.simplefilter("ignore")  # about many labels or convergence: the user cannot fix these
         for part, (train, test) in enumerate(parts):
             for number, penalty in enumerate(PENALTIES):
                 layer = fit(x[train], gold[train], weights[train], penalty)
@@ -190,13 +190,13 @@ def _fitted(
 
 
 def _amplification(layer: Linear, features: Any) -> float:
-    """How many times larger a relative error of the features can come out: the features' size and that of what is made of them."""
+    """Upper bound on the amplification of a relative error in the features: the size of the features times the weights."""
     inside = np.linalg.norm(layer.weight, 2) * np.sqrt((np.asarray(features) ** 2).sum(axis=1).mean())
     return float(inside / max(np.std(layer(features)), 1e-30)) if layer.weight.any() else 0.0
 
 
 def _parts(strata: Any) -> list[tuple[Any, Any]]:
-    """Rows to fit on and rows to judge by, of all strata alike; none where there are too few."""
+    """Stratified splits into rows to fit and rows to validate; empty if there are too few rows."""
     order = np.argsort(strata, kind="stable")
     fold = np.empty(len(order), dtype=int)
     fold[order] = np.arange(len(order)) % _FOLDS

@@ -1,4 +1,4 @@
-"""What the outputs of a head mean, for every kind of problem: loss, probabilities, predictions, and a head that is fitted."""
+"""Loss, probabilities, predictions and linear probe for each problem type."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from craft_cli.tasks.probe import Linear, Progress, fit_labels, fit_numbers, fit
 
 
 def summed_loss(logits: Tensor, gold: Tensor, problem_type: str, class_weights: Tensor | None = None) -> Tensor:
-    """Loss of a batch, summed over its rows.
+    """The loss of a batch, summed over its rows.
 
     Args:
         logits: (rows, labels), or (rows, 1) for a regression.
@@ -40,22 +40,22 @@ def summed_loss(logits: Tensor, gold: Tensor, problem_type: str, class_weights: 
 
 
 def mean_loss(logits: Tensor, gold: Sequence[Any], problem_type: str) -> float:
-    """The mean over rows of `summed_loss`; of numbers in float64, or far from zero the squares would hold rounding alone."""
+    """The mean of `summed_loss` over rows; in float64 for regression, because rounding dominates squares of large numbers."""
     if problem_type == REGRESSION:
-        found = functional.mse_loss(logits.squeeze(-1).double(), torch.tensor(gold, dtype=torch.float64))
-        return float(found)
+        loss = functional.mse_loss(logits.squeeze(-1).double(), torch.tensor(gold, dtype=torch.float64))
+        return float(loss)
     return float(summed_loss(logits, torch.tensor(gold), problem_type)) / len(gold)
 
 
 def probabilities(logits: Tensor, problem_type: str) -> Tensor:
-    """Probability of every label (rows, labels): softmax, or one sigmoid a label; of a regression the number itself."""
+    """Probabilities (rows, labels): softmax, or one sigmoid per label; for regression, the number itself."""
     if problem_type == REGRESSION:
         return logits
     return torch.sigmoid(logits) if problem_type == MULTI else torch.softmax(logits, dim=-1)
 
 
 def decide(logits: Tensor, problem_type: str, threshold: float = THRESHOLD) -> list[Any]:
-    """The prediction of every row: a label number, a real number, or a 0 or 1 for every label."""
+    """The prediction of every row: a label number, a real number, or 0 or 1 for every label."""
     if problem_type == REGRESSION:
         return logits.squeeze(-1).tolist()
     if problem_type == MULTI:
@@ -73,15 +73,15 @@ def fit_outputs(
     bias: bool,
     progress: Progress,
 ) -> Linear:
-    """A linear probe (see `tasks.probe`) for a head of these labels.
+    """Fit a linear probe (see `tasks.probe`) for a head with these labels.
 
     Args:
         features: (rows, features).
         gold: see `summed_loss`.
-        problem_type: decides what is fitted.
-        labels: how many there are.
-        factors: (labels,), of the loss of each label's rows; none without.
-        bias: whether the layer has one.
+        problem_type: problem type, one of `PROBLEM_TYPES`.
+        labels: number of labels.
+        factors: class weights (labels,). Default: equal weights.
+        bias: whether the layer has a bias.
         progress: see `tasks.probe`.
     """
     x, y = features.double().numpy(), np.array(gold)
@@ -93,16 +93,16 @@ def fit_outputs(
 
 
 def units_of(gold: Sequence[float]) -> tuple[float, float]:
-    """The mean of some numbers, and the power of two next to their standard deviation: dividing by it loses nothing."""
-    spread = float(np.std(gold)) if np.ptp(gold) else 0.0  # else rounding makes one of equal numbers
+    """Mean of the targets, and the power of two nearest to their standard deviation, so that scaling is exact."""
+    spread = float(np.std(gold)) if np.ptp(gold) else 0.0  # equal numbers could get a nonzero value by rounding
     return float(np.mean(gold)), 2.0 ** round(math.log2(spread)) if spread > 0 else 1.0
 
 
 def balanced_weights(gold: Sequence[Any], problem_type: str, labels: int) -> list[float]:
-    """A factor for every label against rare ones being drowned.
+    """Class weights that balance frequent and rare labels.
 
-    Of one label a row, scikit-learn's `balanced`: rows / (labels x rows of this label). Where several labels apply, the
-    rows without a label against those with it, for the positive part of its loss.
+    Single-label: scikit-learn's `balanced`, rows / (labels x rows of this label). Multi-label: rows without the label
+    divided by rows with it, for the positive part of its loss.
     """
     if problem_type == MULTI:
         table = torch.tensor(gold)  # (rows, labels)
@@ -113,23 +113,23 @@ def balanced_weights(gold: Sequence[Any], problem_type: str, labels: int) -> lis
 
 
 def kept_threshold(record: Mapping[str, Any]) -> float:
-    """The threshold that the record of a training tells.
+    """The threshold in a training record.
 
     Raises:
-        ModelError: it is none.
+        ModelError: the threshold is invalid.
     """
-    told = record.get("threshold", THRESHOLD)
-    if not isinstance(told, (int, float)) or not 0 < told < 1:
+    threshold = record.get("threshold", THRESHOLD)
+    if not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
         raise ModelError(
-            f"the model's threshold (in config.json, under {MERGED_KEY}) is {told!r}, not a number between 0 and 1: correct it"
+            f"the model's threshold (in config.json, under {MERGED_KEY}) is {threshold!r}, not a number between 0 and 1: correct it"
         )
-    return float(told)
+    return float(threshold)
 
 
 def best_threshold(logits: Tensor, gold: Sequence[Any]) -> float:
-    """Where a label should begin to apply: the threshold, in steps of 0.01, with the highest micro F1 on these rows.
+    """The threshold, in steps of 0.01, with the highest micro F1 on these rows.
 
-    Of several as good it is the one nearest to 0.5.
+    Ties are resolved towards 0.5.
 
     Args:
         logits: (rows, labels).
@@ -137,16 +137,16 @@ def best_threshold(logits: Tensor, gold: Sequence[Any]) -> float:
     """
     thresholds = torch.arange(1, 100, dtype=torch.float64) / 100
     probabilities, gold_table = torch.sigmoid(logits.double()), torch.tensor(gold, dtype=torch.float64)
-    found = []
+    scores = []
     for threshold in thresholds:
         applies = (probabilities > threshold).double()
-        found.append(float(2 * (applies * gold_table).sum() / (applies.sum() + gold_table.sum()).clamp(min=1)))
-    best = max(found)
-    return min((float(t) for t, f1 in zip(thresholds, found, strict=True) if f1 == best), key=lambda t: abs(t - 0.5))
+        scores.append(float(2 * (applies * gold_table).sum() / (applies.sum() + gold_table.sum()).clamp(min=1)))
+    best = max(scores)
+    return min((float(t) for t, f1 in zip(thresholds, scores, strict=True) if f1 == best), key=lambda t: abs(t - 0.5))
 
 
 def constant_answer(gold: Sequence[Any], problem_type: str) -> Any:
-    """The one answer to all rows that is best on these: the most frequent label, so many of the most frequent ones, the mean."""
+    """The best constant prediction: the most frequent label, the best number of most frequent labels, or the mean."""
     if problem_type == REGRESSION:
         return sum(gold) / len(gold)
     if problem_type != MULTI:
@@ -155,7 +155,7 @@ def constant_answer(gold: Sequence[Any], problem_type: str) -> Any:
     counts = np.array(gold).sum(axis=0)  # (labels,)
     order = np.argsort(-counts, kind="stable")
     numbers = np.arange(1, len(order) + 1)
-    f1 = 2 * np.cumsum(counts[order]) / (numbers * len(gold) + counts.sum())  # of the first, the first two, ...
+    f1 = 2 * np.cumsum(counts[order]) / (numbers * len(gold) + counts.sum())  # for the first label, the first two, ...
     answer = np.zeros(len(order), dtype=int)
     answer[order[: int(f1.argmax()) + 1]] = 1
     return answer.tolist()

@@ -1,6 +1,6 @@
-"""Texts, alone or several a row, with a label, several labels or a number: `--task-type sequence-classification`.
+"""Sequence classification, `--task-type sequence-classification`: one or more texts per row, with labels or a number.
 
-One place for every kind of problem: what its labels are, its loss, its predictions, scores and metrics.
+Covers single-label and multi-label classification and regression.
 """
 
 from __future__ import annotations
@@ -55,25 +55,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SequenceClassification(Labelled):
-    """What is to be told of one text, of a pair or of more. The methods are those of `tasks.base.Task`.
+    """A task on one text, a pair of texts or more. The methods are those of `tasks.base.Task`.
 
     Attributes:
-        name: as typed after `--task`; `own` for the user's own data.
-        text_columns: one, two, or more, which are joined (see `data.tokens.encode`).
-        labels: the names, in the order of the label numbers; `NUMBER` for a regression.
-        metrics: what is reported; the first one chooses the best adapter.
-        problem_type: one of `PROBLEM_TYPES`; empty as long as it is not known.
-        label_column: the gold label, as number or as name (or several, or a real number).
-        label_separator: what stands between the labels of one cell, where several apply.
-        threshold: above it a label applies, where several can.
-        finds_threshold: whether `settled` is to find it.
+        name: the value of `--task`; `own` for the user's own data.
+        text_columns: one column, two, or more, which are joined (see `data.tokens.encode`).
+        labels: label names, in the order of the label numbers; `NUMBER` for regression.
+        metrics: metrics to report; the first one chooses the best adapter.
+        problem_type: one of `PROBLEM_TYPES`; empty until it is known.
+        label_column: the column of label numbers or names (one or more), or real numbers.
+        label_separator: separator of the labels in a cell of a multi-label task.
+        threshold: multi-label tasks predict every label above this probability.
+        finds_threshold: whether `settled` chooses the threshold.
         units: see `Task`.
-        hub: data set on the hub, with its configuration.
-        sample: folder below `craft_cli/samples`, for data that ships with craft.
-        train: split to train on; None for a task that is only evaluated.
-        validation: splits to evaluate on; the first one chooses the best adapter.
-        server: for each of the GLUE server's files its split and its rows.
-        server_numbers: whether the server takes label numbers, not names.
+        hub: dataset on the Hub, with its configuration.
+        sample: folder in `craft_cli/samples`, for data that ships with craft.
+        train: training split; None for a task that is only evaluated.
+        validation: validation splits; the first one chooses the best adapter.
+        server: split and number of rows of each file for the GLUE server.
+        server_numbers: whether the GLUE server expects label numbers instead of names.
     """
 
     kind: ClassVar[str] = "sequence-classification"
@@ -95,35 +95,35 @@ class SequenceClassification(Labelled):
 
     @property
     def home(self) -> Home:
-        """Where its rows lie."""
+        """The location of its rows."""
         test = tuple(dict.fromkeys(split for split, _ in self.server.values())) if self.server else (TEST,)
         return Home(self.hub, self.sample, self.train, self.validation, test)
 
     @property
     def chooser(self) -> str:
-        """Own numbers are to be near: a correlation is content with any scale."""
+        """See `Task`. Regression on the user's own data uses the loss, because a correlation ignores the scale."""
         return "loss" if self.problem_type == REGRESSION and self.name == OWN else self.metrics[0]
 
     @property
     def stratified(self) -> bool:
-        """Whether rows that are held out are to be of all labels alike."""
+        """Whether to stratify held-out rows by label."""
         return self.problem_type == SINGLE
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
     @classmethod
     def recognises(cls, table: Table, source: DataSource) -> bool:
-        """Whatever no other kind recognises: its errors tell of the columns that are missing."""
+        """Always true: this is the default task type, and its errors name the missing columns."""
         return True
 
     @classmethod
     def own(cls) -> SequenceClassification:
-        """Columns, labels and the kind of problem are to be found in the data."""
+        """A task whose columns, labels and problem type are detected in the data."""
         return cls(problem_type="", label_column="")
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], config: Any) -> SequenceClassification:
-        """Of a checkpoint: what its configuration says, or what one output and several usually mean."""
+        """See `Task`. For a base checkpoint, its configuration decides, or else its number of outputs."""
         threshold = kept_threshold(record)
         if record.get("task", OWN) != OWN:
             from craft_cli.tasks.glue import task_of
@@ -144,11 +144,11 @@ class SequenceClassification(Labelled):
         )
 
     def chosen(self, source: DataSource) -> SequenceClassification:
-        """With columns, separator and kind of problem as the user names them."""
+        """A copy with columns, separator and problem type given by the user."""
         problem = source.problem_type or self.problem_type
         separator = source.label_separator or self.label_separator
         task = self
-        if problem != self.problem_type and self.labels:  # of a trained head that does not tell
+        if problem != self.problem_type and self.labels:  # the configuration of a trained head may omit it
             if REGRESSION in (problem, self.problem_type):
                 raise ConfigError(f"--problem-type {problem}: the model was trained for {self.problem_type}")
             task = replace(self, metrics=OWN_METRICS[problem])
@@ -162,7 +162,7 @@ class SequenceClassification(Labelled):
         )
 
     def read(self, table: Table, *, labelled: bool) -> tuple[SequenceClassification, Split]:
-        """Texts, and gold where there is a column of labels."""
+        """Read texts, and labels if there is a label column."""
         columns, label = settled_columns(table, self.text_columns, self.label_column, labelled=labelled)
         task = replace(self, text_columns=self.text_columns or columns, label_column=self.label_column or label)
         texts = list(zip(*(texts_of(table, column) for column in columns), strict=True))
@@ -176,17 +176,17 @@ class SequenceClassification(Labelled):
     def reader(
         self, first: Row, origin: str, *, plain: bool, columns: Sequence[str]
     ) -> Callable[[Sequence[Row]], Split]:
-        """Several texts in one line are divided by tabs."""
+        """Return a reader; several texts in one line are separated by tabs."""
         names = ("text",) if plain else columns_of(first, origin, columns or self.text_columns)
         parts = len(self.text_columns) if plain else 1
 
         def texts(row: Row) -> tuple[str, ...]:
             if parts > 1:
-                found = tuple(row.cells["text"].split("\t", parts - 1))
-                if len(found) < parts:
+                texts_of_row = tuple(row.cells["text"].split("\t", parts - 1))
+                if len(texts_of_row) < parts:
                     count = "two texts; put a tab" if parts == 2 else f"{parts} texts; put tabs"
                     raise DataError(f"{origin}, {row.place}: this model takes {count} between them")
-                return found
+                return texts_of_row
             return tuple(text_of(row.cells.get(name), name, lambda: f"{origin}, {row.place}") for name in names)
 
         return lambda rows: Split(
@@ -194,59 +194,59 @@ class SequenceClassification(Labelled):
         )
 
     def notes(self, rows: Mapping[str, Split]) -> list[str]:
-        """Of the labels or the numbers too."""
+        """Notes about texts and labels or numbers."""
         if self.problem_type == REGRESSION:
             return [*number_notes(rows, self.label_column), *super().notes(rows)]
         return [*label_notes(rows, self.labels, self.label_column), *super().notes(rows)]
 
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> SequenceClassification:
-        """With the threshold, weights against rare labels being drowned where they are asked for, and units of own numbers.
+        """A copy with threshold, class weights if requested, and units of the user's regression targets.
 
         Raises:
-            ConfigError: a setting without effect on this kind of problem.
-            DataError: numbers from which nothing can be learned.
+            ConfigError: a setting has no effect on this problem type.
+            DataError: the regression targets cannot be learned.
         """
         self.only_labels(config)
         if config.threshold != AUTO and self.problem_type != MULTI:
-            raise ConfigError("--threshold: only where several labels can apply to a row; leave it out")
+            raise ConfigError("--threshold is only for multi-label tasks; remove it")
         if self.problem_type == REGRESSION:
             if config.calibrate:
-                raise ConfigError("--calibrate: a regression answers numbers, not probabilities; leave it out")
+                raise ConfigError("--calibrate: a regression predicts numbers, not probabilities; remove it")
             if self.name == OWN:
                 check_numbers(gold, self.label_column)
-        found = config.threshold == AUTO and self.problem_type == MULTI
+        choose_threshold = config.threshold == AUTO and self.problem_type == MULTI
         return replace(
             self,
             threshold=THRESHOLD if isinstance(config.threshold, str) else config.threshold,
-            finds_threshold=found,
+            finds_threshold=choose_threshold,
             class_weights=tuple(self.balanced(gold)) if config.class_weights else (),
             units=units_of(gold) if self.problem_type == REGRESSION and self.name == OWN else (0.0, 1.0),
         )
 
     def balanced(self, gold: Sequence[Any]) -> list[float]:
-        """A weight for every label against rare ones being drowned, see `balanced_weights`.
+        """Class weights, see `balanced_weights`.
 
         Raises:
-            ConfigError: a regression has no labels to weigh.
+            ConfigError: the task is a regression.
         """
         if self.problem_type == REGRESSION:
-            raise ConfigError("--class-weights: a regression has no labels to weigh")
+            raise ConfigError("--class-weights: a regression has no labels; remove it")
         return balanced_weights(gold, self.problem_type, len(self.labels))
 
     # -- model ----------------------------------------------------------------------------------------------------------
 
     def on_head(self, config: Any, *, strict: bool = True) -> SequenceClassification:
-        """A regression has no names to go by."""
+        """See `Task`; a regression has no label names to match."""
         return self if self.problem_type == REGRESSION else super().on_head(config, strict=strict)
 
     def continues(self, config: Any) -> bool:
-        """For the same kind of problem, the same labels; of a number there is no name to go by."""
+        """See `Task`: the problem type and the labels must be the same; a regression has no label names to compare."""
         if self.problem_type == REGRESSION:
             return config.num_labels == 1 and config.problem_type == REGRESSION
         return (config.problem_type or SINGLE) == self.problem_type and super().continues(config)
 
     def model_options(self) -> dict[str, Any]:
-        """The names of the outputs, and the kind of problem."""
+        """Label names and problem type."""
         return super().model_options() | {"problem_type": self.problem_type}
 
     def encode(
@@ -257,11 +257,11 @@ class SequenceClassification(Labelled):
         progress: Callable[[int, int], None] = lambda done, total: None,
         cache: Path | None = None,
     ) -> Encoded:
-        """One text or two in a row of tokens."""
+        """Tokenize texts or pairs."""
         return encode(split, tokenizer, limit, progress, cache)
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        """Summed over the rows."""
+        """The loss, summed over the rows."""
         logits = self.outputs(model, batch)  # (rows, labels)
         assert batch.targets is not None
         weights = torch.tensor(self.class_weights, device=logits.device) if self.class_weights else None
@@ -273,13 +273,13 @@ class SequenceClassification(Labelled):
         return list(self.outputs(model, batch).float().cpu() * self.units[1])
 
     def in_own_order(self) -> SequenceClassification:
-        """Nor are its numbers in other units."""
+        """See `Task`; the numbers stay in training units too."""
         return replace(self, head=(), units=(0.0, 1.0))
 
     def fit_head(
         self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool, progress: Progress = silent
     ) -> tuple[Tensor, Tensor]:
-        """Logistic regressions or a ridge."""
+        """Fit logistic or ridge regressions."""
         rows, labels = torch.stack(list(features)), len(self.labels)  # (rows, features)
         weight, start = fit_outputs(
             rows, gold, self.problem_type, labels, self.class_weights, bias=bias, progress=progress
@@ -289,11 +289,11 @@ class SequenceClassification(Labelled):
     # -- results --------------------------------------------------------------------------------------------------------
 
     def decide(self, scores: Sequence[Tensor]) -> list[Any]:
-        """The prediction of every row, see the function of this name."""
+        """The prediction of every row, see the function `predictions`."""
         return decide(torch.stack(list(scores)), self.problem_type, self.threshold)
 
     def settled(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> SequenceClassification:
-        """With the threshold, where it is to be found."""
+        """A copy with the best threshold, if it is to be chosen."""
         if not self.finds_threshold:
             return self
         return replace(self, threshold=best_threshold(torch.stack(list(scores)), gold))
@@ -305,34 +305,37 @@ class SequenceClassification(Labelled):
         return metrics | {"loss": mean_loss(logits, gold, self.problem_type)}
 
     def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> dict[str, float]:
-        """The metrics of the answer that is best for all the training rows."""
+        """The metrics of the best constant prediction."""
         return compute_metrics(self.metrics, gold, [constant_answer(train, self.problem_type)] * len(gold))
 
     def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
-        """Not of a regression; a confusion matrix of one label a row only."""
+        """See `Task`; empty for a regression, and a confusion matrix only for single-label tasks."""
         if self.problem_type == REGRESSION:
             return {}
-        found = self.decide(scores)
-        tables: dict[str, Any] = {"by_label": by_label(gold, found, self.labels), "ece": self.calibration(scores, gold)}
+        predicted = self.decide(scores)
+        tables: dict[str, Any] = {
+            "by_label": by_label(gold, predicted, self.labels),
+            "ece": self.calibration(scores, gold),
+        }
         if self.problem_type != MULTI and len(self.labels) <= MOST_CONFUSED:
-            tables["confusion"] = confusion(list(gold), found, self.labels)
+            tables["confusion"] = confusion(list(gold), predicted, self.labels)
         return tables
 
     def forecasts(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
-        """None of a regression."""
+        """See `Task`; None for a regression."""
         return None if self.problem_type == REGRESSION else super().forecasts(scores, gold)
 
     def mistakes(self, scores: Sequence[Tensor], split: Split) -> Iterator[tuple[float, dict[str, Any]]]:
-        """A regression is never quite right; where several labels apply the worst of them counts."""
+        """See `Task`. A regression ranks all rows by error; a multi-label row counts by its worst label."""
         labels, answers = split.labels or [], self.decide(scores)
-        gold, found = torch.tensor(labels, dtype=torch.float64), torch.tensor(answers)
+        gold, predicted = torch.tensor(labels, dtype=torch.float64), torch.tensor(answers)
         values = probabilities(torch.stack(list(scores)), self.problem_type)  # (rows, labels)
         if self.problem_type == REGRESSION:
-            wrong = (found - gold).abs()
+            wrong = (predicted - gold).abs()
         elif self.problem_type == MULTI:
-            wrong = ((values - gold).abs() * (found != gold)).amax(dim=-1)
+            wrong = ((values - gold).abs() * (predicted != gold)).amax(dim=-1)
         else:
-            wrong = values.amax(dim=-1) * (found != gold)
+            wrong = values.amax(dim=-1) * (predicted != gold)
         size = "error" if self.problem_type == REGRESSION else "confidence"
         for row, (much, label, answer) in enumerate(zip(wrong.tolist(), labels, answers, strict=True)):
             if much > 0:
@@ -340,13 +343,13 @@ class SequenceClassification(Labelled):
                 yield much, {"place": split.place_of(row), **named, "texts": list(split.texts[row])}
 
     def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
-        """A mapping for each row: `prediction`, `scores` by label, and `label` where gold is known.
+        """One mapping per row: `prediction`, `scores` by label, and `label` if the gold is known.
 
-        A prediction is a label's name, the names of all labels that apply, or a number.
+        A prediction is a label name, a list of label names, or a number.
         """
         logits = torch.stack(list(scores))
-        found = zip(probabilities(logits, self.problem_type).tolist(), self.decide(scores), strict=True)
-        for row, (values, number) in enumerate(found):
+        answers = zip(probabilities(logits, self.problem_type).tolist(), self.decide(scores), strict=True)
+        for row, (values, number) in enumerate(answers):
             record: dict[str, Any] = {
                 "prediction": self._answered(number),
                 "scores": {name: self._rounded(value) for name, value in zip(self.labels, values, strict=True)},
@@ -356,7 +359,7 @@ class SequenceClassification(Labelled):
             yield record
 
     def _rounded(self, value: float) -> float:
-        """Probabilities to six decimals; numbers of any size to the seven digits that a model computes with."""
+        """Round probabilities to six decimals, and numbers to the seven significant digits of float32."""
         return float(f"{value:.7g}") if self.problem_type == REGRESSION else round(value, 6)
 
     def _answered(self, value: Any) -> Any:
@@ -372,7 +375,7 @@ class SequenceClassification(Labelled):
     # -- on disk --------------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
-        """What an adapter keeps of the task."""
+        """The record of the task that is saved with an adapter."""
         return {
             "task": self.name,
             "task_type": self.kind,
@@ -382,7 +385,7 @@ class SequenceClassification(Labelled):
         }
 
     def columns(self) -> dict[str, Any]:
-        """Which columns were read."""
+        """The columns that were read."""
         names = ("text_columns", "label_column", "label_separator")
         return {name: getattr(self, name) for name in names}
 

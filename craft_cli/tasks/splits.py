@@ -1,4 +1,4 @@
-"""The splits of a task: tables read as what its rows mean."""
+"""Load the splits of a task."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from craft_cli.tasks.glue import task_named
 
 @dataclass(frozen=True)
 class Loaded:
-    """A task and the splits asked for, by name, in the order of the request; notes for the user.
+    """A task and the requested splits by name, in the order of the request, with notes for the user.
 
     Attributes:
-        read: by the name of every table that was read its rows and their checksum, before any were held out.
-        held_out: which rows are held out, see `data.holdout`; empty where none are.
+        read: number of rows and checksum of every table, by name, before rows were held out.
+        held_out: the held-out marks, see `data.holdout`; empty if no rows were held out.
     """
 
     task: Task
@@ -40,21 +40,21 @@ class Loaded:
     held_out: Mapping[str, str] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """What a training keeps of its rows, so that an evaluation knows them again."""
+        """The record of the training rows, by which an evaluation recognizes them."""
         return {"rows": self.read, "held_out": dict(self.held_out)}
 
 
 def load_splits(source: DataSource, parts: Sequence[str], known: Task | None = None) -> Loaded:
-    """The task and its splits.
+    """Load a task and its splits.
 
     Args:
-        source: where from.
-        parts: of `train`, `validation`, `test`; labels of the user's own data are collected from the first one.
-        known: what is known of the user's own task already (labels, kind of work); found in the data without.
+        source: the data source.
+        parts: any of `train`, `validation`, `test`; labels of the user's own data are collected from the first one.
+        known: an existing task on the user's own data (labels, task type). Default: detected in the data.
 
     Raises:
-        ConfigError: an unknown task, or one that cannot be trained on.
-        DataError: a file, column, row or label that cannot be used.
+        ConfigError: the task is unknown, or cannot be trained on.
+        DataError: a file, column, row or label is invalid.
     """
     task = task_named(source.task) if source.task else known
     if known and task and task.name == known.name:
@@ -62,14 +62,14 @@ def load_splits(source: DataSource, parts: Sequence[str], known: Task | None = N
     home = task.home if task else Home()
     if task and TRAIN in parts and home.train is None:
         raise ConfigError(
-            f"--task {task.name} is for evaluation only: train on mnli, then `craft eval --task {task.name}`"
+            f"--task {task.name} is for evaluation only; train on mnli, then run `craft eval --task {task.name}`"
         )
     if task and source.task_type not in (None, task.kind):
-        raise ConfigError(f"--task-type: {task.name} is {task.kind}, not {source.task_type}; leave it out")
+        raise ConfigError(f"--task-type: {task.name} is {task.kind}, not {source.task_type}; remove it")
     own = task is None or task.name == OWN
     held_out = VALIDATION in parts and own and not has_validation(source)
     if source.validation_share and not held_out and VALIDATION in parts:
-        raise ConfigError("--validation-share: there is validation data, so nothing is held out; give one or the other")
+        raise ConfigError("--validation-share cannot be combined with validation data; remove one")
     names = [
         name for part in parts for name in ([TRAIN] if held_out and part != TEST else split_names(source, home, part))
     ]
@@ -89,9 +89,9 @@ def load_splits(source: DataSource, parts: Sequence[str], known: Task | None = N
         share = source.validation_share or 0.1
         limits = source.held_out or hold_out(splits[TRAIN], share, source.seed or 0, stratify=task.stratified)
         kept, apart = divided(splits[TRAIN], limits)
-        seed = limits.get(SALT, "").partition(".")[0]  # perhaps that of another run
+        seed = limits.get(SALT, "").partition(".")[0]  # may come from another run
         note = (
-            f"{len(apart)} of {len(splits[TRAIN])} rows of {splits[TRAIN].origin} held out to evaluate on (seed {seed})"
+            f"{len(apart)} of {len(splits[TRAIN])} rows of {splits[TRAIN].origin} held out for validation (seed {seed})"
         )
         notes += [note] if TRAIN in parts else []
         whole = splits.pop(TRAIN)

@@ -1,7 +1,7 @@
-"""Conversations to token ids by a tokenizer's chat template, and which of the tokens are to be learned.
+"""Tokenize conversations with a chat template, and find the tokens to train on.
 
-Everything is rendered once and tokenised whole. Where an answer begins and ends is found by rendering the conversation up to
-it: what stands there must be the beginning of the whole. Templates with `{% generation %}` marks say it themselves.
+A conversation is rendered and tokenized once, as a whole. The bounds of an answer are found by rendering the conversation up
+to it, which must give a prefix of the whole. Templates with `{% generation %}` mark the answers themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from craft_cli.errors import ConfigError, DataError, ModelError, nearest
 from craft_cli.tasks.dialogues import ASSISTANT, COMPLETION, MESSAGES, USER, Conversation
 
 ANSWERS, LAST, ONLY_COMPLETION, ALL = TRAIN_ON = "assistant", "last", "completion", "all"
-"""What is learned of a row; see `learned_by_default`."""
+"""The parts of a row that can be trained on; see `learned_by_default`."""
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -35,21 +35,21 @@ ALPACA = (
     "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
 TEMPLATES = {"chatml": CHATML, "zephyr": ZEPHYR, "alpaca": ALPACA}
-"""By the words after `--chat-template`, for models without a template of their own."""
+"""Chat templates by the value of `--chat-template`, for models without one."""
 _LARGEST = 200_000
-"""Characters of a template; the longest of known models has a tenth of it."""
+"""Maximum characters of a template; the longest known one has a tenth of this."""
 
 
 def learned_by_default(form: str) -> str:
-    """What is learned of rows of this form: answers, completions, or all of a text."""
+    """What is trained on by default for a form of rows: answers, completions, or the whole text."""
     return {MESSAGES: ANSWERS, COMPLETION: ONLY_COMPLETION}.get(form, ALL)
 
 
 def template_named(name: str) -> str:
-    """The chat template of this name, or in this file.
+    """Read a chat template by name or from a file.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is no such template.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
@@ -60,22 +60,22 @@ def template_named(name: str) -> str:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         known = ", ".join(TEMPLATES)
         raise ConfigError(
-            f"--chat-template: '{name}' is neither one of {known} nor a file that can be read ({reason}){nearest(name, TEMPLATES)}"
+            f"--chat-template: '{name}' is neither one of {known} nor a readable file ({reason}){nearest(name, TEMPLATES)}"
         ) from error
     if len(text) > _LARGEST or not text.strip():
         raise ConfigError(
-            f"--chat-template: {path} is no chat template: it is {'empty' if not text.strip() else 'too long'}"
+            f"--chat-template: {path} is not a chat template: it is {'empty' if not text.strip() else 'too long'}"
         )
     return text
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """One row in tokens.
+    """A tokenized row.
 
     Attributes:
         ids: token ids.
-        targets: for each token itself where it is to be learned, else `IGNORED`.
+        targets: the token id where it is trained on, else `IGNORED`.
     """
 
     ids: list[int]
@@ -83,16 +83,17 @@ class Rendered:
 
 
 class Renderer:
-    """Rows of one form to tokens.
+    """Tokenizes rows of one form.
 
     Args:
-        tokenizer: a fast one.
-        form: of the rows, see `dialogues`.
-        train_on: what is learned, of `TRAIN_ON`.
-        template: in the place of the tokenizer's own; empty without.
+        tokenizer: a fast tokenizer.
+        form: form of the rows, see `dialogues`.
+        train_on: the parts to train on, one of `TRAIN_ON`.
+        template: a chat template to use instead of the tokenizer's; empty for the tokenizer's.
 
     Raises:
-        ModelError: there is no chat template, or it ends turns by a token that the tokenizer does not have, or the tokenizer cannot tell where its tokens stand in a text.
+        ModelError: there is no chat template, its end-of-turn token is missing from the tokenizer, or the tokenizer does
+            not return offsets.
     """
 
     def __init__(self, tokenizer: Any, form: str, train_on: str, template: str = "") -> None:
@@ -100,27 +101,25 @@ class Renderer:
         self._template = template or None
         name = tokenizer.name_or_path
         if not tokenizer.is_fast:
-            raise ModelError(
-                f"{name}: its tokenizer cannot tell where a token stands in a text; it needs a tokenizer.json"
-            )
+            raise ModelError(f"{name}: its tokenizer does not return offsets; language models require a tokenizer.json")
         if form == MESSAGES and not (template or tokenizer.chat_template):
             raise ModelError(
-                f"{name} has no chat template, which conversations need: give --chat-template ({', '.join(TEMPLATES)} or a file), "
+                f"{name} has no chat template, which conversations require: pass --chat-template ({', '.join(TEMPLATES)} or a file), "
                 "or rows of prompt and completion"
             )
         if template == CHATML and "<|im_end|>" not in tokenizer.get_vocab():
             raise ModelError(
-                f"{name} has no token <|im_end|>, which ends a turn of chatml: use --chat-template zephyr or alpaca"
+                f"{name} has no token <|im_end|>, the end of a chatml turn: use --chat-template zephyr or alpaca"
             )
         self._marked = form == MESSAGES and "{% generation" in str(template or tokenizer.chat_template).replace(
             "{%-", "{%"
         )
 
     def prompt(self, row: Sequence[str], place: str) -> list[int]:
-        """The tokens that are to be answered.
+        """Tokenize a prompt.
 
         Raises:
-            DataError: the template refuses the conversation.
+            DataError: the template rejects the conversation.
         """
         if self._form != MESSAGES:
             return self._ids(row[0], own=True)[0]
@@ -128,10 +127,10 @@ class Renderer:
         return self._ids(self._render(talk, talk.prompt, place, ask=True), own=False)[0]
 
     def row(self, row: Sequence[str], place: str, limit: int) -> Rendered:
-        """The tokens of a row, of which those beyond `limit` need not be right.
+        """Tokenize a row; tokens beyond `limit` may be incomplete.
 
         Raises:
-            DataError: the template refuses the conversation, or does not say where its answers are.
+            DataError: the template rejects the conversation, or the answers cannot be located.
         """
         if self._form != MESSAGES:
             text = near_end("".join(row), self._tokenizer, limit)
@@ -150,10 +149,10 @@ class Renderer:
             self._drop_blanks(ids, learned)
         return self._finished(ids, learned)
 
-    # -- where the answers are ------------------------------------------------------------------------------------------
+    # -- locating the answers -------------------------------------------------------------------------------------------
 
     def _answers(self, talk: Conversation, text: str, place: str) -> list[tuple[int, int]]:
-        """Where the answers that are learned begin and end in the whole text."""
+        """Start and end of the trained answers in the whole text."""
         messages, spans = talk.messages, []
         turns = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
         for turn in self._chosen(talk, turns):
@@ -161,23 +160,23 @@ class Renderer:
             after = text if turn == len(messages) - 1 else self._render(talk, messages[: turn + 1], place)
             if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
                 hint = (
-                    "" if self._train_on == LAST else "; --train-on last learns the last answer alone, which may work"
+                    "" if self._train_on == LAST else "; --train-on last trains on the last answer only, which may work"
                 )
                 raise DataError(
-                    f"{place}: the chat template writes message {turn + 1} otherwise when others follow, so it does not say where "
-                    f"that answer is{hint}"
+                    f"{place}: the chat template renders message {turn + 1} differently when others follow, so that answer cannot be "
+                    f"located{hint}"
                 )
             spans.append((len(before), len(after)))
         return spans
 
     def _by_marks(self, talk: Conversation, place: str) -> Rendered:
-        """By the template's own marks, with the token behind each that ends the turn."""
+        """Targets from the template's own marks, including the end-of-turn token after each answer."""
         with self._refused(place):
-            found = self._tokenizer.apply_chat_template(
+            encoded = self._tokenizer.apply_chat_template(
                 talk.messages, tools=talk.tools or None, chat_template=self._template, tokenize=True, return_dict=True,
                 return_assistant_tokens_mask=True,
             )  # fmt: skip
-        ids, learned = list(found["input_ids"]), [bool(mask) for mask in found["assistant_masks"]]
+        ids, learned = list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]]
         special = set(self._tokenizer.all_special_ids)
         for number in range(1, len(ids)):
             if (
@@ -191,20 +190,20 @@ class Renderer:
         turns = [number for number, message in enumerate(talk.messages) if message["role"] == ASSISTANT]
         if len(spans) != len(turns):
             raise DataError(
-                f"{place}: the chat template marks {len(spans)} answers of {len(turns)}: give another --chat-template, or --train-on all"
+                f"{place}: the chat template marks {len(spans)} answers of {len(turns)}: pass another --chat-template, or --train-on all"
             )
-        of_turn = accumulate(number in spans for number in range(len(ids)))  # 1 from the first answer on
+        of_turn = accumulate(number in spans for number in range(len(ids)))  # 1 from the first answer onwards
         chosen = {turns.index(turn) + 1 for turn in self._chosen(talk, turns)}
         return self._finished(ids, [mask and turn in chosen for mask, turn in zip(learned, of_turn, strict=True)])
 
     def _chosen(self, talk: Conversation, turns: Sequence[int]) -> Sequence[int]:
-        """Which of the answers (numbers of messages) are learned: none that belongs to a prompt."""
+        """Message numbers of the answers to train on, without those of a prompt."""
         after = [turn for turn in turns if turn >= talk.given]
         only_last = self._train_on == LAST or (self._train_on == ONLY_COMPLETION and not talk.given)
         return after[-1:] if only_last else after
 
     def _drop_blanks(self, ids: Sequence[int], learned: list[bool]) -> None:
-        """What a template writes behind the token that ends a turn is never generated: it is not learned."""
+        """Exclude text after the end-of-turn token from training, because it is never generated."""
         special = set(self._tokenizer.all_special_ids)
         for number in range(len(ids)):
             ends = learned[number] and not (number + 1 < len(ids) and learned[number + 1])
@@ -231,32 +230,30 @@ class Renderer:
         return _Refused(place)
 
     def _ids(self, text: str, *, own: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """The tokens of a text and where they stand in it; with those that the tokenizer itself puts around a text, or not.
+        """Token ids of a text and their offsets, with or without the tokenizer's special tokens.
 
-        A token that the tokenizer puts behind a text is left out: it would come before the answer.
+        A special token at the end of the text is dropped, because it would come before the answer.
         """
-        found = self._tokenizer(text, add_special_tokens=own, return_offsets_mapping=True, verbose=False)
-        ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
+        encoded = self._tokenizer(text, add_special_tokens=own, return_offsets_mapping=True, verbose=False)
+        ids, spans = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
         while own and ids and spans[-1] == (0, 0) and ids[-1] in self._tokenizer.all_special_ids and len(ids) > 1:
             ids.pop()
             spans.pop()
         return ids, spans
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """With the token that ends a text.
+        """Append the end-of-text token.
 
         Raises:
-            ModelError: the tokenizer has none.
+            ModelError: the tokenizer has no end-of-text token.
         """
         if self._tokenizer.eos_token_id is None:
-            raise ModelError(
-                f"{self._tokenizer.name_or_path}: its tokenizer names no token that ends a text (eos_token)"
-            )
+            raise ModelError(f"{self._tokenizer.name_or_path}: its tokenizer has no end-of-text token (eos_token)")
         return [*ids, self._tokenizer.eos_token_id]
 
     @staticmethod
     def _finished(ids: list[int], learned: Sequence[bool]) -> Rendered:
-        """The first token follows nothing, so it cannot be learned."""
+        """Ignore the first token, because it has no context to be predicted from."""
         targets = [
             token if mask and number else IGNORED for number, (token, mask) in enumerate(zip(ids, learned, strict=True))
         ]
@@ -264,7 +261,7 @@ class Renderer:
 
 
 class _Refused:
-    """Around a template at work: what it raises is about the row."""
+    """Convert any exception of a template to an error about the row."""
 
     def __init__(self, place: str) -> None:
         self._place = place
@@ -275,14 +272,14 @@ class _Refused:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(
             error, DataError
-        ):  # jinja's own, and whatever a template runs into
+        ):  # jinja's own errors, and any other in the template
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DataError(f"{self._place}: the chat template refuses this conversation ({reason})") from error
+            raise DataError(f"{self._place}: the chat template rejects this conversation ({reason})") from error
 
 
 def end_tokens(tokenizer: Any, template: str = "", *, chat: bool = True) -> list[int]:
-    """The tokens that end an answer: the tokenizer's end of a text, and in a chat that of an assistant's turn by the template."""
-    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    """The tokens that end an answer: the end-of-text token and, for conversations, the template's end-of-turn token."""
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if chat and (template or tokenizer.chat_template):
         talk = Conversation([{"role": USER, "content": "a"}, {"role": ASSISTANT, "content": "b"}], [])
         try:
@@ -291,5 +288,5 @@ def end_tokens(tokenizer: Any, template: str = "", *, chat: bool = True) -> list
         except (DataError, ModelError):
             learned = []
         if learned and learned[-1] in tokenizer.all_special_ids:
-            found.append(learned[-1])
-    return list(dict.fromkeys(found))
+            ends.append(learned[-1])
+    return list(dict.fromkeys(ends))

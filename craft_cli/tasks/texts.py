@@ -1,4 +1,4 @@
-"""Which columns hold the texts, and the text in a cell."""
+"""Find the text columns, and read the text in a cell."""
 
 from __future__ import annotations
 
@@ -23,76 +23,76 @@ _LABELS = ("label", "labels", "score", "target", "class")
 
 
 def guess_texts(columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns of one text or a pair by their usual names; none if there are none."""
+    """Find the columns of one text or a pair by their usual names; empty if there are none."""
     guesses = ([column_named(name, columns) for name in guess] for guess in _TEXTS)
     return next((tuple(name for name in guess if name) for guess in guesses if all(guess)), ())
 
 
 def columns_of(first: Row, origin: str, wanted: Sequence[str]) -> tuple[str, ...]:
-    """The columns of texts to predict for: those wanted, or as they are usually called.
+    """The text columns to predict: those given, or by their usual names.
 
     Raises:
-        DataError: they are not there.
+        DataError: they are missing.
     """
     columns = list(first.cells)
     named = [it for name in wanted if (it := column_named(name, columns))]
     if wanted and len(named) == len(wanted):
         return tuple(named)
-    found = guess_texts(columns)
-    if not found or (wanted and len(wanted) != len(found)):
-        needed = f"no columns {' and '.join(wanted)}" if wanted else "no column that is usually a text"
+    columns_of_text = guess_texts(columns)
+    if not columns_of_text or (wanted and len(wanted) != len(columns_of_text)):
+        needed = f"no columns {' and '.join(wanted)}" if wanted else "no column with a usual name of a text"
         raise DataError(f"{origin} has {needed}; {columns_told(columns, '--text-columns')}")
-    return found
+    return columns_of_text
 
 
 def settled_columns(table: Table, texts: tuple[str, ...], label: str, *, labelled: bool) -> tuple[tuple[str, ...], str]:
-    """The columns of texts and of labels in a table: those wanted, or as they are usually called, whatever their case.
+    """The text and label columns of a table: those given, or by their usual names, in any case.
 
     Raises:
-        DataError: one of them is not there.
+        DataError: a column is missing.
     """
     texts = texts or guess_texts(table.columns)
     if not texts:
-        told = columns_told(table.columns, "--text-columns")
-        raise DataError(f"{table.origin}: which columns hold the text? I{told[1:]}")
+        problem = columns_told(table.columns, "--text-columns")
+        raise DataError(f"{table.origin}: which columns hold the text? I{problem[1:]}")
     label = label or next((guess for guess in _LABELS if column_named(guess, table.columns)), _LABELS[0])
-    found = [known_column(table, column, "--text-columns") for column in texts]
-    return tuple(found), known_column(table, label, "--label-column") if labelled else (
+    names = [known_column(table, column, "--text-columns") for column in texts]
+    return tuple(names), known_column(table, label, "--label-column") if labelled else (
         column_named(label, table.columns) or label
     )
 
 
 def known_column(table: Table, name: str, flag: str) -> str:
-    """What a column is called in a table.
+    """The exact name of a column in a table.
 
     Raises:
-        DataError: it is not there.
+        DataError: the column is missing.
     """
-    found = column_named(name, table.columns)
-    if found is None:
+    column = column_named(name, table.columns)
+    if column is None:
         raise DataError(f"{table.origin} has no column '{name}'; {columns_told(table.columns, flag)}")
-    return found
+    return column
 
 
 def texts_of(table: Table, column: str) -> list[str]:
-    """The texts of a column.
+    """Read the texts of a column.
 
     Raises:
-        DataError: a cell without one, or all of them lists of messages that were written as text.
+        DataError: a cell has no text, or all cells are lists of messages written as text.
     """
     texts = [text_of(value, column, partial(table.place, row)) for row, value in enumerate(table.column(column))]
     if all(map(looks_like_list, texts)) and all(isinstance(part, dict) for part in list_in(texts[0]) or [None]):
         raise DataError(
-            f"{table.origin}: column '{column}' holds lists of messages written as text: write the text of each row alone"
+            f"{table.origin}: column '{column}' has lists of messages written as text; write only the text of each row"
         )
     return texts
 
 
 def text_of(value: Any, column: str, place: Callable[[], str]) -> str:
-    """The text in a cell; a number is the text it is written as.
+    """The text in a cell; a number is converted to text.
 
     Raises:
-        DataError: there is none (`place` tells where).
+        DataError: there is no text (`place` returns the location).
     """
     if is_missing(value):
         raise DataError(f"{place()}: column '{column}' has no text")
@@ -100,7 +100,5 @@ def text_of(value: Any, column: str, place: Callable[[], str]) -> str:
         raise DataError(f"{place()}: column '{column}' is {described(value)}, not a text")
     text = str(value)
     if not whole_text(text):
-        raise DataError(
-            f"{place()}: column '{column}' holds half a character (a lone surrogate), which no tokenizer takes"
-        )
+        raise DataError(f"{place()}: column '{column}' contains an invalid character (a lone surrogate); remove it")
     return text

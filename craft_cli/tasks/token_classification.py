@@ -1,8 +1,8 @@
-"""Entities in sentences: a label for every word, `--task-type token-classification`.
+"""Token classification, `--task-type token-classification`: a tag for every word, for named entities.
 
-Tags are read in IOB1, IOB2, IOBES (and its kin BILOU and BMES) or without a prefix, as conlleval reads them; IOB2 is what
-a model learns and answers. The label of a word is on its first token. A word without a token of its own, or beyond the
-length, counts as predicted O.
+Tags can be IOB1, IOB2, IOBES (or BILOU, BMES) or without prefix, and are read as in conlleval; models are trained on and
+predict IOB2. The tag of a word is assigned to its first token. A word without a token, or truncated, counts as predicted
+O.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from craft_cli.data.tables import Table
 
 _WORDS_FITTED = 20_000
-"""More words than these are no better start of a head."""
+"""Maximum words for fitting the probe; more do not improve it."""
 _WORDS, _TAGS = ("tokens", "words"), ("tags", "ner_tags", "labels", "label")
 _LINES = ("text", "sentence")
 _NOT_BLANK = re.compile(r"\S+")
@@ -47,11 +47,11 @@ _NOT_BLANK = re.compile(r"\S+")
 
 @dataclass(frozen=True)
 class TokenClassification(Labelled):
-    """Which words of a sentence are an entity, and of which kind. The methods are those of `tasks.base.Task`.
+    """Named entities in sentences. The methods are those of `tasks.base.Task`.
 
     Attributes:
-        labels: `O`, and `B-` and `I-` of every kind.
-        metrics: of whole entities, micro averages; accuracy of words.
+        labels: `O`, and `B-` and `I-` of every entity type.
+        metrics: micro averages over entities, and word accuracy.
     """
 
     kind: ClassVar[str] = "token-classification"
@@ -63,14 +63,14 @@ class TokenClassification(Labelled):
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """The kinds of entities."""
+        """The entity types."""
         return tuple(dict.fromkeys(label[2:] for label in self.labels if label != OUTSIDE))
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
     @classmethod
     def recognises(cls, table: Table, source: DataSource) -> bool:
-        """Whether there are lists of words, and lists of tags beside them."""
+        """Whether a table has lists of words and lists of tags."""
         words = source.text_columns or _first(_WORDS, table.columns)
         tags = (source.label_column,) if source.label_column else _first(_TAGS, table.columns)
         if len(words) != 1 or not tags:
@@ -80,36 +80,36 @@ class TokenClassification(Labelled):
 
     @classmethod
     def own(cls) -> TokenClassification:
-        """Columns and kinds of entities are to be found in the data."""
+        """A task whose columns and entity types are detected in the data."""
         return cls()
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], config: Any) -> TokenClassification:
-        """Of a checkpoint: the labels of its configuration.
+        """See `Task`. For a base checkpoint, the labels of its configuration are used.
 
         Raises:
-            ModelError: they are no tags of entities.
+            ModelError: the labels are not entity tags.
         """
         labels = tuple(record.get("labels") or (config.id2label[number] for number in range(config.num_labels)))
         if OUTSIDE not in labels or not all(label == OUTSIDE or label.startswith(READ) for label in labels):
             raise ModelError(
-                f"the model's labels are {listed(labels)}, not O, B-... and I-... of entities: train it first"
+                f"the model's labels are {listed(labels)}, not entity tags O, B-... and I-...; train it first"
             )
         data = record.get("data", {})
         return cls(OWN, tuple(data.get("text_columns") or ()), labels, label_column=data.get("label_column") or "")
 
     def chosen(self, source: DataSource) -> TokenClassification:
-        """With the columns that the user names."""
+        """A copy with the columns that the user gave."""
         for name in ("problem_type", "label_separator"):
             if getattr(source, name):
-                raise ConfigError(f"--{name.replace('_', '-')} is for texts; words have one tag each: leave it out")
+                raise ConfigError(f"--{name.replace('_', '-')} does not apply to token classification; remove it")
         if source.text_columns and len(source.text_columns) > 1:
-            raise ConfigError(f"--text-columns: {self.kind} reads one column, of words")
+            raise ConfigError(f"--text-columns: {self.kind} reads one column of words; name one")
         words, tags = source.text_columns or self.text_columns, source.label_column or self.label_column
         return replace(self, text_columns=words, label_column=tags)
 
     def read(self, table: Table, *, labelled: bool) -> tuple[TokenClassification, Split]:
-        """Sentences in words, and the number of each word's IOB2 tag where there is a column of tags."""
+        """Read sentences as words, and the IOB2 tag number of each word if there is a tag column."""
         task = self._with_columns(table)
         column = known_column(table, task.text_columns[0], "--text-columns")
         if labelled:
@@ -123,31 +123,32 @@ class TokenClassification(Labelled):
         for row, cell in enumerate(table.column(tag_column)):
             tags.append(_parts(cell, "tags", tag_column, partial(table.place, row)))
             if len(tags[row]) != len(words[row]):
-                found = f"{len(tags[row])} tags for {len(words[row])} words"
-                raise DataError(f"{table.place(row)}: {found}; every word needs one")
+                raise DataError(
+                    f"{table.place(row)}: {len(tags[row])} tags for {len(words[row])} words; every word needs one tag"
+                )
         rows = one_form(tags, table.place)
         entities = [entities_of(row) for row in rows]
         if not task.labels:
             kinds = sorted({kind for row in entities for kind, _, _ in row})
             if not kinds:
                 raise DataError(
-                    f"{table.origin}: column '{task.label_column}' holds no entity; nothing can be learned from it"
+                    f"{table.origin}: column '{task.label_column}' has no entity; choose another with --label-column"
                 )
             task = replace(task, labels=(OUTSIDE, *(f"{part}-{kind}" for kind in kinds for part in "BI")))
-        gold = [task._numbers(found, len(tags[row]), partial(table.place, row)) for row, found in enumerate(entities)]
+        gold = [task._numbers(spans, len(tags[row]), partial(table.place, row)) for row, spans in enumerate(entities)]
         return task, Split(words, gold, table.origin, note=scheme(rows, tags, table.origin))
 
     def reader(
         self, first: Row, origin: str, *, plain: bool, columns: Sequence[str]
     ) -> Callable[[Sequence[Row]], Split]:
-        """Lists of words, or texts that are divided at white space."""
+        """Return a reader of lists of words, or of texts split at whitespace."""
         guesses = (*columns,) or (*self.text_columns, *_WORDS, *_LINES)
         there = list(first.cells)
-        name = "text" if plain else next((found for guess in guesses if (found := column_named(guess, there))), "")
+        name = "text" if plain else next((column for guess in guesses if (column := column_named(guess, there))), "")
         if not name:
             raise DataError(f"{origin} has no column '{guesses[0]}'; {columns_told(there, '--text-columns')}")
         cell = first.cells[name]
-        if plain or (name.lower() in _LINES and name not in self.text_columns):  # a text in brackets is no list
+        if plain or (name.lower() in _LINES and name not in self.text_columns):  # a text in brackets is not a list
             in_lines = not isinstance(cell, (list, tuple))
         else:
             in_lines = isinstance(as_list(cell), str)
@@ -168,29 +169,29 @@ class TokenClassification(Labelled):
         return read
 
     def for_training(self, config: RunConfig, gold: Sequence[Any]) -> TokenClassification:
-        """With scikit-learn's `balanced` weights of the tags, where they are asked for.
+        """A copy with scikit-learn's `balanced` class weights, if requested.
 
         Raises:
-            ConfigError: a threshold, where there is none.
+            ConfigError: a threshold is given.
         """
         self.only_labels(config)
         if config.threshold != AUTO:
-            raise ConfigError("--threshold: only where several labels can apply, and a word has one tag; leave it out")
+            raise ConfigError("--threshold is only for multi-label tasks, but a word has one tag; remove it")
         return replace(self, class_weights=tuple(self.balanced(gold)) if config.class_weights else ())
 
     def balanced(self, gold: Sequence[Any]) -> list[float]:
-        """Words / (tags x words of it)."""
+        """Class weights: words / (tags x words with this tag)."""
         words = [number for row in gold for number in row]
         counts = [max(words.count(number), 1) for number in range(len(self.labels))]
         return [len(words) / (len(counts) * count) for count in counts]
 
     def notes(self, rows: Mapping[str, Split]) -> list[str]:
-        """Of the words, and of rows to evaluate on that hold nothing to be found."""
-        found = super().notes(rows)
+        """Notes about the words, and about splits without entities."""
+        notes = super().notes(rows)
         for name, split in rows.items():
             if name != TRAIN and not any(map(any, split.labels or [])):
-                found.append(f"{split.origin} holds no entity: precision, recall and f1 are 0 whatever is found")
-        return found
+                notes.append(f"{split.origin} has no entity, so precision, recall and f1 will be 0")
+        return notes
 
     # -- model ----------------------------------------------------------------------------------------------------------
 
@@ -202,7 +203,7 @@ class TokenClassification(Labelled):
         progress: Callable[[int, int], None] = lambda done, total: None,
         cache: Path | None = None,
     ) -> Encoded:
-        """The words of a sentence in a row of tokens, the first of each word with its target."""
+        """Tokenize sentences, with a target on the first token of each word."""
         return encode(split, tokenizer, limit, progress, cache, of_words=True)
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
@@ -215,20 +216,20 @@ class TokenClassification(Labelled):
         )
 
     def scores(self, model: Any, batch: Batch) -> list[Tensor]:
-        """For each row the logits (words, labels); -inf for a word without a token."""
+        """The logits (words, labels) of each row; -inf for a word without a token."""
         logits = self.outputs(model, batch).float().cpu()  # (rows, tokens, labels)
-        found = []
+        logits_of_rows = []
         for row, places in zip(logits, batch.words or [], strict=True):
             index = torch.tensor(places, dtype=torch.long)
             scores = torch.full((len(places), row.shape[-1]), -torch.inf)
             scores[index >= 0] = row[index[index >= 0]]
-            found.append(scores)
-        return found
+            logits_of_rows.append(scores)
+        return logits_of_rows
 
     def fit_head(
         self, features: Sequence[Tensor], gold: Sequence[Any], *, bias: bool, progress: Progress = silent
     ) -> tuple[Tensor, Tensor]:
-        """A logistic regression of the words that have a token, of every tag its share."""
+        """Fit a logistic regression on words with a token, stratified by tag."""
         words = torch.cat(list(features))  # (words, features)
         targets = torch.tensor([number for row in gold for number in row], dtype=torch.long)
         seen = _seen(words)
@@ -236,53 +237,53 @@ class TokenClassification(Labelled):
         order = targets.argsort(stable=True)
         order = order[torch.linspace(0, len(order) - 1, min(len(order), _WORDS_FITTED)).round().long()]
         x, y = words[order].double().numpy(), targets[order].numpy()
-        found = fit_labels(x, y, len(self.labels), factors=self.class_weights, bias=bias, progress=progress)
-        return self.in_head_order(found)
+        layer = fit_labels(x, y, len(self.labels), factors=self.class_weights, bias=bias, progress=progress)
+        return self.in_head_order(layer)
 
     # -- results --------------------------------------------------------------------------------------------------------
 
     def measure(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, float]:
-        """Precision, recall and F1 of entities as conlleval counts them, accuracy of words, mean loss of words."""
+        """Entity precision, recall and F1 as in conlleval, word accuracy, and mean loss per word."""
         metrics = entity_metrics([self._named(row) for row in gold], [self._decided(row) for row in scores])
         logits, targets = self.forecasts(scores, gold)
         total = float(functional.cross_entropy(logits, targets, reduction="sum"))
         return {name: metrics[name] for name in self.metrics} | {"loss": total / max(len(targets), 1)}
 
     def baseline(self, train: Sequence[Any], gold: Sequence[Any]) -> dict[str, float]:
-        """Always O."""
+        """The metrics of predicting O for every word."""
         named = [self._named(row) for row in gold]
-        found = entity_metrics(named, [[OUTSIDE] * len(row) for row in named])
-        return {name: found[name] for name in self.metrics}
+        metrics = entity_metrics(named, [[OUTSIDE] * len(row) for row in named])
+        return {name: metrics[name] for name in self.metrics}
 
     def tables(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> dict[str, Any]:
-        """Precision, recall, F1 and support of each kind of entity; the calibration error of words."""
-        found = [self._decided(row) for row in scores]
-        kinds = by_kind([self._named(row) for row in gold], found, self.answers)
+        """Precision, recall, F1 and support of each entity type, and the calibration error of words."""
+        predicted = [self._decided(row) for row in scores]
+        kinds = by_kind([self._named(row) for row in gold], predicted, self.answers)
         return {"by_label": kinds, "ece": self.calibration(scores, gold)}
 
     def forecasts(self, scores: Sequence[Tensor], gold: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Of the words that have a token."""
+        """The calibration error of the words with a token."""
         logits = torch.cat(list(scores))  # (words, labels)
         seen = _seen(logits)
         return logits[seen], torch.tensor([number for row in gold for number in row], dtype=torch.long)[seen]
 
     def mistakes(self, scores: Sequence[Tensor], split: Split) -> Iterator[tuple[float, dict[str, Any]]]:
-        """Of a sentence the `word` with the surest wrong tag."""
+        """The `word` of each sentence with the most confident wrong tag."""
         for row, (words, logits, gold) in enumerate(zip(split.texts, scores, split.labels or [], strict=True)):
-            sure, found = torch.softmax(logits, dim=-1).nan_to_num().max(dim=-1)  # (words,), 0 without a token
-            wrong = sure * (found != torch.tensor(gold, dtype=torch.long))
+            sure, predicted = torch.softmax(logits, dim=-1).nan_to_num().max(dim=-1)  # (words,), 0 without a token
+            wrong = sure * (predicted != torch.tensor(gold, dtype=torch.long))
             if wrong.any():
                 word = int(wrong.argmax())
-                tags = {"label": self.labels[gold[word]], "prediction": self.labels[int(found[word])]}
-                told = {"word": words[word], **tags, "confidence": round(float(wrong[word]), 6)}
-                yield float(wrong[word]), {"place": split.place_of(row), **told, "texts": [" ".join(words)]}
+                tags = {"label": self.labels[gold[word]], "prediction": self.labels[int(predicted[word])]}
+                fields = {"word": words[word], **tags, "confidence": round(float(wrong[word]), 6)}
+                yield float(wrong[word]), {"place": split.place_of(row), **fields, "texts": [" ".join(words)]}
 
     def records(self, scores: Sequence[Tensor], split: Split) -> Iterator[dict[str, Any]]:
-        """For each row its entities, with their place in its `text`: a line as it was, or words with blanks between."""
+        """The entities of each row, with their offsets in `text`: the original line, or the words joined by spaces."""
         for row, (words, logits) in enumerate(zip(split.texts, scores, strict=True)):
             text = split.lines[row] if split.lines else " ".join(words)
             if split.lines:
-                places = [found.span() for found in _NOT_BLANK.finditer(text)]
+                places = [match.span() for match in _NOT_BLANK.finditer(text)]
             else:
                 ends = accumulate(len(word) + 1 for word in words)
                 places = [(end - 1 - len(word), end - 1) for word, end in zip(words, ends, strict=True)]
@@ -298,21 +299,19 @@ class TokenClassification(Labelled):
 
     def _decided(self, logits: Tensor) -> list[str]:
         """The tag of every word, from its logits (words, labels)."""
-        found = logits.argmax(dim=-1).tolist()
-        return [self.labels[number] if seen else OUTSIDE for number, seen in zip(found, _seen(logits), strict=True)]
+        numbers = logits.argmax(dim=-1).tolist()
+        return [self.labels[number] if seen else OUTSIDE for number, seen in zip(numbers, _seen(logits), strict=True)]
 
     def _named(self, numbers: Sequence[int]) -> list[str]:
         return [self.labels[number] for number in numbers]
 
     def _numbers(self, entities: Sequence[Entity], words: int, place: Callable[[], str]) -> list[int]:
-        """The tags of a sentence in IOB2, as far as the labels of a stranger's checkpoint have them."""
+        """The IOB2 tags of a sentence, restricted to the labels of the checkpoint."""
         numbers = {label: number for number, label in enumerate(self.labels)}
         tags: list[Any] = [numbers[OUTSIDE]] * words
         for kind, first, last in entities:
             if kind not in self.answers:
-                raise DataError(
-                    f"{place()}: '{kind}' is not among the kinds of entities trained on ({listed(self.answers)})"
-                )
+                raise DataError(f"{place()}: '{kind}' is not an entity type of the training ({listed(self.answers)})")
             begin, inside = (numbers.get(f"{part}-{kind}") for part in "BI")
             tags[first : last + 1] = [begin if inside is None else inside] * (last + 1 - first)
             tags[first] = inside if begin is None else begin
@@ -321,11 +320,11 @@ class TokenClassification(Labelled):
     # -- on disk --------------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
-        """What an adapter keeps of the task."""
+        """The record of the task that is saved with an adapter."""
         return {"task": self.name, "task_type": self.kind, "labels": list(self.labels)}
 
     def columns(self) -> dict[str, Any]:
-        """Which columns were read."""
+        """The columns that were read."""
         return {"text_columns": self.text_columns, "label_column": self.label_column}
 
     def settings(self) -> dict[str, Any]:
@@ -337,30 +336,30 @@ class TokenClassification(Labelled):
         }
 
     def _with_columns(self, table: Table) -> TokenClassification:
-        """The task with its columns: as given, or as they are usually called."""
+        """The task with its columns: those given, or by their usual names."""
         words = self.text_columns or _first(_WORDS, table.columns) or _WORDS[:1]
         tags = self.label_column or (*_first(_TAGS, table.columns), _TAGS[0])[0]
         return replace(self, text_columns=words, label_column=tags)
 
 
 def _first(guesses: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
-    return next(((found,) for guess in guesses if (found := column_named(guess, columns))), ())
+    return next(((column,) for guess in guesses if (column := column_named(guess, columns))), ())
 
 
 def _parts(cell: Any, what: str, column: str, place: Callable[[], str]) -> tuple[str, ...]:
-    """The words or tags of a cell; a csv holds lists as text."""
+    """Read the words or tags of a cell; csv stores lists as text."""
     parts = as_list(cell)
     if not isinstance(parts, (list, tuple)) or not all(isinstance(part, (str, int, float)) for part in parts):
-        raise DataError(f"{place()}: column '{column}' holds no list of {what}")
+        raise DataError(f"{place()}: column '{column}' has no list of {what}")
     if any(is_missing(part) or not whole_text(str(part)) for part in parts):
         raise DataError(
-            f"{place()}: column '{column}' holds {what} without text, or half a character (a lone surrogate)"
+            f"{place()}: column '{column}' has {what} without text, or with an invalid character (a lone surrogate)"
         )
     return tuple(str(part) for part in parts)
 
 
 def _seen(logits: Tensor) -> Tensor:
-    """Which words (words,) have a token, from their logits (words, labels)."""
+    """Which words have a token (words,), from their logits (words, labels)."""
     return ~torch.isneginf(logits).all(dim=-1)
 
 

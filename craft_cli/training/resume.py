@@ -109,7 +109,7 @@ def _resumed(config: RunConfig, processes: int, held: ExitStack, runs: Path) -> 
     if state is None and (notes or run.results() or (run.adapter.is_dir() and config.save_strategy == "no")):
         why = "; ".join(notes) or ("it is finished" if run.results() else "it was trained with --save-strategy no")
         raise FileError(
-            f"--resume: {run.path} has no checkpoint to go on from ({why}): choose another --output-dir, or give --overwrite "
+            f"--resume: {run.path} has no checkpoint to go on from ({why}): choose another --output-dir, or pass --overwrite "
             "to begin again in its place"
         )
     if state is None:
@@ -213,7 +213,7 @@ def _other_run(config: RunConfig, path: str) -> SavedAdapter:
         targets = targets_of(base.config(), targets)
     if saved.frozen.targets != targets:
         theirs = ",".join(saved.frozen.targets)
-        raise ConfigError(f"--init-from: {path} adapts {theirs}; give --targets {theirs}")
+        raise ConfigError(f"--init-from: {path} adapts {theirs}; pass --targets {theirs}")
     problem = saved.method.unlike(saved.frozen, saved.options, config.method_options)
     if problem:
         raise ConfigError(f"--init-from: {path} {problem}")

@@ -1,4 +1,4 @@
-"""Tucker decomposition of stacked layer matrices, on torch alone: operations, format, algorithm."""
+"""Tucker decomposition of stacked layer matrices, in pure torch: operations, format, algorithm."""
 
 from craft_cli.tucker.energy import EnergyTable, energy_table
 from craft_cli.tucker.hosvd import (

@@ -1,4 +1,4 @@
-"""Energy that HOSVD keeps of a tensor without any structure: what chance looks like."""
+"""The random baseline: the energy that HOSVD keeps of a tensor without structure."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from craft_cli.tucker import hosvd
 
 _LARGEST_RANDOM = 768, 1 << 24
-"""Width and numbers of the random tensors."""
+"""Maximum width and maximum size of the random tensors."""
 
 
 @lru_cache
 def random_energy(shape: tuple[int, int, int], ranks: tuple[int, int, int]) -> float:
-    """Energy that HOSVD at these ranks keeps of a Gaussian random tensor of this shape: what no structure looks like.
+    """Energy that HOSVD at these ranks keeps of a Gaussian random tensor of this shape.
 
-    A real tensor (fixed seed) is decomposed. A large one is scaled down, ranks with it: in high dimensions the energy
-    depends on the proportions alone.
+    A random tensor (fixed seed) is actually decomposed. A large shape is scaled down together with the ranks, because in
+    high dimensions the energy depends only on their ratios.
     """
     stack = _random_stack(shape)
     scaled = [
@@ -30,7 +30,7 @@ def random_energy(shape: tuple[int, int, int], ranks: tuple[int, int, int]) -> f
 
 @lru_cache
 def random_by_mode(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Energy kept by each mode's ranks alone, of such a tensor; a large one is scaled down, so these may be shorter."""
+    """Energy that each mode's ranks alone keep of a random tensor. A large shape is scaled down, so the results may be shorter."""
     by_mode = []
     for spectrum in _random_spectra(shape):
         energies = spectrum.square().cumsum(0)

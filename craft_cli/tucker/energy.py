@@ -1,8 +1,8 @@
-"""How much of a stack's squared norm a truncated HOSVD keeps, at all combinations of ranks at once.
+"""Share of a stack's squared norm that a truncated HOSVD keeps, for all combinations of ranks at once.
 
 The HOSVD at smaller ranks is the leading block of the full one, so the energy kept at ranks (r_layer, r_out, r_in) is the
-sum of squares over a leading block of the full core: three cumulative sums give every answer. The full core is as large
-as the stack and is never held: it is made in blocks of output ranks.
+sum of squares over a leading block of the full core, so three cumulative sums give it for all ranks. The full core is as
+large as the stack. It is computed in blocks of output ranks and never held as a whole.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from craft_cli.tucker.hosvd import Matrix, eigh_in_place, gram_matrix, stack_sha
 from craft_cli.tucker.ops import mode_product
 
 _BLOCK_NUMBERS = 1 << 25
-"""Float64 numbers of the core held at once."""
+"""Maximum float64 values of the core in memory at once."""
 
 
 @dataclass(frozen=True, eq=False)
 class EnergyTable:
-    """Parts of ||W||^2 kept, for a stack W (L, d_out, d_in).
+    """Energy kept: shares of ||W||^2, for a stack W (L, d_out, d_in).
 
     Attributes:
         shape: (L, d_out, d_in).
         norm2: ||W||^2.
-        joint: (L, number of output ranks, number of input ranks), for layer ranks 1..L and the ranks asked for.
-        by_mode: of each mode's ranks 1..d by themselves: (L,), (d_out,), (d_in,).
+        joint: (L, number of output ranks, number of input ranks), for layer ranks 1..L and the requested ranks.
+        by_mode: for ranks 1..d of each mode alone: (L,), (d_out,), (d_in,).
     """
 
     shape: tuple[int, int, int]
@@ -43,7 +43,7 @@ def energy_table(layers: Sequence[Matrix] | Tensor, ranks_out: Sequence[int], ra
 
     Args:
         layers: L matrices (d_out, d_in), each read several times; or a tensor (L, d_out, d_in).
-        ranks_out: output ranks, ascending; one above its dimension counts as that.
+        ranks_out: output ranks, ascending; a rank above its dimension is reduced to it.
         ranks_in: input ranks, likewise.
 
     Raises:

@@ -1,12 +1,12 @@
-"""Higher-order SVD of a stack of layer matrices that never has to exist as one tensor.
+"""Higher-order SVD of a stack of layer matrices, without forming the stack as one tensor.
 
 De Lathauwer, De Moor, Vandewalle (2000), "A multilinear singular value decomposition": U_n holds the leading left
 singular vectors of the mode-n unfolding of the original tensor, the core is the tensor projected on them. Neither
 sequentially truncated (ST-HOSVD) nor iterated (HOOI), so the factors for smaller ranks are the leading columns.
 
 The left singular vectors come from the eigenvectors of the Gram matrices W_(n) W_(n)^T, accumulated layer by layer in
-float64: a Gram matrix squares the condition number, and float64 pays for that. One mode after the other, so that one Gram
-matrix and one layer are held at a time; every layer is read four times.
+float64, because a Gram matrix squares the condition number. Modes are processed one after the other, so only one Gram
+matrix and one layer are in memory at a time. Every layer is read four times.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from craft_cli.tucker.ops import mode_product
 from craft_cli.tucker.tucker_tensor import MODES, TuckerTensor
 
 _BLOCKS = 8
-"""Of rows, in which a Gram matrix is made."""
+"""Rows per block when accumulating a Gram matrix."""
 _EQUAL = 1e-9
-"""Part of the largest eigenvalue: nearer ones have vectors that rounding moves by more than float32 shows."""
+"""Relative gap below which eigenvalues count as equal: rounding would rotate their vectors visibly in float32."""
 
 
 class Matrix(Protocol):
-    """One layer's matrix (d_out, d_in), read when its rows are asked for: a tensor, or a view into a file.
+    """The matrix (d_out, d_in) of one layer, read when its rows are indexed: a tensor, or a view into a file.
 
-    One that has a method `announce()` is told while the layer before it is computed with.
+    A method `announce()`, if there is one, is called one layer ahead, to prefetch.
     """
 
     @property
@@ -38,7 +38,7 @@ class Matrix(Protocol):
         """(d_out, d_in)."""
 
     def __getitem__(self, rows: slice, /) -> Tensor:
-        """The rows asked for, (rows, d_in)."""
+        """Read rows, (rows, d_in)."""
 
 
 @torch.no_grad()
@@ -54,9 +54,9 @@ def hosvd(
 
     Args:
         layers: L matrices (d_out, d_in), each read by rows, several times; or a tensor (L, d_out, d_in).
-        ranks: (r_layer, r_out, r_in); full without.
-        device: where to compute; the CPU without.
-        dtype: of the result. The computation is float64 throughout.
+        ranks: (r_layer, r_out, r_in). Default: full ranks.
+        device: device for the computation. Default: the CPU.
+        dtype: dtype of the result. The computation is in float64.
         advance: called with the number of layers read since the last call; 4 L in all.
 
     Raises:
@@ -65,7 +65,7 @@ def hosvd(
     shape = stack_shape(layers)
     ranks = shape if ranks is None else ranks
     if any(not 1 <= rank <= size for rank, size in zip(ranks, shape, strict=True)):
-        raise ValueError(f"multilinear ranks {tuple(ranks)} of a stack {shape} must lie between 1 and its dimensions")
+        raise ValueError(f"multilinear ranks {tuple(ranks)} of a stack {shape} must be between 1 and its dimensions")
 
     spectra, bases = [], []
     for mode, rank in enumerate(ranks):
@@ -89,7 +89,7 @@ def gram_matrix(
     device: torch.device | str | None = None,
     advance: Callable[[int], None] = lambda passes: None,
 ) -> Tensor:
-    """The lower triangle of W_(mode) W_(mode)^T, (d_mode, d_mode), float64; above it there is nothing of use.
+    """The lower triangle of W_(mode) W_(mode)^T, (d_mode, d_mode), float64; the upper triangle is undefined.
 
     Raises:
         ValueError: no layers, layers of different shapes, or values that are not finite.
@@ -103,23 +103,23 @@ def gram_matrix(
         for layer in _in_turn(layers, device, advance):
             _add_gram(gram, layer if mode == 1 else layer.T)
     if not torch.isfinite(gram.diagonal()).all():
-        raise ValueError("the weights hold values that are not finite (inf or nan)")
+        raise ValueError("the weights contain non-finite values (inf or nan)")
     return gram
 
 
 def eigh_in_place(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (n,), ascending, and eigenvectors (n, n) of a symmetric matrix given by its lower triangle.
 
-    The vectors are written over the matrix: what LAPACK needs besides is twice as large already.
+    The vectors overwrite the matrix, because LAPACK's workspace is already twice as large.
     """
     values = gram.new_empty(len(gram))
-    vectors = gram.T  # column-major, as LAPACK has it
+    vectors = gram.T  # column-major, as LAPACK expects
     torch.linalg.eigh(vectors, UPLO="U", out=(values, vectors))
     return values, vectors
 
 
 def _add_gram(gram: Tensor, matrix: Tensor) -> None:
-    """Add matrix matrix^T to the lower triangle: by blocks of rows, each up to the diagonal, about half of the work."""
+    """Add matrix matrix^T to the lower triangle, in blocks of rows up to the diagonal: about half of the work."""
     size = -(-len(gram) // _BLOCKS)
     for start in range(0, len(gram), size):
         stop = min(start + size, len(gram))
@@ -129,11 +129,11 @@ def _add_gram(gram: Tensor, matrix: Tensor) -> None:
 def _in_turn(
     layers: Sequence[Matrix] | Tensor, device: torch.device | str | None, advance: Callable[[int], None]
 ) -> Iterator[Tensor]:
-    """Every layer (d_out, d_in) in float64, in one tensor that the next overwrites."""
+    """Iterate over the layers (d_out, d_in) in float64, in one buffer that the next layer overwrites."""
     layer = torch.empty(*stack_shape(layers)[1:], dtype=torch.float64, device=device)
     for number, stored in enumerate(layers):
-        layer.copy_(stored[:].to(device))  # moved as stored, then widened
-        if number + 1 < len(layers):  # one on a disk can be fetched meanwhile
+        layer.copy_(stored[:].to(device))  # moved in the stored dtype, then widened
+        if number + 1 < len(layers):  # lets a layer on disk be prefetched
             getattr(layers[number + 1], "announce", lambda: None)()
         yield layer
         advance(1)
@@ -142,7 +142,7 @@ def _in_turn(
 def _rows_of_all(
     layers: Sequence[Matrix] | Tensor, device: torch.device | str | None, advance: Callable[[int], None]
 ) -> Iterator[Tensor]:
-    """The same rows of all layers, (L, rows * d_in) in float64: as many at a time as make up about one layer."""
+    """Iterate over blocks of the same rows of all layers, (L, rows * d_in) in float64; a block is about as large as one layer."""
     count, d_out, d_in = stack_shape(layers)
     block = -(-d_out // count)
     rows = torch.empty(count, block, d_in, dtype=torch.float64, device=device)
@@ -157,21 +157,21 @@ def _rows_of_all(
 
 
 def canonical_basis(values: Tensor, vectors: Tensor, rank: int) -> Tensor:
-    """The leading `rank` columns of a basis that follows from the subspaces alone, (n, rank).
+    """The leading `rank` columns of a basis that depends only on the subspaces, (n, rank).
 
-    Where eigenvalues (or singular values) are equal up to rounding, any rotation of their vectors is as good as another,
-    and which one an algorithm finds depends on the number of threads. There the basis is that of fixed random vectors
-    projected on the subspace, one after the other.
+    The vectors of eigenvalues (or singular values) that are equal up to rounding are defined only up to rotation, and
+    the rotation an algorithm returns depends on the number of threads. For these, the basis is built from fixed random
+    vectors, projected on the subspace and orthonormalized in order.
 
     Args:
         values: (k,), descending.
-        vectors: (n, k), orthonormal, in their order.
-        rank: of k.
+        vectors: (n, k), orthonormal, in the same order.
+        rank: number of columns to return, at most k.
     """
     ends = (values[:-1] - values[1:] > _EQUAL * values[0]).nonzero().flatten() + 1
     bounds = [0, *ends.tolist(), len(values)]
     found = vectors[:, :rank]
-    for start, stop in pairwise(bounds):  # the whole of what is equal, whatever the rank
+    for start, stop in pairwise(bounds):  # the whole group of equal values, even if the rank splits it
         if stop - start > 1 and start < rank:
             found = found.clone()
             found[:, start:stop] = _settled(vectors[:, start:stop])[:, : rank - start]
@@ -179,7 +179,7 @@ def canonical_basis(values: Tensor, vectors: Tensor, rank: int) -> Tensor:
 
 
 def _settled(vectors: Tensor) -> Tensor:
-    """An orthonormal basis (n, k) of what k orthonormal vectors (n, k) span, the same whichever these are."""
+    """A canonical orthonormal basis (n, k) of the span of k orthonormal vectors (n, k)."""
     draw = torch.Generator().manual_seed(0)
     fixed = torch.randn(vectors.shape, generator=draw, dtype=torch.float64).to(vectors)
     basis: Tensor = torch.linalg.qr(vectors @ (vectors.T @ fixed))[0]
@@ -187,9 +187,9 @@ def _settled(vectors: Tensor) -> Tensor:
 
 
 def canonical_signs(vectors: Tensor) -> Tensor:
-    """Columns with their signs fixed: the first entry of largest magnitude, up to rounding, is positive.
+    """Fix the signs of columns: the first entry of largest magnitude, up to rounding, becomes positive.
 
-    Singular vectors are defined up to sign; transforms trained in one basis mean something else in the other.
+    Singular vectors are defined up to sign, and transforms trained in one basis are wrong in another.
     """
     sizes = vectors.abs()
     largest = (sizes >= sizes.amax(0) * (1 - 1e-6)).to(torch.uint8).argmax(dim=0, keepdim=True)  # (1, columns)
@@ -197,7 +197,7 @@ def canonical_signs(vectors: Tensor) -> Tensor:
 
 
 def stack_shape(layers: Sequence[Matrix] | Tensor) -> tuple[int, int, int]:
-    """(L, d_out, d_in) of a stack.
+    """The shape (L, d_out, d_in) of a stack.
 
     Raises:
         ValueError: no layers, or layers of different shapes.

@@ -1,8 +1,8 @@
-"""Operations on tensors by mode: unfolding, folding and the mode product.
+"""Mode-n operations on tensors: unfolding, folding and the mode product.
 
 Convention: the mode-n unfolding of a tensor (d_0, ..., d_N) is the matrix (d_n, product of the others) whose columns
-run over the other modes in ascending order, the last one fastest (the layout of TensorLy; it differs from Kolda and
-Bader 2009 only in the order of the columns, which no result here depends on).
+run over the other modes in ascending order, the last one fastest. This is TensorLy's layout; it differs from Kolda and
+Bader 2009 only in the order of the columns, which affects no result here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Tensor x_mode matrix: every mode-`mode` fibre multiplied by `matrix` (j, d_mode).
 
     Raises:
-        ValueError: the matrix has not d_mode columns.
+        ValueError: the matrix does not have d_mode columns.
     """
     if matrix.ndim != 2 or matrix.shape[1] != tensor.shape[mode]:
         raise ValueError(
@@ -50,7 +50,7 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
 
 
 def multi_mode_product(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Tensor x_0 matrices[0] x_1 matrices[1] ..., one matrix for every mode."""
+    """Tensor x_0 matrices[0] x_1 matrices[1] ..., one matrix per mode."""
     for mode, matrix in enumerate(matrices):
         tensor = mode_product(tensor, matrix, mode)
     return tensor

@@ -1,4 +1,4 @@
-"""The Tucker format of a stack of layer matrices: a small core, one factor matrix for every mode, the full spectra."""
+"""Tucker format of a stack of layer matrices: a small core, one factor matrix per mode, and the full spectra."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ MODES = ("layer", "out", "in")
 
 @dataclass(frozen=True, eq=False)
 class TuckerTensor:
-    """A stack W (L, d_out, d_in) as core and factors, W ~ core x0 U_layer x1 U_out x2 U_in.
+    """A stack W (L, d_out, d_in) in Tucker format, W ~ core x0 U_layer x1 U_out x2 U_in.
 
     Attributes:
         core: G, (r_layer, r_out, r_in).
         factors: U_layer (L, r_layer), U_out (d_out, r_out), U_in (d_in, r_in), orthonormal columns.
-        spectra: all singular values of each unfolding of W, descending: (L,), (d_out,), (d_in,). Kept in full,
-            so that what a truncation costs can be told without the original.
+        spectra: all singular values of each unfolding of W, descending: (L,), (d_out,), (d_in,). They give the
+            error of a truncation without the original.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not match.
     """
 
     core: Tensor
@@ -33,7 +33,7 @@ class TuckerTensor:
 
     def __post_init__(self) -> None:
         if self.core.ndim != 3 or len(self.factors) != 3 or len(self.spectra) != 3:
-            raise ValueError(f"three modes are needed, not a core {tuple(self.core.shape)}")
+            raise ValueError(f"the core must have three modes, but its shape is {tuple(self.core.shape)}")
         for mode, factor, spectrum, rank in zip(MODES, self.factors, self.spectra, self.core.shape, strict=True):
             if factor.ndim != 2 or factor.shape[1] != rank or not 1 <= rank <= factor.shape[0]:
                 raise ValueError(
@@ -46,25 +46,27 @@ class TuckerTensor:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(L, d_out, d_in) of the stack."""
+        """The shape (L, d_out, d_in) of the stack."""
         layer, out, in_ = (factor.shape[0] for factor in self.factors)
         return layer, out, in_
 
     @property
     def ranks(self) -> tuple[int, int, int]:
-        """(r_layer, r_out, r_in), the multilinear ranks kept."""
+        """The multilinear ranks (r_layer, r_out, r_in)."""
         layer, out, in_ = self.core.shape
         return layer, out, in_
 
     @property
     def energy(self) -> float:
-        """||G||^2 / ||W||^2, the part of the squared norm that the core keeps; 1.0 for a stack of zeros."""
+        """The share of the squared norm that the core keeps, ||G||^2 / ||W||^2; 1.0 for a stack of zeros."""
         total = self.spectra[0].double().square().sum()
-        return min(1.0, float(self.core.double().square().sum() / total)) if total > 0 else 1.0  # float32 rounds up too
+        return (
+            min(1.0, float(self.core.double().square().sum() / total)) if total > 0 else 1.0
+        )  # float32 may round above 1
 
     @property
     def energy_by_mode(self) -> tuple[float, float, float]:
-        """The part of ||W||^2 that each mode's rank alone would keep."""
+        """The share of ||W||^2 that truncating each mode alone would keep."""
         kept = []
         for spectrum, rank in zip(self.spectra, self.ranks, strict=True):
             squares = spectrum.double().square()
@@ -72,10 +74,10 @@ class TuckerTensor:
         return kept[0], kept[1], kept[2]
 
     def truncated(self, ranks: tuple[int, int, int]) -> TuckerTensor:
-        """The same decomposition at smaller ranks: leading columns and leading block, nothing computed again.
+        """The same decomposition at smaller ranks: leading columns and leading block, without recomputing anything.
 
         Raises:
-            ValueError: a rank is below 1 or above the one kept here.
+            ValueError: a rank is below 1 or above the current one.
         """
         if any(not 1 <= rank <= kept for rank, kept in zip(ranks, self.ranks, strict=True)):
             raise ValueError(f"cannot truncate multilinear ranks {self.ranks} to {tuple(ranks)}")
@@ -88,10 +90,10 @@ class TuckerTensor:
         )
 
     def reconstruct(self) -> Tensor:
-        """Core x0 U_layer x1 U_out x2 U_in, dense, (L, d_out, d_in)."""
+        """The dense stack core x0 U_layer x1 U_out x2 U_in, (L, d_out, d_in)."""
         return multi_mode_product(self.core, self.factors)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> TuckerTensor:
-        """The same in another dtype or on another device."""
+        """A copy in another dtype or on another device."""
         move = lambda tensors: tuple(t.to(dtype=dtype, device=device) for t in tensors)  # noqa: E731
         return TuckerTensor(self.core.to(dtype=dtype, device=device), move(self.factors), move(self.spectra))

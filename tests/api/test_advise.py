@@ -114,10 +114,12 @@ def test_advice_on_factors_and_runs_is_on_their_base(pico: Make) -> None:
     adapter = craft.attach(classifier(pico()), factors)
     adapter.save("adapter")
     assert craft.advise("adapter", budget=500) == advice
-    assert "--energy and --budget exclude each other" in failure("inspect", "adapter", "--energy", "1", "--budget", "9")
+    assert "--energy and --budget cannot be combined; choose one" in failure(
+        "inspect", "adapter", "--energy", "1", "--budget", "9"
+    )
     assert "--energy: expected a part above 0 and up to 1, not 50" in failure("inspect", "adapter", "--energy", "50")
     assert "--energy: expected a part above 0" in failure("inspect", "adapter", "--energy", "0")
-    assert "--budget: expected a number of trained numbers such as" in failure("inspect", "adapter", "--budget", "few")
+    assert "--budget: expected a number of parameters such as" in failure("inspect", "adapter", "--budget", "few")
     assert "--budget: 2 is below 3, the numbers of ranks 1,1,1" in failure("inspect", "adapter", "--budget", "2")
 
 

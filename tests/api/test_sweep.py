@@ -86,7 +86,7 @@ def test_a_column_whose_name_holds_a_comma_is_one_value() -> None:
         (["learning_rat=1"], {}, "--set learning_rat: no such setting; did you mean 'learning_rate'?"),
         (["learning_rate"], {}, "--set learning_rate: expected NAME=VALUE,VALUE"),
         (["learning_rate=fast"], {}, "--set learning_rate: "),
-        (["seed=1,2"], {}, "--set seed: give --seeds"),
+        (["seed=1,2"], {}, "--set seed: pass --seeds"),
         (["output_dir=a,b"], {}, "--set output_dir: it is not part of what is compared"),
         (["max_eval_samples=10,20"], {}, "--set max_eval_samples: scores would not be comparable"),
         (
@@ -104,7 +104,7 @@ def test_a_column_whose_name_holds_a_comma_is_one_value() -> None:
         ([RATES], {"settings": {"eval_strategy": "no"}}, "--eval-strategy no: a sweep chooses by evaluations"),
         ([RATES], {"settings": {"metric_for_best_model": "f1"}}, "--metric-for-best-model: no metric 'f1'"),
         ([RATES], {"settings": {"rank": 8}}, "--rank is for --method "),
-        (["bf16=true,false", "fp16=true"], {}, "--bf16 and --fp16 exclude each other"),
+        (["bf16=true,false", "fp16=true"], {}, "--bf16 and --fp16 cannot be combined; choose one"),
         ([RATES], {"test_file": "missing.jsonl"}, "--test-file: missing.jsonl: no such file"),
         ([RATES], {"resume": True, "storage": "nonsense"}, "--storage: cannot be used: "),
     ],

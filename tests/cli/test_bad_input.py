@@ -77,7 +77,7 @@ def test_an_unknown_target_names_the_nearest_one(run: Path) -> None:
 @pytest.mark.parametrize("command", ["decompose", "inspect", "train"])
 def test_bad_ranks(command: str, ranks: str, base: str) -> None:
     model = ["--model", base, "--task", "opinions"] if command == "train" else [base]
-    assert f"--ranks: expected three positive whole numbers OUT,IN,LAYERS such as 64,64,8, not '{ranks}'" in failure(
+    assert f"--ranks: expected three positive integers OUT,IN,LAYERS such as 64,64,8, not '{ranks}'" in failure(
         command, *model, "--ranks", ranks
     )
 
@@ -91,13 +91,13 @@ def test_a_recipe_that_is_not_clear() -> None:
     Path("r.yaml").write_text("task: sst2\nlerning_rate: 1e-3\n")
     assert "r.yaml: unknown key 'lerning_rate'; did you mean 'learning_rate'?" in failure("train", "--recipe", "r.yaml")
     Path("r.yaml").write_text("task: sst2\nseed: 1\nseed: 2\n")
-    assert "r.yaml: 'seed' is there 2 times; keep one" in failure("train", "--recipe", "r.yaml")
+    assert "r.yaml: 'seed' appears 2 times; keep one" in failure("train", "--recipe", "r.yaml")
     Path("r.yaml").write_text("just some words")
     assert "expected lines of the form 'key: value'" in failure("train", "--recipe", "r.yaml")
 
 
 def test_training_needs_something_to_train_on(base: str) -> None:
-    assert "nothing to train on: give --task" in failure("train", "--model", base)
+    assert "no training data: pass --task" in failure("train", "--model", base)
 
 
 def test_a_data_folder_without_files(run: Path) -> None:
@@ -163,15 +163,15 @@ def test_a_real_process_ends_in_the_same_way(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(run: Path) -> None:
-    assert "run is not empty; choose another --output-dir or give --overwrite" in failure(*TRAIN, "--output-dir", "run")
+    assert "run is not empty; choose another --output-dir or pass --overwrite" in failure(*TRAIN, "--output-dir", "run")
     assert "data is not empty" in failure("merge", "run", "--output-dir", "data")
     assert "base/config.json is a file" in failure(*TRAIN, "--output-dir", "base/config.json")
     assert not Path("cache").exists()  # said before anything was decomposed
 
 
 def test_overwrite_empties_runs_only(run: Path) -> None:
-    assert "--output-dir: data is data, which is read" in failure(*TRAIN, "--output-dir", "data", "--overwrite")
-    told = "base is not empty and is not replaced: craft did not write config.json"
+    assert "--output-dir: data is the input data" in failure(*TRAIN, "--output-dir", "data", "--overwrite")
+    told = "base is not empty and cannot be replaced: craft did not write config.json"
     assert told in failure(*TRAIN, "--output-dir", "base", "--overwrite")
 
 

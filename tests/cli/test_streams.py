@@ -156,7 +156,7 @@ def test_a_user_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     refused = invoke(*train)
     assert refused.exit_code == 1
-    assert "this user has no home directory; give --cache-dir, or set HOME or XDG_CACHE_HOME" in refused.stderr
+    assert "this user has no home directory; pass --cache-dir, or set HOME or XDG_CACHE_HOME" in refused.stderr
     for command in (
         [*train, "--cache-dir", "factors", "--output-dir", "out"], ["inspect", "run"], ["inspect", "base"], ["merge", "run"],
         ["predict", "run", "--input", "t.txt"], ["eval", "run", "--task", "sst2", "--data-dir", "data"], ["recipes"], ["methods"],
@@ -203,7 +203,7 @@ def test_closed_and_full_streams_are_named() -> None:
     Path("t.txt").write_text("the film was good\n")
     done = shell("craft predict run <&-")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines() == ["error: standard input is closed: give a file with --input"]
+    assert done.stderr.splitlines() == ["error: standard input is closed; pass a file with --input"]
     done = shell("craft recipes --json >/dev/full")
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["error: cannot write to standard output: No space left on device"]

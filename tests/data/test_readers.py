@@ -148,7 +148,7 @@ def test_every_form_of_json_gives_the_same_rows(form: str) -> None:
     [
         (
             '{"train": [{"a": 1}], "test": [{"a": 1}]}',
-            "t.json: rows below 'train' and 'test': write each list into a file",
+            "t.json: rows under 'train' and 'test'; write each list to its own file",
         ),
         ('{"a": [1, 2], "b": [1]}', "t.json: columns of different lengths ('a' 2, 'b' 1)"),
         ('{"columns": ["a"], "data": [[1], 1]}', "t.json, row 2: expected a list of 1 cell"),
@@ -157,7 +157,7 @@ def test_every_form_of_json_gives_the_same_rows(form: str) -> None:
         ('{"a": 1}\n{"a": \n', "t.json, line 2: not JSON"),
         ('{"a": 1', "t.json: not JSON"),
         ("3", "t.json: expected a JSON list of objects"),
-        ("[3]", "t.json, row 1: expected a JSON object"),
+        ("[3]", "t.json, row 1: expected one JSON object"),
     ],
 )
 def test_json_that_is_none_of_them_is_told(content: str, told: str) -> None:
@@ -250,11 +250,11 @@ def test_cells_that_are_no_text_and_no_label_are_refused_by_their_place() -> Non
 def test_half_a_character_is_refused_by_its_line() -> None:
     good, bad = '{"text": "a", "label": "x"}\n', '{"text": "b\\ud83d", "label": "y"}\n'
     assert problem(own, write("t.jsonl", good + bad)).startswith(
-        "t.jsonl, line 2: column 'text' holds half a character"
+        "t.jsonl, line 2: column 'text' contains an invalid character"
     )
     bad = '{"text": "b", "label": "\\ud83d"}\n'
     assert problem(own, write("t.jsonl", good + bad)).startswith(
-        "t.jsonl, line 2: column 'label' holds half a character"
+        "t.jsonl, line 2: column 'label' contains an invalid character"
     )
 
 
@@ -263,7 +263,7 @@ def test_lists_of_messages_written_as_text_are_refused() -> None:
     python = str([{"role": "user", "content": "it's"}])
     for cell in (chat, python):
         message = problem(own, str(write_rows(Path("t.jsonl"), [{"text": cell, "label": n % 2} for n in range(4)])))
-        assert message.startswith("t.jsonl: column 'text' holds lists of messages written as text")
+        assert message.startswith("t.jsonl: column 'text' has lists of messages written as text")
     assert own(write("t.csv", 'text,label\n"[1, 2]",x\n"[3]",y\n'))[1][0].texts == [("[1, 2]",), ("[3]",)]
 
 
@@ -298,9 +298,9 @@ def test_a_number_sign_is_a_word() -> None:
 
 
 def test_columns_that_are_no_words_are_refused() -> None:
-    with pytest.raises(DataError, match=r"t\.conll, line 1: its first column numbers the words"):
+    with pytest.raises(DataError, match=r"t\.conll, line 1: the first column holds word numbers"):
         words_and_tags("1\tA\tO\n2\tb\tO\n3\tc\tO\n")
-    with pytest.raises(DataError, match=r"t\.conll, line 1: 'a b' is divided by blanks, and by a tab"):
+    with pytest.raises(DataError, match=r"t\.conll, line 1: columns are separated by spaces \('a b'\) and by a tab"):
         words_and_tags("a b\tO\n")
     missing = write("t.jsonl", json.dumps({"tokens": ["a", "b"], "tags": ["B-x", ""]}) + "\n")
     assert problem(load_splits, DataSource(train_file=missing), ["train"]) == (

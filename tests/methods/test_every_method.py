@@ -245,7 +245,7 @@ def test_an_adapter_may_only_refer_to_what_is_frozen(method: str, pico: Make, da
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in WITH_FACTORS])
 def test_one_without_factors_refuses_to_refer(method: str, pico: Make) -> None:
-    with pytest.raises(ConfigError, match=f"{method} has no factors to refer to"):
+    with pytest.raises(ConfigError, match=f"{method} has no factors; remove it"):
         RunConfig.build({"task": "sst2", "method": method, "adapter_factors": "reference"})
     with pytest.raises(ConfigError, match=f"{method} has none to refer to"):
         craft.attach(classifier(pico()), method=method).save("saved", factors="reference")
@@ -297,7 +297,7 @@ def test_a_rank_that_no_weight_has_takes_no_memory(name: str, pico: Make) -> Non
     "text", ["5kk", "5km", "1e30", "inf", "nan", "0.0001", "0", "-5", "0x10", "2_000_000m", "k", ""]
 )
 def test_what_is_no_budget_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="--budget: expected a number of trained numbers such as 50000 or 50k"):
+    with pytest.raises(ConfigError, match="--budget: expected a number of parameters such as 50000 or 50k"):
         parse_budget(text)
 
 
@@ -313,17 +313,17 @@ def test_where_a_run_starts_is_not_what_another_one_goes_on_from(pico: Make, dat
     assert invoke("train", *go_on, "--output-dir", "on").exit_code == 0
     assert "lotr_start: random" in Path("on/recipe.yaml").read_text()
     told = invoke("train", *go_on, "--lotr-start", "svd", "--output-dir", "not").stderr
-    assert told == "error: --init-from and --lotr-start exclude each other: both say where it starts\n"
+    assert told == "error: --init-from and --lotr-start cannot be combined: both initialize the adapter\n"
 
 
 def test_another_runs_options_are_told_as_flags(pico: Make) -> None:
     frozen = craft.attach(classifier(pico()), method="lora").frozen
     lora, pissa = method_named("lora"), method_named("pissa")
     plain, scaled = lora.Options(), lora.Options(use_rslora=True, lora_dropout=0.1)
-    assert lora.unlike(frozen, scaled, plain) == "has use_rslora True; give --use-rslora"
-    assert lora.unlike(frozen, plain, scaled) == "has use_rslora False; give --no-use-rslora"
+    assert lora.unlike(frozen, scaled, plain) == "has use_rslora True; pass --use-rslora"
+    assert lora.unlike(frozen, plain, scaled) == "has use_rslora False; pass --no-use-rslora"
     told = pissa.unlike(frozen, pissa.Options(rank=4), pissa.Options(pissa_niter=2))
-    assert told == "has rank 4, pissa_niter None; give --rank 4, leave out --pissa-niter"
+    assert told == "has rank 4, pissa_niter None; pass --rank 4, leave out --pissa-niter"
 
 
 def test_no_projection_at_all_is_refused(method: str, pico: Make) -> None:

@@ -196,7 +196,7 @@ def test_options_of_another_method_are_refused(pico: Make) -> None:
         "train", "--task", "sst2", "--rank", "4"
     )
     told = failure("train", "--task", "sst2", "--method", "lora", "--adapter-factors", "reference")
-    assert "--method lora has no factors to refer to" in told
+    assert "--method lora has no factors; remove it" in told
     with pytest.raises(ConfigError, match="method lora has no option 'ranks'; did you mean 'rank'"):
         craft.attach(classifier(pico()), method="lora", ranks=(4, 4, 2))
     with pytest.raises(ConfigError, match="method: unknown method 'lorra'; did you mean 'lora'"):
@@ -242,4 +242,4 @@ def test_a_file_of_more_layers_than_any_model_has_is_refused_at_once(pico: Make)
     write_tensors(file, "an adapter", stored, header | {"shapes": {"query": [5000, 24, 24], "value": [5000, 24, 24]}})
     assert "query has 5000 layers, more than 1024" in failure("inspect", "saved")
     write_tensors(file, "an adapter", stored, header | {"shapes": None})
-    assert "its header holds something of another type" in failure("inspect", "saved")
+    assert "its header holds a value of the wrong type" in failure("inspect", "saved")

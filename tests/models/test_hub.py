@@ -173,8 +173,8 @@ def test_a_task_by_its_name_alone_without_a_hub(hub: LoopbackHub, pico: Callable
     hub.stop()
     done = craft(hub, "train", "--model", str(pico()), "--task", "sst2", "--use-cpu")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "the data set nyu-mll/glue (sst2, train) is not in the cache" in done.stderr
-    assert "connect once, or give --data-dir" in done.stderr
+    assert "the dataset nyu-mll/glue (sst2, train) is not in the cache" in done.stderr
+    assert "connect once, or pass --data-dir" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

@@ -150,5 +150,5 @@ def test_a_training_cuts_at_the_models_positions_and_says_so(pico: Make, data_di
     heard = Remember()
     craft.train(config(Path("base"), Path("data"), max_steps=1, max_seq_length=256), heard)
     assert heard.plan is not None
-    assert any("longer than 48 tokens and were cut (the model takes no more)" in note for note in heard.plan.notes)
+    assert any("longer than 48 tokens and were truncated (the model's limit)" in note for note in heard.plan.notes)
     craft.merge("out")  # computes with texts of its own, which no tokenizer cuts

@@ -328,7 +328,7 @@ def test_a_folder_may_have_any_name(asked: Any, name: str) -> None:
     assert sweep(SweepOptions(output_dir=name, resume=True)).rows == found.rows
     assert {path.name for path in Path(name).iterdir()} >= {"study.db", "best.yaml", "table.csv"}
     assert {path.name for path in Path().iterdir()} <= {name, "starts", "cache"}
-    with pytest.raises(FileError, match="is no UTF-8; choose another"):
+    with pytest.raises(FileError, match="is not UTF-8; choose another name"):
         sweep(asked("learning_rate=1e-3", output_dir="s\udcffrrogate"))
 
 

@@ -20,7 +20,7 @@ def numbered(labels: list[Any], suffix: str = ".csv") -> str:
 
 
 ALL_DIFFERENT = (
-    "rows.csv: column 'label' holds 12 labels, each in one row only, as an id or a text does: "
+    "rows.csv: column 'label' has 12 labels, each in one row only, like an id or a text: "
     "choose another with --label-column"
 )
 
@@ -55,7 +55,7 @@ def test_a_label_among_thousands_is_told_in_a_short_line() -> None:
     train = numbered([f"label {row % 1000:03}" for row in range(2000)])
     validation = write("v.csv", "text,label\na,other\n")
     message = problem(own, train, validation)
-    assert message.startswith("v.csv, line 2: label 'other' is not among those trained on (label 000, label 001,")
+    assert message.startswith("v.csv, line 2: label 'other' is not a label of the training (label 000, label 001,")
     assert message.endswith("label 019 and 980 more)")
 
 
@@ -102,7 +102,7 @@ def test_more_labels_than_a_tenth_of_the_rows() -> None:
 def test_labels_that_differ_in_case_or_white_space_only() -> None:
     labels = ["Billing"] * 30 + ["billing "] * 20 + ["other"] * 10
     assert noticed(of(labels), of(["Billing", "billing ", "other"], "other")) == [
-        "labels that differ only in case or white space are learned as different labels: 31 x 'Billing', 21 x 'billing '"
+        "labels that differ only in case or whitespace count as different labels: 31 x 'Billing', 21 x 'billing '"
     ]
     many = [
         f"{blank}Label {number}" for number in range(5) for blank in ("", "\t", "\u00a0") for _ in range(5 + number)
@@ -124,13 +124,13 @@ def test_such_labels_are_named_shortly_with_the_blanks_at_their_end() -> None:
 def test_labels_without_enough_rows_to_learn_or_to_measure() -> None:
     labels = ["a"] * 30 + ["b"] * 30 + ["c", "d"]
     assert noticed(of(labels), of(["a", "c"], "other")) == [
-        "labels with fewer than 2 rows to train on: 2 of 4 ('c', 'd'), with no row to evaluate on: 2 of 4 ('b', 'd')"
+        "labels with fewer than 2 training rows: 2 of 4 ('c', 'd'), with no validation row: 2 of 4 ('b', 'd')"
     ]
     names = [f"label {number}" for number in range(6)]
     (note,) = noticed(of(names * 10), of(["label 5"], "other"))
-    assert note == "labels with no row to evaluate on: 5 of 6 ('label 0', 'label 1', 'label 2' and 2 more)"
+    assert note == "labels with no validation row: 5 of 6 ('label 0', 'label 1', 'label 2' and 2 more)"
     (note,) = noticed(of([["a"], ["a", "b"], *[["c"], ["a"]] * 20]), of([["b"], ["c"], ["a"]], "other"))
-    assert note == "labels with fewer than 2 rows to train on: 1 of 3 ('b')"
+    assert note == "labels with fewer than 2 training rows: 1 of 3 ('b')"
 
 
 def test_texts_that_are_empty_are_counted_with_the_place_of_the_first() -> None:
@@ -168,7 +168,7 @@ def test_texts_that_repeat_with_the_same_and_with_another_label() -> None:
 def test_rows_that_are_trained_and_evaluated_on() -> None:
     rows = of([0, 1] * 10)
     assert noticed(rows, [*of([0, 1], "other"), rows[3], (rows[4][0], 1)]) == [
-        "2 of 4 rows to evaluate on have a text that is trained on too: the metrics will look too good"
+        "2 of 4 validation rows have a text that is also in the training rows: the metrics will look too good"
     ]
 
 
@@ -180,7 +180,7 @@ def test_pairs_and_sentences_of_words_are_looked_at_too(tmp_path: Path) -> None:
     assert [note.split(";")[0].split(":")[0] for note in loaded.task.notes(loaded.splits)] == [
         "2 rows without text",
         "1 of 23 rows of rows.jsonl repeats an earlier text",
-        "22 of 23 rows to evaluate on have a text that is trained on too",
+        "22 of 23 validation rows have a text that is also in the training rows",
     ]
     words = "Rome\tB-place\n.\tO\n\nRome\tO\n.\tO\n\n"
     source = DataSource(
@@ -189,7 +189,7 @@ def test_pairs_and_sentences_of_words_are_looked_at_too(tmp_path: Path) -> None:
     loaded = load_splits(source, ["train", "validation"])
     assert loaded.task.notes(loaded.splits) == [
         "1 of 2 rows of t.conll repeats an earlier text, 1 with another label (the first is line 4)",
-        "1 of 1 rows to evaluate on has a text that is trained on too: the metrics will look too good",
+        "1 of 1 validation rows has a text that is also in the training rows: the metrics will look too good",
     ]
 
 

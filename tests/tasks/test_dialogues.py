@@ -102,8 +102,8 @@ def test_texts_with_labels_are_no_answers(row: dict[str, Any]) -> None:
         ({"messages": [TURNS[1], TURNS[0], TURNS[2]]}, "message 2 of system follows one of user"),
         ({"messages": [TURNS[2]]}, "message 1 of assistant comes first"),
         ({"messages": TURNS[:2]}, "ends with a message of user, so its last answer is missing"),
-        ({"messages": [TURNS[1], {"role": "assistant", "content": " "}]}, "message 2, an answer of the assistant, is empty"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, TURNS[2]]}, "message 1 holds something else than text"),
+        ({"messages": [TURNS[1], {"role": "assistant", "content": " "}]}, "message 2, from the assistant, is empty"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, TURNS[2]]}, "message 1 has content that is not text"),
     ],
 )  # fmt: skip
 def test_a_malformed_row_is_refused_by_file_and_line(row: dict[str, Any], told: str) -> None:
@@ -114,7 +114,7 @@ def test_a_malformed_row_is_refused_by_file_and_line(row: dict[str, Any], told: 
 
 
 def test_an_empty_completion_and_a_tool_that_is_no_list_are_refused() -> None:
-    with pytest.raises(DataError, match=r"line 1: column 'completion' holds no answer"):
+    with pytest.raises(DataError, match=r"line 1: column 'completion' has no answer"):
         loaded([{"prompt": "a", "completion": " "}])
     with pytest.raises(DataError, match=r"line 1: column 'tools' is x, not a list of tools"):
         loaded([{"messages": TURNS, "tools": "x"}])
@@ -181,14 +181,14 @@ def test_a_token_over_the_boundary_is_learned(tmp_path: Path) -> None:
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn(pico_lm: Make) -> None:
     row = (Conversation(TURNS, []).packed(),)
-    with pytest.raises(DataError, match=r"row 1: the chat template writes message 3 otherwise.*--train-on last"):
+    with pytest.raises(DataError, match=r"row 1: the chat template renders message 3 differently.*--train-on last"):
         learned(pico_lm(), row, MESSAGES, "assistant", FORGETS)
     assert learned(pico_lm(), row, MESSAGES, "last", FORGETS) == ["so long<|im_end|>"]
 
 
 def test_a_template_that_raises_is_refused_with_the_row(pico_lm: Make) -> None:
     row = (Conversation(TURNS, []).packed(),)
-    with pytest.raises(DataError, match=r"row 1: the chat template refuses this conversation \(no system\)"):
+    with pytest.raises(DataError, match=r"row 1: the chat template rejects this conversation \(no system\)"):
         learned(pico_lm(), row, MESSAGES, "assistant", "{{ raise_exception('no system') }}")
 
 

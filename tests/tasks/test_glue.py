@@ -60,7 +60,7 @@ def test_labels_are_aligned_by_name_never_by_position() -> None:
     assert align_labels(mnli, {0: "contradiction", 1: "neutral", 2: "entailment"}) == mnli[::-1]
     assert align_labels(ours, {0: "LABEL_0", 1: "LABEL_1"}) == align_labels(ours, None) == ours
     assert align_labels(("US", "us"), {0: "us", 1: "US"}) == ("us", "US")  # which differ in nothing but case
-    with pytest.raises(DataError, match="has the labels Us, us, the data US, us"):
+    with pytest.raises(DataError, match="has the labels Us, us, but the data has US, us"):
         align_labels(("US", "us"), {0: "Us", 1: "us"})
     for other in (
         {0: "yes", 1: "no"},
@@ -121,7 +121,7 @@ def test_a_list_among_single_labels_is_told_with_its_line() -> None:
     path = write("t.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": ["x", "y"]}\n')
     assert problem(own, path, problem_type="single_label_classification").startswith("t.jsonl, line 2: ")
     validation = write("v.jsonl", '{"text": "b", "label": ["x", "q"]}\n')
-    assert "label 'q' is not among those trained on (x, y)" in problem(own, path, validation)
+    assert "label 'q' is not a label of the training (x, y)" in problem(own, path, validation)
 
 
 # -- rows held out ------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_without_validation_data_a_stratified_share_is_held_out_by_seed() -> Non
     assert (len(train), len(validation)) == (80, 20)
     assert (validation.labels or []).count(loaded.task.labels.index("rare")) == 4
     assert not set(train.texts) & set(validation.texts)
-    assert loaded.notes == ["20 of 100 rows of t.csv held out to evaluate on (seed 1)"]
+    assert loaded.notes == ["20 of 100 rows of t.csv held out for validation (seed 1)"]
     alone = load_splits(source, ["validation"], loaded.task)
     assert alone.splits["validation"] == validation  # evaluated later: the same rows
     assert load_splits(replace(source, seed=2), ["validation"]).splits["validation"].texts != validation.texts
@@ -157,7 +157,7 @@ def test_labels_too_rare_to_be_in_both_parts_do_not_stop_it() -> None:
     kept, held = divided(split, hold_out(split, 0.3, 0, stratify=True))
     assert sorted(kept + held) == list(range(9))
     assert 8 in kept
-    with pytest.raises(DataError, match="cannot be divided"):
+    with pytest.raises(DataError, match="cannot be split"):
         hold_out(split.first(1), 0.5, 0, stratify=True)
 
 
@@ -215,7 +215,7 @@ def test_every_glue_task_reads_its_columns_and_labels(name: str, tmp_path: Path)
 
 
 def test_a_task_for_evaluation_only_is_not_trained() -> None:
-    with pytest.raises(ConfigError, match="--task ax is for evaluation only: train on mnli"):
+    with pytest.raises(ConfigError, match="--task ax is for evaluation only; train on mnli"):
         load_splits(DataSource(task="ax"), ["train", "validation"])
 
 

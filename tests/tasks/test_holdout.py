@@ -36,7 +36,7 @@ def test_rows_that_are_added_or_moved_change_no_part(
 ) -> None:
     split = split_of(rows)
     if len(set(split.texts)) < 2:
-        assert "cannot be divided" in problem(hold_out, split, share, seed, stratify=stratify)
+        assert "cannot be split" in problem(hold_out, split, share, seed, stratify=stratify)
         return
     limits = hold_out(split, share, seed, stratify=stratify)
     kept, held = divided(split, limits)
@@ -131,7 +131,7 @@ def test_a_file_that_grew_makes_no_trained_row_a_held_out_one(run: dict[str, set
     moved = craft.evaluate("out", use_cpu=True)
     assert moved.metrics == pytest.approx(before.metrics)
     write_rows(Path("train.jsonl"), [row for row in tickets(60) if row["text"] in run["train"]])
-    assert "no row of these was held out in training: give " in problem(craft.evaluate, "out", use_cpu=True)
+    assert "no row was held out in training; pass " in problem(craft.evaluate, "out", use_cpu=True)
 
 
 def test_rows_that_were_trained_on_are_named_when_they_are_evaluated_on(pico: Make) -> None:

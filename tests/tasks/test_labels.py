@@ -92,7 +92,7 @@ def test_true_is_true_in_json_and_in_csv(trained: list[Any], other: list[str]) -
 
 def test_another_case_is_another_label() -> None:
     train, other = labelled(["US", "uk", "US", "uk"]), write("v.csv", "text,label\na,us\n")
-    assert problem(own, train, other) == "v.csv, line 2: label 'us' is not among those trained on (US, uk)"
+    assert problem(own, train, other) == "v.csv, line 2: label 'us' is not a label of the training (US, uk)"
 
 
 def test_the_order_of_labels_is_total() -> None:
@@ -157,12 +157,14 @@ def test_cells_that_are_all_empty_hold_no_label() -> None:
 
 def test_half_a_character_is_refused_where_several_labels_apply_too() -> None:
     Path("t.jsonl").write_text('{"text": "x", "label": "a, \\ud800"}\n{"text": "y", "label": "b"}\n')
-    assert "t.jsonl, line 1: column 'label' holds half a character" in problem(own, "t.jsonl", problem_type=MULTI)
+    assert "t.jsonl, line 1: column 'label' contains an invalid character" in problem(
+        own, "t.jsonl", problem_type=MULTI
+    )
 
 
 @pytest.mark.parametrize("cell", ["['neg' 'pos']", "[0. 1. 0.]", "[neg, pos]"])
 def test_lists_that_nothing_can_read_are_refused(cell: str) -> None:
-    assert f"looks like lists written as text, but {cell} cannot be read: write them as JSON" in problem(
+    assert f"looks like lists written as text, but {cell} cannot be parsed: write them as JSON" in problem(
         own, labelled([cell] * 3)
     )
 
@@ -195,9 +197,9 @@ def test_lists_with_anything_but_labels_are_refused(cell: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("cell", "told"),
     [
-        ("1" + "0" * 400, "holds inf, which float32 cannot hold"),
-        ("1e300", "holds 1e+300, which float32 cannot hold"),
-        ("Infinity", "holds inf, which float32 cannot hold"),
+        ("1" + "0" * 400, "has inf, which float32 cannot represent"),
+        ("1e300", "has 1e+300, which float32 cannot represent"),
+        ("Infinity", "has inf, which float32 cannot represent"),
         ("NaN", "holds nothing, not a number"),
         ('"1_000"', "holds '1_000', not a number"),
         ("true", "holds 'True', not a number"),

@@ -215,8 +215,8 @@ def test_rows_without_a_target_are_left_out_and_counted(pico_lm: Make, chats: Pa
         ({"head_start": "probe"}, "head_start: a language model keeps its own head"),
         ({"class_weights": "balanced"}, "class_weights: a language model keeps"),
         ({"train_on": "completion", "chat_template": "chatml2"}, "'chatml2' is neither one of"),
-        ({"answer_pattern": "(", "eval_generate": 2}, "answer_pattern: no regular expression"),
-        ({"answer_pattern": "a"}, "needs --eval-generate"),
+        ({"answer_pattern": "(", "eval_generate": 2}, "answer_pattern: invalid regular expression"),
+        ({"answer_pattern": "a"}, "requires --eval-generate"),
         ({"metric_for_best_model": "exact_match"}, "no metric 'exact_match'"),
         ({"label_column": "x", "task_type": "causal-lm"}, "label_column: a language model has no labels"),
     ],
@@ -229,9 +229,9 @@ def test_settings_of_other_kinds_are_refused(changed: dict[str, Any], told: str,
 
 
 def test_what_is_no_language_model_is_refused(pico: Make, pico_lm: Make, chats: Path, data_dir: Path) -> None:
-    with pytest.raises(ModelError, match="a bert model reads texts in both directions"):
+    with pytest.raises(ModelError, match="a bert model is bidirectional"):
         craft.train(settings(pico(), chats))
-    with pytest.raises(ConfigError, match="packing is for language models, and these rows have labels"):
+    with pytest.raises(ConfigError, match="packing is for language models, but these rows have labels"):
         craft.train(settings(pico_lm(), data_dir, task="sst2", packing=True))
     craft.train(settings(pico_lm(), chats, num_train_epochs=1))
     with pytest.raises(CraftError, match="eval_generate"):

@@ -99,13 +99,13 @@ def test_numbers_far_from_zero_are_named_before_the_training(pico: Make) -> None
 
 @pytest.mark.parametrize("gold", [[0.1] * 10, [0.3, 0.1 + 0.2], [-7.0]])
 def test_one_number_alone_is_refused(gold: list[float]) -> None:
-    with pytest.raises(DataError, match="holds one number only"):
+    with pytest.raises(DataError, match="has only one number"):
         check_numbers(gold, "score")
 
 
 @pytest.mark.parametrize("gold", [[1e200, 2e200], [1e-60, 2e-60]])
 def test_numbers_beyond_float32_are_refused(gold: list[float]) -> None:
-    with pytest.raises(DataError, match=r"float32 cannot hold; give them in another unit"):
+    with pytest.raises(DataError, match=r"float32 cannot represent; use another unit"):
         check_numbers(gold, "score")
 
 
@@ -113,7 +113,7 @@ def test_a_constant_target_is_refused_before_the_work(pico: Make) -> None:
     rows = [{"text": row["sentence"], "score": 0.1} for row in opinions(12, 1)]
     write_rows(Path("data/train.jsonl"), rows)
     said = failure("train", "--model", str(pico()), "--data-dir", "data", "--use-cpu")
-    assert "column 'score' holds one number only (0.1) in the rows to train on; nothing can be learned from it" in said
+    assert "column 'score' has only one number (0.1) in the training rows; choose another with --label-column" in said
 
 
 def test_rounding_alone_makes_no_unit() -> None:
@@ -125,8 +125,8 @@ def test_rounding_alone_makes_no_unit() -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--calibrate",), "--calibrate: a regression answers numbers, not probabilities"),
-        (("--threshold", "0.3"), "--threshold: only where several labels can apply to a row"),
+        (("--calibrate",), "--calibrate: a regression predicts numbers, not probabilities"),
+        (("--threshold", "0.3"), "--threshold is only for multi-label tasks"),
     ],
 )
 def test_a_setting_without_effect_on_numbers_is_refused(flags: Any, told: str, pico: Make) -> None:
@@ -136,7 +136,9 @@ def test_a_setting_without_effect_on_numbers_is_refused(flags: Any, told: str, p
 
 def test_a_threshold_for_one_label_a_row_is_refused(pico: Make, data_dir: Path) -> None:
     given = ("--model", str(pico()), "--use-cpu", "--threshold", "0.3")
-    assert "--threshold: only where several" in failure("train", *given, "--task", "sst2", "--data-dir", str(data_dir))
+    assert "--threshold is only for multi-label" in failure(
+        "train", *given, "--task", "sst2", "--data-dir", str(data_dir)
+    )
     Path("words.conll").write_text("a O\nfilm B-x\n\nthe O\n")
     assert "a word has one tag" in failure(
         "train", *given, "--train-file", "words.conll", "--validation-file", "words.conll"

@@ -68,12 +68,12 @@ def test_a_missing_or_empty_file_is_named(suffix: str) -> None:
 
 @pytest.mark.parametrize(("name", "content"), [("t.csv", "text,label\n"), ("t.jsonl", "\n\n"), ("t.json", "[]")])
 def test_a_file_without_rows_says_so(name: str, content: str) -> None:
-    assert problem(read_file, Path(write(name, content))) == f"{name} holds no rows"
+    assert problem(read_file, Path(write(name, content))) == f"{name} has no rows"
 
 
 def test_an_unknown_kind_of_file_lists_the_known_ones() -> None:
     message = problem(read_file, Path(write("t.txt", "text\n")))
-    assert message.startswith("t.txt: unknown kind of file")
+    assert message.startswith("t.txt: unknown file format")
     assert all(suffix in message for suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"))
 
 
@@ -85,8 +85,8 @@ GOOD = '{"text": "a", "label": 0}\n'
     [
         ("t.jsonl", GOOD + "\n" + '{"text": "b",\n' + GOOD, 3, "not JSON"),
         ("t.jsonl", GOOD + GOOD + "text", 3, "not JSON"),
-        ("t.jsonl", GOOD + "[1, 2]\n" + GOOD, 2, "expected a JSON object"),
-        ("t.jsonl", GOOD + '"a"\n', 2, "expected a JSON object"),
+        ("t.jsonl", GOOD + "[1, 2]\n" + GOOD, 2, "expected one JSON object"),
+        ("t.jsonl", GOOD + '"a"\n', 2, "expected one JSON object"),
         ("t.csv", "text,label\na,0\nb,1,2\nc,1\n", 3, ""),
         ("t.csv", 'text,label\n"a\nb",0\nb,1,2\nc,1\n', 4, ""),
         ("t.tsv", "text\tlabel\na\t0\nb\t1\t2\n", 3, ""),
@@ -188,7 +188,7 @@ def test_a_known_task_refuses_a_row_without_one_of_its_labels(row: dict[str, Any
 def test_a_label_seen_in_validation_only_is_told_with_its_line() -> None:
     train = write("t.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
     validation = write("v.jsonl", '{"text": "a", "label": "x"}\n\n{"text": "b", "label": "z"}\n')
-    assert problem(own, train, validation) == "v.jsonl, line 3: label 'z' is not among those trained on (x, y)"
+    assert problem(own, train, validation) == "v.jsonl, line 3: label 'z' is not a label of the training (x, y)"
 
 
 def test_one_label_is_not_enough() -> None:

@@ -55,7 +55,7 @@ def test_the_kinds_of_work_are_those_of_the_setting() -> None:
 def test_every_scheme_is_read_as_the_same_entities(scheme: str) -> None:
     loaded = read(write("t.conll", conll([(TOKENS, SCHEMES[scheme])])))
     assert (loaded.task.labels, loaded.splits["train"].labels) == (LABELS, [GOLD])
-    note = [] if scheme == "IOB2" else [f"the tags of t.conll are {scheme}; they are learned as IOB2"]
+    note = [] if scheme == "IOB2" else [f"the tags of t.conll are {scheme}; they are converted to IOB2"]
     assert loaded.notes == note
     assert loaded.task.answers == ("minus", "plus")
 
@@ -64,7 +64,7 @@ def test_other_letters_and_separators_are_read_too() -> None:
     tags = ["B_plus", "M_plus", "E_plus", "S_plus", "O", "O", "O", "O"]
     loaded = read(write("t.conll", conll([(TOKENS, tags)])))
     assert loaded.splits["train"].labels == [[1, 2, 2, 1, 0, 0, 0, 0]]
-    assert loaded.notes == ["the tags of t.conll are BMES; they are learned as IOB2"]
+    assert loaded.notes == ["the tags of t.conll are BMES; they are converted to IOB2"]
 
 
 def test_tags_without_prefix_are_entities_of_neighbours() -> None:
@@ -77,7 +77,7 @@ def test_illegal_sequences_are_read_as_conlleval_does() -> None:
     rows = [(["a", "b", "c", "d"], ["I-plus", "I-minus", "O", "I-minus"]), (["a", "b"], ["B-plus", "I-plus"])]
     loaded = read(write("t.conll", conll(rows)))
     assert loaded.splits["train"].labels == [[3, 1, 0, 1], [3, 4]]
-    assert "3 tags I-... of t.conll follow no tag of their kind" in loaded.notes[0]
+    assert "3 tags I-... of t.conll do not follow a tag of their type" in loaded.notes[0]
 
 
 @pytest.mark.parametrize("form", [".conll", ".txt", "spaces", "crlf", ".jsonl", ".json", ".parquet", "saved", "flags"])
@@ -122,12 +122,12 @@ def test_every_form_of_file_gives_the_same_rows(form: str) -> None:
         ("a\nb O\n", "t.conll, line 2: every word needs a tag in the last column, or none; 'b' has one, 'O'"),
         ("a O\n\nb 3\n", "t.conll, line 3: tag 3 is a number without a name"),
         ("a B-x\n\nb O\nc y\n", "t.conll, line 3: tag 'y' has no prefix"),
-        ("a O\n", "column 'tags' holds no entity"),
+        ("a O\n", "column 'tags' has no entity"),
         ("a\nb\n", "t.conll has no column 'tags'; it has tokens (choose with --label-column)"),
-        ("EU NNP I-NP B-ORG\nrejects VBZ I-VP\n", "t.conll, line 2: 3 columns, where the lines before it have 4"),
-        ("a B-x\nb B-\n", "t.conll, line 1: tag 'B-' names no kind"),
+        ("EU NNP I-NP B-ORG\nrejects VBZ I-VP\n", "t.conll, line 2: 3 columns, but the lines before it have 4"),
+        ("a B-x\nb B-\n", "t.conll, line 1: tag 'B-' has no entity type"),
         ("a o\nb b-x\n", "t.conll, line 1: tag 'o': write O, B- and I- in capitals"),
-        ("a *\nb (PER*\n", "t.conll, line 1: tag '*' has the brackets of CoNLL-2005 and CoNLL-2012"),
+        ("a *\nb (PER*\n", "t.conll, line 1: tag '*' uses the brackets of CoNLL-2005 and CoNLL-2012"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_its_line(content: str, told: str) -> None:
@@ -138,14 +138,14 @@ def test_rows_that_cannot_be_used_are_told() -> None:
     good = {"tokens": ["a", "b"], "tags": ["B-x", "O"]}
     for row, told in (
         ({"tokens": ["a"], "tags": ["O", "O"]}, "t.jsonl, line 2: 2 tags for 1 words; every word needs one"),
-        ({"tokens": "a b", "tags": ["O", "O"]}, "t.jsonl, line 2: column 'tokens' holds no list of words"),
-        ({"tokens": ["a"], "tags": None}, "t.jsonl, line 2: column 'tags' holds no list of tags"),
+        ({"tokens": "a b", "tags": ["O", "O"]}, "t.jsonl, line 2: column 'tokens' has no list of words"),
+        ({"tokens": ["a"], "tags": None}, "t.jsonl, line 2: column 'tags' has no list of tags"),
         ({"tokens": ["a"], "tags": [1]}, "t.jsonl, line 2: tag 1 is a number without a name"),
     ):
         assert told in problem(read, str(write_rows(Path("t.jsonl"), [good, row])))
     train, other = (write(f"{name}.conll", f"a B-{name}\n") for name in "xy")
     source = DataSource(train_file=train, validation_file=other)
-    told = "y.conll, line 1: 'y' is not among the kinds of entities trained on (x)"
+    told = "y.conll, line 1: 'y' is not an entity type of the training (x)"
     assert problem(load_splits, source, ["train", "validation"]) == told
     for source in (
         DataSource(train_file=train, task_type="token-classification", task="sst2"),
@@ -175,13 +175,13 @@ def test_tags_of_which_none_is_outside_are_pointed_out() -> None:
 
 def test_rows_to_evaluate_on_without_an_entity_are_pointed_out() -> None:
     splits = {"train": Split([("a", "b")], [[1, 3]], "here"), "validation": Split([("c",)], [[0]], "there")}
-    assert task().notes(splits) == ["there holds no entity: precision, recall and f1 are 0 whatever is found"]
+    assert task().notes(splits) == ["there has no entity, so precision, recall and f1 will be 0"]
     splits["validation"] = Split([("c",)], [[3]], "there")
     assert task().notes(splits) == []
 
 
 def test_text_files_of_texts_are_no_tags() -> None:
-    assert problem(read, write("t.txt", "a text\nanother text\n")).startswith("t.txt: unknown kind of file")
+    assert problem(read, write("t.txt", "a text\nanother text\n")).startswith("t.txt: unknown file format")
     assert "expected one of train.jsonl" in problem(load_splits, DataSource(data_dir="."), ["train"])
     write("train.txt", "a B-x\n")
     assert load_splits(DataSource(data_dir="."), ["train"]).task.kind == "token-classification"
@@ -255,7 +255,7 @@ def test_a_byte_level_tokenizer_sees_every_word_after_a_blank(form: str) -> None
 def test_a_slow_tokenizer_is_refused() -> None:
     slow = type("Slow", (), {"is_fast": False, "name_or_path": "somewhere", "model_max_length": 9})()
     slow.num_special_tokens_to_add = lambda pair: 2
-    with pytest.raises(ModelError, match=r"somewhere: its tokenizer cannot tell .* tokenizer\.json"):
+    with pytest.raises(ModelError, match=r"somewhere: its tokenizer does not map tokens to words; .* tokenizer\.json"):
         task().encode(Split([("a",)], None, "here"), slow, 9)
 
 
@@ -316,9 +316,9 @@ def test_the_loss_is_a_sum_over_words(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"a O\rb O\n", "line 1: a carriage return inside of it; convert the file with: tr"),
+        (b"a O\rb O\n", "line 1: the line contains a carriage return; convert the file with: tr"),
         (b"a\tO\n\tO\n", "line 2: a tag without a word"),
-        (b"a\tO\nb\t\n", "line 2: a tab without a tag behind it"),
+        (b"a\tO\nb\t\n", "line 2: a tab without a tag after it"),
     ],
 )
 def test_lines_that_would_lose_something_are_refused(content: bytes, told: str) -> None:

@@ -113,7 +113,7 @@ def test_every_form_of_input_gives_the_same_spans(trained: Path) -> None:
     assert "none.jsonl has no column 'tokens'; it has id" in failure("predict", str(trained), "-i", "none.jsonl")
     write_rows(Path("odd.jsonl"), [{"tokens": ["a"]}, {"tokens": "a"}])
     assert (
-        "odd.jsonl, line 2: column 'tokens' holds no list of words"
+        "odd.jsonl, line 2: column 'tokens' has no list of words"
         in invoke("predict", str(trained), "-i", "odd.jsonl", "--use-cpu").stderr
     )
 
@@ -139,7 +139,7 @@ def test_words_that_are_not_looked_at_are_reported(trained: Path, words: Path) -
     count = sum(max(len(row.cells["tokens"]) - 10, 0) for row in read_rows(Path(file)))
     total = sum(len(row.cells["tokens"]) for row in read_rows(Path(file)))
     told = (
-        f"7 of 23 rows of {file} are longer than 12 tokens and were cut (--max-seq-length); {count} of {total:,} words have "
+        f"7 of 23 rows of {file} are longer than 12 tokens and were truncated (--max-seq-length); {count} of {total:,} words have "
         "no token and count as O"
     )
     assert told in done.stderr
@@ -239,7 +239,7 @@ def test_a_run_is_tried_and_described(pico: Make, words: Path, trained: Path) ->
     tried = invoke("train", *base, "--dry-run", "--class-weights", "balanced", "--max-seq-length", "8")
     assert tried.exit_code == 0, tried.stderr
     assert "own (minus, plus)" in tried.stderr
-    assert "are longer than 8 tokens and were cut" in tried.stderr
+    assert "are longer than 8 tokens and were truncated" in tried.stderr
     assert "B-minus" in invoke("inspect", str(trained)).stdout
     refused = failure("eval", str(trained), "--task", "sst2", "--data-dir", str(words), "--use-cpu")
     assert "error" in refused

@@ -170,7 +170,7 @@ def test_no_room_for_any_word_is_refused(length: int, pico: Make) -> None:
     given = ("--train-file", "words.conll", "--validation-file", "words.conll", "--max-seq-length", str(length))
     said = failure("train", "--model", str(pico()), "--use-cpu", "--ranks", "6,5,2", *given)
     assert (
-        f"--max-seq-length {length} leaves no room for text: this tokenizer puts 2 tokens of its own into every row"
+        f"--max-seq-length {length} leaves no room for text: this tokenizer adds 2 special tokens to every row; increase it"
         in said
     )
 

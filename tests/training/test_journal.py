@@ -126,16 +126,19 @@ def test_a_loss_that_still_falls_is_told_with_the_way_on(
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"eval_strategy": "steps"}, "--eval-strategy steps needs --eval-steps"),
-        ({"save_strategy": "epoch", "save_steps": 3}, "--save-steps needs --save-strategy steps"),
+        ({"eval_strategy": "steps"}, "--eval-strategy steps requires --eval-steps"),
+        ({"save_strategy": "epoch", "save_steps": 3}, "--save-steps requires --save-strategy steps"),
         ({"eval_strategy": "no", "early_stopping_patience": 1}, "--early-stopping-patience needs evaluations"),
         ({"eval_strategy": "no", "metric_for_best_model": "loss"}, "--metric-for-best-model needs evaluations"),
-        ({"early_stopping_threshold": 0.1}, "--early-stopping-threshold needs --early-stopping-patience"),
-        ({"load_in_4bit": True, "load_in_8bit": True}, "--load-in-4bit and --load-in-8bit exclude each other"),
+        ({"early_stopping_threshold": 0.1}, "--early-stopping-threshold requires --early-stopping-patience"),
+        (
+            {"load_in_4bit": True, "load_in_8bit": True},
+            "--load-in-4bit and --load-in-8bit cannot be combined; choose one",
+        ),
         ({"report_to": "tensorbord"}, "--report-to: unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
-        ({"report_to": "none,wandb"}, "--report-to: none excludes the others"),
-        ({"init_from": "run", "init_noise": True}, "--init-from and --init-noise exclude each other"),
-        ({"resume": True, "dry_run": True}, "--resume excludes --overwrite and --dry-run"),
+        ({"report_to": "none,wandb"}, "--report-to: none cannot be combined with trackers"),
+        ({"init_from": "run", "init_noise": True}, "--init-from and --init-noise cannot be combined"),
+        ({"resume": True, "dry_run": True}, "--resume cannot be combined with --overwrite or --dry-run"),
         ({"save_total_limit": 0}, "--save-total-limit"),
     ],
 )

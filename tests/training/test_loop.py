@@ -230,13 +230,13 @@ def test_what_is_noticed_in_the_data_is_told(pico: Make) -> None:
     write_rows(Path("train.jsonl"), [{"text": text, "label": label} for text, label in rows])
     write_rows(Path("validation.jsonl"), [{"text": "good film", "label": 1}, {"text": "lovely", "label": 1}])
     own = {"task": None, "data_dir": None, "train_file": "train.jsonl", "validation_file": "validation.jsonl"}
-    cut = "1 of 8 rows of train.jsonl are longer than 12 tokens and were cut (--max-seq-length)"
+    cut = "1 of 8 rows of train.jsonl are longer than 12 tokens and were truncated (--max-seq-length)"
     _, plan = run_with(pico, Path(), **own, dry_run=True, max_seq_length=12)
     noticed = [
-        "labels with no row to evaluate on: 1 of 2 ('0')",
+        "labels with no validation row: 1 of 2 ('0')",
         "1 row without text; the first is train.jsonl, line 5",
         "1 of 8 rows of train.jsonl repeats an earlier text, 1 with another label (the first is line 3)",
-        "1 of 2 rows to evaluate on has a text that is trained on too: the metrics will look too good",
+        "1 of 2 validation rows has a text that is also in the training rows: the metrics will look too good",
         cut,
     ]
     assert list(plan.notes) == noticed
@@ -254,19 +254,19 @@ def test_what_is_noticed_in_the_data_is_told(pico: Make) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"train_file": "real.jsonl", "class_weights": "balanced"}, "a regression has no labels to weigh"),
+        ({"train_file": "real.jsonl", "class_weights": "balanced"}, "a regression has no labels"),
         (
             {"train_file": "real.jsonl", "validation_file": "real.jsonl", "validation_share": 0.5},
-            "there is validation data",
+            "validation-share cannot be combined with validation data",
         ),
-        ({"task": "sst2", "problem_type": "regression"}, "--problem-type is for own data"),
-        ({"task": "sst2", "label_separator": ";"}, "--label-separator: only for own data"),
+        ({"task": "sst2", "problem_type": "regression"}, "--problem-type is for your own data"),
+        ({"task": "sst2", "label_separator": ";"}, "--label-separator is only for multi-label data"),
         (
             {"train_file": "real.jsonl", "label_separator": ";", "problem_type": "regression"},
-            "--label-separator: only for",
+            "--label-separator is only for",
         ),
-        ({"train_file": "a", "dataset_name": "b"}, "exclude each other"),
-        ({"task": "sst2", "dataset_config_name": "b"}, "--dataset-config-name needs --dataset-name"),
+        ({"train_file": "a", "dataset_name": "b"}, "cannot be combined"),
+        ({"task": "sst2", "dataset_config_name": "b"}, "--dataset-config-name requires --dataset-name"),
     ],
 )
 def test_settings_that_contradict_the_data_are_refused(pico: Make, settings: dict[str, Any], told: str) -> None:

@@ -174,7 +174,7 @@ def test_with_nothing_to_resume_it_begins(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir, resume=True, output_dir="new"), listener)
     assert Path("new/notes.txt").is_file()
     assert listener.plan.notes == ["new has no checkpoint yet: starting from the beginning"]
-    with pytest.raises(ConfigError, match="--resume excludes --overwrite"):
+    with pytest.raises(ConfigError, match="--resume cannot be combined with --overwrite"):
         config(pico(), data_dir, resume=True, overwrite=True)
 
 

@@ -154,7 +154,7 @@ def test_a_folder_of_runs_is_listed(pico: Make, data_dir: Path) -> None:
     assert (stopped["run"], stopped["state"]) == ("runs/stopped", "interrupted at step 8")
     assert "accuracy" in stopped["metrics"]
     assert broken["state"] == "damaged"
-    assert broken["problem"].startswith("--recipe: runs/broken/recipe.yaml: not readable YAML")
+    assert broken["problem"].startswith("--recipe: runs/broken/recipe.yaml: invalid YAML")
     with Run(Path("runs/stopped")).being_trained():
         text = invoke("inspect", "runs")
     names = [line.split()[0] for line in text.stdout.splitlines()[2:]]

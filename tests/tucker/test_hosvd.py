@@ -188,7 +188,7 @@ def test_rank_deficient_stack_has_orthonormal_factors() -> None:
         ([torch.zeros(2, 3), torch.zeros(3, 2)], None, r"layer 1 is \(3, 2\), but layer 0 is \(2, 3\)"),
         ([torch.ones(2, 3)], (1, 3, 1), r"\(1, 3, 1\) of a stack \(1, 2, 3\)"),
         ([torch.ones(2, 3)], (0, 1, 1), "between 1 and"),
-        ([torch.full((2, 3), torch.inf)], None, "not finite"),
+        ([torch.full((2, 3), torch.inf)], None, "non-finite"),
         ([], None, "one or more matrices"),
     ],
 )

@@ -103,7 +103,7 @@ class Craft(Method):
         """Whether the ranks of a projection are others than those wanted, lowered to its dimensions."""
         for target, shape in frozen.shapes.items():
             if Ranks.parse(wanted.ranks).lowered(shape) != frozen.ranks(target):
-                return f"has the ranks {frozen.ranks(target)}; give --ranks {_largest(frozen)}"
+                return f"has the ranks {frozen.ranks(target)}; pass --ranks {_largest(frozen)}"
         return None
 
     def read(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Factors:

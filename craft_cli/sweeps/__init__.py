@@ -1,1 +1,1 @@
-"""Sweeps: which settings are tried, their trials in one shared study, a trial at work, and what came of them."""
+"""Sweeps: the search space, trials in a shared Optuna storage, the runs of a trial, and the results."""

@@ -1,7 +1,7 @@
-"""The working of a sweep: trials begin where a device is free, are watched, and end; all of it in one thread.
+"""The sweep loop: start trials on free devices, watch them, and collect their results, in a single thread.
 
-Several processes may work on one sweep. Each takes what waits, and waits for what others have at work, to take it over if
-they die.
+Several processes can work on one sweep. Each takes waiting trials, and takes over the trials of other processes that
+died.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from craft_cli.training.signals import StopSignals
 BEST_FILE = "best.yaml"
 _PAUSE = 0.05
 _LOOK = 1.0
-"""Seconds between two looks at what waits, and between two signs of life."""
+"""Seconds between two polls for waiting trials, and between two heartbeats."""
 
 
 class Listener:
-    """Hears of a sweep's progress; the console shows it."""
+    """Receives progress events of a sweep; the console displays them."""
 
     def started(self, results: Results, trials: int | None, jobs: int) -> None:
-        """The trials begin, or go on."""
+        """The trials start, or resume."""
 
     def ended(self, results: Results, trial: str, trials: int | None, seconds_left: float | None) -> None:
-        """A trial is over; it is a row of the results."""
+        """A trial ended; it is a row of the results."""
 
     def tried(self, done: int, total: int) -> None:
-        """Trials of which one step was made, in a dry run."""
+        """Trials that made one step, in a dry run."""
 
     def noticed(self, what: str) -> None:
-        """Something the user should know."""
+        """A note for the user."""
 
     def stopping(self) -> None:
-        """A signal came; the running trials write their checkpoints."""
+        """A signal was received; the running trials save their checkpoints."""
 
     def interrupted(self, output: Path) -> None:
-        """The sweep ended before its time."""
+        """The sweep was interrupted."""
 
 
 @dataclass
@@ -54,15 +54,15 @@ class Sweep:
     """A sweep that this process works on.
 
     Attributes:
-        folder: of its files.
-        plan: what it compares.
+        folder: the sweep's folder.
+        plan: the settings it compares.
         studies: its trials.
-        trials: how many there are to be; None where the time alone ends them.
-        devices: for each trial at once the environment of its processes.
+        trials: number of trials; None if only the time limits them.
+        devices: environment variables for each concurrent trial.
         listener: receives events.
-        deadline: by `time.monotonic`; no trial begins after it.
-        flags: of the runs, which no recipe holds.
-        works: the trials at work here, by the number of their device.
+        deadline: `time.monotonic` value after which no trial starts.
+        flags: flags of the runs that a recipe cannot hold.
+        works: trials running in this process, by device number.
     """
 
     folder: Path
@@ -79,25 +79,25 @@ class Sweep:
     _looked: float = -math.inf
 
     def results(self) -> Results:
-        """The tables of now."""
+        """The current tables."""
         tests = {method: self.studies.tests(method) for method in self.plan.methods}
         return collect(str(self.folder), self.plan, self.studies.trials(), tests)
 
     def run(self) -> int:
-        """Work until nothing waits and nobody works, until the time is over, or until a signal comes; its number, or 0."""
+        """Run until all trials have ended, the time is up, or a signal is received; returns the signal number, or 0."""
         self.listener.started(self.results(), self.trials, len(self.devices))
         try:
             with StopSignals() as stop:
                 while not self._step(stop):
                     time.sleep(_PAUSE)
                 return stop.received
-        finally:  # only where something went wrong is there one left
+        finally:  # only after an error are there any left
             for work in self.works.values():
                 work.kill()
                 self.studies.give_back(work.taken)
 
     def _step(self, stop: StopSignals) -> bool:
-        """Look after everything once; whether all is over."""
+        """Poll everything once; returns whether the sweep is finished."""
         if stop.received and any(not work.stopped for work in self.works.values()):
             self.listener.stopping()
             for work in self.works.values():
@@ -106,7 +106,7 @@ class Sweep:
             if work.poll():
                 del self.works[device]
                 self._settle(work)
-                self._looked = -math.inf  # its device is free
+                self._looked = -math.inf  # its device is free now
         if time.monotonic() - self._looked < _LOOK:
             return False
         for work in self.works.values():
@@ -118,7 +118,7 @@ class Sweep:
         return not self.works and (over or not self.studies.running())
 
     def _begin(self) -> None:
-        """Take what waits, for every device that is free."""
+        """Take a waiting trial for every free device."""
         for device, environment in enumerate(self.devices):
             if device in self.works:
                 continue
@@ -132,14 +132,14 @@ class Sweep:
             self.works[device] = work
 
     def _same(self, taken: Taken) -> Sequence[Mapping[str, object]]:
-        """The runs of a complete trial with the same setting: they would only be repeated."""
+        """The runs of a complete trial with the same setting, which need not be repeated."""
         for trial in self.studies.trials():
             if (trial.state, trial.method, trial.setting) == ("complete", taken.method, dict(taken.setting)):
                 return [{**run, "reason": f"the same setting as {trial.name}"} for run in trial.runs]
         return []
 
     def _settle(self, work: Work) -> None:
-        """Tell the study and the files of a trial that is over, or let it wait again where it was stopped."""
+        """Record a finished trial in the study and the files, or requeue a stopped one."""
         if not work.state:
             self.studies.give_back(work.taken)
             return
@@ -151,7 +151,7 @@ class Sweep:
         self.listener.ended(results, work.taken.name, self.trials, self._seconds_left(results))
 
     def _seconds_left(self, results: Results) -> float | None:
-        """By the trials that ended here; no longer than there is time."""
+        """Estimate the remaining seconds from the trials that ended here, limited by the deadline."""
         now = time.monotonic()
         left = [] if self.deadline is None else [max(self.deadline - now, 0.0)]
         if self.trials is not None:
@@ -160,7 +160,7 @@ class Sweep:
 
 
 def write_best(folder: Path, plan: Plan, results: Results) -> None:
-    """Write best.yaml: the best setting with the best of its seeds."""
+    """Write best.yaml: the best setting, with its best seed."""
     best = results.best
     if best is None:
         return
@@ -168,17 +168,17 @@ def write_best(folder: Path, plan: Plan, results: Results) -> None:
     runs = [run for run in results.runs if run["trial"] == best.trial]
     run = choose(runs, key=lambda run: run["score"])
     over = f"{best.mean:.4f} over the seeds {','.join(map(str, plan.seeds))}" if len(runs) > 1 else f"{best.mean:.4f}"
-    told = f"The best of {folder.name}, {best.trial}: {plan.metric} {over}; with this seed {run['score']:.4f}"
-    head = comment(told) + how_to_repeat(folder / BEST_FILE)
+    summary = f"The best of {folder.name}, {best.trial}: {plan.metric} {over}; with this seed {run['score']:.4f}"
+    head = comment(summary) + how_to_repeat(folder / BEST_FILE)
     write_bytes(folder / BEST_FILE, recipe_text(plan, best.method, best.setting, run["seed"], head).encode())
 
 
 def devices(config: RunConfig, jobs: int | None) -> list[dict[str, str]]:
-    """For each trial at once the environment of its processes: GPUs of its own, or its part of the cores.
+    """Environment variables for each concurrent trial: its own GPUs, or its share of the cores.
 
     Args:
-        config: of a run, which says whether to stay on the CPU and how many processes it wants.
-        jobs: trials at once; one for each GPU, or one, without.
+        config: settings of a run, with `use_cpu` and `num_processes`.
+        jobs: number of concurrent trials. Default: one per GPU, or one on the CPU.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The pictures of a sweep: its scores against the numbers trained, and against the learning rate."""
+"""Plots of a sweep: scores against trained parameters, and against the learning rate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ BY_NUMBERS, BY_RATE = "score_by_numbers.png", "score_by_rate.png"
 
 
 def draw(folder: Path, results: Results) -> None:
-    """Write both; that of the rates where several were tried."""
+    """Write the plots; the one of the rates only if several were tried."""
     rows = [row for row in results.rows if row.state == "complete" and row.numbers]
     rated = [row for row in rows if row.setting.get("learning_rate", 0) > 0]
-    _draw(folder / BY_NUMBERS, results, rows, "numbers trained in the adapter")
+    _draw(folder / BY_NUMBERS, results, rows, "trained parameters of the adapter")
     if len({row.setting["learning_rate"] for row in rated}) > 1:
         _draw(folder / BY_RATE, results, rated, "learning rate")
 
@@ -39,11 +39,11 @@ def _draw(path: Path, results: Results, rows: list[Row], across: str) -> None:
     seeds = len(results.seeds)
     over = f"mean and standard deviation over {seeds} seeds" if seeds > 1 else f"seed {results.seeds[0]}"
     scores(
-        {method: found for method, found in points.items() if found},
+        {method: own for method, own in points.items() if own},
         path,
         across=across,
         up=f"validation {results.metric}",
         title=f"{Path(results.output).name}: {over}",
         lower_is_better=results.lower_is_better,
-        envelope=rate and results.sampler == "grid",  # sampled ones have no rates in common
+        envelope=rate and results.sampler == "grid",  # sampled methods have no rates in common
     )

@@ -1,4 +1,4 @@
-"""The plan of a sweep: what its trials share, what they may be, and how they are chosen. It stays the same when it goes on."""
+"""The plan of a sweep: shared settings, search spaces and sampling. It does not change when the sweep is resumed."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from craft_cli.training.resume import comparable
 SAMPLERS = ("grid", "random", "tpe")
 PRUNERS = ("none", "median", "hyperband")
 TRIALS = 20
-"""Of a sampled sweep without a number and without a time."""
+"""Default number of trials of a sampled sweep without a time limit."""
 PLAN_FILE = "sweep.json"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep compares.
+    """The settings that a sweep compares.
 
     Attributes:
-        recipes: what all trials of a method share, as in a recipe, by the method.
-        spaces: what they differ in, by the method.
-        seeds: of the runs of each setting.
+        recipes: settings shared by all trials of a method, as in a recipe, by method.
+        spaces: search space by method.
+        seeds: seeds of the runs of each setting.
         sampler: `grid`, `random` or `tpe`.
         pruner: `none`, `median` or `hyperband`.
-        metric: on the validation rows, chooses.
+        metric: metric on the validation rows that chooses the best setting.
     """
 
     recipes: Mapping[str, Mapping[str, Any]]
@@ -55,12 +55,12 @@ class Plan:
 
     @property
     def methods(self) -> list[str]:
-        """The methods compared."""
+        """The compared methods."""
         return list(self.recipes)
 
     @property
     def varied(self) -> list[str]:
-        """The settings that differ between trials, the method apart."""
+        """The settings that differ between trials, without the method."""
         varied = [name for space in self.spaces.values() for name in space]
         return list(dict.fromkeys(name for name in varied if any(size({name: s[name]}) > 1 for s in self.having(name))))
 
@@ -73,7 +73,7 @@ class Plan:
         return [(method, setting) for method, space in self.spaces.items() for setting in grid(space)]
 
     def start_of(self, method: str) -> dict[str, Any]:
-        """The recipe's own values of what is tried, as far as they lie in the space: a sampled sweep begins with them."""
+        """The recipe's values of the searched settings, if they are in the space; a sampled sweep starts with them."""
         config = build(self.recipes[method], {}, self.seeds[0])
         own_values = {name: config.recipe().get(name) for name in self.spaces[method]}
         return {name: value for name, value in own_values.items() if value in self.spaces[method][name]}
@@ -83,7 +83,7 @@ class Plan:
         return build(self.recipes[method], setting, seed)
 
     def record(self) -> dict[str, Any]:
-        """As JSON."""
+        """The plan as JSON."""
         spaces = {
             method: {name: asdict(it) if isinstance(it, Range) else list(it) for name, it in space.items()}
             for method, space in self.spaces.items()
@@ -92,34 +92,34 @@ class Plan:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Plan:
-        """From `record`."""
+        """Parse the result of `record`."""
         read = lambda it: Range(**it) if isinstance(it, Mapping) else tuple(it)  # noqa: E731
         spaces = {method: {name: read(it) for name, it in space.items()} for method, space in record["spaces"].items()}
         return cls(**{**record, "spaces": spaces, "seeds": tuple(record["seeds"])})
 
     def differences(self, other: Plan) -> list[str]:
-        """How another plan differs, `--seeds was 1,2, is 1,2,3` each."""
+        """Differences from another plan, such as `--seeds was 1,2, is 1,2,3`."""
         mine, theirs = _told(self), _told(other)
         names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
         return [f"{name} was {mine.get(name, 'not given')}, is {theirs.get(name, 'not given')}" for name in names]
 
 
 def _told(plan: Plan) -> dict[str, str]:
-    """A plan as it is given on the command line."""
-    told = {
+    """A plan as command-line flags."""
+    flags_of_plan = {
         "--set method": ",".join(plan.methods),
         "--seeds": ",".join(map(str, plan.seeds)),
         "--sampler": plan.sampler,
         "--pruner": plan.pruner,
     }
     for method, recipe in plan.recipes.items():
-        told |= {flag(name): str(value) for name, value in recipe.items() if name != "method"}
-        told |= {f"--set {name}": shown(values) for name, values in plan.spaces[method].items()}
-    return told
+        flags_of_plan |= {flag(name): str(value) for name, value in recipe.items() if name != "method"}
+        flags_of_plan |= {f"--set {name}": shown(values) for name, values in plan.spaces[method].items()}
+    return flags_of_plan
 
 
 def shown(values: Values) -> str:
-    """Values as they are given to --set."""
+    """Values in the syntax of --set."""
     if isinstance(values, Range):
         return str(values)
     return ("/" if any("," in str(value) for value in values) else ",").join(map(str, values))
@@ -137,26 +137,26 @@ def make_plan(
     pruner: str | None = None,
     former: Plan | None = None,
 ) -> Plan:
-    """A plan that can be carried out: every setting that can be known is checked, and the data is looked at.
+    """Make a plan and check it: every setting that is known in advance is validated, and the data is read.
 
     Args:
         flags: settings of all trials, by field name.
-        recipe: the same, below them.
-        sets: of `parse_sets`.
-        seeds: of each setting; that of the recipe without.
-        trials: how many are asked for.
-        timed: whether a time is asked for.
-        sampler: a grid without, where values are named and no number of trials.
-        pruner: of sampled trials `median` without.
-        former: of the sweep that goes on; what is not given is as there.
+        recipe: settings of a recipe; flags override them.
+        sets: result of `parse_sets`.
+        seeds: seeds of each setting. Default: the seed of the recipe.
+        trials: requested number of trials.
+        timed: whether a time limit is given.
+        sampler: Default: a grid, if values are listed and no number of trials is given.
+        pruner: Default: `median` for sampled trials.
+        former: plan of the sweep to resume, which completes what is not given.
 
     Raises:
-        ConfigError: something cannot be combined, or is not there.
+        ConfigError: settings cannot be combined, or are unknown.
     """
     flags = {name: value for name, value in flags.items() if value is not None}
     for kind, asked, known in (("--sampler", sampler, SAMPLERS), ("--pruner", pruner, PRUNERS)):
         if asked is not None and asked not in known:
-            raise ConfigError(f"{kind}: there is no '{asked}'{nearest(asked, known)}")
+            raise ConfigError(f"{kind}: unknown value '{asked}'{nearest(asked, known)}")
     if former and not (flags or recipe):
         methods = methods_of(sets, former.methods[0]) if "method" in sets else tuple(former.methods)
         first = next(iter(former.recipes.values()))
@@ -190,17 +190,17 @@ def make_plan(
 
 
 def _is_grid(sets: Space, trials: int | None, timed: bool) -> bool:
-    """Whether all combinations are meant: values are named, and no number of trials."""
+    """Whether to try all combinations: values are listed, and no number of trials is given."""
     if not sets or trials is not None or any(isinstance(values, Range) for values in sets.values()):
         return False
     return not timed or bool(set(sets) - {"method"})
 
 
 def _shared(flags: Mapping[str, Any], recipe: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """What is given for all trials of a method, as in a recipe that means the same from any folder."""
+    """The shared settings of a method's trials, as a recipe that is valid from any folder."""
     config = RunConfig.build(own(flags, method), own(recipe, method))
     if config.eval_strategy == "no":
-        raise ConfigError("--eval-strategy no: a sweep chooses by evaluations; give epoch, or steps")
+        raise ConfigError("--eval-strategy no: a sweep requires evaluations; use epoch or steps")
     given = {"method", *flags, *recipe}
     return {
         name: comparable(name, value)
@@ -212,11 +212,9 @@ def _shared(flags: Mapping[str, Any], recipe: Mapping[str, Any], method: str) ->
 def _check(plan: Plan, trials: int | None) -> None:
     if plan.sampler == "grid":
         if trials is not None:
-            raise ConfigError(
-                "--trials: a grid has as many as there are combinations; leave it out, or pass --sampler tpe"
-            )
+            raise ConfigError("--trials: a grid tries all combinations; remove it, or pass --sampler tpe")
         if plan.pruner != "none":
-            raise ConfigError("--pruner: each setting of a grid is trained to its end; leave it out")
+            raise ConfigError("--pruner: a grid trains every setting to the end; remove it")
         asked = plan.settings()
     else:
         asked = [
@@ -227,10 +225,10 @@ def _check(plan: Plan, trials: int | None) -> None:
         ]
         there = sum(map(size, plan.spaces.values()))
         if (trials or 0) > there:
-            raise ConfigError(f"--trials {trials}: there are {there:,} combinations; leave it out to try each of them")
+            raise ConfigError(f"--trials {trials}: there are only {there:,} combinations; remove it to try them all")
     problems: list[str] = []
     if plan.having("train_file") and not all(recipe.get("validation_file") for recipe in plan.recipes.values()):
-        problems.append("--set train_file: scores would not be comparable: give one --validation-file for all trials")
+        problems.append("--set train_file: scores would not be comparable; pass one --validation-file for all trials")
     for method, setting in asked:
         try:
             plan.run(method, setting, plan.seeds[0])
@@ -241,8 +239,8 @@ def _check(plan: Plan, trials: int | None) -> None:
 
 
 def _metric(plan: Plan) -> str:
-    """What chooses the best adapter chooses the best setting too."""
-    # Imported here: they bring transformers, which a look at a finished sweep does without.
+    """The metric that chooses the best adapter also chooses the best setting."""
+    # Imported here, because showing a finished sweep does not need transformers.
     from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
     from craft_cli.tasks.splits import load_splits
     from craft_cli.training.journal import chosen_metric
@@ -256,13 +254,13 @@ def _metric(plan: Plan) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """What sweep.json says.
+    """The contents of sweep.json.
 
     Attributes:
-        name: of the sweep, in its storage.
-        plan: of the sweep.
-        elsewhere: whether its storage is not in its folder. Its URL is not written: it may hold a password.
-        trials: how many there are to be; None where the time alone ends them.
+        name: name of the sweep in its storage.
+        plan: plan of the sweep.
+        elsewhere: whether the storage is outside the folder. Its URL is not saved, because it can hold a password.
+        trials: number of trials; None if only the time limits them.
     """
 
     name: str
@@ -277,20 +275,20 @@ def write_header(folder: Path, header: Header) -> None:
 
 
 def read_header(folder: Path) -> Header:
-    """The plan of a sweep, and where its trials are.
+    """Read sweep.json.
 
     Raises:
-        ConfigError: there is no sweep, or it was written by another version.
+        ConfigError: there is no sweep, or another version wrote it.
     """
     content = read_json(folder / PLAN_FILE)
     try:
         return Header(**content | {"plan": Plan.of(content["plan"])})
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / PLAN_FILE} is of another version of craft; begin the sweep again") from error
+        raise ConfigError(f"{folder / PLAN_FILE} was written by another version of craft; start a new sweep") from error
 
 
 def trials_wanted(plan: Plan, trials: int | None, timed: bool) -> int | None:
-    """How many trials there are to be; None where the time alone ends them."""
+    """The number of trials; None if only the time limits them."""
     if plan.sampler == "grid":
         return len(plan.settings())
     there = sum(map(size, plan.spaces.values()))

@@ -1,4 +1,4 @@
-"""What a sweep tries: values of `--set`, a range, or the default space; for each method its own."""
+"""The search space of each method: values of `--set`, a range, or the default space."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from craft_cli.config.options import LEARNING_RATES, owners
 from craft_cli.errors import ConfigError, nearest
 
 _AROUND = 10.0
-"""The default space reaches from a tenth of a rate to ten times it."""
+"""Factors of the default learning rates: from a tenth to ten times the method's default."""
 DEFAULT_RATES = ("learning_rate", "head_learning_rate")
-"""What every method's default space holds, each around its own value."""
+"""Settings in every default space, around the method's own value."""
 DEFAULT_CHOICES: dict[str, tuple[Any, ...]] = {"ranks": ("32,32,4", "64,64,8", "128,128,8"), "rank": (2, 4, 8, 16)}
-"""What the default space of a method holds besides, of the options that it has; its own value is one more choice."""
+"""Further choices in the default space, for methods that have the option; the method's own value is added."""
 _MEASURED_BY = (
     "task", "task_type", "data_dir", "dataset_name", "dataset_config_name", "validation_file", "validation_split",
     "validation_share", "max_eval_samples", "label_column", "label_separator", "problem_type", "metric_for_best_model",
 )  # fmt: skip
-"""What a score is, and on which rows."""
+"""Settings that define the score or its rows, which a sweep cannot vary."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers from `low` to `high`; on a logarithmic scale where `low` is above zero."""
+    """All numbers from `low` to `high`, on a logarithmic scale if `low` is above zero."""
 
     low: float
     high: float
@@ -37,11 +37,11 @@ class Range:
 
     @property
     def log(self) -> bool:
-        """Whether its scale is logarithmic."""
+        """Whether the scale is logarithmic."""
         return self.low > 0
 
     def rounded(self, value: float) -> float:
-        """A number of it as people read it."""
+        """Round a sampled number for readability."""
         return value if self.whole else min(max(float(f"{value:.4g}"), self.low), self.high)
 
     def __contains__(self, value: Any) -> bool:
@@ -52,16 +52,16 @@ class Range:
 
 
 Values = tuple[Any, ...] | Range
-"""What one setting may be, each value as it stands in a recipe."""
+"""Choices or a range of one setting, with values as in a recipe."""
 Space = dict[str, Values]
-"""Values by the name of the setting."""
+"""Values by setting name."""
 
 
 def parse_sets(words: Sequence[str]) -> Space:
-    """What is to be tried, from `learning_rate=1e-3,3e-3`, `ranks=64,64,8/32,32,4` or `learning_rate=1e-4..1e-2`.
+    """Parse `learning_rate=1e-3,3e-3`, `ranks=64,64,8/32,32,4` or `learning_rate=1e-4..1e-2`.
 
     Raises:
-        ConfigError: everything that is wrong, one line each.
+        ConfigError: a value is invalid; one line for each problem.
     """
     space: Space = {}
     problems = []
@@ -72,7 +72,7 @@ def parse_sets(words: Sequence[str]) -> Space:
             if not equals or not text.strip():
                 raise ConfigError(f"--set {word}: expected NAME=VALUE,VALUE such as learning_rate=1e-3,3e-3")
             if name in space:
-                raise ConfigError(f"--set {name}: it is there twice; put all its values into one")
+                raise ConfigError(f"--set {name}: given twice; list all values in one --set")
             space[name] = _parse(name, text)
         except ConfigError as error:
             problems.append(str(error))
@@ -88,9 +88,9 @@ def _parse(name: str, text: str) -> Values:
     if name == "seed":
         raise ConfigError("--set seed: pass --seeds, whose runs are averaged")
     if name in _MEASURED_BY:
-        raise ConfigError(f"--set {name}: scores would not be comparable; give {flag(name)}, for all trials")
+        raise ConfigError(f"--set {name}: scores would not be comparable; pass {flag(name)} for all trials")
     if groups[name] == GROUPS[-1]:
-        raise ConfigError(f"--set {name}: it is not part of what is compared; give {flag(name)}, or leave it out")
+        raise ConfigError(f"--set {name}: a sweep cannot vary this setting; pass {flag(name)}, or remove it")
     hint = str(get_type_hints(RunConfig)[name])
     low, dots, high = text.partition("..")
     if dots and ("int" in hint or "float" in hint) and "tuple" not in hint:
@@ -103,7 +103,7 @@ def _parse(name: str, text: str) -> Values:
 
 
 def _value(name: str, text: str) -> Any:
-    """One value as it stands in a recipe; None for `none` of a setting that may be left out."""
+    """Parse one value in recipe form; None for `none`, if the setting is optional."""
     default = next(field.default for field in dataclasses.fields(RunConfig) if field.name == name)
     if text.strip() == "none" and default is None:
         return None
@@ -115,19 +115,19 @@ def _value(name: str, text: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A setting as it stands in a recipe."""
+    """Convert a value to its recipe form."""
     return join_names(map(str, value)) if isinstance(value, tuple) else value
 
 
 def methods_of(space: Space, base: str) -> tuple[str, ...]:
-    """The methods that are tried.
+    """The methods to try.
 
     Args:
-        space: of `parse_sets`.
-        base: the method where none is named in it.
+        space: result of `parse_sets`.
+        base: the method, if `space` does not name one.
 
     Raises:
-        ConfigError: an option is named that none of them has.
+        ConfigError: an option belongs to none of the methods.
     """
     named = space.get("method", (base,))
     methods = named if isinstance(named, tuple) else (base,)
@@ -138,21 +138,21 @@ def methods_of(space: Space, base: str) -> tuple[str, ...]:
 
 
 def own(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """Settings without the options of other methods, and of this one."""
+    """The settings that apply to this method, without its name."""
     kept = {name: value for name, value in settings.items() if not owners(name) or method in owners(name)}
     return kept | {"method": method}
 
 
 def space_of(method: str, sets: Space) -> Space:
-    """What is tried of one method: an option of another one is left out."""
+    """The space of one method, without the options of other methods."""
     return {name: values for name, values in own(sets, method).items() if name != "method"}
 
 
 def default_space(recipe: Mapping[str, Any]) -> Space:
-    """The space of a method where nothing is named: its rates, and what decides how many numbers it trains.
+    """The default space of a method: learning rates, and options that set the number of trained parameters.
 
     Args:
-        recipe: the settings given, method among them. What cannot be combined with them is left out.
+        recipe: the given settings, including the method. Choices that cannot be combined with them are dropped.
     """
     given = RunConfig.build(recipe=recipe)
     config = given.completed()
@@ -165,9 +165,9 @@ def default_space(recipe: Mapping[str, Any]) -> Space:
         if name not in {field.name for field in dataclasses.fields(METHOD_OPTIONS[config.method])}:
             continue
         mine = plain(getattr(config, name))
-        found = choices if mine in choices else (mine, *choices)
-        if all(_fits(recipe, {name: value}) for value in found):
-            space[name] = found
+        with_mine = choices if mine in choices else (mine, *choices)
+        if all(_fits(recipe, {name: value}) for value in with_mine):
+            space[name] = with_mine
     return space
 
 
@@ -183,30 +183,30 @@ def grid(space: Space) -> Iterator[dict[str, Any]]:
     """All combinations of the values, the last setting changing fastest.
 
     Raises:
-        ConfigError: a range has no end of values.
+        ConfigError: the space contains a range.
     """
     for name, values in space.items():
         if isinstance(values, Range):
-            raise ConfigError(f"--set {name}={values}: a grid needs values; name them, or pass --trials")
+            raise ConfigError(f"--set {name}={values}: a grid requires values; list them, or pass --trials")
     for combination in itertools.product(*space.values()):  # type: ignore[arg-type]
         yield dict(zip(space, combination, strict=True))
 
 
 def size(space: Space) -> float:
-    """How many combinations there are."""
+    """The number of combinations."""
     return math.prod(math.inf if isinstance(values, Range) else len(values) for values in space.values())
 
 
 def build(recipe: Mapping[str, Any], settings: Mapping[str, Any], seed: int) -> RunConfig:
-    """The run of a setting and a seed.
+    """Build the configuration of a run from a setting and a seed.
 
     Args:
-        recipe: what all trials of its method share.
-        settings: of the trial; None takes a setting of the recipe away.
-        seed: of the run.
+        recipe: settings shared by all trials of the method.
+        settings: settings of the trial; None removes a setting of the recipe.
+        seed: seed of the run.
 
     Raises:
-        ConfigError: they cannot be combined.
+        ConfigError: the settings cannot be combined.
     """
     shared = {name: value for name, value in recipe.items() if name not in settings}
     return RunConfig.build(recipe=shared, flags={**settings, "seed": seed})

@@ -1,8 +1,8 @@
-"""The trials of a sweep, shared by all who work on it: Optuna's storage, with one study for each method.
+"""The trials of a sweep in an Optuna storage, shared by all workers, with one study per method.
 
-A trial waits, is taken by one worker, and ends as complete, pruned or failed. Workers record that they live; the trial of
-one that no longer does waits again, under its former name, so that it goes on in its former folder. Methods have studies of
-their own, so that sampling and pruning compare a setting with others of its method only, and each gets as many trials.
+A trial waits, is taken by one worker, and ends as complete, pruned or failed. Workers send heartbeats. If they stop, the
+trial is queued again under the same name, so that it resumes in the same folder. Each method has its own study, so that
+sampling and pruning compare settings of one method only, and every method gets the same number of trials.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
     import optuna
 
 HEARTBEAT = 10
-"""Seconds between two signs of life of a trial."""
+"""Seconds between two heartbeats of a trial."""
 GRACE = 60
-"""Seconds without one after which a trial's worker counts as dead; on the same machine it is noticed at once."""
+"""Seconds without a heartbeat after which a worker counts as dead; on the same machine this is detected at once."""
 _LOOK = 0.5
-"""Seconds between two looks at a sweep whose trials are being queued."""
+"""Seconds between two polls of a sweep whose trials are being queued."""
 _BUSY = 100
-"""Seconds to wait for an SQLite database in which another worker writes."""
+"""Seconds to wait for an SQLite database that another worker has locked."""
 _STARTUP_TRIALS = 5
-"""Random ones of a method, before TPE and pruning have something to go by."""
+"""Random trials of a method before TPE and pruning start."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A trial that this process works on.
+    """A trial that this process is running.
 
     Attributes:
-        name: the same if another worker takes it over; its runs' folders are called after it.
-        method: whose it is.
-        setting: what it tries.
-        trial: Optuna's.
+        name: its name, which its run folders start with; it stays the same if another worker takes the trial over.
+        method: its method.
+        setting: its settings.
+        trial: the Optuna trial.
     """
 
     name: str
@@ -60,14 +60,14 @@ class Taken:
 
 @dataclass(frozen=True)
 class Tried:
-    """A trial as the storage knows it.
+    """A trial in the storage.
 
     Attributes:
-        name: of the trial.
-        method: whose it is.
+        name: its name.
+        method: its method.
         state: `waiting`, `running`, `complete`, `pruned` or `failed`.
-        setting: what it tries; empty before it was sampled.
-        runs: what is known of its runs, one a seed.
+        setting: its settings; empty before sampling.
+        runs: records of its runs, one per seed.
     """
 
     name: str
@@ -78,15 +78,15 @@ class Tried:
 
 
 def import_optuna() -> Any:
-    """Optuna, which says on its own screen only what fails.
+    """Import Optuna and reduce its logging to errors.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: Optuna is not installed.
     """
     try:
         import optuna
     except ImportError:
-        raise ConfigError("craft sweep needs Optuna: pip install 'lora-craft[sweep]'") from None
+        raise ConfigError("craft sweep requires Optuna: pip install 'lora-craft[sweep]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
@@ -95,10 +95,10 @@ class Studies:
     """All trials of a sweep.
 
     Args:
-        folder: of the sweep.
-        plan: of the sweep.
+        folder: folder of the sweep.
+        plan: plan of the sweep.
         storage: URL of a database, or a file for SQLite.
-        name: of the sweep in this database.
+        name: name of the sweep in this database.
     """
 
     def __init__(self, folder: Path, plan: Plan, storage: str | Path, name: str) -> None:
@@ -108,45 +108,45 @@ class Studies:
         self._studies: dict[str, optuna.Study] = {}
 
     def claim(self, trials: int | None) -> None:
-        """Take this name in the storage, which only one worker can, for so many trials. From here on others can join.
+        """Create the sweep in the storage; only one worker can. After that, others can join.
 
         Raises:
-            ConfigError: the storage has a sweep of this name.
+            ConfigError: the storage already has a sweep of this name.
         """
         try:
-            study = self._study(self._plan.methods[0], found=False)
+            study = self._study(self._plan.methods[0], exists=False)
         except self._optuna.exceptions.DuplicatedStudyError:
             raise ConfigError(
-                f"--storage: it has a sweep '{self._name}' already: --resume takes part in it; "
+                f"--storage already has a sweep '{self._name}': pass --resume to join it, or "
                 "choose another --output-dir for a new sweep"
             ) from None
         study.set_user_attr("asked", trials)
         study.set_user_attr("plan", json.dumps(self._plan.record()))
 
     def open(self) -> None:
-        """Find the studies, and make those that are missing: who began may have been killed at any moment."""
-        self._studies = {method: self._study(method, found=True) for method in self._plan.methods}
+        """Load the studies, and create missing ones: the process that started the sweep may have been killed."""
+        self._studies = {method: self._study(method, exists=True) for method in self._plan.methods}
 
-    def _study(self, method: str, *, found: bool) -> optuna.Study:
+    def _study(self, method: str, *, exists: bool) -> optuna.Study:
         study: optuna.Study = self._optuna.create_study(
             storage=self._storage,
             study_name=f"{self._name}/{method}",
             direction="minimize" if lower_is_better(self._plan.metric) else "maximize",
             pruner=_pruner(self._optuna, self._plan.pruner),
-            load_if_exists=found,
+            load_if_exists=exists,
         )
         return study
 
     # -- the queue ------------------------------------------------------------------------------------------------------
 
     def queue(self, trials: int | None) -> None:
-        """Let so many trials wait in all, those of the methods in turn; without a number one, if none waits."""
+        """Queue this many trials in total, alternating between methods; without a number, one if none is waiting."""
         with locked(self._lock):
             there = {method: len(self._originals(study)) for method, study in self._studies.items()}
             if self._plan.sampler == "grid":
                 for method, study in self._studies.items():
                     asked = [setting for its, setting in self._plan.settings() if its == method]
-                    for setting in asked[there[method] :]:  # those before were queued by one who was killed meanwhile
+                    for setting in asked[there[method] :]:  # earlier ones were queued by a worker that was killed
                         study.enqueue_trial(setting, user_attrs={"queued": True})
             else:
                 while sum(there.values()) < trials if trials else not self._waiting():
@@ -154,7 +154,7 @@ class Studies:
                     first = {} if there[method] else self._plan.start_of(method)
                     self._studies[method].enqueue_trial(first, user_attrs={"queued": True})
                     there[method] += 1
-            for study in self._studies.values():  # for those who take part from elsewhere, now that all is queued
+            for study in self._studies.values():  # lets other workers know that all trials are queued
                 known = study.user_attrs
                 if "plan" not in known:
                     study.set_user_attr("plan", json.dumps(self._plan.record()))
@@ -162,8 +162,8 @@ class Studies:
                     study.set_user_attr("trials", trials)
 
     def take(self) -> Taken | None:
-        """The next trial that waits; None where none does."""
-        with locked(self._lock):  # SQLite would let two workers take the same one
+        """Take the next waiting trial; None if there is none."""
+        with locked(self._lock):  # SQLite would let two workers take the same trial
             self._reclaim()
             waiting = self._waiting()
             if not waiting:
@@ -172,7 +172,9 @@ class Studies:
             study = self._studies[method]
             with _quiet():
                 trial = study.ask()
-            if not trial.user_attrs.get("queued"):  # a worker without this folder was faster: this one is made up
+            if not trial.user_attrs.get(
+                "queued"
+            ):  # a worker without this folder was faster, and Optuna created a new trial
                 study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
                 return None
             self._storage.record_heartbeat(trial._trial_id)
@@ -190,13 +192,13 @@ class Studies:
         return values.rounded(trial.suggest_float(name, values.low, values.high, log=values.log))
 
     def _originals(self, study: optuna.Study) -> list[Any]:
-        """The trials that are no others' continuation."""
+        """Trials that do not continue another trial."""
         return [
             t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("queued") and "first" not in t.user_attrs
         ]
 
     def _waiting(self) -> list[tuple[int, int, str]]:
-        """Number, place of the method, method: of all that wait, the next one first."""
+        """(number, position of the method, method) of all waiting trials, the next one first."""
         state = (self._optuna.trial.TrialState.WAITING,)
         return sorted(
             (trial.user_attrs.get("first", trial.number), place, method)
@@ -205,44 +207,44 @@ class Studies:
         )
 
     def running(self) -> bool:
-        """Whether anybody has a trial at work."""
+        """Whether any worker is running a trial."""
         state = (self._optuna.trial.TrialState.RUNNING,)
         return any(study.get_trials(deepcopy=False, states=state) for study in self._studies.values())
 
-    # -- at work --------------------------------------------------------------------------------------------------------
+    # -- running --------------------------------------------------------------------------------------------------------
 
     def lives(self, taken: Taken) -> None:
-        """A sign of life of a trial."""
+        """Send a heartbeat of a trial."""
         self._storage.record_heartbeat(taken.trial._trial_id)
 
     def runs(self, taken: Taken, runs: Sequence[Mapping[str, Any]]) -> None:
-        """What is known of its runs now."""
-        with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):  # it was taken over
+        """Record the state of its runs."""
+        with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):  # another worker took it over
             taken.trial.set_user_attr("runs", list(runs))
 
     def should_prune(self, taken: Taken, evaluation: int, score: float) -> bool:
-        """Report an evaluation; whether the trial is to end."""
-        with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):  # it was taken over
+        """Report an evaluation; returns whether to prune the trial."""
+        with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):  # another worker took it over
             if evaluation not in self._storage.get_trial(taken.trial._trial_id).intermediate_values:
                 taken.trial.report(score, evaluation)
             return bool(taken.trial.should_prune())
         return False
 
     def end(self, taken: Taken, state: str, score: float | None = None) -> None:
-        """It is `complete`, `pruned` or `failed`."""
+        """Mark a trial as `complete`, `pruned` or `failed`."""
         study, states = self._studies[taken.method], self._optuna.trial.TrialState
         kind = {"complete": None, "pruned": states.PRUNED, "failed": states.FAIL}[state]
         study.tell(taken.trial, score if kind is None else None, state=kind, skip_if_finished=True)
 
     def give_back(self, taken: Taken) -> None:
-        """It waits again, for whoever takes it next."""
+        """Return a trial to the queue."""
         with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):
             self._storage.set_trial_state_values(taken.trial._trial_id, self._optuna.trial.TrialState.WAITING)
 
-    # -- workers that died ----------------------------------------------------------------------------------------------
+    # -- dead workers ---------------------------------------------------------------------------------------------------
 
     def _reclaim(self) -> None:
-        """Let the trials of dead workers wait again: those without a sign of life, and those of processes that are gone."""
+        """Requeue the trials of dead workers: those without a heartbeat, and those whose process is gone."""
         import psutil
 
         states = self._optuna.trial.TrialState
@@ -250,7 +252,7 @@ class Studies:
             with _quiet():
                 self._optuna.storages.fail_stale_trials(study)
             for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-                if "worker" not in trial.user_attrs:  # it was killed before its first sign of life, or just takes it
+                if "worker" not in trial.user_attrs:  # killed before its first heartbeat, or just taking the trial
                     self._storage.record_heartbeat(trial._trial_id)
                     self._storage.set_trial_user_attr(trial._trial_id, "worker", "")
                 host, _, process = str(trial.user_attrs.get("worker", "")).rpartition(":")
@@ -261,7 +263,7 @@ class Studies:
                     self._wait_again(study, trial)
 
     def retry(self) -> None:
-        """Let all trials that failed wait again."""
+        """Requeue all failed trials."""
         with locked(self._lock):
             for study in self._studies.values():
                 newest = {
@@ -273,7 +275,7 @@ class Studies:
                         self._wait_again(study, trial)
 
     def _wait_again(self, study: optuna.Study, trial: Any) -> None:
-        """Queue what a dead worker began, or what failed: the same setting under the same name."""
+        """Queue an abandoned or failed trial again, with the same settings and name."""
         study.add_trial(
             self._optuna.trial.create_trial(
                 state=self._optuna.trial.TrialState.WAITING,
@@ -284,11 +286,11 @@ class Studies:
             )
         )
 
-    # -- what is known --------------------------------------------------------------------------------------------------
+    # -- results --------------------------------------------------------------------------------------------------------
 
     def trials(self) -> list[Tried]:
-        """Every trial once, method by method; what a dead worker left is told by the one that goes on with it."""
-        found: dict[str, Tried] = {}
+        """Every trial once, by method; an abandoned trial is represented by its continuation."""
+        trials: dict[str, Tried] = {}
         for method, study in self._studies.items():
             for trial in study.get_trials(deepcopy=False):
                 if not trial.user_attrs.get("queued"):
@@ -302,23 +304,23 @@ class Studies:
                     for key, values in space.items()
                     if key in setting
                 }
-                found[name] = Tried(name, method, state, order, trial.user_attrs.get("runs", []))
+                trials[name] = Tried(name, method, state, order, trial.user_attrs.get("runs", []))
         methods = self._plan.methods
-        return sorted(found.values(), key=lambda trial: (methods.index(trial.method), len(trial.name), trial.name))
+        return sorted(trials.values(), key=lambda trial: (methods.index(trial.method), len(trial.name), trial.name))
 
     def tests(self, method: str) -> dict[str, Any]:
-        """What the chosen setting of a method reached on the test rows; empty before."""
+        """The test results of a method's chosen setting; empty if there are none yet."""
         return dict(self._studies[method].user_attrs.get("test", {}))
 
-    def write_tests(self, method: str, found: Mapping[str, Any]) -> None:
-        """Keep it."""
-        self._studies[method].set_user_attr("test", dict(found))
+    def write_tests(self, method: str, results: Mapping[str, Any]) -> None:
+        """Save the test results of a method's chosen setting."""
+        self._studies[method].set_user_attr("test", dict(results))
 
 
 def find_plan(storage: str, name: str) -> tuple[Plan, int | None] | None:
-    """The plan of a sweep that others began in this storage, and how many trials there are to be.
+    """The plan and the number of trials of an existing sweep in this storage.
 
-    While its trials are queued it waits: until all are, or until none was for `GRACE` seconds, as who began was killed.
+    Waits until all trials are queued, or until none was queued for `GRACE` seconds because the starting process was killed.
     """
     optuna = import_optuna()
     connected, queued, since = _connect(optuna, storage, None), -1, time.monotonic()
@@ -339,7 +341,7 @@ def _connect(optuna: Any, storage: str | Path, stale: Any, *, again: bool = True
     from sqlalchemy.pool import QueuePool
 
     url = str(storage)
-    if isinstance(storage, Path):  # no URL, which would mean more than a name by ?, #, % or {}
+    if isinstance(storage, Path):  # a path may hold ?, #, % or {}, which are special in a URL
         url = "sqlite://"
         opened = partial(sqlite3.connect, storage, timeout=_BUSY, check_same_thread=False)
         settings: dict[str, Any] = {"creator": opened, "poolclass": QueuePool}
@@ -356,20 +358,20 @@ def _connect(optuna: Any, storage: str | Path, stale: Any, *, again: bool = True
                 grace_period=GRACE,
                 heartbeat_stale_trial_callback=stale,
             )
-    except Exception as error:  # every database has errors of its own
+    except Exception as error:  # every database raises its own errors
         if (
             again
             and type(error).__module__.startswith(("sqlalchemy.exc", "optuna."))
             and "ArgumentError" not in repr(error)
         ):
-            time.sleep(1)  # another worker may just have made its tables
+            time.sleep(1)  # another worker may just have created the tables
             return _connect(optuna, storage, stale, again=False)
         reason = " ".join(str(error).split())[:200]
         raise CraftError(f"--storage: cannot be used: {reason}") from error
 
 
 def _sampler(optuna: Any, kind: str, number: int) -> Any:
-    """A sampler that depends on the trial's number and on those before it only, so that a sweep that was cut goes on alike."""
+    """A sampler that depends only on the trial's number and earlier trials, so that a resumed sweep samples the same values."""
     if kind == "tpe":
         return optuna.samplers.TPESampler(seed=number, n_startup_trials=_STARTUP_TRIALS)
     return optuna.samplers.RandomSampler(seed=number)
@@ -391,7 +393,7 @@ def _worker() -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Optuna's warnings that heartbeats are experimental, and meant for its own loop."""
+    """Ignore Optuna's warnings that heartbeats are experimental and meant for its own loop."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

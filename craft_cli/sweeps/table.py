@@ -1,4 +1,4 @@
-"""What came of a sweep: a row for each setting, a row for each run, the best ones, and what must be said beside them."""
+"""The results of a sweep: one row per setting, one per run, the best settings, and notes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ RESULTS_FILE = "results.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One setting.
+    """The results of one setting.
 
     Attributes:
-        trial: its name; the folders of its runs begin with it.
-        method: as after `--method`.
+        trial: name of the trial, which its run folders start with.
+        method: value of `--method`.
         state: `complete`, `failed`, `pruned`, `running` or `waiting`.
-        setting: what it tries.
-        numbers: trained in the adapter.
-        mean: of the metric that chooses, over the seeds that finished; of a pruned one its best evaluation.
-        std: standard deviation over these seeds (n - 1 below); None of one.
-        n: how many seeds finished.
-        seconds: of a run, the mean.
-        chosen: `best`, `best of METHOD`, or nothing.
-        test: `mean`, `std` and `n` on the test rows, of those that were chosen.
+        setting: its settings.
+        numbers: trained parameters of the adapter.
+        mean: mean of the metric over the finished seeds; for a pruned setting, its best evaluation.
+        std: standard deviation over these seeds (with n - 1); None for a single seed.
+        n: number of finished seeds.
+        seconds: mean seconds per run.
+        chosen: `best`, `best of METHOD`, or empty.
+        test: `mean`, `std` and `n` on the test rows, for chosen settings.
         reason: why it failed or was pruned.
     """
 
@@ -55,21 +55,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """What a sweep found so far.
+    """The results of a sweep so far.
 
     Attributes:
         output: folder of the sweep.
-        metric: on the validation rows, chose.
-        lower_is_better: whether that metric is an error.
+        metric: metric on the validation rows that chooses the best setting.
+        lower_is_better: whether lower values of the metric are better.
         sampler: `grid`, `random` or `tpe`.
         pruner: `none`, `median` or `hyperband`.
-        methods: compared.
-        varied: the settings that differ, the method apart.
-        seeds: of each setting.
-        rows: a setting each, the best first, those without a score last.
-        runs: a run each.
-        notes: what the user should know.
-        test_file: on whose rows the chosen settings were scored.
+        methods: compared methods.
+        varied: settings that differ, without the method.
+        seeds: seeds of each setting.
+        rows: one entry per setting, the best first, those without a score at the end.
+        runs: one entry per run.
+        notes: notes for the user.
+        test_file: file of the test rows.
     """
 
     output: str
@@ -87,7 +87,7 @@ class Results:
 
     @property
     def best(self) -> Row | None:
-        """The best setting; None before the first is complete."""
+        """The best setting; None until one is complete."""
         return next((row for row in self.rows if row.chosen == "best"), None)
 
     @property
@@ -97,13 +97,13 @@ class Results:
 
 
 def collect(output: str, plan: Plan, trials: Sequence[Tried], tests: Mapping[str, Mapping[str, Any]]) -> Results:
-    """The tables.
+    """Build the tables.
 
     Args:
         output: folder of the sweep.
-        plan: of the sweep.
-        trials: all there are.
-        tests: for each method what its chosen setting reached on test rows, as `test_record` gives it.
+        plan: plan of the sweep.
+        trials: all trials.
+        tests: test results of each method's chosen setting, from `test_record`.
     """
     lower = lower_is_better(plan.metric)
     sign = 1 if lower else -1
@@ -171,7 +171,7 @@ def _notes(plan: Plan, rows: Sequence[Row]) -> list[str]:
     rate = "learning_rate"
     if len(rows) > 1 and rate not in plan.varied and (len(plan.methods) > 1 or plan.varied):
         notes.append(
-            "all settings were trained at one learning rate: tuned rates decide such comparisons (arXiv 2602.04998); "
+            "all settings use one learning rate, but fair comparisons tune the rate of each (arXiv 2602.04998); "
             "add --set learning_rate=..."
         )
     for row in rows:
@@ -181,12 +181,12 @@ def _notes(plan: Plan, rows: Sequence[Row]) -> list[str]:
             if len(tried) > 1 and len(levels) > 1 and row.setting[rate] in (tried[0], tried[-1]):
                 edge = "lowest" if row.setting[rate] == tried[0] else "highest"
                 notes.append(
-                    f"the best rate of {row.method}, {row.setting[rate]:g}, is the {edge} tried: try beyond it"
+                    f"the best rate of {row.method}, {row.setting[rate]:g}, is the {edge} tried; extend the range"
                 )
     failed = sum(row.state == "failed" for row in rows)
     if failed:
         notes.append(
-            f"{failed} of {len(rows)} settings failed; their rows say why, and the logs are beside their runs; "
+            f"{failed} of {len(rows)} settings failed; their rows give the reason, and the logs are next to their runs; "
             "--resume --retry-failed tries them again"
         )
     return notes
@@ -196,7 +196,7 @@ def _notes(plan: Plan, rows: Sequence[Row]) -> list[str]:
 
 
 def write_tables(folder: Path, results: Results) -> None:
-    """Write trials.csv (a row a run), table.csv (a row a setting) and results.json."""
+    """Write trials.csv (one row per run), table.csv (one row per setting) and results.json."""
     names = list(dict.fromkeys(name for row in results.rows for name in row.setting))
     metrics = list(dict.fromkeys(name for run in results.runs for name in run.get("metrics", {})))
     table = [
@@ -232,15 +232,15 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether there is a sweep in this folder."""
+    """Whether a folder contains a sweep."""
     return (folder / PLAN_FILE).is_file()
 
 
 def read_results(folder: Path) -> Results:
-    """What a sweep's folder says of it.
+    """Read the results in a sweep's folder.
 
     Raises:
-        FileError: nothing is written yet, or it is damaged.
+        FileError: there are no results yet, or they are damaged.
     """
     if not (folder / RESULTS_FILE).is_file():
         raise FileError(f"{folder}: none of its trials has ended yet")

@@ -1,4 +1,4 @@
-"""A trial at work: the run of each seed in a process of its own, so that what ends one ends neither the others nor the sweep."""
+"""Run a trial: each seed in a separate process, so that a crash affects neither the other runs nor the sweep."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from craft_cli.training.resume import comparable
 from craft_cli.training.run import Run, checkpoints
 
 TRAIN = (sys.executable, "-m", "craft_cli", "train", "--json")
-"""The command of a run."""
+"""Command of a run."""
 RUNS = "runs"
-"""Folder of the runs, inside that of the sweep."""
+"""Folder of the runs, in the folder of the sweep."""
 _LONGEST_REASON = 160
 
 
 def run_name(trial: str, seed: int) -> str:
-    """The folder of a run, inside that of the runs."""
+    """The folder of a run, in the folder of the runs."""
     return f"{trial}-seed{seed}"
 
 
 class Work:
-    """One trial, from its first seed to its last. `poll` is called until it says that all is done.
+    """One trial, from its first seed to its last. Call `poll` until it returns true.
 
     Args:
-        folder: of the sweep.
-        plan: of the sweep.
-        studies: to which it reports.
+        folder: folder of the sweep.
+        plan: plan of the sweep.
+        studies: studies to report to.
         taken: the trial.
-        environment: of its processes, beside this one's.
-        flags: of its runs, which no recipe holds.
+        environment: additional environment variables of its processes.
+        flags: flags of its runs that a recipe cannot hold.
 
     Attributes:
         taken: the trial.
-        runs: what is known of each run, in the order of the seeds.
-        state: `complete`, `pruned` or `failed`; empty before its end, or where it was stopped.
-        stopped: whether it was told to stop.
+        runs: records of its runs, in the order of the seeds.
+        state: `complete`, `pruned` or `failed`; empty before the end, or if it was stopped.
+        stopped: whether it was stopped.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Work:
 
     @property
     def score(self) -> float | None:
-        """Mean over the seeds; None where one is missing."""
+        """Mean over the seeds; None if one is missing."""
         scores = [run["score"] for run in self.runs if run["state"] == "finished"]
         return math.fsum(scores) / len(scores) if len(scores) == len(self._plan.seeds) else None
 
@@ -80,11 +80,11 @@ class Work:
         return Run(self._folder / RUNS / run_name(self.taken.name, self._seed))
 
     def poll(self) -> bool:
-        """Start, watch or end the run whose turn it is; whether the trial is over."""
+        """Start, watch or finish the current run; returns whether the trial has ended."""
         if self._process is None:
             if self.state or self.stopped:
                 return True
-            if self._run.is_running():  # by a worker that was thought dead, or that dies just now
+            if self._run.is_running():  # by a worker that only seemed dead, or is just dying
                 return False
             if not self._run.results():
                 self._start()
@@ -95,18 +95,18 @@ class Work:
         return self._ended()
 
     def repeat(self, runs: Sequence[Mapping[str, Any]]) -> None:
-        """Take over the runs of another trial with the same setting, if there are any."""
+        """Reuse the runs of another trial with the same setting, if there are any."""
         if runs:
             self.runs, self.state = [dict(run) for run in runs], "complete"
             self._studies.runs(self.taken, self.runs)
 
     def stop(self) -> None:
-        """End the run that is at work, with a checkpoint."""
+        """Stop the current run, with a checkpoint."""
         self.stopped = True
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the current run."""
         self.stopped = True
         self._signal(signal.SIGKILL)
         if self._process:
@@ -125,17 +125,17 @@ class Work:
             self._logged = log.tell()
             self._process = subprocess.Popen(
                 [*TRAIN, "--recipe", str(recipe), "--output-dir", f"{RUNS}/{name}", *again, *self._flags],
-                cwd=self._folder,  # its runs/latest is the sweep's own
+                cwd=self._folder,  # so that runs/latest is inside the sweep
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C reaches the sweep, which tells its runs
+                start_new_session=True,  # Ctrl-C reaches only the sweep, which forwards it
             )  # fmt: skip
         self._read = 0
 
     def _watch(self) -> None:
-        """Report the evaluations of the first seed, by which a trial is pruned."""
+        """Report the evaluations of the first seed, which decide on pruning."""
         if self._plan.pruner == "none" or self.runs or self._pruned or self.stopped:
             return
         file = self._run.metrics_file
@@ -143,7 +143,7 @@ class Work:
             return
         self._read = file.stat().st_size
         scores = self._evaluations()
-        for number, score in enumerate(scores[1:], start=1):  # the start is the same for all
+        for number, score in enumerate(scores[1:], start=1):  # the initial evaluation is the same for all
             if self._studies.should_prune(self.taken, number, score):
                 self._pruned = True
                 self._signal(signal.SIGTERM)
@@ -158,19 +158,19 @@ class Work:
         self._process = None
         results = self._run.results()
         if results:
-            found = self._outcome(results)
+            outcome = self._outcome(results)
         elif self._pruned:
             evaluations = self._evaluations()
             best = min(evaluations) if lower_is_better(self._plan.metric) else max(evaluations)
-            found = {"state": "pruned", "score": best, "reason": f"pruned after evaluation {len(evaluations) - 1}"}
+            outcome = {"state": "pruned", "score": best, "reason": f"pruned after evaluation {len(evaluations) - 1}"}
         elif self.stopped:
             return True
         else:
             log = self._run.path.with_name(f"{self._run.path.name}.log")
-            found = {"state": "failed", "score": None, "reason": why_failed(log, code, self._logged)}
-        self.runs.append({"seed": self._seed, "run": f"{RUNS}/{self._run.path.name}", **found})
+            outcome = {"state": "failed", "score": None, "reason": why_failed(log, code, self._logged)}
+        self.runs.append({"seed": self._seed, "run": f"{RUNS}/{self._run.path.name}", **outcome})
         self._studies.runs(self.taken, self.runs)
-        state = "complete" if found["state"] == "finished" else found["state"]
+        state = "complete" if outcome["state"] == "finished" else outcome["state"]
         if state == "complete" and len(self.runs) < len(self._plan.seeds):
             return self.stopped
         self.state = state
@@ -187,18 +187,18 @@ class Work:
 def one_step(
     folder: Path, plan: Plan, method: str, setting: Mapping[str, Any], flags: Sequence[str], place: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Numbers trained and seconds of a run, by `craft train --dry-run` in a process of its own.
+    """Estimate trained parameters and seconds of a run with `craft train --dry-run` in a separate process.
 
     Args:
-        folder: for its files.
-        plan: of the sweep.
-        method: of the trial.
-        setting: of the trial.
-        flags: of its runs, which no recipe holds.
-        place: environment of its process, beside this one's.
+        folder: folder for its files.
+        plan: plan of the sweep.
+        method: method of the trial.
+        setting: settings of the trial.
+        flags: flags of its runs that a recipe cannot hold.
+        place: additional environment variables of its process.
 
     Returns:
-        `numbers`, `seconds`, and where it failed the `reason`.
+        `numbers`, `seconds`, and on failure the `reason`.
     """
     recipe, log = folder / "recipe.yaml", folder / "log"
     recipe.write_text(recipe_text(plan, method, setting, plan.seeds[0], ""), encoding="utf-8")
@@ -219,12 +219,12 @@ def one_step(
 
 
 def write_recipe(path: Path, plan: Plan, taken: Taken, seed: int) -> None:
-    """Write what a run is started with; its paths mean the same from any folder."""
+    """Write the recipe of a run, with absolute paths."""
     write_bytes(path, recipe_text(plan, taken.method, taken.setting, seed, how_to_repeat(path)).encode())
 
 
 def recipe_text(plan: Plan, method: str, setting: Mapping[str, Any], seed: int, head: str) -> str:
-    """The recipe of a run below some comment."""
+    """The recipe of a run, with a comment at the top."""
     import yaml
 
     recipe = plan.run(method, setting, seed).recipe()
@@ -233,20 +233,20 @@ def recipe_text(plan: Plan, method: str, setting: Mapping[str, Any], seed: int, 
 
 
 def why_failed(log: Path, code: int, since: int = 0) -> str:
-    """Why a run failed, in a few words: what it said last, or how its process ended.
+    """Why a run failed, in a few words: its last error, or how its process ended.
 
     Args:
-        log: what it said.
-        code: of its process.
-        since: where its part of the log begins; before it stands what it said when it was begun for the first time.
+        log: log file of the run.
+        code: exit code of its process.
+        since: offset in the log where this attempt starts.
     """
     text = log.read_bytes()[since:].decode(errors="replace") if log.is_file() else ""
-    told = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
-    if "out of memory" in text.lower().rpartition("error: ")[2] and (told or code < 0):
+    errors = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
+    if "out of memory" in text.lower().rpartition("error: ")[2] and (errors or code < 0):
         return "out of memory"
     if code == -signal.SIGKILL:
-        return "killed (SIGKILL), as a system does that is out of memory"
+        return "killed (SIGKILL), probably because the system ran out of memory"
     if code < 0:
         return f"killed ({signal.Signals(-code).name})"
-    reason = told[-1] if told else f"its process ended with {code}; see {log.name}"
+    reason = errors[-1] if errors else f"the process exited with code {code}; see {log.name}"
     return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}..."

@@ -90,7 +90,7 @@ def test_what_is_wrong_is_told_in_a_line(given: tuple[str, ...]) -> None:
     assert "taken is not empty" in failure(*given[:3], "--output-dir", "taken", *RATES)
     Path("out").mkdir()
     Path("out/sweep.json").write_text("{}")
-    assert "out/sweep.json is of another version of craft" in failure(*given, *RATES, "--resume")
+    assert "out/sweep.json was written by another version of craft" in failure(*given, *RATES, "--resume")
     assert "none of its trials has ended yet" in failure("inspect", "out")
 
 
@@ -103,7 +103,7 @@ def test_without_optuna_the_way_to_it_is_told(given: tuple[str, ...], monkeypatc
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "craft sweep needs Optuna: pip install 'lora-craft[sweep]'" in failure(*given, *RATES)
+    assert "craft sweep requires Optuna: pip install 'lora-craft[sweep]'" in failure(*given, *RATES)
     assert invoke("sweep", "--help").exit_code == 0
 
 
@@ -128,7 +128,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_best_and_the_time_left(given: tup
 
 def test_what_would_be_tried_is_whole_at_any_width() -> None:
     rates = {"learning_rate": 0.001, "head_learning_rate": 0.003}
-    reason = "--superlora-groups 7 does not divide the 12 weights of query and value; choose 6, or leave it out here"
+    reason = "--superlora-groups 7 does not divide the 12 weights of query and value; choose 6, or remove it here"
     rows = [
         {"method": "craft", "numbers": 16456, "reason": None, "setting": rates | {"ranks": "64,64,6"}, "seconds": 12.3},
         {"method": "lora-xs", "numbers": 1536, "reason": None, "setting": rates | {"rank": 16}, "seconds": 9.0},

@@ -157,7 +157,7 @@ def test_every_form_of_json_gives_the_same_rows(form: str) -> None:
         ('{"a": 1}\n{"a": \n', "t.json, line 2: not JSON"),
         ('{"a": 1', "t.json: not JSON"),
         ("3", "t.json: expected a JSON list of objects"),
-        ("[3]", "t.json, row 1: expected one JSON object"),
+        ("[3]", "t.json, row 1: expected a JSON object"),
     ],
 )
 def test_json_that_is_none_of_them_is_told(content: str, told: str) -> None:

@@ -184,7 +184,7 @@ def test_a_folder_of_its_own_can_take_part_in_a_sweep_in_a_database(asked: Any) 
         sweep(SweepOptions(output_dir="a/one", resume=True))
     with pytest.raises(
         ConfigError,
-        match="it has a sweep 'one' already: --resume takes part in it; choose another --output-dir for a new sweep",
+        match="--storage already has a sweep 'one': pass --resume to join it, or choose another --output-dir for a new sweep",
     ):
         sweep(asked(RATES, output_dir="c/one", storage=url))
 

@@ -103,9 +103,7 @@ def test_a_tracker_that_does_not_start_is_told_in_a_line(
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.start", refuse)
     with pytest.raises(CraftError) as refused:
         craft.train(config(pico(), data_dir, report_to="tensorboard"))
-    assert str(refused.value) == (
-        "report_to tensorboard: cannot start: no API key configured; set it up, or leave it out"
-    )
+    assert str(refused.value) == ("report_to tensorboard: cannot start: no API key configured; set it up, or remove it")
 
 
 def test_without_a_terminal_there_is_a_line_every_few_updates(pico: Make, data_dir: Path) -> None:

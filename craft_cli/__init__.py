@@ -1,6 +1,6 @@
-"""CRAFT: fine-tune a transformer by a few thousand numbers over frozen Tucker factors (arXiv 2602.17510).
+"""CRAFT: fine-tune transformers with a few thousand parameters over frozen Tucker factors (arXiv 2602.17510).
 
-Public names are imported when first used, so that `import craft_cli` costs nothing.
+Public names are imported on first use, so that `import craft_cli` is fast.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         from craft_cli.installation import OTHERS_NAMES, collision
 
-        if name in OTHERS_NAMES and (reason := collision()):  # an AttributeError would be shown without its text
+        if name in OTHERS_NAMES and (reason := collision()):  # the message of an AttributeError would be lost
             raise ImportError(f"craft_cli has no {name!r}: {reason}")
         raise AttributeError(f"module 'craft_cli' has no attribute '{name}'")
     found = getattr(import_module(f"craft_cli.{_HOME[name]}"), name)

@@ -1,8 +1,8 @@
-"""`craft`, and `python -m craft_cli`."""
+"""Entry point of `craft` and `python -m craft_cli`."""
 
 
 def main() -> None:
-    """Start the command line. Where another project's files took the place of ours, say so."""
+    """Start the command line, or explain a conflict with another project's files."""
     try:
         from craft_cli.cli import main as start
     except ImportError:

@@ -54,7 +54,7 @@ def figure(value: float) -> str:
 
 
 def in_bytes(size: float) -> str:
-    """A number of bytes as it is read best: 850 MB, 1.2 GB."""
+    """Format a number of bytes for reading: 850 MB, 1.2 GB."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}" if size < 10 * unit else f"{size / unit:,.0f} {name}"
@@ -68,7 +68,7 @@ def listed(names: Sequence[str], most: int = 20) -> str:
 
 
 def in_words(names: Sequence[str]) -> str:
-    """`a, b and c`."""
+    """Join names: `a, b and c`."""
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 

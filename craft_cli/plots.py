@@ -1,4 +1,4 @@
-"""The pictures: training curve, spectra, sweeps. matplotlib without a window, files only."""
+"""Plots: training curve, spectra and sweeps, written to files with matplotlib."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INK, _BLUE, _ORANGE, _GREY = "#222222", "#2563a8", "#d9730d", "#9a9a9a"
 _COLOURS = (_BLUE, _ORANGE, "#3a8f4d", "#8a4fa3", "#b3323c", "#4a4a4a", "#a07d1c", "#2a9d9d")
 _MARKERS = "osD^vPX*"
 _STYLES = ("-", "--", "-.", ":")
-"""Lines and marks differ, so that a picture is read without its colours."""
+"""Line styles and markers, so that plots are readable without color."""
 
 
 def training_curve(
@@ -26,7 +26,7 @@ def training_curve(
     baselines: Mapping[str, Mapping[str, float]],
     best: float,
 ) -> None:
-    """Losses (left axis) and the chosen metric (right axis) over updates, with the best update and what it had to beat."""
+    """Losses (left axis) and the chosen metric (right axis) over updates, with the best update and the baselines."""
     _save(curve_figure(lines, metric, title, baselines, best), path)
 
 
@@ -37,13 +37,13 @@ def curve_figure(
     baselines: Mapping[str, Mapping[str, float]],
     best: float,
 ) -> Any:
-    """The same as a figure.
+    """The training curve as a figure.
 
     Args:
-        lines: of metrics.jsonl.
-        metric: that chose the best update.
-        title: above it.
-        baselines: metrics by the name of what they are of, drawn as level lines.
+        lines: lines of metrics.jsonl.
+        metric: metric that chose the best update.
+        title: title of the plot.
+        baselines: metrics by baseline, drawn as horizontal lines.
         best: epoch of the best evaluation.
     """
     figure, axes = _figure(1)
@@ -59,7 +59,7 @@ def curve_figure(
     left.set_ylabel("loss", color=_BLUE)
     left.set_ylim(bottom=0)
     shown = metric
-    if metric.startswith("loss"):  # it is drawn already; show what people look at
+    if metric.startswith("loss"):  # the loss is already drawn; show the main metric
         names = [name for name in (evaluations[0] if evaluations else {}) if name.startswith("eval_")]
         shown = next((name.removeprefix("eval_") for name in names), metric)
     right = left.twinx()
@@ -83,17 +83,17 @@ def curve_figure(
 
 
 def spectra(decompositions: Mapping[str, Any], chance: Mapping[str, Any], path: Path, title: str) -> None:
-    """Singular values of every mode, one panel a mode, one line a projection, beside those of a random tensor."""
+    """Singular values with one panel per mode and one line per projection, compared with a random tensor."""
     _save(spectra_figure(decompositions, chance, title), path)
 
 
 def spectra_figure(decompositions: Mapping[str, Any], chance: Mapping[str, Any], title: str) -> Any:
-    """The same as a figure.
+    """The spectra as a figure.
 
     Args:
-        decompositions: by projection.
-        chance: numbers and singular values of a random tensor by mode, by projection; alike for those of one shape.
-        title: above it.
+        decompositions: decompositions by projection.
+        chance: positions and singular values of a random tensor by projection and mode; the same for equal shapes.
+        title: title of the plot.
     """
     figure, axes = _figure(3)
     for mode, (name, axis) in enumerate(zip(("layer", "output", "input"), axes, strict=True)):
@@ -112,14 +112,14 @@ def spectra_figure(decompositions: Mapping[str, Any], chance: Mapping[str, Any],
             axis.plot(range(1, len(values) + 1), values.tolist(), linewidth=1.4, **style)
             axis.plot([rank], [float(values[rank - 1])], marker, color=style["color"], markersize=7)
             axis.plot([], [], marker=marker, markersize=7, linewidth=1.4, label=target, **style)
-        axis.set_xlabel(f"number of the singular value ({name} mode)")
+        axis.set_xlabel(f"index of the singular value ({name} mode)")
         axis.set_ylim(0, 1.05)
         axis.set_xlim(left=0)
-    axes[0].set_ylabel("singular value / largest one")
+    axes[0].set_ylabel("singular value / largest")
     handles, labels = axes[2].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9,
-        title="projection; its mark stands at the rank kept", title_fontsize=9,
+        title="projection; the marker is the rank", title_fontsize=9,
     )  # fmt: skip
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK)
     return figure
@@ -135,30 +135,30 @@ def scores(
     lower_is_better: bool,
     envelope: bool = False,
 ) -> None:
-    """Scores of settings, one colour a method, with their standard deviations.
+    """Plot scores of settings with their standard deviations, one color per method.
 
     Args:
-        points: by method; each has `x`, `mean`, `std` (None of one seed) and `chosen`.
-        path: of the picture.
-        across: what x is; its axis is logarithmic.
-        up: what the scores are.
-        title: above it.
-        lower_is_better: which of several at one x is the best.
-        envelope: join the best at each x by a line.
+        points: points by method; each has `x`, `mean`, `std` (None for one seed) and `chosen`.
+        path: file of the plot.
+        across: label of the logarithmic x axis.
+        up: label of the y axis.
+        title: title of the plot.
+        lower_is_better: whether lower scores are better.
+        envelope: whether to connect the best scores at each x by a line.
     """
     figure, axes = _figure(1)
     axis = axes[0]
     axis.set_xscale("log")
     choose = min if lower_is_better else max
     places = sorted({it["x"] for settings in points.values() for it in settings})
-    aside = (places[-1] / places[0]) ** 0.012 if envelope else 1.0  # methods at one rate, beside each other
+    aside = (places[-1] / places[0]) ** 0.012 if envelope else 1.0  # methods with the same rate, side by side
     for number, (method, settings) in enumerate(points.items()):
         settings = [{**it, "x": it["x"] * aside ** (number - (len(points) - 1) / 2)} for it in settings]
         style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
         best = {x: choose(it["mean"] for it in settings if it["x"] == x) for x in sorted({it["x"] for it in settings})}
         if envelope and len(best) > 1:
             axis.plot(list(best), list(best.values()), color=style["color"], linewidth=1.2, alpha=0.6)
-        for strong in (False, True):  # the best at each x above the others
+        for strong in (False, True):  # the best at each x in front of the others
             shown = [it for it in settings if (it["mean"] == best[it["x"]]) == strong]
             axis.errorbar(
                 [it["x"] for it in shown],
@@ -185,7 +185,7 @@ def scores(
 
 
 def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
-    """Plain numbers on a logarithmic axis: the values themselves where they are few and apart."""
+    """Plain numbers on a logarithmic axis; the values themselves if they are few and far apart."""
     from matplotlib.ticker import NullLocator
 
     if len(values) <= 6 and all(high >= 1.3 * low for low, high in pairwise(values)):
@@ -226,6 +226,6 @@ def _save(figure: Any, path: Path) -> None:
     picture = BytesIO()
     try:
         figure.savefig(picture, format=path.suffix.removeprefix(".") or "png")
-    except ValueError as error:  # an unknown ending
+    except ValueError as error:  # an unknown file extension
         raise ConfigError(f"--plot: {path}: {error}") from error
     write_bytes(path, picture.getvalue())

@@ -1,4 +1,4 @@
-"""Whether the hub is asked at all, and how long it may take to answer."""
+"""Offline mode and the timeout for requests to the Hub."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-NOT_ASKED = "the hub is not asked (--offline, or HF_HUB_OFFLINE in the environment)"
+NOT_ASKED = "offline mode is on (--offline, or HF_HUB_OFFLINE in the environment)"
 _COPIES = ("huggingface_hub.constants", "datasets.config")
-"""Modules that read HF_HUB_OFFLINE when they were imported."""
+"""Modules that read HF_HUB_OFFLINE at import."""
 
 
 def patience() -> int:
-    """Seconds that the hub may take to answer: HF_HUB_ETAG_TIMEOUT where the user sets it, or 5."""
-    told = os.environ.get("HF_HUB_ETAG_TIMEOUT", "")
-    return int(told) if told.isdigit() and int(told) else 5
+    """Timeout in seconds for the Hub: HF_HUB_ETAG_TIMEOUT if set, or 5."""
+    timeout = os.environ.get("HF_HUB_ETAG_TIMEOUT", "")
+    return int(timeout) if timeout.isdigit() and int(timeout) else 5
 
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Nothing in here asks the hub, nor do processes that are started in here: as HF_HUB_OFFLINE=1."""
+    """Work offline inside the block, including child processes, as with HF_HUB_OFFLINE=1."""
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
     known = [sys.modules[name] for name in _COPIES if name in sys.modules]
@@ -38,8 +38,8 @@ def offline() -> Iterator[None]:
 
 
 def unanswered(error: BaseException) -> str:
-    """Why the hub gave no answer, in a few words."""
-    told = (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Why the Hub did not answer, in a few words."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "timeout" in type(error).__name__.lower():
-        told = f"no answer in {patience()} s"
-    return told
+        reason = f"no answer in {patience()} s"
+    return reason

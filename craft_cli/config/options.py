@@ -45,7 +45,7 @@ class CraftOptions:
     keeps_factors: ClassVar[bool] = True
 
     ranks: tuple[int, int, int] = setting(
-        (64, 64, 8), "Ranks of the factors; one above its dimension is reduced to it."
+        (64, 64, 8), "Multilinear ranks; a rank above its dimension is reduced to it."
     )
     init_noise: bool = setting(
         False,

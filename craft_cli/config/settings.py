@@ -100,9 +100,7 @@ class RunConfig(MethodOptions):
         False, "Pack several rows into one training sequence, without attention across rows. Language models only."
     )
 
-    method: MethodName = setting(
-        "craft", f"How the change of the weights is written: {', '.join(METHOD_OPTIONS)}; see craft methods."
-    )
+    method: MethodName = setting("craft", f"Adapter method: {', '.join(METHOD_OPTIONS)}; see craft methods.")
     targets: tuple[str, ...] = setting(
         ("query", "value"), f"Projections to adapt: {','.join(TARGETS)}, or {ALL_LINEAR}."
     )

@@ -193,15 +193,15 @@ def _from_hub(origin: str, load: Callable[[], Any], name: str | None = None) -> 
     try:
         HfApi().dataset_info(
             name or origin, timeout=patience()
-        )  # fails at once where `datasets` would try for half a minute
+        )  # fails at once, while `datasets` would retry for half a minute
         with _quiet_datasets():
             return load()
-    except Exception as error:  # the hub's HTTP client, `datasets` and pyarrow each raise their own
+    except Exception as error:  # the Hub client, `datasets` and pyarrow each raise their own errors
         if isinstance(error, OfflineModeIsEnabled):
-            why, way = f", and {NOT_ASKED}", "leave that out once"
+            why, way = f", and {NOT_ASKED}", "turn it off once"
         else:
-            why, way = f" and cannot be fetched ({unanswered(error)})", "connect once"
-        raise DataError(f"the data set {origin} is not in the cache{why}: {way}, or give --data-dir") from error
+            why, way = f" and cannot be downloaded ({unanswered(error)})", "connect once"
+        raise DataError(f"the dataset {origin} is not in the cache{why}; {way}, or pass --data-dir") from error
 
 
 @contextmanager

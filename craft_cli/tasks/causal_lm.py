@@ -144,9 +144,9 @@ class CausalLM:
         return replace(self, text_columns=source.text_columns, form="", beside="")
 
     def read(self, table: Table, *, labelled: bool) -> tuple[CausalLM, Split]:
-        """The rows, and the answer of each."""
+        """Read the rows, with the reference answer of each."""
         wanted = [column_named(name, table.columns) for name in self.text_columns]
-        missing = [name for name, found in zip(self.text_columns, wanted, strict=True) if found is None]
+        missing = [name for name, column in zip(self.text_columns, wanted, strict=True) if column is None]
         layout = layout_of(table.columns, _first(table), [name for name in wanted if name])
         if layout is None or missing:
             lacking = f"no column '{missing[0]}'" if missing else "no column of conversations, prompts or texts"

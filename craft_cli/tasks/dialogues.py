@@ -104,7 +104,7 @@ def layout_of(columns: Sequence[str], first: Mapping[str, Any], wanted: Sequence
         first: cells of the first row.
         wanted: columns that the user gave: one of conversations or texts, or those of prompt and completion.
     """
-    written = {name.casefold(): name for name in reversed(columns)}  # a column is found whatever its case
+    written = {name.casefold(): name for name in reversed(columns)}  # column names match in any case
 
     def there(names: Sequence[str]) -> tuple[str, ...] | None:
         return tuple(written[name] for name in names) if set(names) <= written.keys() else None

@@ -1,12 +1,12 @@
-"""Checkpoints of a training: all it needs to go on as if it had never been cut.
+"""Training checkpoints: everything needed to resume exactly as an uninterrupted run.
 
     checkpoints/step-120/
-        adapter_config.json, adapter_model.safetensors   the adapter as it is: `craft eval` and `craft merge` take it
+        adapter_config.json, adapter_model.safetensors   the current adapter, usable with `craft eval` and `craft merge`
         training_state.safetensors                       optimizer, best adapter so far, and a record of everything else
         metrics.jsonl                                    the log up to here
 
-A checkpoint appears under its name only when it is whole and on disk. All numbers are guarded by checksums: a damaged one
-is told and passed over for the one before. The base model's weights are not in it.
+A checkpoint appears under its name only when it is complete and flushed to disk. Its contents have checksums; a damaged
+checkpoint is reported and skipped in favour of the previous one. The base model's weights are not saved.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
         step: updates made.
-        record: everything that is no tensor: `step`, `settings` (the resolved recipe), `update_size` (rows), `data` (a
+        record: everything that is not a tensor: `step`, `settings` (the resolved recipe), `update_size` (rows), `data` (a
             checksum), `held_out` (see `data.holdout`), `seconds`, `journal`, `rng` (of every process), `scaler`, `tracker_id`, `metrics_sha256`.
         frozen: what the method keeps of the base's weights.
-        base: that is trained on.
-        trained: what is trained, the head too, by its names in an adapter's file.
-        optimizer: its state by `NUMBER.KEY`, parameters numbered in the optimizer's order.
-        best: trained numbers and head of the best evaluation so far; empty before the first.
+        base: identity of the base model.
+        trained: trained parameters including the head, by their names in an adapter file.
+        optimizer: optimizer state by `NUMBER.KEY`, with parameters numbered in the optimizer's order.
+        best: trained parameters and head of the best evaluation so far; empty before the first.
         metrics: metrics.jsonl up to here.
     """
 
@@ -75,7 +75,7 @@ class TrainingState:
     metrics: bytes
 
     def restore(self, adapter: ModelAdapter, optimizer: Any, scaler: Any, process: int, device: torch.device) -> None:
-        """Put adapter, optimizer, gradient scaler and random numbers of this process back as they were."""
+        """Restore adapter, optimizer, gradient scaler and random number generators of this process."""
         adapter.load_trained_state(self.trained)
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in self.optimizer.items():
@@ -84,25 +84,25 @@ class TrainingState:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         if scaler is not None and self.record["scaler"]:
             scaler.load_state_dict(self.record["scaler"])
-        if process < len(self.record["rng"]):  # more processes than before: a new one starts as seeded
+        if process < len(self.record["rng"]):  # an additional process keeps its seed
             restore_rng(self.record["rng"][process], device)
 
 
 def save_checkpoint(
     run: Run, record: Mapping[str, Any], adapter: ModelAdapter, optimizer: Any, best: Mapping[str, Tensor], keep: int
 ) -> Path:
-    """Write `checkpoints/step-N` and delete all but the newest ones.
+    """Write `checkpoints/step-N` and delete the oldest checkpoints.
 
     Args:
-        run: whose.
+        run: the run.
         record: see `TrainingState.record`.
-        adapter: as it is now.
-        optimizer: of torch.
-        best: trained numbers and head of the best evaluation so far.
-        keep: checkpoints to keep, this one counted.
+        adapter: the current adapter.
+        optimizer: the torch optimizer.
+        best: trained parameters and head of the best evaluation so far.
+        keep: number of checkpoints to keep, including this one.
 
     Raises:
-        FileError: it cannot be written; the former ones are untouched.
+        FileError: the checkpoint cannot be written; earlier ones are unchanged.
     """
     metrics = read_content(run.metrics_file) if run.metrics_file.is_file() else b""
     record = {**record, "metrics_sha256": sha256(metrics).hexdigest()}
@@ -124,10 +124,10 @@ def save_checkpoint(
 
 
 def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:
-    """The state in the newest checkpoint that is whole, and a note about each newer one; those are set aside.
+    """The state in the newest intact checkpoint, with a note about each damaged one, which is renamed.
 
     Raises:
-        OtherVersion: a checkpoint was written by one.
+        OtherVersion: another version of craft wrote a checkpoint.
     """
     notes: list[str] = []
     for path in checkpoints(run):
@@ -136,12 +136,15 @@ def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:
         except OtherVersion:
             raise
         except FileError as error:
-            notes.append(f"{error}; going on from the checkpoint before")
-            aside, number = path.with_name(f"{path.name}.damaged"), 2  # or they would be kept in place of whole ones
+            notes.append(f"{error}; resuming from the previous checkpoint")
+            aside, number = (
+                path.with_name(f"{path.name}.damaged"),
+                2,
+            )  # so that it does not count among the checkpoints to keep
             try:
                 if aside.exists():
                     delete_folder(aside)
-                while os.path.lexists(aside):  # it holds something that is not ours
+                while os.path.lexists(aside):  # it holds files of the user's
                     aside, number = path.with_name(f"{path.name}.damaged-{number}"), number + 1
                 path.rename(aside)
             except OSError as failure:
@@ -152,21 +155,21 @@ def newest_state(run: Run) -> tuple[TrainingState | None, list[str]]:
 
 
 def read_checkpoint(path: Path) -> TrainingState:
-    """All of a checkpoint, checked.
+    """Read and verify a checkpoint.
 
     Raises:
-        FileError: a part is missing, cut, changed or unreadable.
-        OtherVersion: it was written by one.
+        FileError: a part is missing, truncated, modified or unreadable.
+        OtherVersion: another version of craft wrote it.
     """
     for name in (TENSOR_FILE, STATE_FILE, METRICS_FILE):
         if not (path / name).is_file():
-            raise FileError(f"{path} is damaged: it holds no {name}")
+            raise FileError(f"{path} is damaged: {name} is missing")
     saved = read_adapter(path)
     tensors, _ = read_tensors(path / STATE_FILE, KIND)
     metrics = read_content(path / METRICS_FILE)
     record = json.loads(tensors.pop("record").numpy().tobytes())
     if sha256(metrics).hexdigest() != record["metrics_sha256"]:
-        raise FileError(f"{path / METRICS_FILE} is damaged: its contents do not match their checksum")
+        raise FileError(f"{path / METRICS_FILE} is damaged: its contents do not match the checksum")
     return TrainingState(
         step=record["step"],
         record=record,
@@ -184,7 +187,7 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def data_checksum(parts: Sequence[Encoded]) -> str:
-    """sha256 over token ids and gold of all rows, to notice that the data has changed."""
+    """The sha256 of token ids and labels of all rows, to detect changed data."""
     digest = sha256()
     for part in parts:
         for features, label in zip(part.features, part.labels or [None] * len(part), strict=True):
@@ -194,7 +197,7 @@ def data_checksum(parts: Sequence[Encoded]) -> str:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """Every random number generator of this process, as JSON."""
+    """The state of every random number generator of this process, as JSON."""
     version, words, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state(legacy=True)
     state = {
@@ -208,7 +211,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put every random number generator of this process back."""
+    """Restore every random number generator of this process."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]
@@ -220,7 +223,7 @@ def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def untouched_rng(device: torch.device) -> Iterator[None]:
-    """What happens inside draws no random numbers from the training, whatever libraries it imports for the first time."""
+    """Preserve the random state of the training inside the block, even if a first import draws random numbers."""
     state = rng_state(device)
     yield
     restore_rng(state, device)

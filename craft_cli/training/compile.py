@@ -1,4 +1,4 @@
-"""`--torch-compile`: every adapted block of the model compiled whole, in place."""
+"""`--torch-compile`: compile every adapted block of the model in place, as one graph."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.models.views import layer_of
 
 _GRAPHS = 64
-"""The first block and the others, training and evaluation, padded and unpadded batches each make a graph of the same code;
-dynamo stops at 8."""
+"""Graphs per code object: first and other blocks, training and evaluation, padded and unpadded batches need one each, and
+dynamo's default limit is 8."""
 
 
 def compile_blocks(adapter: ModelAdapter, backend: str = "inductor") -> list[str]:
-    """Compile the blocks that hold adapted layers, without graph breaks and for batches of every shape.
+    """Compile the blocks with adapted layers, without graph breaks and with dynamic shapes.
 
-    Names, hooks and DDP are untouched. It happens when a block first runs, where `refusal` tells what cannot be compiled.
+    Names, hooks and DDP are unaffected. Compilation happens when a block first runs; `refusal` explains its errors.
 
     Args:
-        adapter: attached already; what is attached later is not seen by compiled code.
-        backend: of torch.compile.
+        adapter: an attached adapter; adapters attached later have no effect on compiled code.
+        backend: backend of torch.compile.
 
     Returns:
         Paths of the blocks, relative to the base model.
@@ -36,8 +36,8 @@ def compile_blocks(adapter: ModelAdapter, backend: str = "inductor") -> list[str
         _check_compiler()
     warnings.filterwarnings(
         "ignore", message="The .grad attribute of a Tensor that is not a leaf"
-    )  # the chains; all is well
-    torch._dynamo.reset()  # its graphs belong to the code of the blocks, whatever model they were made for
+    )  # harmless: the chains are not leaves
+    torch._dynamo.reset()  # graphs are cached by code, so those of other models would count
     torch._dynamo.config.cache_size_limit = max(_GRAPHS, torch._dynamo.config.cache_size_limit)
     paths = list(dict.fromkeys(map(layer_of, adapter.modules_adapted())))
     for path in paths:
@@ -48,28 +48,30 @@ def compile_blocks(adapter: ModelAdapter, backend: str = "inductor") -> list[str
 
 
 def refusal(error: Exception) -> CraftError | None:
-    """What to tell of an error that the compiler raised; None for any other."""
+    """The error for the user if the compiler raised `error`; None otherwise."""
     from torch._dynamo.exc import TorchDynamoException
 
     if not isinstance(error, TorchDynamoException):
         return None
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return CraftError(f"--torch-compile: this model's layers do not compile whole: {lines[0]}; train without it")
+    return CraftError(
+        f"--torch-compile: this model's layers cannot be compiled as one graph: {lines[0]}; train without it"
+    )
 
 
 def _check_compiler() -> None:
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
-    except ImportError:  # they are torch's own business; the first update then tells
+    except ImportError:  # torch internals moved; the first update will report a problem
         return
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise ConfigError("--torch-compile needs a C++ compiler on the CPU (g++, or what CXX names)") from error
+        raise ConfigError("--torch-compile on the CPU requires a C++ compiler (g++, or the one in CXX)") from error
 
 
 def freeze_cache(model: Any) -> None:
-    """No cache of keys and values in training: nobody reads it, and it numbers the layers, which compiled code trips over."""
+    """Turn off the key-value cache in training: it is unused, and its layer indices break compiled code."""
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False

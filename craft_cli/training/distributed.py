@@ -1,7 +1,7 @@
-"""FSDP: the frozen base is sharded over the processes; what is trained stays whole on each of them.
+"""FSDP: shard the frozen base over the processes, and keep trained parameters whole on each of them.
 
-Accelerate's configuration says whether (`distributed_type: FSDP`) and how; torch's `fully_shard` is called here, since
-Accelerate shards on accelerators only, and not every base (BERT's embeddings it would shard twice).
+Accelerate's configuration turns it on (`distributed_type: FSDP`). torch's `fully_shard` is called here directly, because
+Accelerate shards only on accelerators and not every base (it would shard BERT's embeddings twice).
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from craft_cli.methods.model_adapter import ModelAdapter
 
 
 def fsdp_asked() -> bool:
-    """Whether several processes have joined and Accelerate's configuration asks for FSDP.
+    """Whether there are several processes and Accelerate's configuration requests FSDP.
 
-    To be asked before the model is loaded: every process must load the real weights, or no fingerprint would match.
+    Must be called before the model is loaded, because every process has to load the real weights for the fingerprint.
 
     Raises:
-        ConfigError: it asks for the first version of FSDP.
+        ConfigError: FSDP version 1 is requested.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ConfigError("FSDP version 1 cannot shard a part of a module: set fsdp_version: 2")
+        raise ConfigError("FSDP version 1 cannot shard part of a module; set fsdp_version: 2")
     disable_fsdp_ram_efficient_loading()
     return distributed.is_initialized()
 
 
 def shard(model: Any, accelerator: Accelerator) -> Any:
-    """Shard all parameters that are not trained, in place: a unit for each transformer block, one for the rest.
+    """Shard all frozen parameters in place: one unit per transformer block, and one for the rest.
 
     Raises:
-        ConfigError: torch is too old, or the configuration asks for what this does not do.
+        ConfigError: torch is too old, or the configuration has an unsupported option.
     """
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
-        raise ConfigError(f"FSDP needs torch 2.7 or later, this is {torch.__version__}")
+        raise ConfigError(f"FSDP requires torch 2.7 or later, but {torch.__version__} is installed")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
     if plugin.activation_checkpointing:
         raise ConfigError("fsdp_activation_checkpointing is not supported: use --gradient-checkpointing")
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    for parameter in whole:  # `fully_shard` moves only what it manages
+    for parameter in whole:  # `fully_shard` moves only the parameters it manages
         parameter.data = parameter.data.to(accelerator.device)
     options: dict[str, Any] = {
         "mesh": distributed.device_mesh.init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
@@ -69,16 +69,16 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
 
 
 def held_here(model: nn.Module) -> str:
-    """How much of a sharded model this process holds, for the header of a run."""
+    """The share of a sharded model on this process, for the header of a run."""
     from torch.distributed.tensor import DTensor
 
     parameters = list(model.parameters())
     here = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)
-    return f", FSDP: {here:,} of {sum(p.numel() for p in parameters):,} numbers on each"
+    return f", FSDP: {here:,} of {sum(p.numel() for p in parameters):,} parameters on each"
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """The mean over processes of the gradients of whole parameters, in one message."""
+    """Average the gradients of whole parameters over all processes, in one message."""
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)
@@ -91,7 +91,7 @@ T = TypeVar("T")
 
 
 def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
-    """What the main process makes, on every process; the error it meets, too."""
+    """Run `make` on the main process and return its result, or raise its error, on every process."""
     made: list[Any] = [None]
     unexpected: Exception | None = None
     if accelerator.is_main_process:
@@ -99,7 +99,7 @@ def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
             made = [make()]
         except CraftError as error:
             made = [error]
-        except Exception as error:  # the others must not wait for it
+        except Exception as error:  # the other processes must not wait forever
             unexpected, made = error, [CraftError(f"the main process failed: {error}")]
     if accelerator.num_processes > 1:
         broadcast_object_list(made)

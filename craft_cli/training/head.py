@@ -1,4 +1,4 @@
-"""The last layer of the head: where it starts (a linear probe, LP-FT, arXiv 2202.10054), and in which units it is kept."""
+"""The last layer of the head: its initialization (a linear probe, LP-FT, arXiv 2202.10054) and its units."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from craft_cli.tasks.inference import in_order, not_finite, predict_batches
 from craft_cli.training.preparation import Prepared
 
 MOST_ROWS = 10_000
-"""More are not worth their time: the training sees all of them."""
+"""Maximum rows for the probe; more do not improve it enough."""
 MOST_LABELS = 1_000
-"""Fitting more takes hours and gigabytes, with hardly a row of each among `MOST_ROWS`."""
+"""Maximum labels for a probe: more take hours and gigabytes, with hardly one row per label among `MOST_ROWS`."""
 FEW_ROWS = 100
-"""Enough to see that it works."""
+"""Rows for the probe of a dry run."""
 
 
 KEPT, PROBE, RANDOM = "kept", "probe", "random"
-"""Where a last layer starts."""
+"""Initializations of the last layer."""
 
-WHY_NOT_FINITE = "check its weights, or leave out --fp16, --load-in-4bit and --load-in-8bit"
-"""What to do about a model that computes no finite numbers before anything was trained."""
+WHY_NOT_FINITE = "check its weights, or remove --fp16, --load-in-4bit and --load-in-8bit"
+"""Advice for a model with non-finite outputs before training."""
 
 SOFT = 0.3
-"""A training begins with this much of a probe's weights: a head of large norm keeps the features from moving (arXiv 2405.16747),
-and one of small norm has far to go back."""
+"""Scale of a probe's weights at the start of training: a head with a large norm keeps the features from changing
+(arXiv 2405.16747), and one with a small norm has to grow back."""
 
 
 class Probe(NamedTuple):
@@ -40,7 +40,7 @@ class Probe(NamedTuple):
     Attributes:
         weight: (outputs, features).
         bias: (outputs,).
-        mean: (outputs,), what it gives for the rows it was fitted on, on average.
+        mean: (outputs,), its mean output on the rows it was fitted on.
     """
 
     weight: Tensor
@@ -48,20 +48,20 @@ class Probe(NamedTuple):
     mean: Tensor
 
     def softened(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of outputs that differ from their mean by `SOFT` of what they did."""
+        """Weight and bias with the deviation of the outputs from their mean scaled by `SOFT`."""
         return SOFT * self.weight, self.mean + SOFT * (self.bias - self.mean)
 
 
 class LastLayer:
-    """The linear layer whose outputs are the model's.
+    """The linear layer that computes the model's outputs.
 
     Args:
-        model: with a task's head.
+        model: a model with a task head.
         head: names of the parameters that are trained in full.
-        fresh: names of those that no checkpoint holds.
+        fresh: names of the parameters missing from the base checkpoint.
 
     Attributes:
-        name: path of the layer; None where there is none.
+        name: path of the layer; None if there is none.
         start: one of `KEPT`, `PROBE` and `RANDOM`; see `settle`.
     """
 
@@ -75,10 +75,10 @@ class LastLayer:
                 self.name = name if module.out_features == model.config.num_labels else self.name
 
     def settle(self, config: RunConfig, prepared: Prepared) -> None:
-        """Find out where it is to start.
+        """Choose the initialization.
 
-        A checkpoint's head that answers the task's question already is where a training goes on. It does not fit what
-        another run's adapter makes of the base. Of very many labels no probe is fitted.
+        A checkpoint's head that already fits the task is kept, unless the adapter is initialized from another run, which it
+        would not match. With very many labels, no probe is fitted.
         """
         if not prepared.task.trains_head:
             self.start = KEPT
@@ -91,10 +91,10 @@ class LastLayer:
 
     @property
     def layer(self) -> nn.Linear:
-        """The layer itself; there must be one."""
-        found = self._model.get_submodule(self.name)
-        assert isinstance(found, nn.Linear)
-        return found
+        """The layer, which must exist."""
+        layer = self._model.get_submodule(self.name)
+        assert isinstance(layer, nn.Linear)
+        return layer
 
     def features(
         self,
@@ -104,13 +104,13 @@ class LastLayer:
         device: torch.device,
         progress: Callable[[str, int, int], None],
     ) -> list[Tensor]:
-        """What goes into the layer, for each of these training rows as the task's `scores` are.
+        """The inputs of the layer for some training rows, in the form of the task's `scores`.
 
         Args:
             prepared: rows and task.
-            rows: of the training rows.
-            batch_size: rows at once.
-            device: where it computes.
+            rows: numbers of the training rows.
+            batch_size: rows per batch.
+            device: device for the computation.
             progress: called with (what, done, total).
         """
         part = prepared.train.only(rows)
@@ -120,7 +120,7 @@ class LastLayer:
         try:
             outputs = predict_batches(
                 self._model, prepared.task.in_own_order(), part, batches, prepared.tokenizer, device,
-                lambda done, total: progress("features of the head", done, total),
+                lambda done, total: progress("computing features", done, total),
             )  # fmt: skip
         finally:
             self._model.set_submodule(self.name, layer)
@@ -128,25 +128,25 @@ class LastLayer:
 
     @torch.no_grad()
     def load(self, weight: Tensor, bias: Tensor) -> None:
-        """Take these on; the bias only where the layer has one."""
+        """Set the weights; the bias only if the layer has one."""
         self.layer.weight.copy_(weight)
         if self.layer.bias is not None:
             self.layer.bias.copy_(bias)
 
     def start_from(self, probe: Probe) -> None:
-        """Take on a probe, as it is until `begin`."""
+        """Set the weights of a probe, unscaled until `begin`."""
         self._probe = probe
         self.load(probe.weight, probe.bias)
 
     def begin(self) -> None:
-        """Before the first update: what is left of a probe's size."""
+        """Scale a probe down before the first update."""
         if self._probe is not None:
             self.load(*self._probe.softened())
             self._probe = None
 
     @torch.no_grad()
     def draw(self, seed: int) -> None:
-        """Start at random where a checkpoint's layer was loaded, as transformers starts those that none holds."""
+        """Initialize a loaded layer at random, as transformers does for missing layers."""
         if self.name is None or f"{self.name}.weight" in self._fresh:
             return
         spread = getattr(self._model.config, "initializer_range", 0.02)
@@ -155,20 +155,20 @@ class LastLayer:
 
     @torch.no_grad()
     def start_at(self, mean: float) -> None:
-        """Start from outputs around this number, where there is a bias."""
+        """Initialize the bias, if there is one, to this mean of the outputs."""
         if mean and self.name is not None and self.layer.bias is not None:
             self.layer.bias.fill_(mean)
 
     @torch.no_grad()
     def multiply(self, factor: float) -> None:
-        """Make the outputs so many times as large; by a power of two exactly."""
+        """Scale the outputs; a power of two is exact."""
         if factor != 1.0:
             for parameter in self.layer.parameters():
                 parameter.mul_(factor)
 
     @contextmanager
     def multiplied(self, factor: float) -> Iterator[None]:
-        """Inside, the outputs are so many times as large; behind it they are bit for bit what they were."""
+        """Scale the outputs inside the block, and restore them bit for bit afterwards."""
         if factor == 1.0:
             yield
             return
@@ -190,31 +190,31 @@ def probe(
     progress: Callable[[str, int, int], None],
     most: int = MOST_ROWS,
 ) -> Probe:
-    """The last layer, fitted on what the rest of the model makes of the training rows.
+    """Fit the last layer on the model's features of the training rows.
 
     Args:
         prepared: rows and task.
         last: the layer.
-        batch_size: rows at once.
-        device: where it computes.
+        batch_size: rows per batch.
+        device: device for the computation.
         progress: called with (what, done, total).
-        most: rows.
+        most: maximum number of rows.
 
     Raises:
-        ModelError: the model computes what is not finite.
+        ModelError: the features are not finite.
     """
     gold = prepared.train.labels or []
     rows = share_of_rows(gold, most)
     features = last.features(prepared, rows, batch_size, device, progress)
     inputs = _inputs(features, prepared.checkpoint.name)
 
-    def told(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         progress("fitting the head", done, total)
 
-    told(0, 1)
+    report(0, 1)
     targets, with_bias = [gold[row] for row in rows], last.layer.bias is not None
-    weight, bias = prepared.task.fit_head(features, targets, bias=with_bias, progress=told)
-    told(1, 1)
+    weight, bias = prepared.task.fit_head(features, targets, bias=with_bias, progress=report)
+    report(1, 1)
     mean = bias  # (outputs,)
     if len(inputs):
         mean = weight @ inputs.to(weight.dtype).mean(dim=0) + bias
@@ -222,21 +222,21 @@ def probe(
 
 
 def _inputs(features: Sequence[Tensor], name: str) -> Tensor:
-    """What goes into the layer (rows, features), or of all words that have a token; `features` of the others are -inf.
+    """The inputs of the layer (rows, features), or of all words with a token; words without one have -inf.
 
     Raises:
-        ModelError: some are not finite.
+        ModelError: some inputs are not finite.
     """
     if odd := len(not_finite(features)):
         raise ModelError(
-            f"{name} gives numbers that are not finite for {odd:,} of {len(features):,} training rows, so no head can be fitted: "
+            f"{name} computes non-finite values for {odd:,} of {len(features):,} training rows, so the head cannot be fitted: "
             f"{WHY_NOT_FINITE}"
         )
     return torch.cat([row[~row.isneginf().all(dim=-1)] if row.ndim > 1 else row[None] for row in features])
 
 
 def share_of_rows(gold: Sequence[Any], most: int) -> list[int]:
-    """So many rows at most, of every label (or of low and high numbers) as many as its share; always the same ones."""
+    """At most this many rows, stratified by label (or by the size of the target), always the same ones."""
     if len(gold) <= most:
         return list(range(len(gold)))
     order = torch.randperm(len(gold), generator=torch.Generator().manual_seed(0)).tolist()

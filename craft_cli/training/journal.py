@@ -1,4 +1,4 @@
-"""What a training tells and keeps: metrics.jsonl, trackers, the curve, the best adapter, and when to stop early."""
+"""The log of a training: metrics.jsonl, trackers, the curve, the best adapter, and early stopping."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def chosen_metric(config: RunConfig, task: Task, splits: Iterable[str]) -> str:
     """The metric that chooses the best adapter.
 
     Args:
-        config: of the run.
-        task: what is trained for.
-        splits: names of those to evaluate on.
+        config: settings of the run.
+        task: the task.
+        splits: names of the validation splits.
 
     Raises:
-        ConfigError: this task has no such metric.
+        ConfigError: the task does not have this metric.
     """
     if config.metric_for_best_model is None:
         return task.chooser
@@ -45,31 +45,31 @@ def chosen_metric(config: RunConfig, task: Task, splits: Iterable[str]) -> str:
         known += renamed(dict.fromkeys((*task.metrics, "loss"), 0.0), split, splits)
     name = config.metric_for_best_model.removeprefix("eval_")
     if name not in known:
-        raise ConfigError(f"--metric-for-best-model: no metric '{name}' of {task.name}{nearest(name, known)}")
+        raise ConfigError(f"--metric-for-best-model: {task.name} has no metric '{name}'{nearest(name, known)}")
     return name
 
 
 class Journal:
-    """Hears of updates and evaluations on every process; only the one that is given a run writes.
+    """Records updates and evaluations. It runs on every process and writes only if given a run.
 
     Args:
-        config: of the run.
-        prepared: what is trained on.
-        adapter: what is trained.
+        config: settings of the run.
+        prepared: data, base and task.
+        adapter: the adapter in training.
         last: the last layer of the head.
-        metric: chooses the best adapter, see `chosen_metric`.
-        run: where to write; None writes nothing.
-        listener: who is told.
-        track: a tracker's function of (values, step).
+        metric: metric that chooses the best adapter, see `chosen_metric`.
+        run: run folder to write to; None writes nothing.
+        listener: receives progress events.
+        track: logs (values, step) to the trackers.
 
     Attributes:
-        metric: as given.
+        metric: the metric given.
         best: metrics of the best evaluation so far; empty before the first.
         best_step: update of that evaluation.
-        best_epoch: the same in epochs.
-        best_state: adapter and head of that evaluation, where there is a run.
-        tables: what `Task.tables` said of it.
-        baselines: metrics of what this run has to beat, see `BASELINES`.
+        best_epoch: epoch of that evaluation.
+        best_state: adapter and head of that evaluation, if there is a run.
+        tables: result of `Task.tables` for that evaluation.
+        baselines: metrics of the baselines, see `BASELINES`.
         evaluated: the last update that was evaluated; -1 before the first.
     """
 
@@ -89,41 +89,41 @@ class Journal:
         self.metric = metric
         self._lines: list[dict[str, Any]] = []
         self._misses = 0
-        self._since: list[float] = []  # losses of the updates that no line tells of yet
-        self._loss = 0.0  # mean of those that the newest line tells of
+        self._since: list[float] = []  # losses of the updates since the last log line
+        self._loss = 0.0  # mean loss of the last log line
         self.best: dict[str, float] = {}
         self.best_step, self.best_epoch = 0, 0.0
         self.best_state: dict[str, Tensor] = {}
         self.tables: dict[str, Any] = {}
-        self._found: dict[str, Any] = {}  # with the best: what the adapter's record says of it
+        self._found: dict[str, Any] = {}  # record of the best evaluation for the adapter
         gold = next(iter(prepared.validation.values())).labels or []
         always = prepared.task.baseline(prepared.train.labels or [], gold)
         self.baselines = {SAME_ANSWER: always} if always else {}
         self.evaluated = -1
 
     def update(self, step: int, epoch: float, loss: float, rate: float, examples: int, gradient: float = 0.0) -> None:
-        """An update was made.
+        """Record an update.
 
         Raises:
-            CraftError: its loss or the norm of its gradient is not finite.
+            CraftError: the loss or the gradient norm is not finite.
         """
         for what, value in (("loss", loss), ("gradient", gradient)):
             if not math.isfinite(value):
                 raise CraftError(f"the {what} is {value} at update {step}{self._advice(step - 1)}")
         self._since.append(loss)
-        told = step % self._config.logging_steps == 0 or step == 1
-        if told:
+        log = step % self._config.logging_steps == 0 or step == 1
+        if log:
             self._loss, self._since = fmean(self._since), []
             self._append({"step": step, "epoch": round(epoch, 6), "loss": self._loss, "learning_rate": rate})
         self._listener.updated(step, self._loss, rate, examples)
-        if told:
+        if log:
             self._listener.logged(step, epoch, self._loss, rate)
 
     def check_scores(self, step: int, scores: Sequence[Tensor]) -> None:
-        """Before anything is made of the scores of an evaluation.
+        """Check the scores of an evaluation before they are used.
 
         Raises:
-            CraftError: some are not finite.
+            CraftError: some scores are not finite.
         """
         if odd := not_finite(scores):
             when = f"after update {step}" if step else "before the first update"
@@ -131,20 +131,20 @@ class Journal:
             raise CraftError(f"the scores of {rows} are not finite {when}{self._advice(step)}")
 
     def check_weights(self, step: int) -> None:
-        """Before they are written, which they could not be.
+        """Check the trained parameters before they are saved.
 
         Raises:
-            CraftError: some that are trained are not finite.
+            CraftError: some trained parameters are not finite.
         """
         for name, tensor in self._adapter.trained_state().items():
             if not tensor.isfinite().all():
                 raise CraftError(f"{name} is not finite after update {step}{self._advice(step)}")
 
     def evaluation(self, step: int, epoch: float, measured: Measured) -> None:
-        """An evaluation is complete.
+        """Record an evaluation.
 
         Raises:
-            CraftError: its loss is not finite.
+            CraftError: the loss is not finite.
         """
         metrics = measured.metrics
         if not math.isfinite(metrics["loss"]):
@@ -173,19 +173,19 @@ class Journal:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether so many evaluations in a row were not better that the run should stop."""
+        """Whether early stopping applies: too many evaluations in a row without improvement."""
         return bool(self._config.early_stopping_patience) and self._misses >= (
             self._config.early_stopping_patience or 0
         )
 
     @property
     def is_falling(self) -> bool:
-        """Whether the validation loss of the last evaluation is the lowest, and clearly lower than the one before."""
+        """Whether the validation loss of the last evaluation is the lowest, and clearly lower than the previous one."""
         losses = [line["eval_loss"] for line in self._lines if "eval_loss" in line]
         return len(losses) > 2 and losses[-1] < 0.99 * min(losses[:-1])
 
     def keep_last(self, step: int, epoch: float) -> None:
-        """Where nothing was evaluated, the adapter as it is now is the best one."""
+        """Save the current adapter as the best one if nothing was evaluated."""
         if not self.best:
             self.best_step, self.best_epoch = step, epoch
             self._keep()
@@ -193,7 +193,7 @@ class Journal:
     # -- for checkpoints ------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint must know of this journal, beside `best_state` and metrics.jsonl."""
+        """The record of this journal for a checkpoint, in addition to `best_state` and metrics.jsonl."""
         return {
             "best": self.best,
             "best_step": self.best_step,
@@ -208,7 +208,7 @@ class Journal:
         }
 
     def restore(self, record: Mapping[str, Any], best: Mapping[str, Tensor], metrics: bytes) -> None:
-        """Go back to what a checkpoint knew; the files in the run folder, too. The adapter is left at its best."""
+        """Restore the journal and the files of the run folder from a checkpoint. The adapter is left at its best state."""
         self.best, self.best_step, self.best_epoch = dict(record["best"]), record["best_step"], record["best_epoch"]
         self.tables, self._found, self.baselines = record["tables"], record["found"], record["baselines"]
         self._misses, self.evaluated, self._since = record["misses"], record["evaluated"], list(record["since"])
@@ -224,14 +224,14 @@ class Journal:
     # -------------------------------------------------------------------------------------------------------------------
 
     def _advice(self, updates: int) -> str:
-        """What to do about a loss that is not finite after so many updates."""
+        """Advice about a non-finite loss after this many updates."""
         if not updates:
-            return f": {self._prepared.checkpoint.name} gives numbers that are not finite: {WHY_NOT_FINITE}"
+            return f": {self._prepared.checkpoint.name} computes non-finite values: {WHY_NOT_FINITE}"
         kept = f"; the best adapter so far is in {self._run.adapter}" if self._run and self.best else ""
         return f": start again with a lower --learning-rate or --head-learning-rate{kept}"
 
     def _gain(self, metrics: Mapping[str, float]) -> float:
-        """By how much this evaluation is better than the best so far."""
+        """The improvement of this evaluation over the best so far."""
         if not self.best:
             return math.inf
         gain = metrics[self.metric] - self.best[self.metric]
@@ -248,10 +248,10 @@ class Journal:
             self._run.append(self._run.metrics_file, [line])
         try:
             self._track({name: value for name, value in line.items() if name not in ("step", "epoch")}, line["step"])
-        except Exception as error:  # a server that is away is no reason to lose a training
+        except Exception as error:  # an unreachable server must not end a training
             self._track = lambda values, step: None
             self._listener.noticed(
-                f"--report-to: the tracker failed ({' '.join(str(error).split())}); the training goes on without it"
+                f"--report-to: the tracker failed ({' '.join(str(error).split())}); training continues without it"
             )
 
     def _keep(self) -> None:
@@ -272,7 +272,7 @@ class Journal:
 def training_record(
     config: RunConfig, prepared: Prepared, epoch: float, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What an adapter's folder says of its training, as JSON."""
+    """The training record that is saved with an adapter, as JSON."""
     record = {
         **prepared.task.record(),
         "data": data_record(config, prepared),

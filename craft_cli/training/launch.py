@@ -1,8 +1,8 @@
-"""Starting several processes on this machine, each of which then joins through Accelerate.
+"""Start several processes on this machine, which then join through Accelerate.
 
-torch's elastic launcher is what `accelerate launch` and `torchrun` use; called directly, it also starts CPU processes
-(`accelerate launch --cpu` needs MPI for that), and its failures can be told in our words. The interpreter is this one;
-nothing has to be on PATH.
+This calls torch's elastic launcher, as `accelerate launch` and `torchrun` do. Called directly, it also starts CPU
+processes (`accelerate launch --cpu` needs MPI for that), and its failures can be reported in one line. It uses the
+current interpreter, so nothing has to be on PATH.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from craft_cli.errors import CraftError
 from craft_cli.training.signals import LAUNCHER, ONE_PRESS, StopSignals, end_by, launcher_died
 
 _JOINING = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""In the environment of a process that torch's launcher started. Some of them alone are left over from a scheduler."""
+"""Environment variables set by torch's launcher. If only some are set, they come from a scheduler."""
 _LAST_WORDS = 3.0
-"""Seconds that torch's launcher has to end once no process is left."""
+"""Seconds for torch's launcher to exit once no process is left."""
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -36,20 +36,20 @@ def is_launched() -> bool:
 
 
 def rank() -> int:
-    """The number of this process in its group; 0 where there is none."""
+    """The rank of this process; 0 without a group."""
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks."""
+    """Whether this is the process that prints messages."""
     return rank() == 0
 
 
 def settle_environment() -> list[str]:
-    """Take variables of a launcher that did not start this process out of the environment: libraries would wait for it.
+    """Remove environment variables of a launcher that did not start this process, since libraries would wait for it.
 
     Returns:
-        A line for each thing that the user may have meant otherwise.
+        One note for each setting that has no effect.
     """
     notes = []
     left = [name for name in _JOINING[:3] if name in os.environ]
@@ -57,19 +57,19 @@ def settle_environment() -> list[str]:
         missing = [name for name in _JOINING if not os.environ.get(name)]
         shown = ", ".join(f"{name}={os.environ.pop(name)}" for name in left)
         notes.append(
-            f"{shown} in the environment is ignored, since {missing[0] if missing else 'RANK'} is not set as a launcher "
-            "would: this is one process; start several with --num-processes or torchrun"
+            f"{shown} in the environment is ignored, because {missing[0] if missing else 'RANK'} is not set by a launcher; "
+            "to start several processes, use --num-processes or torchrun"
         )
     if _is_accelerates() and os.environ.get("MASTER_ADDR") and not (is_launched() or _by_mpi()):
         notes.append(
-            "accelerate launch was asked for several processes on the CPU, but without mpirun it started this one only: "
+            "accelerate launch started only one process on the CPU, because mpirun is missing; "
             "use craft train --num-processes"
         )
     return notes
 
 
 def _is_accelerates() -> bool:
-    """Whether `accelerate launch` started this process, alone or not."""
+    """Whether `accelerate launch` started this process."""
     return "ACCELERATE_DYNAMO_MODE" in os.environ
 
 
@@ -78,7 +78,7 @@ def _by_mpi() -> bool:
 
 
 def processes_to_start(config: RunConfig) -> int:
-    """How many processes `craft train` should start; 0 if a launcher has decided that, or if it needs only itself."""
+    """The number of processes that `craft train` should start; 0 if a launcher already did, or if one is enough."""
     if is_launched() or _is_accelerates() or _by_mpi():
         return 0
     import torch
@@ -93,21 +93,21 @@ def processes_to_start(config: RunConfig) -> int:
 def launch(processes: int, arguments: Sequence[str]) -> int:
     """Run `python -m craft_cli ARGUMENTS` in several processes and wait.
 
-    Signals go on to the processes, which then finish their update and save. A third one kills them.
+    Signals are forwarded to the processes, which finish their update and save a checkpoint. A third signal kills them.
 
     Returns:
-        0; the exit code of the first that failed; or 128 + the number of the signal that ended them.
+        0, the exit code of the first failed process, or 128 + the number of the signal that ended them.
 
     Raises:
         CraftError: a process was killed.
         KeyboardInterrupt: Ctrl-C before any process has started.
-        SystemExit: another signal, likewise.
+        SystemExit: another signal before any process has started.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in logging.root.manager.loggerDict:
-        if name.startswith("torch.distributed"):  # the processes speak for themselves
+        if name.startswith("torch.distributed"):  # the processes print their own errors
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     began_by = os.environ.get(LAUNCHER)  # a sweep
@@ -119,7 +119,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         run_id="craft",
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",  # all processes are on this machine, whose name may be in no DNS
+        local_addr="127.0.0.1",  # all processes are on this machine, whose name may not resolve
         max_restarts=0,
         monitor_interval=0.1,
     )
@@ -131,7 +131,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         except BaseException as error:
             failed.append(error)
 
-    # In a thread, because there the launcher leaves signals alone: it would kill what needs longer than 30 s to save.
+    # In a thread, where the launcher does not handle signals: it would kill processes that need more than 30 s to save.
     thread = threading.Thread(target=work, daemon=True)
     with _pass_on() as signals:
         thread.start()
@@ -139,7 +139,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             thread.join(0.1)
             if launcher_died(began_by) and not signals:  # it was killed
                 os.kill(os.getpid(), signal.SIGTERM)
-            if signals and not _children():  # they have ended, or none had started yet
+            if signals and not _children():  # all have ended, or none has started yet
                 thread.join(_LAST_WORDS)
                 if thread.is_alive():
                     raise end_by(signals[0])
@@ -153,16 +153,16 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         raise CraftError(
-            f"process {rank} was killed by {name}; the others were stopped. "
-            "Go on from the last checkpoint with the same command and --resume"
+            f"process {rank} was killed by {name}, and the others were stopped; "
+            "resume from the last checkpoint with the same command and --resume"
         ) from failed[0]
     return failure.exitcode
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of processes that run craft: they end with this one and import what this one does.
+    """Environment variables of child processes: they exit with this process and use the same modules.
 
-    Of the working folder they import nothing: a `queue.py` of the user's is not Python's.
+    They import nothing from the working folder, where a user's `queue.py` could shadow Python's.
     """
     paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     home = Path(craft_cli.__file__).resolve().parent.parent
@@ -182,7 +182,7 @@ def _children() -> list[Any]:
 
 @contextmanager
 def _pass_on() -> Iterator[list[int]]:
-    """Send the signals that stop a training on to the processes started; yields those that came."""
+    """Forward signals that stop a training to the child processes; yields the signals received."""
     came: list[int] = []
     last = 0.0
 
@@ -192,7 +192,7 @@ def _pass_on() -> Iterator[list[int]]:
             came.append(number)
         last = time.monotonic()
         for child in _children():
-            with suppress(Exception):  # it has ended meanwhile
+            with suppress(Exception):  # the process has already ended
                 child.send_signal(signal.SIGKILL if len(came) > 2 else number)
 
     with StopSignals.handled(send):

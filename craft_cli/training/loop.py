@@ -1,8 +1,8 @@
-"""The training loop on Accelerate. It knows nothing of the method and nothing of the kind of work.
+"""The training loop, on Accelerate. It is independent of the method and the task type.
 
 N processes with batch B and A accumulated batches compute what one process with batch N A B computes: the rows of an
-update are fixed by seed and epoch (`data.batches`), every loss is a sum, divided by the weights of all rows of the update.
-An interrupted training resumes from its newest checkpoint and computes what it would have computed.
+update are fixed by seed and epoch (`data.batches`), and every loss is a sum divided by the weights of all rows of the
+update. An interrupted training resumes from its newest checkpoint and computes exactly the same updates.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from craft_cli.training.setup import Training
 
 
 def run(training: Training) -> None:
-    """Train to the end, until patience is out, or until a signal comes; then a checkpoint holds all that was done."""
+    """Train to the end, until early stopping, or until a signal, which saves a checkpoint."""
     with training.stop:
         while True:
             if training.evaluation_is_due:
@@ -46,14 +46,14 @@ def run(training: Training) -> None:
 
 
 def update(training: Training, rows: Sequence[int]) -> None:
-    """One update on these rows, of which each process takes its share."""
+    """Make one update on these rows, which are shared among the processes."""
     accelerator, optimizer = training.accelerator, training.optimizer
     training.model.train()
     loss = accumulate_gradients(training, rows)
-    if training.sharded:  # it leaves whole parameters alone
+    if training.sharded:  # FSDP does not average whole parameters
         average_gradients(training.trainable)
     norm = accelerator.clip_grad_norm_(training.trainable, training.config.max_grad_norm or math.inf)
-    if accelerator.scaler is not None:  # it leaves out an update that overflows, and goes on with a smaller scale
+    if accelerator.scaler is not None:  # skips an update that overflows, and continues with a smaller scale
         norm = None
     optimizer.step()
     rate = training.schedule.get_last_lr()[0]
@@ -62,17 +62,17 @@ def update(training: Training, rows: Sequence[int]) -> None:
     training.step += 1
     # One exchange for the loss and for a signal on any process, so that all stop after the same update.
     of_gradient = loss.new_zeros(()) if norm is None else norm.to(loss)
-    told = accelerator.gather(torch.stack([loss, loss.new_tensor(training.stop.received), of_gradient])).view(-1, 3)
-    loss_in_units = float(told[:, 0].mean()) * training.prepared.task.units[1] ** 2
-    training.journal.update(training.step, training.epoch, loss_in_units, rate, len(rows), float(told[:, 2].sum()))
-    training.stopped = int(told[:, 1].max())
+    shared = accelerator.gather(torch.stack([loss, loss.new_tensor(training.stop.received), of_gradient])).view(-1, 3)
+    loss_in_units = float(shared[:, 0].mean()) * training.prepared.task.units[1] ** 2
+    training.journal.update(training.step, training.epoch, loss_in_units, rate, len(rows), float(shared[:, 2].sum()))
+    training.stopped = int(shared[:, 1].max())
 
 
 def accumulate_gradients(training: Training, rows: Sequence[int]) -> Tensor:
-    """Forward and backward on this process's batches; the part of the mean loss that it computed, times the processes."""
+    """Forward and backward on this process's batches; returns its part of the mean loss, times the number of processes."""
     accelerator, data = training.accelerator, training.prepared.train
-    processes = accelerator.num_processes  # DDP takes the mean over them
-    weight = sum(data.weights[row] for row in rows)  # of the whole update: every process knows all rows
+    processes = accelerator.num_processes  # DDP averages over them
+    weight = sum(data.weights[row] for row in rows)  # weight of the whole update; every process knows all rows
     scale = processes / weight if weight else 0.0
     batches = share_out(rows, training.prepared.train_batch, process=accelerator.process_index, processes=processes)
     loss = torch.zeros((), device=accelerator.device)
@@ -87,7 +87,7 @@ def accumulate_gradients(training: Training, rows: Sequence[int]) -> Tensor:
 
 
 def batch_loss(training: Training, rows: Sequence[int]) -> Tensor:
-    """Sum of the rows' losses; a process without rows takes part with a row that counts nothing."""
+    """The summed loss of a batch; a process without rows contributes one row of weight zero."""
     prepared = training.prepared
     together = collate_packed if training.config.packing else collate
     batch = together(prepared.train, rows or [0], prepared.tokenizer).to(training.accelerator.device)
@@ -96,24 +96,26 @@ def batch_loss(training: Training, rows: Sequence[int]) -> Tensor:
 
 
 def evaluate(training: Training) -> None:
-    """Measure on the validation rows, and keep the adapter where it is the best so far; a signal ends it without a result."""
+    """Evaluate on the validation rows, and keep the adapter if it is the best so far; a signal cancels the evaluation."""
     with untouched_rng(training.accelerator.device):
         measured = measure(training)
         if measured:
             with training.stop.shielded():
                 training.journal.evaluation(training.step, training.epoch, measured)
-            training.saved = min(training.saved, training.step - 1)  # a checkpoint of this update does not know of it
+            training.saved = min(
+                training.saved, training.step - 1
+            )  # a checkpoint of this update does not include the evaluation
 
 
 def measure(training: Training) -> Measured | None:
-    """What all validation rows say, on every process; None where a signal came in between."""
+    """Evaluate all validation rows, on every process; None if a signal interrupts it."""
     scores = {}
     for name, encoded in training.prepared.validation.items():
-        found = everyones_scores(training, encoded)
-        if found is None:
+        split_scores = everyones_scores(training, encoded)
+        if split_scores is None:
             return None
-        training.journal.check_scores(training.step, found)
-        scores[name] = found
+        training.journal.check_scores(training.step, split_scores)
+        scores[name] = split_scores
     measured = training.prepared.measure(scores, calibrate=training.config.calibrate)
     if not training.prepared.asked or training.stopped:
         return measured
@@ -124,12 +126,12 @@ def measure(training: Training) -> Measured | None:
 
 
 def everyones_scores(training: Training, encoded: Encoded) -> list[Tensor] | None:
-    """The scores of all rows, on every process, each computed once; None where a signal came in between."""
+    """The scores of all rows, on every process, each computed once; None if a signal interrupts it."""
     accelerator, sharded, stop = training.accelerator, training.sharded, training.stop
     batches = length_sorted_batches(encoded, training.prepared.eval_batch)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     spare = []
-    if sharded:  # every process must run as many forwards, to the end
+    if sharded:  # every process must run the same number of forwards
         spare = batches[:1] * (-(-len(batches) // accelerator.num_processes) - len(mine))
     with accelerator.autocast():
         outputs = predict_batches(
@@ -142,21 +144,23 @@ def everyones_scores(training: Training, encoded: Encoded) -> list[Tensor] | Non
             training.listener.evaluating,
             cancelled=lambda: stop.received and not sharded,
         )
-    arrays = [[row.numpy() for row in batch] for batch in outputs[: len(mine)]]  # a view of a tensor travels whole
+    arrays = [
+        [row.numpy() for row in batch] for batch in outputs[: len(mine)]
+    ]  # pickling a view would send the whole tensor
     everyone = gather_object([(mine, arrays, stop.received)])
     training.stopped = max(training.stopped, *(received for _, _, received in everyone))
     if any(len(parts) < len(rows) for rows, parts, _ in everyone):
         return None
-    found = in_order(
+    ordered = in_order(
         [part for _, parts, _ in everyone for part in parts],
         [rows for batches, _, _ in everyone for rows in batches],
         len(encoded),
     )
-    return [torch.from_numpy(row) for row in found]
+    return [torch.from_numpy(row) for row in ordered]
 
 
 def save(training: Training) -> None:
-    """Write a checkpoint of all that is needed to go on from here."""
+    """Save a checkpoint to resume from."""
     accelerator = training.accelerator
     with training.stop.shielded():
         rng = gather_object([rng_state(accelerator.device)])
@@ -175,6 +179,8 @@ def save(training: Training) -> None:
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             }
             keep, best = training.config.save_total_limit, training.journal.best_state
-            with training.last.multiplied(training.prepared.task.units[1]):  # the folder is an adapter like any other
+            with training.last.multiplied(
+                training.prepared.task.units[1]
+            ):  # so that the checkpoint is an ordinary adapter folder
                 save_checkpoint(training.run, record, training.adapter, training.optimizer, best, keep)
         training.saved = training.step

@@ -1,7 +1,7 @@
-"""The memory of a training step: estimated from shapes before it, measured after it.
+"""The memory of a training step: estimated before it, measured after it.
 
-What a step needs beside what is held already is counted, not guessed: the forward pass of one row of the longest length, and of two,
-with torch's hooks on what autograd keeps. Every kept tensor is a part for the batch and a part for each row.
+The estimate counts the tensors that autograd saves, with torch's hooks, in forward passes of one and of two rows of the
+maximum length. The difference gives the part that grows with the batch.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from craft_cli.training.setup import Training
 
 _ON_CPU = 1.6
-"""Bytes that the heap of glibc grows for each byte of activations, measured: it keeps room that was freed in between."""
+"""Measured growth of the glibc heap per byte of activations; it exceeds 1 because freed memory is kept."""
 _IN_4_BIT = 0.5 + 4 / 64
-"""Bytes of a number in NF4: a float32 scale for each 64 of them."""
+"""Bytes per parameter in NF4, with one float32 scale per 64 parameters."""
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Bytes kept for the backward pass: whatever the batch, for each row, and the largest tensor of a row; and what they grow by."""
+    """Bytes saved for the backward pass: a fixed part, a part per row, the largest tensor of a row, and the heap growth."""
 
     fixed: int
     row: int
@@ -43,17 +43,17 @@ class _Kept:
     growth: float
 
     def of(self, rows: int, layers: int = 1, inputs: int = 0) -> int:
-        """For a batch; with activations computed again one layer at a time, from `inputs` bytes a row and layer."""
+        """Bytes for a batch; with gradient checkpointing, given `inputs` bytes per row and layer."""
         row = self.row if layers == 1 else inputs * layers + self.row // layers
         return self.fixed + int(self.growth * rows * (row + self.largest))
 
 
 def estimate(training: Training, *, savings: bool = False) -> Memory | None:
-    """What an update on the longest batch takes; None where it cannot be counted (compiled, or in shards).
+    """Estimate the memory of an update on the longest batch; None if it cannot be counted (compiled or sharded).
 
     Args:
-        training: set up.
-        savings: whether to try what flags would save.
+        training: the training, set up.
+        savings: whether to estimate what other flags would save.
     """
     config = training.config
     if training.sharded or config.torch_compile:
@@ -100,10 +100,10 @@ def estimate(training: Training, *, savings: bool = False) -> Memory | None:
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes that this process has held so far, on the GPU where it trains there."""
+    """Peak memory of this process so far, on the GPU if it trains there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):  # Linux; a process can reset this one
+    with suppress(OSError):  # Linux; a process can reset this value
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -111,12 +111,12 @@ def peak(device: torch.device) -> int:
 
 
 def peak_of_process() -> int:
-    """The same without knowing where it trains."""
+    """Peak memory, without knowing the training device."""
     return peak(torch.device("cuda" if torch.cuda.is_available() and torch.cuda.memory_allocated() else "cpu"))
 
 
 def _held(device: torch.device) -> int:
-    """Bytes held now."""
+    """Current memory in bytes."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     with suppress(OSError):
@@ -125,7 +125,7 @@ def _held(device: torch.device) -> int:
 
 
 def _kept(training: Training, precision: Callable[[], AbstractContextManager[Any]]) -> _Kept:
-    """From forward passes of the longest row, once and twice; nothing is trained and no random number is drawn."""
+    """Measure forward passes of the longest row, alone and twice, without training and without changing the random state."""
     data = training.prepared.train
     row = max(range(len(data)), key=data.lengths.__getitem__)
     (one, largest), (two, _) = (_forward(training, [row] * count, precision) for count in (1, 2))
@@ -136,7 +136,7 @@ def _kept(training: Training, precision: Callable[[], AbstractContextManager[Any
 def _forward(
     training: Training, rows: list[int], precision: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[int, int]:
-    """Bytes that autograd keeps of these rows, and of its largest tensor."""
+    """Bytes that autograd saves for these rows, and bytes of the largest tensor."""
     prepared, device = training.prepared, training.accelerator.device
     model = training.accelerator.unwrap_model(training.model)
     own = set(
@@ -156,7 +156,7 @@ def _forward(
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterable[int]:
-    with suppress(NotImplementedError, RuntimeError):  # a tensor without one
+    with suppress(NotImplementedError, RuntimeError):  # a tensor without storage
         yield from (tensor.untyped_storage().data_ptr() for tensor in tensors)
 
 
@@ -170,7 +170,7 @@ def _width(model: Any) -> int:
 
 
 def _quantised(model: nn.Module, own: set[int]) -> int:
-    """Bytes that the base's linear layers need less in 4 bits."""
+    """Bytes that 4-bit loading saves in the base's linear layers."""
     weights = [
         layer.weight for layer in model.modules() if isinstance(layer, nn.Linear) and id(layer.weight) not in own
     ]

@@ -1,4 +1,4 @@
-"""A training's progress in a notebook: one bar, and a line for each evaluation and note."""
+"""Training progress in a notebook: one bar, and a line per evaluation and note."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def in_notebook() -> bool:
 
 
 class NotebookListener(Listener):
-    """Shows progress by tqdm, which draws a widget where there are any, and a line of text elsewhere."""
+    """Displays progress with tqdm, as a widget if available, or else as text."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -26,7 +26,7 @@ class NotebookListener(Listener):
         self._metric: dict[str, str] = {}
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar without clearing it."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -39,8 +39,8 @@ class NotebookListener(Listener):
         """See `Listener`."""
         self.close()
         for line in (
-            f"{plan.model} on {plan.task}: {plan.train_examples:,} rows to train on, {plan.eval_examples:,} to evaluate on",
-            f"{plan.method} on {in_words(plan.targets)}, {plan.sizes}: {plan.adapter_parameters:,} numbers in the adapter, "
+            f"{plan.model} on {plan.task}: {plan.train_examples:,} training rows, {plan.eval_examples:,} validation rows",
+            f"{plan.method} on {in_words(plan.targets)}, {plan.sizes}: {plan.adapter_parameters:,} parameters in the adapter, "
             f"{plan.head_parameters:,} in the head",
             *(f"note: {line}" for line in plan.notes),
         ):

@@ -1,4 +1,4 @@
-"""The header of a training: what is about to happen, in words."""
+"""The plan of a training, for its header."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ def _devices(accelerator: Accelerator) -> str:
 
 
 def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
-    """The header of a training.
+    """Build the plan of a training.
 
     Args:
-        training: set up.
-        start: of it.
-        auto: whether its length was left to craft.
+        training: the training, set up.
+        start: its starting point.
+        auto: whether craft chose the number of epochs.
     """
     config, prepared, accelerator = training.config, training.prepared, training.accelerator
     update_size = training.update_size
     described = prepared.method.describe(prepared.method.settings(prepared.frozen, config.method_options))
     each, processes = prepared.train_batch, accelerator.num_processes
-    effective = f"{update_size} = {each} a device"
+    effective = f"{update_size} = {each} per device"
     if processes > 1:
         effective += f" x {processes} processes"
     if config.gradient_accumulation_steps > 1:
         effective += f" x {config.gradient_accumulation_steps} accumulated"
     if update_size != each * processes * config.gradient_accumulation_steps:
-        effective = f"{update_size}, as before; at most {each} a device at once"
+        effective = f"{update_size}, as in the original run; at most {each} per device at once"
     notes = [*start.notes, *prepared.notes]
     headless = not prepared.task.trains_head
     if config.head_start != RANDOM and training.last.start == RANDOM:
         why = (
-            "the head has no linear layer at its end"
+            "the head does not end in a linear layer"
             if training.last.name is None
             else f"more than {MOST_LABELS:,} labels"
         )
@@ -54,7 +54,7 @@ def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
     if training.last.start == KEPT and not headless:
         known = listed(prepared.task.answers, 3)
         notes.append(
-            f"the checkpoint's own head is kept, since it tells {known} already; --head-start probe fits it anew"
+            f"the base checkpoint's head is kept, because it already has {known}; --head-start probe fits a new one"
         )
     return Plan(
         model=prepared.checkpoint.name,
@@ -85,16 +85,16 @@ def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
 
 
 def _length(training: Training, *, auto: bool) -> str:
-    """How many updates there will be, and why so many."""
+    """The number of updates, and the reason."""
     config, timetable = training.config, training.whole_timetable
     patience, epochs = config.early_stopping_patience or 0, config.num_train_epochs
     why = []
     if config.max_steps and timetable.epoch(timetable.total) < float(epochs):
-        why.append(f"--max-steps, before {epochs:g} epochs are over")
+        why.append(f"--max-steps, less than {epochs:g} epochs")
     elif auto:
-        why.append(f"{epochs:g} epochs, by the number of rows")
+        why.append(f"{epochs:g} epochs, from the number of rows")
     early = 0 < patience <= timetable.evaluations
     if early:
-        misses = f"{patience} evaluations in a row that are" if patience > 1 else "an evaluation that is"
-        why.append(f"ends early after {misses} not better")
+        misses = f"{patience} evaluations" if patience > 1 else "an evaluation"
+        why.append(f"stops early after {misses} without improvement")
     return f"{timetable.total:,}{' at most' if early else ''}{': ' if why else ''}{'; '.join(why)}"

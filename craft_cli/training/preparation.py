@@ -1,4 +1,4 @@
-"""What a run needs before its loop: rows, factors, the adapted model, the recipe that repeats it."""
+"""Preparation of a run before its loop: rows, factors, the adapted model, and the recipe that reproduces it."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from craft_cli.training.compile import compile_blocks, freeze_cache
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-        task: with what it found on the validation rows.
-        metrics: of all validation splits, by name.
-        scores: of the first split, divided by the temperature.
-        gold: of its rows.
-        temperature: by which the scores of the model were divided.
-        samples: answers that were written, see `samples.judged`.
+        task: the task, with values chosen on the validation rows.
+        metrics: metrics of all validation splits, by name.
+        scores: scores of the first split, divided by the temperature.
+        gold: gold of the first split.
+        temperature: temperature that the scores were divided by.
+        samples: generated answers, see `samples.judged`.
     """
 
     task: Task
@@ -61,21 +61,21 @@ class Measured:
 
 @dataclass
 class Prepared:
-    """All that is needed before a model is built.
+    """Everything needed before a model is built.
 
     Attributes:
-        config: of the run, with the defaults of its kind of work.
-        checkpoint: of the base.
-        base: which one it is.
-        method: that writes the change.
-        frozen: what it keeps of the base's weights.
-        task: with its labels, for the head that is trained.
-        tokenizer: the base's.
-        train: rows to train on.
-        validation: rows to evaluate on, by split.
-        notes: what the user should know.
-        rows: what is kept of the rows, see `Loaded.record`.
-        asked: tokens of the validation rows to which answers are written at an evaluation: the first ones.
+        config: settings of the run, with the defaults of its task type.
+        checkpoint: the base checkpoint.
+        base: identity of the base.
+        method: the adapter method.
+        frozen: what the method keeps of the base's weights.
+        task: the task with its labels, for the trained head.
+        tokenizer: tokenizer of the base.
+        train: training rows.
+        validation: validation rows, by split.
+        notes: notes for the user.
+        rows: record of the rows, see `Loaded.record`.
+        asked: prompt tokens of the first validation rows, to generate answers to at each evaluation.
     """
 
     config: RunConfig
@@ -92,11 +92,11 @@ class Prepared:
     asked: Sequence[Sequence[int]] = ()
 
     def measure(self, scores: Mapping[str, Sequence[Tensor]], *, calibrate: bool = False) -> Measured:
-        """The metrics of all validation splits.
+        """Compute the metrics of all validation splits.
 
         Args:
-            scores: of every split's rows.
-            calibrate: whether one temperature is to divide them all first, which is fitted on the first split.
+            scores: scores of every split's rows.
+            calibrate: whether to divide all scores by one temperature, fitted on the first split.
         """
         first = next(iter(self.validation))
         gold = self.validation[first].labels or []
@@ -110,25 +110,25 @@ class Prepared:
 
     @property
     def train_batch(self) -> int:
-        """Rows that a process takes at once."""
+        """Training batch size per process."""
         return int(self.config.per_device_train_batch_size or 1)
 
     @property
     def eval_batch(self) -> int:
-        """Rows that a process evaluates at once."""
+        """Evaluation batch size per process."""
         return int(self.config.per_device_eval_batch_size or 1)
 
     @property
     def eval_examples(self) -> int:
-        """Rows of each evaluation."""
+        """Number of validation rows."""
         return sum(map(len, self.validation.values()))
 
 
 def within_budget(config: RunConfig, progress: Callable[[str, int, int], None]) -> RunConfig:
-    """The settings with the rank that the budget allows, where there is one.
+    """Choose the rank within the budget, if there is one.
 
     Raises:
-        CraftError: the model cannot be read, or rank 1 trains more.
+        CraftError: the model cannot be read, or rank 1 already exceeds the budget.
     """
     if config.budget is None:
         return config
@@ -146,14 +146,14 @@ def prepare(
     former: Base | None = None,
     held_out: Mapping[str, str] | None = None,
 ) -> Prepared:
-    """Data, checkpoint and what the method keeps of it; the same on every process.
+    """Prepare data, base checkpoint and frozen tensors; the same on every process.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         progress: called with (what, done, total).
-        frozen: what the method kept of the base before; prepared, or taken from its cache, without.
-        former: the base that was trained on before.
-        held_out: which rows were held out before, see `data.holdout`; found anew without.
+        frozen: frozen tensors of a previous run. Default: prepared, or read from the cache.
+        former: base of the previous run.
+        held_out: held-out marks of a previous run, see `data.holdout`. Default: chosen anew.
     """
     progress("loading data", 0, 1)
     loaded = load_splits(replace(DataSource.of(config), held_out=held_out), [TRAIN, VALIDATION])
@@ -165,7 +165,7 @@ def prepare(
         else split.first(config.max_eval_samples)
         for name, split in loaded.splits.items()
     }
-    task = loaded.task.for_training(config, rows[TRAIN].labels or [])  # what it refuses is refused before the work
+    task = loaded.task.for_training(config, rows[TRAIN].labels or [])  # raises its errors before the expensive steps
     progress("loading data", 1, 1)
     checkpoint = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     method = method_named(config.method)
@@ -201,7 +201,7 @@ def prepare(
         if note := Unseen().add(part).note(rows[name].origin, config.max_seq_length):
             notes.append(note)
     if config.load_in_4bit or config.load_in_8bit:
-        notes.append("the base is quantised in training only: craft eval, predict and merge take it in full precision")
+        notes.append("the base is quantized only in training; craft eval, predict and merge use full precision")
     train = _taught(encoded.pop(TRAIN), rows[TRAIN].origin, notes)
     asked: list[list[int]] = []
     if config.eval_generate:
@@ -213,43 +213,43 @@ def prepare(
 
 
 def _taught(train: Encoded, origin: str, notes: list[str]) -> Encoded:
-    """The rows that have something to be learned; of the others a note is made.
+    """Drop rows without a target token, with a note.
 
     Raises:
-        DataError: none has.
+        DataError: no row has a target.
     """
     rows = [row for row, weight in enumerate(train.weights) if weight]
     if not rows:
-        raise DataError(
-            f"{origin}: no row has a target within {train.limit:,} tokens: nothing can be learned (--max-seq-length)"
-        )
+        raise DataError(f"{origin}: no row has a target within {train.limit:,} tokens; increase --max-seq-length")
     if len(rows) == len(train):
         return train
     notes.append(
-        f"{len(train) - len(rows):,} of {len(train):,} rows of {origin} have no target within {train.limit:,} tokens and are left out"
+        f"{len(train) - len(rows):,} of {len(train):,} rows of {origin} have no target within {train.limit:,} tokens and are skipped"
     )
     return train.only(rows)
 
 
 def _on(weights: Weights, frozen: Frozen, *, allow_other: bool) -> Frozen:
-    """What was kept of the same weights before, perhaps under another name.
+    """Reuse the frozen tensors of the same weights, even under another model name.
 
     Raises:
-        ModelError: these are others, and must not be or have another shape.
+        ModelError: the weights differ and `allow_other_base` is off, or their shapes differ.
     """
     if dict(weights.fingerprints) != dict(frozen.fingerprints) and not allow_other:
         target = next(name for name, value in weights.fingerprints.items() if frozen.fingerprints[name] != value)
         raise ModelError(
-            f"{weights.model} has other weights ({target}) than those the adapter was trained on; give the former base, or "
+            f"{weights.model} has different weights ({target}) from those the adapter was trained on; pass the original base, or "
             "--allow-other-base"
         )
     if dict(weights.shapes) != dict(frozen.shapes):
-        raise ModelError(f"{weights.model} has weights of other shapes than those the adapter was trained on")
+        raise ModelError(
+            f"the weights of {weights.model} have different shapes from those the adapter was trained on; pass the original base"
+        )
     return replace(frozen, **weights.origin())
 
 
 def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> str:
-    """Lengths, and the padding of the first epoch with rows of similar length together and without."""
+    """Token lengths, and the padding of the first epoch with and without length grouping."""
     lengths, size = prepared.train.lengths, prepared.train_batch
     updates = plan_epoch(lengths, update_size, seed=config.seed, epoch=0)
     batches = [update[start : start + size] for update in updates for start in range(0, len(update), size)]
@@ -261,15 +261,15 @@ def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> 
 
 
 def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[Any, ModelAdapter, list[str]]:
-    """The adapted model with the head of its task, and the names of its parameters that are no checkpoint's but random.
+    """Build the adapted model with its task head. Also returns the names of parameters missing from the base checkpoint.
 
     Args:
-        config: of the run.
-        prepared: what is trained on.
-        device: where a quantised base is put; any other stays on the CPU here.
+        config: settings of the run.
+        prepared: the preparation of the run.
+        device: device for a quantized base; any other base stays on the CPU here.
 
     Raises:
-        ModelError: it cannot be loaded, quantised, compiled, or its activations not be computed again.
+        ModelError: the model cannot be loaded, quantized or compiled, or does not support gradient checkpointing.
     """
     name, options = prepared.task.auto_model, prepared.task.model_options()
     if bits := 4 if config.load_in_4bit else 8 if config.load_in_8bit else None:
@@ -289,7 +289,7 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
 
 
 def data_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
-    """Where the rows came from, so that they are found again from anywhere."""
+    """The data source with absolute paths."""
     record = asdict(DataSource.of(config).resolved()) | prepared.task.columns() | dict(prepared.rows)
     if len(prepared.task.text_columns) > 2:
         record["text_separator"] = separator(prepared.tokenizer)
@@ -297,7 +297,7 @@ def data_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
 
 
 def resolved_recipe(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
-    """The configuration that repeats this run from any folder."""
+    """The configuration that reproduces this run from any folder."""
     recipe = config.recipe()
     source = DataSource.of(config).resolved()
     recipe |= {name: path for name, path in asdict(source).items() if name.endswith(("_dir", "_file")) and path}

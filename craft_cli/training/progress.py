@@ -1,4 +1,4 @@
-"""What a training tells while it goes on: the words between the loop and whoever shows them."""
+"""Events from the training loop to the display."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 SAME_ANSWER, HEAD_ALONE, CHECKPOINT, START = BASELINES = ("same_answer", "head_alone", "checkpoint", "start")
-"""What a run has to beat: always the same answer, the best one on the training rows; and what its first update begins with,
-which is a head that was fitted on the frozen base, or the checkpoint as it is; or either with an adapter that changes something."""
+"""Baselines of a run: the best constant answer on the training rows, and the starting point of the first update, which is a
+head fitted on the frozen base, or the base checkpoint itself, possibly with an adapter from another run."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes of one device while an update is made on its longest batch.
+    """Estimated memory in bytes of one device during an update on its longest batch.
 
     Attributes:
-        peak: in all.
-        weights: of the base.
-        trained: adapter and head: numbers, gradients, and two moments of AdamW in float32.
-        activations: what is kept for the backward pass, and the largest of it once more while gradients flow.
-        other: factors; on the CPU the libraries and the data too, as they are now.
-        rows: of the batch.
-        length: tokens of each of its rows.
-        savings: bytes that flags would save, by flag; empty unless asked for.
+        peak: total.
+        weights: weights of the base.
+        trained: adapter and head: parameters, gradients, and the two float32 moments of AdamW.
+        activations: tensors saved for the backward pass, plus the gradient of the largest one.
+        other: factors; on the CPU also libraries and data.
+        rows: rows of the batch.
+        length: tokens per row.
+        savings: bytes that other flags would save, by flag; empty unless requested.
     """
 
     peak: int
@@ -39,7 +39,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is about to happen, for the header of a run."""
+    """The plan of a run, for its header."""
 
     model: str
     task: str
@@ -67,7 +67,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run reached.
+    """The results of a run.
 
     Attributes:
         output: the run folder; None for a dry run.
@@ -109,13 +109,13 @@ class TrainResult:
 
 
 class Listener:
-    """Hears of a run's progress; the console shows it. Only the main process speaks."""
+    """Receives the progress events of a run; the console displays them. Only the main process sends events."""
 
     def preparing(self, what: str, done: int, total: int) -> None:
-        """Something before the loop goes on: rows tokenised, layers decomposed."""
+        """A preparation step made progress, such as tokenizing or decomposing."""
 
     def started(self, plan: Plan) -> None:
-        """The loop begins."""
+        """The loop starts."""
 
     def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
         """An update was made; `examples` in this update."""
@@ -124,22 +124,22 @@ class Listener:
         """An update was written to metrics.jsonl."""
 
     def evaluating(self, done: int, total: int) -> None:
-        """Rows of the running evaluation."""
+        """Progress of the current evaluation."""
 
     def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float], *, best: bool) -> None:
         """An evaluation is complete."""
 
     def noticed(self, what: str) -> None:
-        """Something the user should know."""
+        """A note for the user."""
 
     def stopping(self) -> None:
-        """A signal came; the checkpoint is being written."""
+        """A signal was received; the checkpoint is being saved."""
 
     def interrupted(self, step: int, run: Path | None, *, resumable: bool) -> None:
-        """The training ended before its time.
+        """The training was interrupted.
 
         Args:
             step: updates made.
-            run: the run folder, if there is one yet.
+            run: the run folder, if it exists already.
             resumable: whether it has a checkpoint.
         """

@@ -1,4 +1,4 @@
-"""What a training starts from: nothing, a run that was cut, or what another run trained."""
+"""The starting point of a training: the base model, an interrupted run, or another run's adapter."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ _DATA = ("data_dir", "train_file", "validation_file")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training begins.
+    """The starting point of a training.
 
     Attributes:
-        config: the settings; of a resumed run completed by what it was started with.
-        run: the run to go on with.
-        state: its newest whole checkpoint.
-        frozen: what the method kept of the base's weights then; prepared, or taken from a cache, without.
-        base: that was trained on then.
-        trained: the trained numbers of another run, by their names in an adapter's file.
-        held_out: which rows were held out before, see `data.holdout`.
-        notes: what the user should know.
+        config: the settings; those of a resumed run are completed from its checkpoint.
+        run: the run to resume.
+        state: its newest intact checkpoint.
+        frozen: frozen tensors of the previous run. Default: prepared, or read from the cache.
+        base: base of the previous run.
+        trained: trained parameters of another run, by their names in an adapter file.
+        held_out: held-out marks of the previous run, see `data.holdout`.
+        notes: notes for the user.
     """
 
     config: RunConfig
@@ -65,21 +65,21 @@ class Start:
 
 
 def find_start(config: RunConfig, processes: int, held: ExitStack, runs: Path = RUNS) -> Start:
-    """Look at what there is.
+    """Find the starting point.
 
     Args:
-        config: as given.
-        processes: that will train.
-        held: keeps a run that goes on from being trained twice.
+        config: the given settings.
+        processes: number of training processes.
+        held: exit stack that holds the lock of a resumed run.
         runs: folder of runs.
 
     Raises:
-        ConfigError: the run to resume was trained with other settings, or what the other run trained does not fit.
-        FileError: the output folder is taken, or something in it cannot be read.
+        ConfigError: the run to resume has different settings, or the other run's adapter does not fit.
+        FileError: the output folder is not empty, or cannot be read.
     """
     start = _resumed(config, processes, held, runs) if config.resume else Start(config)
     output = start.run.path if start.run else Path(config.output_dir).expanduser() if config.output_dir else None
-    if output:  # of a run that goes on by its own recipe, too
+    if output:  # also for a run resumed with its own recipe
         sources = (start.config.data_dir, start.config.train_file, start.config.validation_file, start.config.init_from)
         check_inputs("--output-dir", output, [Path(path).expanduser() for path in sources if path])
     if start.run is None and config.output_dir and not config.dry_run:
@@ -95,12 +95,12 @@ def _resumed(config: RunConfig, processes: int, held: ExitStack, runs: Path) -> 
     run = resumed_run(config.output_dir, runs)
     if run.is_run() and not run.is_ours():
         raise FileError(
-            f"--resume: {run.path} has a recipe.yaml but no {MARKER}, so craft did not begin a run there or the file was lost in "
-            f"copying: `craft train --recipe {run.path / 'recipe.yaml'} --output-dir` with another folder begins one"
+            f"--resume: {run.path} has a recipe.yaml but no {MARKER}: it is not a run of craft, or the file was lost in copying; "
+            f"start a new run with `craft train --recipe {run.path / 'recipe.yaml'} --output-dir` and another folder"
         )
     if not run.is_run():
         where = run.path if config.output_dir else runs
-        return Start(config, notes=(f"nothing to resume in {where}: starting from the beginning",))
+        return Start(config, notes=(f"nothing to resume in {where}, starting from the beginning",))
     check_place(run.path, RUN, overwrite=True)
     run.check_room()
     held.enter_context(run.being_trained())
@@ -109,29 +109,29 @@ def _resumed(config: RunConfig, processes: int, held: ExitStack, runs: Path) -> 
     if state is None and (notes or run.results() or (run.adapter.is_dir() and config.save_strategy == "no")):
         why = "; ".join(notes) or ("it is finished" if run.results() else "it was trained with --save-strategy no")
         raise FileError(
-            f"--resume: {run.path} has no checkpoint to go on from ({why}): choose another --output-dir, or pass --overwrite "
-            "to begin again in its place"
+            f"--resume: {run.path} has no checkpoint to resume from ({why}); choose another --output-dir, or pass --overwrite "
+            "to start over in this folder"
         )
     if state is None:
-        notes.append(f"{run.path} has no checkpoint yet: starting from the beginning")
+        notes.append(f"{run.path} has no checkpoint yet, starting from the beginning")
         return Start(config, run, notes=tuple(notes))
     held_out = state.record["held_out"]
     return Start(config, run, state, state.frozen, state.base, held_out=held_out, notes=tuple(notes))
 
 
 def continued(config: RunConfig, run: Run, state: TrainingState | None, processes: int) -> RunConfig:
-    """The settings of a resumed run: those given, where they compute the same, and its own where none are given.
+    """The settings of a resumed run: the given ones, completed by its own.
 
     Args:
-        config: as given.
-        run: the run to go on with.
-        state: its newest checkpoint, which knows what it was trained with (recipe.yaml may have been edited). Another batch
-            size that, with accumulation and processes, makes updates of as many rows is no change, nor is another number of
-            processes, nor that the data has moved: its rows are compared.
-        processes: that will train.
+        config: the given settings.
+        run: the run to resume.
+        state: its newest checkpoint, which stores the settings (recipe.yaml may have been edited). A different batch size,
+            accumulation or number of processes is accepted if an update has the same number of rows. Moved data is
+            accepted too, because its rows are compared.
+        processes: number of training processes.
 
     Raises:
-        ConfigError: settings differ that change what is computed.
+        ConfigError: a setting that affects the result differs.
     """
     defaults = {field.name: field.default for field in fields(RunConfig)}
     former = defaults | parse_settings(state.record["settings"] if state else run.recipe())
@@ -142,7 +142,7 @@ def continued(config: RunConfig, run: Run, state: TrainingState | None, processe
         if name in free_settings() or name in others or group == GROUPS[-1]:
             continue
         now, then = getattr(config, name), former.get(name)
-        if now is None or name == "revision":  # it knows the very commit
+        if now is None or name == "revision":  # the checkpoint stores the exact commit
             own[name] = then
         elif state and name in _DATA:
             continue
@@ -156,39 +156,39 @@ def continued(config: RunConfig, run: Run, state: TrainingState | None, processe
         differing.append(f"{flag('eval_strategy')} was {former['eval_strategy']}, is no")
     if differing:
         raise ConfigError(
-            f"--resume: {run.path} cannot go on with other settings: {', '.join(differing)}; "
-            "give the former ones, or choose another --output-dir"
+            f"--resume: {run.path} has different settings: {', '.join(differing)}; "
+            "use the original settings, or choose another --output-dir"
         )
     return replace(config, **own)
 
 
 def check_state(start: Start, timetable: Timetable, data: str) -> None:
-    """Refuse to go on with other rows, or beyond the end.
+    """Refuse to resume with different rows, or beyond the last update.
 
     Args:
-        start: of the training.
-        timetable: of the training.
-        data: checksum of the rows to train and evaluate on.
+        start: starting point of the training.
+        timetable: timetable of the training.
+        data: checksum of the training and validation rows.
 
     Raises:
-        ConfigError: the checkpoint does not fit them.
+        ConfigError: the checkpoint does not match.
     """
     if not (start.state and start.run):
         return
     if start.state.record["data"] != data:
         raise ConfigError(
-            f"--resume: {start.run.path} cannot go on: the rows it was trained or evaluated on have changed since; "
-            "give the former data, or choose another --output-dir"
+            f"--resume: the training or validation rows of {start.run.path} have changed; "
+            "use the original data, or choose another --output-dir"
         )
     if start.state.step > timetable.total:
         raise ConfigError(
-            f"--resume: {start.run.path} has made {start.state.step:,} updates already, but --num-train-epochs or "
-            f"--max-steps end it at {timetable.total:,}"
+            f"--resume: {start.run.path} has already made {start.state.step:,} updates, but --num-train-epochs or "
+            f"--max-steps end it at {timetable.total:,}; increase them"
         )
 
 
 def comparable(name: str, value: Any) -> Any:
-    """A setting in one spelling: paths absolute, tasks by their own names."""
+    """Normalize a setting for comparison: absolute paths, canonical task names."""
     if value is None:
         return None
     if name in _DATA or (name in ("model", "init_from") and Path(value).expanduser().is_dir()):
@@ -203,10 +203,10 @@ def _shown(value: Any) -> str:
 
 
 def _other_run(config: RunConfig, path: str) -> SavedAdapter:
-    """The adapter of another run, where method, projections and options are those of these settings."""
+    """Read the adapter of another run, and check that method, projections and options match the settings."""
     saved = read_adapter(adapter_to_start_from(path), config.cache_dir, make=True)
     if saved.method.name != config.method:
-        raise ConfigError(f"--init-from: {path} was trained by {saved.method.name}; give --method {saved.method.name}")
+        raise ConfigError(f"--init-from: {path} was trained by {saved.method.name}; pass --method {saved.method.name}")
     targets = config.targets
     if targets == (ALL_LINEAR,):
         base = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
@@ -221,11 +221,11 @@ def _other_run(config: RunConfig, path: str) -> SavedAdapter:
 
 
 def _held_out(config: RunConfig, record: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """What the other run held out of the same rows: it is never trained on, nor the reverse.
+    """The held-out marks of the other run, if it used the same rows, so that held-out rows stay held out.
 
     Args:
-        config: of this run.
-        record: what the other run keeps of its data.
+        config: settings of this run.
+        record: data record of the other run.
     """
     mine, former = DataSource.of(config).resolved(), DataSource.of(record).resolved()
     given = [name for name in ("text_columns", "label_column") if getattr(mine, name)]
@@ -234,14 +234,14 @@ def _held_out(config: RunConfig, record: Mapping[str, Any]) -> Mapping[str, str]
 
 
 def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What settings that name a former run take from it, below all that is given: its recipe, or what fits what it trained.
+    """Settings inherited from a previous run; given settings override them.
 
     Args:
-        settings: given ones; `resume` and `output_dir`, or `init_from`, say which run.
+        settings: the given settings; `resume` and `output_dir`, or `init_from`, name the run.
 
     Raises:
-        FileError: `init_from` is no run or adapter.
-        ConfigError: its recipe is damaged.
+        FileError: `init_from` is neither a run nor an adapter.
+        ConfigError: the recipe of the run is damaged.
     """
     if settings.get("resume"):
         run = resumed_run(settings.get("output_dir"))
@@ -256,12 +256,12 @@ def inherited_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapter_to_start_from(path: str) -> Path:
-    """The adapter folder that `--init-from` names.
+    """The adapter folder given by `--init-from`.
 
     Raises:
-        FileError: it is no run and no adapter.
+        FileError: the path is neither a run nor an adapter.
     """
     folder = find_adapter(Path(path).expanduser())
     if folder is None:
-        raise FileError(f"--init-from: {path} is no run and no adapter")
+        raise FileError(f"--init-from: {path} is neither a run nor an adapter; pass the folder of one")
     return folder

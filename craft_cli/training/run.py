@@ -1,14 +1,14 @@
-"""Run folders: what lies where, and which one is the latest.
+"""Run folders: their files, and the link to the latest run.
 
 recipe.yaml           the resolved configuration; running it again repeats the run
-metrics.jsonl         a line for each logged update and each evaluation
+metrics.jsonl         one line per logged update and per evaluation
 training_curve.png
 adapter/              the best adapter
-checkpoints/step-N/   what `--resume` goes on from; each is an adapter's folder with the state of the training beside it
+checkpoints/step-N/   checkpoints for `--resume`; each is an adapter folder plus the training state
 all_results.json      the summary; only a finished run has one
-.craft.json           what of all this is craft's own, written first
+.craft.json           the list of files that craft wrote, written first
 
-Only what craft wrote is deleted or replaced.
+Only files that craft wrote are deleted or replaced.
 """
 
 from __future__ import annotations
@@ -55,19 +55,19 @@ from craft_cli.files import (
 from craft_cli.methods.adapter_folder import BESIDE, CONFIG_FILE, adapter_at
 
 RUNS = Path("runs")
-"""Where runs without an output folder of their own lie, and the link to the latest one, from the working folder."""
+"""Folder of runs without --output-dir and of the link `latest`, relative to the working folder."""
 _SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
 _WRITTEN = ("all_results.json", "metrics.jsonl", "recipe.yaml", "samples.jsonl", "training_curve.png")
 _TRACKERS = ("tensorboard/**/events.out.tfevents.*", "tensorboard/**/hparams.yml")
-"""What tensorboard writes, under names of its own."""
+"""Folder of tensorboard, which chooses its own file names."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder.
+    """A run folder.
 
     Attributes:
-        path: of it.
+        path: path of the folder.
         runs: folder with the link to the latest run.
     """
 
@@ -85,13 +85,13 @@ class Run:
         return self.path / "training_curve.png"
 
     def start(self, recipe: dict[str, Any]) -> None:
-        """Begin it, without what a former training wrote, and point `runs/latest` to it. `being_trained` must hold it.
+        """Start a run: delete the files of a previous training and point `runs/latest` here. `being_trained` must hold the folder.
 
         Args:
-            recipe: its settings.
+            recipe: settings of the run.
 
         Raises:
-            FileError: it cannot be written.
+            FileError: the folder cannot be written.
         """
         try:
             if not self.is_ours():
@@ -103,12 +103,12 @@ class Run:
             raise cannot_write(self.path, error) from error
 
     def go_on(self, recipe: dict[str, Any]) -> None:
-        """Make it an unfinished run again, of these settings, and the latest. `being_trained` must hold it.
+        """Mark the run as unfinished, with these settings, and as the latest. `being_trained` must hold the folder.
 
-        The rows of an update stay those of its start, so its recipe keeps what they came from.
+        The rows of an update do not change on resume, so the recipe keeps the original data and batch settings.
 
         Raises:
-            FileError: it cannot be written.
+            FileError: the folder cannot be written.
         """
         try:
             (self.path / "all_results.json").unlink(missing_ok=True)
@@ -120,7 +120,7 @@ class Run:
             raise cannot_write(self.path, error) from error
 
     def _clear(self) -> None:
-        """Delete what a former training wrote."""
+        """Delete the files of a previous training."""
         for name in _WRITTEN:
             (self.path / name).unlink(missing_ok=True)
         for folder in self._folders():
@@ -129,18 +129,18 @@ class Run:
             for file in self.path.glob(pattern):
                 file.unlink()
         for folder in (self.checkpoints, *sorted(self.path.glob("tensorboard/**/"), reverse=True)):
-            with contextlib.suppress(OSError):  # it holds something that is not ours
+            with contextlib.suppress(OSError):  # it holds files of the user's
                 folder.rmdir()
 
     def _folders(self) -> list[Path]:
-        """Those that trainings write."""
+        """Folders that a training writes."""
         return [path for path in (self.adapter, *self.checkpoints.glob("step-*")) if path.is_dir()]
 
     def check_room(self) -> None:
-        """Refuse to train where something that is not craft's is in the way.
+        """Refuse to train if files of the user's are in the way.
 
         Raises:
-            FileError: so.
+            FileError: a file or folder that craft did not write is in the way.
         """
         for folder in self._folders():
             if holds_something(folder) and not is_kind(folder, ADAPTER if folder == self.adapter else CHECKPOINT):
@@ -155,10 +155,10 @@ class Run:
         """Make `runs/latest` a link to this run."""
         self.runs.mkdir(exist_ok=True)
         latest = self.runs / "latest"
-        if latest.exists() and not latest.is_symlink():  # something of the user's
+        if latest.exists() and not latest.is_symlink():  # a file of the user's
             return
         link = hidden(latest, "part")
-        with contextlib.suppress(OSError), turn(self.runs):  # a file system without symbolic links has no latest run
+        with contextlib.suppress(OSError), turn(self.runs):  # without symbolic links there is no latest run
             link.symlink_to(os.path.relpath(self.path.resolve(), self.runs.resolve()), target_is_directory=True)
             os.replace(link, latest)
 
@@ -172,28 +172,28 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of what a resumed training goes on from."""
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def metrics_file(self) -> Path:
-        """A line for each logged update and each evaluation."""
+        """The log file, with one line per logged update and per evaluation."""
         return self.path / "metrics.jsonl"
 
     @contextlib.contextmanager
     def being_trained(self) -> Iterator[None]:
-        """Hold the folder for one training; the system lets go of it when the process ends, however that comes.
+        """Lock the folder for one training; the system releases the lock when the process ends, for any reason.
 
         Raises:
-            FileError: another process is training in it, or it cannot be made.
+            FileError: another process is training in the folder, or it cannot be created.
         """
         make_folder(self.path)
         with contextlib.ExitStack() as held:
-            try:  # somebody may just be looking whether it runs
+            try:  # another process may be checking whether it is running
                 held.enter_context(locked(self.path / LOCK_FILE, timeout=0.3))
             except Busy:
                 raise FileError(
-                    f"{self.path} is being trained by another process: wait for its end, or choose another --output-dir"
+                    f"{self.path} is being trained by another process; wait until it ends, or choose another --output-dir"
                 ) from None
             except OSError as error:
                 raise cannot_write(self.path / LOCK_FILE, error) from error
@@ -212,11 +212,11 @@ class Run:
                 return False
         except Busy:
             return True
-        except OSError:  # somebody else's folder
+        except OSError:  # another user's folder
             return False
 
     def state(self) -> str:
-        """`running`, `finished`, or `interrupted at step N`, the last one known of."""
+        """`running`, `finished`, or `interrupted at step N`, with the last known step."""
         if self.is_running():
             return "running"
         if self.results():
@@ -225,7 +225,7 @@ class Run:
         return f"interrupted at step {max([line['step'] for line in self.metrics()] + saved, default=0)}"
 
     def recipe(self) -> dict[str, Any]:
-        """The settings in recipe.yaml; empty where there is none yet."""
+        """The settings in recipe.yaml; empty if it does not exist yet."""
         path = self.path / "recipe.yaml"
         return load_recipe(str(path)) if path.is_file() else {}
 
@@ -235,7 +235,7 @@ class Run:
 
     @property
     def samples_file(self) -> Path:
-        """A line for each answer that was written at an evaluation."""
+        """The file of generated answers, with one line per answer and evaluation."""
         return self.path / "samples.jsonl"
 
     def samples(self) -> list[dict[str, Any]]:
@@ -243,7 +243,7 @@ class Run:
         return _lines(self.samples_file)
 
     def append(self, file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines to metrics.jsonl or samples.jsonl."""
+        """Append lines to metrics.jsonl or samples.jsonl."""
         try:
             with open(file, "a", encoding="utf-8") as opened:
                 opened.writelines(json.dumps(line) + "\n" for line in lines)
@@ -255,10 +255,10 @@ class Run:
         write_json(self.path / "all_results.json", results)
 
     def results(self) -> dict[str, Any]:
-        """What all_results.json says; empty for a run that did not end.
+        """Read all_results.json; empty for an unfinished run.
 
         Raises:
-            FileError: it is damaged.
+            FileError: the file is damaged.
         """
         path = self.path / "all_results.json"
         if not path.is_file():
@@ -272,11 +272,11 @@ class Run:
         return content
 
     def is_run(self) -> bool:
-        """Whether this looks like a run folder, wherever it comes from."""
+        """Whether this looks like a run folder, even without a marker."""
         return (self.path / "recipe.yaml").is_file()
 
     def is_ours(self) -> bool:
-        """Whether craft began a run here, which may then go on or be overwritten."""
+        """Whether craft started a run here, which can be resumed or overwritten."""
         return is_kind(self.path, RUN)
 
 
@@ -309,12 +309,12 @@ def _plain(line: dict[str, Any]) -> bool:
 
 def checkpoints(run: Run) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    found = [path for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit() and not _is_emptied(path)]
-    return sorted(found, key=lambda path: -int(path.name[5:]))
+    paths = [path for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit() and not _is_emptied(path)]
+    return sorted(paths, key=lambda path: -int(path.name[5:]))
 
 
 def _is_emptied(checkpoint: Path) -> bool:
-    """Whether only what is not craft's is left of it."""
+    """Whether only files of the user's are left in it."""
     marker = read_marker(checkpoint)
     return marker is not None and not marker.files
 
@@ -323,13 +323,13 @@ def new_run(output_dir: str | None, label: str, runs: Path = RUNS, *, overwrite:
     """The folder of a new run.
 
     Args:
-        output_dir: the folder; `runs/LABEL-TIME` without.
+        output_dir: the folder. Default: `runs/LABEL-TIME`.
         label: task and model, for the name.
         runs: folder of runs.
-        overwrite: it may hold a run, which `start` then clears away.
+        overwrite: whether the folder may hold a run, which `start` then deletes.
 
     Raises:
-        FileError: the folder is taken.
+        FileError: the folder is not empty.
     """
     if output_dir:
         return usable_output(output_dir, runs, overwrite=overwrite)
@@ -347,10 +347,10 @@ def new_run(output_dir: str | None, label: str, runs: Path = RUNS, *, overwrite:
 
 
 def usable_output(output_dir: str, runs: Path = RUNS, *, overwrite: bool) -> Run:
-    """The run that may be made in this folder: it is empty, or may be overwritten and holds a run.
+    """A new run in this folder, which must be empty, or hold a run that may be overwritten.
 
     Raises:
-        FileError: the folder is taken.
+        FileError: the folder is not empty.
     """
     run = Run(Path(output_dir).expanduser(), runs)
     check_place(run.path, RUN, overwrite=overwrite)
@@ -359,23 +359,23 @@ def usable_output(output_dir: str, runs: Path = RUNS, *, overwrite: bool) -> Run
 
 
 def find_adapter(path: Path) -> Path | None:
-    """The adapter folder at a path: of a run, itself, or of a hub id, then fetched; None for anything else.
+    """The adapter folder of a run, an adapter folder, or a Hub id (which is downloaded); None for anything else.
 
     Raises:
-        FileError: a run without an adapter.
-        ModelError: it can only be a hub id, and the hub has no such repository or cannot be reached.
+        FileError: the run has no adapter.
+        ModelError: the path can only be a Hub id, but there is no such repository or the Hub cannot be reached.
     """
     run = Run(path)
 
-    def found() -> Path:
+    def read() -> Path:
         folder = adapter_at(path)
         if folder is None:
             raise FileError(
-                f"{path} is a run without an adapter: it stopped before its first evaluation; "
-                f"go on with `craft train --resume --output-dir {shlex.quote(str(path))}`"
+                f"{path} is a run without an adapter, because it stopped before its first evaluation; "
+                f"resume it with `craft train --resume --output-dir {shlex.quote(str(path))}`"
             )
         return folder
 
     if run.is_run() and not (path / CONFIG_FILE).is_file():
-        return steadily(run.adapter, found)
+        return steadily(run.adapter, read)
     return steadily(path, lambda: adapter_at(path))

@@ -1,4 +1,4 @@
-"""Answers of a language model to some validation rows, written at an evaluation and compared with those of the data."""
+"""Generate answers to some validation rows at an evaluation, and compare them with the reference answers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def write_samples(training: Training) -> list[Answer]:
-    """An answer to each of the rows that are asked, on every process.
+    """Generate an answer to each selected row, on every process.
 
-    Each process writes its share; where the base is sharded, all write all, since none computes without the others.
+    Each process generates its share. With a sharded base, all processes generate all answers, because every forward needs
+    all of them.
     """
     accelerator, config, prepared = training.accelerator, training.config, training.prepared
     alone = training.sharded or accelerator.num_processes == 1
@@ -31,7 +32,7 @@ def write_samples(training: Training) -> list[Answer]:
             prepared.task.ends(prepared.tokenizer),
             Generation(config.max_new_tokens or MAX_NEW_TOKENS),
             batch_size=prepared.eval_batch,
-            progress=lambda done, total: training.listener.preparing("writing answers", done, total),
+            progress=lambda done, total: training.listener.preparing("generating answers", done, total),
         )
     if alone:
         return written
@@ -40,7 +41,7 @@ def write_samples(training: Training) -> list[Answer]:
 
 
 def forget_samples(file: Path, step: int) -> None:
-    """Leave out of a file of samples what was written at evaluations after this update."""
+    """Remove the samples of evaluations after this update."""
     if file.is_file():
         lines = file.read_bytes().splitlines(keepends=True)
         write_bytes(file, b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step))

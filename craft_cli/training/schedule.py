@@ -1,8 +1,8 @@
-"""The order of the data and of the run: which rows make which update, when it evaluates, when it saves.
+"""The timetable of a run: the rows of each update, and when to evaluate and save.
 
-All of it is a function of the settings and of the number of updates made, whatever the number of processes, so a training
-that was cut goes on from that number alone. The rows of one update are fixed by seed and epoch; N processes with batch B
-share out what one process with batch N B would take, so they compute the same update.
+It depends only on the settings and the number of updates made, not on the number of processes, so an interrupted training
+resumes from that number alone. The rows of an update are fixed by seed and epoch. N processes with batch B share the rows
+that one process with batch N B would take, so they compute the same update.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from craft_cli.config import AUTO, RunConfig
 from craft_cli.data.batches import plan_epoch
 
 EPOCHS = 3
-"""Of a known task, and the fewest of own data."""
+"""Epochs of a built-in task, and minimum epochs for the user's own data."""
 ENOUGH_UPDATES = 1000
-"""What own data get, as far as that takes no more epochs than `MOST_EPOCHS`."""
+"""Target number of updates for the user's own data, limited by `MOST_EPOCHS`."""
 MOST_EPOCHS = 20
 
 
 def length_settled(config: RunConfig, rows: int, update_size: int, *, own: bool) -> RunConfig:
-    """The settings with a number of epochs, and with early stopping where that number is a bound, where it is `auto`.
+    """Replace `num_train_epochs: auto` by a number of epochs, with early stopping if the number is an upper bound.
 
     Args:
-        config: of the run.
-        rows: to train on.
-        update_size: rows of one update.
-        own: whether they are the user's own; a known task is trained as its papers do.
+        config: settings of the run.
+        rows: number of training rows.
+        update_size: rows per update.
+        own: whether the data is the user's own; a built-in task is trained as in its papers.
     """
     if config.num_train_epochs != AUTO:
         return config
@@ -39,15 +39,15 @@ def length_settled(config: RunConfig, rows: int, update_size: int, *, own: bool)
     epochs = min(max(math.ceil(ENOUGH_UPDATES / in_epoch), EPOCHS), MOST_EPOCHS)
     patience = config.early_stopping_patience
     if patience is None and config.eval_strategy == "epoch":
-        patience = max(epochs // 2, 2)  # on few rows an evaluation says little, and a softened head starts slowly
+        patience = max(epochs // 2, 2)  # evaluations on few rows are noisy, and a scaled-down head starts slowly
     return replace(config, num_train_epochs=float(epochs), early_stopping_patience=patience)
 
 
 class Timetable:
-    """What happens at which update.
+    """When to evaluate and save, and the rows of each update.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         lengths: tokens of each row.
         update_size: rows of one update, over all processes and accumulated batches.
 
@@ -75,15 +75,15 @@ class Timetable:
 
     @property
     def evaluations(self) -> int:
-        """How many there are after the first update and before the last."""
+        """The number of evaluations after the first update and before the last."""
         return sum(map(self.evaluates, range(1, self.total)))
 
     def evaluates(self, step: int) -> bool:
-        """Whether an evaluation follows this update; before the first one it shows what training begins with."""
+        """Whether to evaluate after this update; at update 0 the evaluation shows the starting point."""
         return not self._config.dry_run and self._due(step, self._config.eval_strategy, self._config.eval_steps)
 
     def saves(self, step: int) -> bool:
-        """Whether a checkpoint is written after this update (and its evaluation)."""
+        """Whether to save a checkpoint after this update (and its evaluation)."""
         due = step > 0 and self._due(step, self._config.save_strategy, self._config.save_steps)
         return due and not self._config.dry_run
 
@@ -94,7 +94,7 @@ class Timetable:
 
 
 def move(schedule: Any, step: int) -> None:
-    """Set a schedule to where it is after this many updates; the rate is a function of nothing else."""
+    """Set a schedule to its state after this many updates, which alone determine the rate."""
     schedule.last_epoch = step
     for group, base, factor in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True

@@ -1,4 +1,4 @@
-"""What a training works with: made once, from the settings, before its loop."""
+"""Set up a training from its settings, before the loop."""
 
 from __future__ import annotations
 
@@ -43,35 +43,35 @@ _ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM
 
 @dataclass
 class Training:
-    """A training and where it is.
+    """A training and its current state.
 
     Attributes:
         config: all settings, completed by those of a resumed run.
-        accelerator: of Accelerate.
-        listener: receives events; on other processes than the main one it does nothing.
+        accelerator: the Accelerator.
+        listener: receives progress events; it does nothing except on the main process.
         prepared: rows, checkpoint, method and task.
-        model: wrapped for its processes.
-        adapter: on the model.
+        model: the model, wrapped for several processes.
+        adapter: the adapter on the model.
         last: the last layer of the head.
-        optimizer: wrapped too.
-        schedule: of the learning rate.
-        trainable: every parameter that is trained.
-        timetable: what happens at which update.
+        optimizer: the wrapped optimizer.
+        schedule: the learning rate schedule.
+        trainable: all trained parameters.
+        timetable: when to evaluate and save.
         journal: log and best adapter.
         run: the run folder; None in a dry run.
-        recipe: the settings that repeat this run.
-        update_size: rows of an update.
+        recipe: the settings that reproduce this run.
+        update_size: rows per update.
         data: checksum of the rows.
-        parameters: `adapter` and `head`, numbers trained.
+        parameters: trained parameters of `adapter` and `head`.
         sharded: whether FSDP shards the base.
         tracker_id: the same for all parts of a resumed run.
-        resumed_at: updates made before this process; None where nothing is resumed.
-        began: when the training began, by `time.perf_counter`; of a resumed one as if it had never stopped.
+        resumed_at: updates made before this process; None if the run is not resumed.
+        began: `time.perf_counter` at the start, shifted by the duration before a resume.
         step: updates made.
         saved: update of the newest checkpoint.
         stopped: number of the signal that stops it, or 0.
-        stop: remembers signals.
-        memory: what an update takes, estimated.
+        stop: records signals.
+        memory: estimated memory of an update.
         updates: the rows of the updates to come.
     """
 
@@ -120,68 +120,68 @@ class Training:
 
     @property
     def whole_timetable(self) -> Timetable:
-        """Of the run that a dry run stands for."""
+        """Total updates of the run, also in a dry run."""
         return Timetable(replace(self.config, dry_run=False), self.prepared.train.lengths, self.update_size)
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether this update is evaluated and has not been yet."""
+        """Whether to evaluate this update now."""
         return not self.stopped and self.timetable.evaluates(self.step) and self.journal.evaluated < self.step
 
     @property
     def checkpoint_is_due(self) -> bool:
-        """Whether this update is saved and has not been yet; one that a signal stops at is always written."""
+        """Whether to save this update now; the update at a stop signal is always saved."""
         due = self.timetable.saves(self.step) or (self.journal.out_of_patience and self.config.save_strategy != "no")
         return bool(self.stopped) or (due and self.saved < self.step)
 
     @property
     def is_over(self) -> bool:
-        """Whether no update follows."""
+        """Whether this is the last update."""
         return bool(self.stopped) or self.step == self.timetable.total or self.journal.out_of_patience
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Accelerate, as the settings and whoever launched the processes say.
+    """Create the Accelerator from the settings and the launcher's environment.
 
     Raises:
-        ConfigError: what was asked for cannot be.
+        ConfigError: the configuration is not supported.
     """
-    named = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()  # as `accelerate launch` says
+    named = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()  # set by `accelerate launch`
     if named not in _PRECISIONS and not (config.bf16 or config.fp16):
         raise ConfigError(f"ACCELERATE_MIXED_PRECISION={named}: craft trains in {', '.join(_PRECISIONS)}; use --bf16")
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else named
     if precision == "fp16" and (config.use_cpu or not torch.cuda.is_available()):
         whence = "--fp16" if config.fp16 else "ACCELERATE_MIXED_PRECISION=fp16"
         raise ConfigError(f"{whence} needs a GPU; on the CPU use --bf16 or neither")
-    fsdp_asked()  # refuses what Accelerate would trip over
+    fsdp_asked()  # raises a clear error before Accelerate fails
     for name, engine in _ENGINES.items():
         if os.environ.get(name, "false").lower() in ("true", "1"):
             raise ConfigError(
-                f"{engine} is not supported: leave it out (several processes), or use FSDP with fsdp_version: 2"
+                f"{engine} is not supported: remove it (several processes), or use FSDP with fsdp_version: 2"
             )
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=config.use_cpu or not torch.cuda.is_available(),
         log_with=trackers(config.report_to) or None,
-        project_dir=".",  # the trackers' folder is known when the run is
+        project_dir=".",  # the trackers' folder is set once the run is known
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the factors never change
     )
-    accelerator.gradient_accumulation_steps = 1  # `accelerate launch` may say otherwise; the loop sums by itself
+    accelerator.gradient_accumulation_steps = 1  # overrides `accelerate launch`, because the loop accumulates itself
     return accelerator
 
 
 def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held: ExitStack, runs: Path) -> Training:
-    """Everything up to the first update, or up to where a former training stopped.
+    """Set up everything up to the first update, or up to the update to resume at.
 
     Args:
-        config: as given.
-        accelerator: of Accelerate.
-        listener: receives events.
-        held: keeps the run folder for this process.
+        config: the given settings.
+        accelerator: the Accelerator.
+        listener: receives progress events.
+        held: exit stack that holds the lock of the run folder.
         runs: folder of runs.
 
     Raises:
-        CraftError: the configuration, the model, the data or the output cannot be used.
+        CraftError: the configuration, model, data or output folder is invalid.
     """
     processes = accelerator.num_processes
     listener = listener if accelerator.is_main_process else Listener()
@@ -191,12 +191,12 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     config = from_main(accelerator, lambda: within_budget(config, listener.preparing))
     start = from_main(accelerator, lambda: find_start(config, processes, held, runs))
     config, state = start.config, start.state
-    with accelerator.main_process_first():  # the others then find the caches filled
+    with accelerator.main_process_first():  # the other processes then use the caches
         prepared = prepare(config, listener.preparing, start.frozen, start.base, start.held_out)
     config = prepared.config
 
     update_size = prepared.train_batch * config.gradient_accumulation_steps * processes
-    if state:  # whatever the number of processes is now
+    if state:  # for any number of processes
         update_size = state.record["update_size"]
     length = config.num_train_epochs
     config = length_settled(config, len(prepared.train), update_size, own=prepared.task.name == OWN)
@@ -207,7 +207,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     listener.preparing("loading the model", 1, 1)
     adapter.load_trained_state(start.trained)
     timetable = Timetable(config, prepared.train.lengths, update_size)
-    # A wrong metric is refused before a former run makes room.
+    # An invalid metric raises before a previous run is deleted.
     metric = chosen_metric(config, prepared.task, prepared.validation)
     data = data_checksum([prepared.train, *prepared.validation.values()])
     check_state(start, timetable, data)
@@ -219,7 +219,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     if state is None or state.step == 0:
         _start_head(config, prepared, last, accelerator, listener, sharded=sharded)
     run = None
-    if not config.dry_run:  # no sooner: what cannot begin leaves no run behind
+    if not config.dry_run:  # not earlier, so that a failing set-up leaves no run behind
         run = Run(from_main(accelerator, lambda: _open_run(start, prepared, recipe, held, runs)), runs)
     writer = run if accelerator.is_main_process else None
     training = Training(
@@ -246,14 +246,16 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     training.memory = estimate(training, savings=config.dry_run)
     listener.started(plan_of(training, start, auto=auto))
     training.began = time.perf_counter()
-    set_seed(config.seed + 1 + accelerator.process_index)  # again: imports draw too; dropout differs between processes
+    set_seed(
+        config.seed + 1 + accelerator.process_index
+    )  # again, because imports draw random numbers; dropout differs between processes
     _resume(training, start)
     training.updates = timetable.updates(after=training.step)
     return training
 
 
 def _as_launched(config: RunConfig, accelerator: Accelerator) -> RunConfig:
-    """The settings as they are, whoever launched the processes."""
+    """The settings with the launcher's choices filled in."""
     return replace(
         config,
         num_processes=accelerator.num_processes if accelerator.num_processes > 1 else None,
@@ -266,13 +268,13 @@ def _check_devices(config: RunConfig, sharded: bool) -> None:
     if config.load_in_4bit or config.load_in_8bit:
         check_available()
     if sharded and (config.torch_compile or config.load_in_4bit or config.load_in_8bit):
-        raise ConfigError("FSDP goes with neither --torch-compile nor --load-in-4bit nor --load-in-8bit; leave one out")
+        raise ConfigError("FSDP cannot be combined with --torch-compile, --load-in-4bit or --load-in-8bit; remove one")
 
 
 def _optimized(
     config: RunConfig, model: Any, adapter: ModelAdapter, accelerator: Accelerator, timetable: Timetable, sharded: bool
 ) -> tuple[Any, Any, Any, list[Tensor]]:
-    """The model wrapped for its processes, its optimizer, the schedule, and what is trained."""
+    """Wrap the model for its processes, and create optimizer and schedule; also returns the trained parameters."""
     optimizer = torch.optim.AdamW(_parameter_groups(config, adapter))
     schedule = get_linear_schedule_with_warmup(optimizer, int(config.warmup_ratio * timetable.total), timetable.total)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -280,7 +282,7 @@ def _optimized(
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         if sharded:
             return shard(model, accelerator), accelerator.prepare_optimizer(optimizer), schedule, trainable
-        model, prepared = accelerator.prepare(model, optimizer)  # not the schedule: it counts updates
+        model, prepared = accelerator.prepare(model, optimizer)  # not the schedule, which counts updates
         return model, prepared, schedule, trainable
 
 
@@ -293,7 +295,7 @@ def _start_head(
     *,
     sharded: bool,
 ) -> None:
-    """Give the head's last layer its start: computed once, the same on every process."""
+    """Initialize the head's last layer: computed once, the same on every process."""
     mean, scale = prepared.task.units
     if last.start == KEPT:
         last.multiply(1 / scale)
@@ -308,7 +310,7 @@ def _start_head(
             size, most = prepared.eval_batch, FEW_ROWS if config.dry_run else MOST_ROWS
             return probe(prepared, last, size, accelerator.device, listener.preparing, most)
 
-    if sharded:  # every process has a part of the base
+    if sharded:  # every process holds a part of the base
         own = fitted()
         last.start_from(from_main(accelerator, lambda: own))
     else:
@@ -316,7 +318,7 @@ def _start_head(
 
 
 def _resume(training: Training, start: Start) -> None:
-    """Put everything back as it was at the newest checkpoint, if there is one, and start the trackers."""
+    """Restore everything from the newest checkpoint, if there is one, and start the trackers."""
     state, accelerator = start.state, training.accelerator
     if state:
         training.step = training.saved = training.resumed_at = state.step
@@ -326,14 +328,14 @@ def _resume(training: Training, start: Start) -> None:
         move(training.schedule, state.step)
     if training.run:
         start_trackers(accelerator, training.run, training.recipe, training.tracker_id, training.step)
-    if state:  # last, so that nothing draws random numbers in between
+    if state:  # last, so that nothing changes the random state afterwards
         process, device = accelerator.process_index, accelerator.device
         state.restore(training.adapter, training.optimizer, accelerator.scaler, process, device)
         training.last.multiply(1 / training.prepared.task.units[1])
 
 
 def _open_run(start: Start, prepared: Prepared, recipe: dict[str, Any], held: ExitStack, runs: Path) -> Path:
-    """The run folder, held by this process from now on."""
+    """Create and lock the run folder."""
     config = start.config
     if start.run and start.state:
         start.run.go_on(recipe)
@@ -343,14 +345,14 @@ def _open_run(start: Start, prepared: Prepared, recipe: dict[str, Any], held: Ex
         label = f"{prepared.task.name}-{Path(prepared.checkpoint.name).name}"
         run = new_run(config.output_dir, label, runs, overwrite=config.overwrite)
         held.enter_context(run.being_trained())
-        if config.output_dir:  # another process may have trained there while this one prepared
+        if config.output_dir:  # another process may have trained there during preparation
             usable_output(config.output_dir, runs, overwrite=config.overwrite)
     run.start(recipe)
     return run.path
 
 
 def _parameter_groups(config: RunConfig, adapter: ModelAdapter) -> list[dict[str, Any]]:
-    """The adapter first, then the head; weight decay on matrices only."""
+    """Parameter groups: the adapter first, then the head; weight decay on matrices only."""
     head = dict(adapter.model.named_parameters())
     tensors = [head[name] for name in adapter.head]
     return [

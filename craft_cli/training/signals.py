@@ -1,4 +1,4 @@
-"""Ctrl-C, the scheduler's SIGTERM and a closed terminal's SIGHUP: asked for at any moment, obeyed where nothing is lost."""
+"""Ctrl-C, the scheduler's SIGTERM and a closed terminal's SIGHUP: received at any time, handled at safe points."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from types import FrameType
 from typing import Any
 
 LAUNCHER = "CRAFT_LAUNCHER_PID"
-"""In the environment of processes that `craft train` started: who did, so that they end with it."""
+"""Environment variable with the process id of the launching `craft train`, so that its children exit with it."""
 
 ONE_PRESS = 1.0
-"""Seconds in which several signals are one wish: a terminal sends Ctrl-C to the launcher and to its processes, and the
-launcher sends it on."""
+"""Seconds within which several signals count as one: a terminal sends Ctrl-C to the launcher and its processes, and the
+launcher forwards it."""
 
 
 _Handler = Callable[[int, FrameType | None], None]
@@ -35,9 +35,9 @@ def terminates_cleanly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled(numbers: Sequence[signal.Signals], handler: _Handler, only: Any = None) -> Iterator[None]:
-    """Handle these signals, except those that are ignored (as by nohup), or whose handler is another than `only`."""
+    """Handle these signals, except ignored ones (as under nohup) and those with a handler other than `only`."""
     former: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # signals reach no other
+    if threading.current_thread() is threading.main_thread():  # only the main thread receives signals
         for number in numbers:
             now = signal.getsignal(number)
             if now is not signal.SIG_IGN and (only is None or now is only):
@@ -50,7 +50,7 @@ def _handled(numbers: Sequence[signal.Signals], handler: _Handler, only: Any = N
 
 
 class StopSignals:
-    """Remembers `SIGNALS` inside its `with` block instead of being interrupted by them.
+    """Record `SIGNALS` inside the `with` block instead of being interrupted by them.
 
     A second Ctrl-C, more than a second later, interrupts at once (but not inside `shielded`).
     """
@@ -65,7 +65,7 @@ class StopSignals:
 
     @classmethod
     def handled(cls, handler: _Handler) -> contextlib.AbstractContextManager[None]:
-        """`handler` receives them; a signal that is ignored (as by nohup) stays so."""
+        """Install `handler`; a signal that is ignored (as under nohup) stays ignored."""
         return _handled(cls.SIGNALS, handler)
 
     def __enter__(self) -> StopSignals:
@@ -84,17 +84,17 @@ class StopSignals:
 
     @property
     def received(self) -> int:
-        """Number of the first signal, or 0. A process whose launcher has died was told to end, too."""
+        """Number of the first signal, or 0; SIGTERM if the launcher died."""
         if not self._received and launcher_died(os.environ.get(LAUNCHER)):
             self._received = signal.SIGTERM
         return self._received
 
     @contextlib.contextmanager
     def shielded(self) -> Iterator[None]:
-        """For what even a second Ctrl-C must not cut.
+        """Protect a block from a second Ctrl-C.
 
-        A C extension that is being imported (the first picture brings matplotlib) turns an interrupt into an error of
-        its own, or aborts the interpreter.
+        An interrupt while a C extension is imported (the first plot imports matplotlib) becomes an unrelated error, or
+        aborts the interpreter.
         """
         self._shielded = True
         try:
@@ -104,10 +104,10 @@ class StopSignals:
 
 
 def launcher_died(launcher: str | None) -> bool:
-    """Whether the process that began this one, by its id in `LAUNCHER`, is gone; where nobody did, no."""
+    """Whether the launching process, by its id in `LAUNCHER`, has exited; false if there was none."""
     return os.getppid() != int(launcher) if launcher else False
 
 
 def end_by(number: int) -> BaseException:
-    """What to raise after a stop by this signal: `KeyboardInterrupt`, or an exit with 128 + its number."""
+    """The exception to raise after this signal: `KeyboardInterrupt`, or an exit with 128 + its number."""
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)

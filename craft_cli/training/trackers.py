@@ -14,7 +14,7 @@ def trackers(names: Sequence[str]) -> list[str]:
     """The trackers to start.
 
     Raises:
-        ConfigError: one is not installed.
+        ConfigError: a tracker is not installed.
     """
     wanted = [name for name in names if name != "none"]
     for name in wanted:
@@ -24,29 +24,29 @@ def trackers(names: Sequence[str]) -> list[str]:
 
 
 def finish_trackers(accelerator: Any) -> str | None:
-    """Close them; what went wrong, if anything did."""
+    """Close the trackers; returns the error of one that failed, if any."""
     problem = None
     for tracker in accelerator.trackers:
         try:
             tracker.finish()
-        except Exception as error:  # the training is done, whatever a server says
+        except Exception as error:  # the training is complete, so a server error is only a note
             problem = f"--report-to {tracker.name}: {' '.join(str(error).split())}"
     accelerator.trackers.clear()
     return problem
 
 
 def start_trackers(accelerator: Any, run: Run, recipe: Mapping[str, Any], run_id: str, step: int) -> None:
-    """Start what `--report-to` names.
+    """Start the trackers of `--report-to`.
 
     Args:
-        accelerator: of Accelerate, made with `log_with`.
-        run: files of tensorboard lie in its folder.
-        recipe: the settings, to be kept beside the metrics.
-        run_id: the same for all parts of a run that was cut (wandb; mlflow begins another run of the same name).
-        step: updates made before; what was reported of later ones is withdrawn (tensorboard).
+        accelerator: an Accelerator created with `log_with`.
+        run: the run, whose folder holds the files of tensorboard.
+        recipe: settings to log with the metrics.
+        run_id: the same for all parts of a resumed run (wandb; mlflow starts another run of the same name).
+        step: updates made before; entries of later updates are removed (tensorboard).
 
     Raises:
-        CraftError: one does not start.
+        CraftError: a tracker does not start.
     """
     accelerator.project_configuration.logging_dir = str(run.path / "tensorboard")
     options: dict[str, dict[str, Any]] = {
@@ -56,8 +56,8 @@ def start_trackers(accelerator: Any, run: Run, recipe: Mapping[str, Any], run_id
     }
     try:
         accelerator.init_trackers("craft", config=dict(recipe), init_kwargs=options)
-    except Exception as error:  # not logged in, no server, ...: each tracker has errors of its own
+    except Exception as error:  # not logged in, no server, ...: each tracker raises its own errors
         reason = " ".join(str(error).split())
         raise CraftError(
-            f"--report-to {','.join(map(str, accelerator.log_with))}: cannot start: {reason}; set it up, or leave it out"
+            f"--report-to {','.join(map(str, accelerator.log_with))}: cannot start: {reason}; set it up, or remove it"
         ) from error

@@ -39,7 +39,7 @@ def random_by_mode(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]
 
 
 def random_curves(shape: tuple[int, int, int]) -> list[tuple[list[float], list[float]]]:
-    """Singular values of such a tensor, by mode: their numbers, as in a tensor of the whole shape, and their part of the largest."""
+    """Singular values of a random tensor by mode: their positions in the full shape, and their ratio to the largest."""
     curves = []
     for spectrum, whole in zip(_random_spectra(shape), shape, strict=True):
         step = whole / len(spectrum)

@@ -102,7 +102,7 @@ def test_a_column_whose_name_holds_a_comma_is_one_value() -> None:
         ([RATES], {"pruner": "median"}, "--pruner: a grid trains every setting to the end"),
         ([RATES], {"sampler": "gird"}, "--sampler: unknown value 'gird'; did you mean 'grid'?"),
         ([RATES], {"settings": {"eval_strategy": "no"}}, "--eval-strategy no: a sweep requires evaluations"),
-        ([RATES], {"settings": {"metric_for_best_model": "f1"}}, "--metric-for-best-model: no metric 'f1'"),
+        ([RATES], {"settings": {"metric_for_best_model": "f1"}}, "has no metric 'f1'"),
         ([RATES], {"settings": {"rank": 8}}, "--rank is for --method "),
         (["bf16=true,false", "fp16=true"], {}, "--bf16 and --fp16 cannot be combined; choose one"),
         ([RATES], {"test_file": "missing.jsonl"}, "--test-file: missing.jsonl: no such file"),

@@ -85,7 +85,7 @@ PLAN = Plan(
     updates=100,
     evaluations=4,
     memory=Memory(1_200_000_000, 90_000_000, 270_000, 210_000_000, 800_000_000, 32, 44, {}),
-    length="100 at most: 4 epochs, by the number of rows; ends early after 2 evaluations in a row that are not better",
+    length="100 at most: 4 epochs, from the number of rows; stops early after 2 evaluations without improvement",
     done=0,
     output="runs/own-all-mpnet-base-v2-20261128-060122",
 )

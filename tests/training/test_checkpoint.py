@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(damage: str, name: str, ha
     assert listener.plan.done == 8
     assert "step-9" in listener.plan.notes[0]
     assert "is damaged" in listener.plan.notes[0]
-    assert listener.plan.notes[0].endswith("; going on from the checkpoint before")
+    assert listener.plan.notes[0].endswith("; resuming from the previous checkpoint")
     assert Path("out/checkpoints/step-9.damaged").is_dir()  # nothing is thrown away
     same("out", "uncut")
 

@@ -151,7 +151,7 @@ def test_fsdp_shards_the_base_and_computes_the_same(pico: Make, data_dir: Path) 
     Path("fsdp.yaml").write_text(yaml.safe_dump(older))
     code, err = settle(start(*command, *flags(pico(), data_dir, **settings), "--overwrite"))
     assert code != 0
-    assert "error: FSDP version 1 cannot shard a part of a module: set fsdp_version: 2" in err
+    assert "error: FSDP version 1 cannot shard part of a module; set fsdp_version: 2" in err
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_one_process_killed_ends_all_with_its_error(pico: Make) -> None:
         victim.kill()
         code, err = settle(process)
     assert code == 1
-    assert "was killed by SIGKILL; the others were stopped. Go on from the last checkpoint" in err
+    assert "was killed by SIGKILL, and the others were stopped; resume from the last checkpoint" in err
     assert "unexpected" not in err
     assert "Traceback" not in err
     assert not Run(Path("out")).is_running()

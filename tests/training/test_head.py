@@ -292,7 +292,7 @@ def test_own_data_say_what_was_chosen(pico: Make) -> None:
     }
     result = craft.train(RunConfig.build(given | {"use_cpu": True, "output_dir": "out"}), heard)
     assert heard.plan is not None
-    assert f"{MOST_EPOCHS} epochs, by the number of rows; ends early" in heard.plan.length
+    assert f"{MOST_EPOCHS} epochs, from the number of rows; ends early" in heard.plan.length
     assert result.updates <= heard.plan.updates == 6 * MOST_EPOCHS
 
 

@@ -141,8 +141,8 @@ def test_a_base_that_gives_no_finite_numbers_is_named_with_the_rows(broken: Path
     count = sum("awful" in text.split() for text in rows)
     assert 0 < count < len(rows)
     said = failure("train", *flags(broken, data_dir, head_start="auto"))
-    assert f"gives numbers that are not finite for {count} of 45 training rows, so no head can be fitted" in said
-    assert "leave out --fp16" in said
+    assert f"computes non-finite values for {count} of 45 training rows, so the head cannot be fitted" in said
+    assert "remove --fp16" in said
 
 
 def test_before_the_first_update_no_lower_rate_is_advised(broken: Path, data_dir: Path) -> None:
@@ -194,18 +194,18 @@ def test_what_is_no_number_is_not_written(value: float, told: str, pico: Make) -
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"max_steps": 8}, "8: --max-steps, before 20 epochs are over"),
+        ({"max_steps": 8}, "8: --max-steps, less than 20 epochs"),
         (
             {"max_steps": 80},
-            "80 at most: --max-steps, before 20 epochs are over; ends early after 10 evaluations in a row that are not better",
+            "80 at most: --max-steps, less than 20 epochs; stops early after 10 evaluations without improvement",
         ),
         (
             {"early_stopping_patience": 1},
-            "120 at most: 20 epochs, by the number of rows; ends early after an evaluation that is not better",
+            "120 at most: 20 epochs, from the number of rows; stops early after an evaluation without improvement",
         ),
         ({"num_train_epochs": 2, "early_stopping_patience": 2}, "12"),
         ({"num_train_epochs": 2}, "12"),
-        ({"eval_strategy": "no"}, "120: 20 epochs, by the number of rows"),
+        ({"eval_strategy": "no"}, "120: 20 epochs, from the number of rows"),
     ],
 )
 def test_the_plan_tells_how_long_it_will_be(given: dict[str, Any], told: str, pico: Make) -> None:

@@ -24,8 +24,8 @@ def test_a_training_in_a_notebook_has_a_bar(
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     craft.train(config(pico(), data_dir, num_train_epochs=1, output_dir="again"))
     told = capsys.readouterr()
-    assert "45 rows to train on, 23 to evaluate on" in told.out
-    assert "130 numbers in the adapter, 50 in the head" in told.out
+    assert "45 training rows, 23 validation rows" in told.out
+    assert "130 parameters in the adapter, 50 in the head" in told.out
     assert "epoch 1    accuracy 0." in told.out
     assert "training: 100%" in told.err
     assert "6/6" in told.err

@@ -30,7 +30,7 @@ def test_more_epochs_and_other_logging_may_follow(pico: Make, data_dir: Path) ->
     assert (listener.plan.done, result.updates) == (12, 24)
     assert [line["step"] for line in lines() if "loss" in line] == [*range(1, 13), 15, 18, 21, 24]
     assert [line["step"] for line in lines() if "eval_loss" in line] == [0, 6, 12, 18, 24]
-    with pytest.raises(ConfigError, match="has made 24 updates already, but num_train_epochs or max_steps end it at 6"):
+    with pytest.raises(ConfigError, match="has already made 24 updates, but num_train_epochs or max_steps end it at 6"):
         craft.train(config(pico(), data_dir, resume=True, num_train_epochs=1))
 
 
@@ -61,7 +61,7 @@ def test_settings_that_matter_are_held(changed: dict[str, Any], told: str, half:
     with pytest.raises(ConfigError) as refused:
         craft.train(half(**changed))
     assert str(refused.value) == (
-        f"resume: out cannot go on with other settings: {told}; give the former ones, or choose another output_dir"
+        f"resume: out has different settings: {told}; use the original settings, or choose another output_dir"
     )
     assert before == {path: path.read_bytes() for path in before}
 
@@ -86,7 +86,7 @@ def test_other_rows_are_refused(pico: Make, data_dir: Path, tmp_path: Path) -> N
     shutil.copytree(data_dir, "data")
     cut(config(pico(), Path("data")), Cut(4))
     write_rows(Path("data/validation.jsonl"), opinions(24, 2))
-    with pytest.raises(ConfigError, match="out cannot go on: the rows it was trained or evaluated on have changed"):
+    with pytest.raises(ConfigError, match="the training or validation rows of out have changed"):
         craft.train(config(pico(), Path("data"), resume=True))
 
 
@@ -94,7 +94,7 @@ def test_another_base_model_is_refused(pico: Make, data_dir: Path) -> None:
     shutil.copytree(pico(), "base")
     cut(config(Path("base"), data_dir), Cut(4))
     shutil.copytree(pico(vocab_size=65), "base", dirs_exist_ok=True)
-    with pytest.raises(CraftError, match="base has other weights \\(query\\) than those the adapter was trained on"):
+    with pytest.raises(CraftError, match="base has different weights \\(query\\) from those the adapter was trained on"):
         craft.train(config(Path("base"), data_dir, resume=True))
 
 
@@ -110,7 +110,7 @@ def test_a_run_without_a_usable_checkpoint_is_left_alone(case: str, pico: Make, 
     else:
         Path("out/all_results.json").unlink()
     before = {path: path.read_bytes() for path in Path("out").glob("*/*.*") if "checkpoints" not in str(path)}
-    with pytest.raises(FileError, match="out has no checkpoint to go on from") as refused:
+    with pytest.raises(FileError, match="out has no checkpoint to resume from") as refused:
         craft.train(config(pico(), data_dir, resume=True, **settings))
     told = {"finished": "it is finished", "damaged": "is damaged", "never": "it was trained with save_strategy no"}
     assert told[case] in str(refused.value)
@@ -167,13 +167,13 @@ def test_with_nothing_to_resume_it_begins(pico: Make, data_dir: Path) -> None:
     listener = Cut(0)
     craft.train(config(pico(), data_dir, resume=True, output_dir="new"), listener)
     assert listener.plan is not None
-    assert listener.plan.notes == ["nothing to resume in new: starting from the beginning"]
+    assert listener.plan.notes == ["nothing to resume in new, starting from the beginning"]
     shutil.rmtree("new/checkpoints")  # as if it had been killed before the first one
     Path("new/all_results.json").unlink()
     Path("new/notes.txt").write_text("mine")
     craft.train(config(pico(), data_dir, resume=True, output_dir="new"), listener)
     assert Path("new/notes.txt").is_file()
-    assert listener.plan.notes == ["new has no checkpoint yet: starting from the beginning"]
+    assert listener.plan.notes == ["new has no checkpoint yet, starting from the beginning"]
     with pytest.raises(ConfigError, match="--resume cannot be combined with --overwrite"):
         config(pico(), data_dir, resume=True, overwrite=True)
 

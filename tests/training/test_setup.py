@@ -189,7 +189,7 @@ def test_what_does_not_compile_whole_is_refused(
         return former(self, *arguments, **options)
 
     monkeypatch.setattr(BertLayer, "forward", breaks)
-    with pytest.raises(CraftError, match="torch_compile: this model's layers do not compile whole"):
+    with pytest.raises(CraftError, match="torch_compile: this model's layers cannot be compiled as one graph"):
         craft.train(config(pico(), data_dir, torch_compile=True, dry_run=True))
 
 
@@ -235,7 +235,7 @@ def test_training_over_a_quantised_base(
     craft.train(config(base, data_dir, **settings), heard)
     assert kinds == {kind, "Parameter"}
     assert heard.plan is not None
-    assert "the base is quantised in training only" in heard.plan.notes[-1]
+    assert "the base is quantized only in training" in heard.plan.notes[-1]
     losses = [line["loss"] for line in lines() if "loss" in line]
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
     assert craft.evaluate("out").metrics["accuracy"] >= 0.7  # the full base is near the quantised one

@@ -90,7 +90,7 @@ def test_a_tracker_that_fails_on_the_way_does_not_end_the_training(
     heard: list[str] = []
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", fail)
     craft.train(config(pico(), data_dir, report_to="tensorboard"), Hears(0))
-    assert heard == ["--report-to: the tracker failed (server away); the training goes on without it"]
+    assert heard == ["--report-to: the tracker failed (server away); training continues without it"]
     assert [line["step"] for line in lines() if "loss" in line] == list(range(1, 13))
 
 
@@ -159,7 +159,7 @@ def test_a_folder_of_runs_is_listed(pico: Make, data_dir: Path) -> None:
     assert names == [Path(run["run"]).name for run in listed["runs"]]
     assert invoke("inspect", "runs", "--html", "runs.html").exit_code == 0
     page = Path("runs.html").read_text()
-    assert all(name in page for name in ("done", "stopped", "0.03", "not readable YAML"))
+    assert all(name in page for name in ("done", "stopped", "0.03", "invalid YAML"))
     assert invoke("inspect", "--compare", "runs/done", "runs/stopped", "--html", "two.html").exit_code == 0
     assert "numbers in the adapter" in Path("two.html").read_text()
     assert "running" in text.stdout
@@ -227,16 +227,16 @@ def test_where_the_latest_run_is_gone_the_newest_finished_one_is_taken(run: Path
         Path(f"runs/{name}/all_results.json").unlink()
     Path("runs/latest").unlink()
     told = failure("inspect")
-    assert "is finished; give one of them: " in told
+    assert "is finished; pass one of them: " in told
     assert all(f"runs/{name}" in told for name in ("old", "newest", "stopped"))
     told = failure("train", "--resume")
-    assert "there is no run in runs/latest; give its folder as --output-dir, such as one of these" in told
+    assert "there is no run in runs/latest; pass its folder as --output-dir, such as one of these unfinished runs" in told
     assert "runs/stopped" in told
 
 
 def test_nothing_to_resume_and_nothing_to_train_on(pico: Make) -> None:
     told = failure("train", "--resume", "--output-dir", "typo")
-    assert told == "error: --resume: there is no run in typo; give its folder as --output-dir\n"
+    assert told == "error: --resume: there is no run in typo; pass its folder as --output-dir\n"
 
 
 def test_layers_of_settings(pico: Make, data_dir: Path) -> None:
@@ -257,7 +257,7 @@ def test_the_command_line_goes_on_with_what_the_run_was_started_with(pico: Make,
     cut(config(pico(), data_dir, seed=5), Cut(4))
     Path("other.yaml").write_text("task: cola\nseed: 6\n")
     told = failure("train", "--resume", "--recipe", "other.yaml")
-    assert "--resume: out cannot go on with other settings: --task was sst2, is cola, --seed was 5, is 6" in told
+    assert "--resume: out has different settings: --task was sst2, is cola, --seed was 5, is 6" in told
     done = invoke("train", "--resume", "--use-cpu", "--json")
     assert done.exit_code == 0, done.stderr
     assert "going on after update 4 of 12" in done.stderr

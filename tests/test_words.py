@@ -73,7 +73,6 @@ BANNED = {
 
 NOT_YET = (
     "craft_cli/api/",
-    "craft_cli/cli/",
     "craft_cli/methods/",
     "craft_cli/models/",
     "README.md",

@@ -1,4 +1,4 @@
-"""The command line: one thin file for each command; heavy imports inside the command bodies."""
+"""The command line: one small file per command, with heavy imports inside the commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from craft_cli.cli.usage import Command, Group
 app = typer.Typer(
     name="craft",
     cls=Group,
-    help="Fine-tune a transformer by a few thousand numbers over frozen Tucker factors (CRAFT), "
+    help="Fine-tune transformers with a few thousand parameters over frozen Tucker factors (CRAFT), "
     "and get a plain Hugging Face checkpoint back.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -45,10 +45,10 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main() -> None:
     """Entry point of `craft`."""
-    for descriptor in range(3):  # a stream that is closed must not become the number of a file that we write
+    for descriptor in range(3):  # a closed stream's descriptor must not be reused by a file that craft writes
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # with it the hub's client asks for more than was asked for
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # avoids extra requests of the Hub client
     app(prog_name="craft")

@@ -1,4 +1,4 @@
-"""What a shell offers after a flag or a command: names that are known without torch."""
+"""Shell completion of names that are known without importing torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from craft_cli.config import METHOD_OPTIONS, TRACKERS, RunConfig, shipped_recipe
 TASKS = (
     "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "mnli-mm", "qnli", "rte", "wnli", "ax", "opinions", "lighthouse",
 )  # fmt: skip
-"""The names after `--task`; a test compares them with those there are."""
+"""Values of `--task`; a test compares them with the registered tasks."""
 _NAMES = {
     "task": TASKS,
     "model": ("demo",),
@@ -24,7 +24,7 @@ Completer = Callable[[str], list[str]]
 
 
 def of_setting(name: str) -> Completer | None:
-    """What is offered for a setting; None for those of which nothing is known."""
+    """The completion of a setting; None if its values are unknown."""
     if name == "init_from":
         return runs
     names = _NAMES.get(name) or tuple(_words(get_type_hints(RunConfig)[name]))
@@ -32,12 +32,12 @@ def of_setting(name: str) -> Completer | None:
 
 
 def _words(hint: Any) -> list[str]:
-    """The texts that a Literal, or one inside a union, allows."""
+    """The values of a Literal, or of a Literal inside a union."""
     return [word for part in get_args(hint) for word in ([part] if isinstance(part, str) else _words(part))]
 
 
 def beginning_with(names: Sequence[str]) -> Completer:
-    """Offers those of some names that go on with what is typed."""
+    """Complete what is typed from a list of names."""
 
     def offered(incomplete: str) -> list[str]:
         return [name for name in names if name.startswith(incomplete)]
@@ -46,12 +46,12 @@ def beginning_with(names: Sequence[str]) -> Completer:
 
 
 def recipes(incomplete: str) -> list[str]:
-    """Shipped recipes, and recipe files of the working folder."""
+    """Complete shipped recipes, and recipe files in the working folder."""
     files = [path.name for pattern in ("*.yaml", "*.yml") for path in sorted(Path().glob(pattern))]
     return beginning_with([*shipped_recipes(), *files])(incomplete)
 
 
 def runs(incomplete: str) -> list[str]:
-    """Runs below `runs`, and in the working folder."""
+    """Complete runs in `runs` and in the working folder."""
     folders = [path for folder in (Path("runs"), Path()) if folder.is_dir() for path in sorted(folder.iterdir())]
     return beginning_with([str(path) for path in folders if (path / "recipe.yaml").is_file()])(incomplete)

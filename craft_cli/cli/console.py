@@ -1,4 +1,4 @@
-"""The only place that prints. Results go to stdout, progress and messages to stderr; bars only on a terminal."""
+"""All printing. Results go to stdout, progress and messages to stderr, and bars only to a terminal."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ from rich.text import Text
 
 from craft_cli.errors import CraftError, as_json, below_home, figure, is_utf8, plain
 
-for _stream in (sys.stdout, sys.stderr):  # a code page or an ASCII pipe must not end a run, nor make two names alike
+for _stream in (
+    sys.stdout,
+    sys.stderr,
+):  # a code page or an ASCII pipe must not crash a run, or make two names look the same
     if hasattr(_stream, "reconfigure"):
         _stream.reconfigure(errors="backslashreplace")
 
 _TEXT_WIDTH = 30
-"""A column of texts is not narrower."""
+"""Minimum width of a text column."""
 _FILE_TEXT = 120
-"""Nor are texts longer, where no terminal says how wide it is."""
+"""Maximum length of texts without a terminal."""
 _BAR = 8
-"""A bar is not shorter."""
+"""Minimum length of a bar."""
 _NUMBER = re.compile(r"[+-]?\.?\d")
-"""How a number begins, or what is made of numbers."""
+"""Start of a number, or of a list of numbers."""
 
 
 class _Console(Console):
-    """Lets no control character of a name or a message through, and outlives whoever reads its messages."""
+    """A console that removes control characters and survives a closed stream."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -50,69 +53,71 @@ class _Console(Console):
         try:
             super()._check_buffer()
         except OSError:
-            del self._buffer[:]  # rich would print it again before the next line
+            del self._buffer[:]  # rich would print the buffer again before the next line
             if not self.stderr:
                 raise
-            discard(sys.stderr)  # the terminal is closed, or `craft train 2>&1 | head`: it goes on in silence
+            discard(sys.stderr)  # the terminal is closed, or `craft train 2>&1 | head`: continue silently
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def discard(stream: Any) -> None:
-    """What is written to a stream from now on goes nowhere: its reader is gone."""
+    """Discard all further output of a stream whose reader has closed it."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 out = _Console(highlight=False)
 if not out.is_terminal:
-    out.width = 10_000  # a file has no width: its tables are whole
+    out.width = 10_000  # a file has no width, so tables are not shortened
 err = _Console(stderr=True, highlight=False)
 
 
 def fail(message: str) -> None:
-    """An error: one line for each thing that is wrong."""
+    """Print an error, one line per problem."""
     for line in message.splitlines():
         err.print(Text.assemble(("error:", "bold red"), " ", plain(line)), soft_wrap=True)
 
 
 def note(message: str) -> None:
-    """Something the user should know, on stderr."""
-    err.print(Text.assemble(("note:", "yellow"), " ", plain(message)), soft_wrap=True)  # one print: a bar may be drawn
+    """Print a note for the user to stderr."""
+    err.print(
+        Text.assemble(("note:", "yellow"), " ", plain(message)), soft_wrap=True
+    )  # in one call, because a bar may be drawn
 
 
 def say(message: str) -> None:
-    """A plain message on stderr."""
+    """Print a plain message to stderr."""
     err.print(message, markup=False, soft_wrap=True)
 
 
 def print_json(content: Any) -> None:
-    """One object on stdout, in UTF-8 or escaped.
+    """Print one JSON object to stdout, in UTF-8 or escaped.
 
     Raises:
-        CraftError: it is closed.
+        CraftError: standard output is closed.
     """
     if sys.stdout is None:
-        raise CraftError("standard output is closed, so --json has nowhere to go")
+        raise CraftError("standard output is closed, so --json cannot be printed")
     print(as_json(content, indent=2, ascii=not is_utf8(sys.stdout)))
 
 
 class Verbatim(str):
-    """A command or a path as a fact: it is never broken, so that it can be copied."""
+    """A command or path that is never wrapped, so that it can be copied."""
 
     __slots__ = ()
 
 
 def facts(pairs: Mapping[str, Any], *, rename: bool = True) -> None:
-    """Names and values on stdout; on a terminal broken between words, in a file a line each."""
-    told = {name.replace("_", " ") if rename else name: value for name, value in pairs.items() if value is not None}
-    for line in hanging(told, out.width if out.is_terminal else None):
+    """Print names and values to stdout, wrapped at words on a terminal, one line per value in a file."""
+    shown = {name.replace("_", " ") if rename else name: value for name, value in pairs.items() if value is not None}
+    for line in hanging(shown, out.width if out.is_terminal else None):
         out.print(line, soft_wrap=True)
 
 
 def header(title: str, pairs: Mapping[str, Any]) -> None:
-    """Names and values on stderr, in a frame where all of them fit into one."""
+    """Print names and values to stderr, in a frame if all of them fit."""
     lines = hanging(pairs, err.width - 4)
     if all(line.cell_len <= err.width - 4 for line in lines):
         err.print(Panel(Text("\n").join(lines), title=title, title_align="left", expand=False))
@@ -122,7 +127,7 @@ def header(title: str, pairs: Mapping[str, Any]) -> None:
 
 
 def hanging(pairs: Mapping[str, Any], width: int | None) -> list[Text]:
-    """Names and values in lines so wide; a value that does not fit beside its name stands below it."""
+    """Lines of names and values with this width; a value that does not fit next to its name goes below it."""
     indent = max(cell_len(plain(name)) for name in pairs) + 2
     lines: list[Text] = []
     for name, value in pairs.items():
@@ -132,7 +137,7 @@ def hanging(pairs: Mapping[str, Any], width: int | None) -> list[Text]:
         room = (width or 0) - indent
         beside = width is None or max(map(cell_len, words)) <= room >= min(_TEXT_WIDTH // 2, cell_len(text))
         if not beside and whole and cell_len(text) > (width or 0) - 2:
-            beside = True  # it fits nowhere: the terminal goes on in its next line
+            beside = True  # it fits nowhere, so the terminal wraps it
         parts = wrapped(words, room if beside else (width or 0) - 2)
         if beside:
             lines.append(head + Text(" " * (indent - head.cell_len) + parts.pop(0)))
@@ -143,7 +148,7 @@ def hanging(pairs: Mapping[str, Any], width: int | None) -> list[Text]:
 
 
 def wrapped(words: Sequence[str], width: int) -> list[str]:
-    """Words in lines so wide; a longer one has a line of its own."""
+    """Wrap words to lines of this width; a longer word gets its own line."""
     lines = [words[0]]
     for word in words[1:]:
         if cell_len(f"{lines[-1]} {word}") <= width:
@@ -154,7 +159,7 @@ def wrapped(words: Sequence[str], width: int) -> list[str]:
 
 
 def line(to: Console, head: str, parts: Sequence[str]) -> None:
-    """A name and what is told of it; on a narrow terminal on several lines, no value apart from its name."""
+    """Print a name and its values; on a narrow terminal on several lines, each value next to its own name."""
     lines = wrapped(head.split(" "), to.width) if to.is_terminal else [head]
     for part in parts:
         if not to.is_terminal or cell_len(f"{lines[-1]}  {part}") <= to.width:
@@ -174,17 +179,17 @@ def table(
     drop: Sequence[str] = (),
     texts: Sequence[str] = (),
 ) -> None:
-    """A table on stdout; no word and no number of it is ever broken.
+    """Print a table to stdout, without breaking words or numbers.
 
-    What is too wide for the terminal is made narrower in this order: `texts` are shortened, headings go on several lines,
-    the columns of `drop` are left out, and last, each row becomes lines of names and values.
+    A table that is too wide for the terminal is narrowed in this order: `texts` are shortened, headings are wrapped, the
+    columns of `drop` are removed, and finally each row is printed as lines of names and values.
 
     Args:
-        columns: their headings.
-        rows: their cells.
-        below: sums.
-        drop: headings of the columns that can be left out, the least needed first.
-        texts: headings of the columns that can be shortened.
+        columns: headings.
+        rows: cells.
+        below: summary rows.
+        drop: headings of columns that can be removed, the least important first.
+        texts: headings of columns that can be shortened.
     """
     columns = [plain(column) for column in columns]
     cells = [[show(value) for value in row] for row in (*rows, *below)]
@@ -205,17 +210,17 @@ def table(
                 out.print(f"too narrow for: {', '.join(drop[:dropped])}", style="dim", soft_wrap=True)
             return
     for row in cells:
-        told = [(name, cell) for name, cell in zip(columns, row, strict=True) if cell]
+        named = [(name, cell) for name, cell in zip(columns, row, strict=True) if cell]
         head = f"{columns[0]} {row[0]}".lstrip() if _NUMBER.match(row[0]) else row[0]
-        line(out, head, [f"{name} {cell}" for name, cell in told[bool(row[0]) :] if name not in texts])
-        for text in [cell for name, cell in told if name in texts]:
+        line(out, head, [f"{name} {cell}" for name, cell in named[bool(row[0]) :] if name not in texts])
+        for text in [cell for name, cell in named if name in texts]:
             out.print(Padding(_short(text), (0, 0, 0, 2)))
 
 
 def _grid(
     columns: Sequence[str], cells: Sequence[Sequence[str]], rows: int, widths: Mapping[int, int], texts: Sequence[str]
 ) -> None:
-    """A table of the columns that have a width, with what comes after so many rows below a line; numbers to the right."""
+    """A table of the columns with a width, with a rule after this many rows; numbers are right-aligned."""
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for number, width in widths.items():
         numbers = number > 0 and any(_NUMBER.match(row[number]) for row in cells)
@@ -233,7 +238,7 @@ def _short(text: str) -> Text:
 
 
 def label_table(by_label: Mapping[str, Mapping[str, float]], confusion: Sequence[Sequence[int]] | None = None) -> None:
-    """Precision, recall, F1 and support of each label, their averages, and the accuracy where there is a matrix."""
+    """Print precision, recall, F1 and support of each label, their averages, and the accuracy if there is a matrix."""
     from craft_cli.tasks.metrics import averages
 
     columns = ("precision", "recall", "f1")
@@ -248,7 +253,7 @@ def label_table(by_label: Mapping[str, Mapping[str, float]], confusion: Sequence
 
 
 def mistakes_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Wrong answers with their texts; a file that all are of is not named."""
+    """Print wrong answers with their texts; the file is omitted if all are from the same one."""
     if not rows:
         out.print("no wrong answers")
         return
@@ -265,7 +270,7 @@ def mistakes_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show(value: Any) -> str:
-    """A value as it is read best."""
+    """Format a value for reading."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -282,7 +287,7 @@ def show(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`2 h 5 min`, `12 min` or `40 s`."""
+    """Format a duration: `2 h 5 min`, `12 min` or `40 s`."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -290,31 +295,31 @@ def duration(seconds: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A part of one as a percentage."""
+    """Format a fraction as a percentage."""
     return f"{100 * value:.1f}%"
 
 
 class Bars(Progress):
-    """Progress bars on stderr that vanish when done. At any width they keep what is done, of how many, and the time left."""
+    """Progress bars on stderr that disappear when done. At any width they show the count, the total and the time left."""
 
     def __init__(self) -> None:
         super().__init__(console=err, transient=True, disable=not err.is_terminal, expand=True)
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """One line for each task: name, bar, count, time left, and as much of its details as there is room for."""
+        """One line per task: name, bar, count, time left, and as many details as fit."""
         for task in self.tasks:
             if task.visible:
                 yield self._line(task)
 
     def show(self, what: str, done: int, total: int | None, details: Sequence[str] = (), left: str = "") -> None:
-        """Draw a bar as far as this.
+        """Update a bar.
 
         Args:
-            what: its name; a bar that is behind what it showed begins anew.
-            done: of it.
-            total: of it; unknown without.
-            details: told beside it, the most important first.
-            left: the time left; by the speed so far without.
+            what: name of the bar; if `done` decreases, the bar restarts.
+            done: steps done.
+            total: total steps. Default: unknown.
+            details: details to show next to it, the most important first.
+            left: time left. Default: estimated from the speed so far.
         """
         task = next((it for it in reversed(self.tasks) if it.description == what), None)
         number = self.add_task(what, total=total) if task is None or task.completed > done else task.id
@@ -343,13 +348,13 @@ class Bars(Progress):
 
 @contextmanager
 def bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars that vanish when done; yields a function of (what, done, total)."""
+    """Progress bars that disappear when done; yields a function of (what, done, total)."""
     with Bars() as progress:
         yield progress.show
 
 
 @contextmanager
 def status(first: str) -> Iterator[Callable[[str], None]]:
-    """A spinner with a line that changes; without a terminal nothing."""
+    """A spinner with a changing line; nothing without a terminal."""
     with err.status(first) as spinner:
         yield spinner.update

@@ -19,14 +19,16 @@ def command(
         RunConfig.targets
     ),
     ranks: Annotated[
-        str, typer.Option(metavar="OUT,IN,LAYERS", help="Ranks to keep; smaller ones need no new run.")
+        str, typer.Option(metavar="OUT,IN,LAYERS", help="Ranks to keep; smaller ranks reuse the same factors.")
     ] = ",".join(map(str, RunConfig.ranks)),
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     cache_dir: Annotated[
-        str | None, typer.Option(help="Folder of the factor files.", show_default="~/.cache/craft")
+        str | None, typer.Option(help="Cache folder for factors.", show_default="~/.cache/craft")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda.", show_default="cpu")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Decompose again even if the cache has it.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Device for the computation, such as cuda.", show_default="cpu")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Decompose again even if the factors are cached.")] = False,
     json: JsonFlag = False,
     **permitted: Any,
 ) -> None:
@@ -38,7 +40,7 @@ def command(
 
     names = parse_settings({"targets": targets})["targets"]
     wanted = Ranks.parse(ranks)
-    with console.status(f"looking for {model}"):
+    with console.status(f"resolving {model}"):
         checkpoint = find_checkpoint(model, names, revision, trust_remote_code=bool(permitted["trust_remote_code"]))
     with console.bars() as progress:
         weights = read_weights(checkpoint, names)
@@ -86,5 +88,5 @@ def command(
         drop=("seconds",),
     )
     if any(row["ranks"] != list(wanted) for row in rows):
-        console.out.print(f"of the ranks {wanted} asked for, the most that the shapes allow")
+        console.out.print(f"ranks {wanted} reduced to the dimensions of the stacks")
     console.facts({"factors": factors.path})

@@ -24,34 +24,30 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[PATH]...",
-            help="Run, adapter, checkpoint or hub id; several with --submission.",
+            help="Run, adapter, base checkpoint or hub id; several with --submission.",
             show_default="the latest run",
             autocompletion=completion.runs,
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="validation, or test.")] = "validation",
+    split: Annotated[str, typer.Option(help="Split to evaluate: validation or test.")] = "validation",
     report: Annotated[
-        bool, typer.Option("--report", help="Show precision, recall and F1 of each label, and the calibration error.")
+        bool, typer.Option("--report", help="Print precision, recall and F1 of each label, and the calibration error.")
     ] = False,
-    confusion: Annotated[
-        bool, typer.Option("--confusion", help="Show the confusion matrix: what was taken for what.")
-    ] = False,
+    confusion: Annotated[bool, typer.Option("--confusion", help="Print the confusion matrix.")] = False,
     worst: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="Show the N most confident mistakes: where wrong labels are found first."
-        ),
+        typer.Option(metavar="N", min=1, help="Print the N most confident mistakes; often these are labeling errors."),
     ] = None,
     predictions: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write a row for each example (.jsonl or .csv).")
+        str | None, typer.Option(metavar="FILE", help="Write one row per example to this file (.jsonl or .csv).")
     ] = None,
     submission: Annotated[
-        str | None, typer.Option(metavar="FILE", help="With --split test: the zip that the GLUE server takes.")
+        str | None, typer.Option(metavar="FILE", help="With --split test: write the zip for the GLUE server.")
     ] = None,
     json: JsonFlag = False,
     **settings: Any,
 ) -> None:
-    """Evaluate a run, an adapter or a checkpoint, on a task or on the data it was trained with."""
+    """Evaluate a run, an adapter or a checkpoint on a task, on your files, or on its own validation data."""
     from craft_cli.cli import console
     from craft_cli.config import parse_settings
     from craft_cli.data.sources import DataSource
@@ -64,10 +60,10 @@ def command(
         raise ConfigError(f"--split: expected validation or test, not '{split}'")
     if submission and (split != "test" or predictions or report or confusion or worst):
         raise ConfigError(
-            "--submission needs --split test, and no --predictions, --report, --confusion or --worst: it has no labels"
+            "--submission requires --split test, and cannot be combined with --predictions, --report, --confusion or --worst"
         )
     if len(paths or []) > 1 and not submission:
-        raise ConfigError("several runs are evaluated together for --submission only; name one")
+        raise ConfigError("several runs can be given only with --submission; pass one run")
 
     with console.status("starting"):
         from craft_cli.api.evaluate import evaluate
@@ -96,28 +92,28 @@ def command(
 
 
 def _notes(result: Any, *, report: bool, confusion: bool) -> list[str]:
-    """What is said beside the metrics; a matrix that would be too large is no reason to lose them.
+    """Notes about the requested tables. A matrix that is too large is a note, so that the metrics are not lost.
 
     Raises:
-        ConfigError: there is no table of the kind asked for.
+        ConfigError: the requested table does not exist for this task.
     """
     from craft_cli.tasks.metrics import MOST_CONFUSED
 
     if result.by_label is None and (report or confusion):
-        raise ConfigError(f"{'--report' if report else '--confusion'}: a regression has no labels")
+        raise ConfigError(f"{'--report' if report else '--confusion'}: a regression has no labels; remove it")
     notes = list(result.notes or ())
     if not confusion or result.confusion is not None:
         return notes
     if len(result.labels) <= MOST_CONFUSED:
-        raise ConfigError("--confusion: there is a matrix only of one label a row; --report shows each label")
+        raise ConfigError("--confusion requires a single-label classification task; use --report")
     return [
         *notes,
-        f"--confusion: no matrix of {len(result.labels):,} labels, since at most {MOST_CONFUSED} can be shown; --report shows each",
+        f"--confusion: too many labels for a matrix ({len(result.labels):,}, at most {MOST_CONFUSED}); use --report",
     ]
 
 
 def _show(result: Any, *, report: bool, confusion: bool) -> None:
-    """Metrics, and the tables that were asked for."""
+    """Print metrics and the requested tables."""
     from craft_cli.cli import console
 
     console.facts(

@@ -14,7 +14,7 @@ from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_setti
 from craft_cli.errors import ConfigError, figure
 
 _BESIDE = 2
-"""Projections in one table of changes: with more, it is wider than a terminal."""
+"""Maximum projections in one table of changes, so that it fits a terminal."""
 
 
 @reports_errors
@@ -25,27 +25,36 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[PATH]...",
-            help="Model, file of factors, run, adapter, sweep, or a folder of runs; several with --compare.",
+            help="Model, factor file, run, adapter, sweep, or a folder of runs; several with --compare.",
             show_default="the latest run",
             autocompletion=completion.runs,
         ),
     ] = None,
     ranks: Annotated[
-        str | None, typer.Option(metavar="OUT,IN,LAYERS", help="Of a model: count the numbers trained.")
+        str | None,
+        typer.Option(metavar="OUT,IN,LAYERS", help="For a model: count the trained parameters at these ranks."),
     ] = None,
     energy: Annotated[
-        float | None, typer.Option(metavar="PART", help="Propose ranks that keep this part of the energy, such as 0.5.")
+        float | None,
+        typer.Option(
+            metavar="PART", help="Propose the smallest ranks that keep this share of the energy, such as 0.5."
+        ),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="Propose the best ranks that train at most these: 50k.")
+        str | None,
+        typer.Option(
+            metavar="NUMBERS", help="Propose the best ranks within this many trained parameters, such as 50k."
+        ),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Set runs side by side.")] = False,
-    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the spectra (png, svg, pdf).")] = None,
-    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page, to be read offline.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Compare runs side by side.")] = False,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Plot the spectra to this file (png, svg, pdf).")
+    ] = None,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a self-contained HTML page.")] = None,
     json: JsonFlag = False,
     **permitted: Any,
 ) -> None:
-    """Look into a model, a file of factors, a run, an adapter or a sweep; list runs, compare them; propose ranks."""
+    """Inspect a model, a factor file, a run, an adapter or a sweep; list or compare runs; propose ranks."""
     from craft_cli.cli import console
 
     asked = {
@@ -56,10 +65,10 @@ def command(
     }
     if sum(value is not None and value is not False for value in asked.values()) > 1:
         raise ConfigError(
-            f"{' and '.join(name for name, value in asked.items() if value)} are different questions: ask one"
+            f"{' and '.join(name for name, value in asked.items() if value)} cannot be combined; choose one"
         )
     if len(paths or []) > 1 and not compare:
-        raise ConfigError("several paths are for --compare; name one")
+        raise ConfigError("several paths can be given only with --compare; pass one path")
     path, trusted = paths[0] if paths else None, bool(permitted["trust_remote_code"])
     if compare:
         return _compare(paths or [], html, json=json)
@@ -76,7 +85,7 @@ def command(
 
         runs = list_runs(Path(path).expanduser()) if path else []
     if runs and (ranks or plot):
-        raise ConfigError(f"--ranks and --plot: {path} is a folder of runs; name one of them")
+        raise ConfigError(f"--ranks and --plot: {path} is a folder of runs; pass one of them")
     if runs:
         return _list(str(path), runs, html, json=json)
     with console.status("reading"):
@@ -85,13 +94,20 @@ def command(
         if html:
             from craft_cli.api.report import write_page
 
-            found = write_page(path, html, trust_remote_code=trusted)
+            inspection = write_page(path, html, trust_remote_code=trusted)
         if plot or not html:
-            found = inspect(path, ranks=ranks, plot=plot, trust_remote_code=trusted)
+            inspection = inspect(path, ranks=ranks, plot=plot, trust_remote_code=trusted)
     if json:
-        console.print_json({"kind": found.kind, "path": found.path, **found.facts, "projections": found.projections})
+        console.print_json(
+            {
+                "kind": inspection.kind,
+                "path": inspection.path,
+                **inspection.facts,
+                "projections": inspection.projections,
+            }
+        )
     else:
-        _show(found, plot, html)
+        _show(inspection, plot, html)
 
 
 def _compare(paths: Sequence[str], html: str | None, *, json: bool) -> None:
@@ -111,19 +127,21 @@ def _compare(paths: Sequence[str], html: str | None, *, json: bool) -> None:
         _comparison(compared)
 
 
-def _show(found: Any, plot: str | None, html: str | None) -> None:
-    """What holds for the whole, a row for each projection, and what it changed."""
+def _show(inspection: Any, plot: str | None, html: str | None) -> None:
+    """Print the facts, one row per projection, and the changes."""
     from craft_cli.cli import console
 
-    console.facts({found.kind: found.path, **found.facts, "plot": plot, "page": html})
+    console.facts({inspection.kind: inspection.path, **inspection.facts, "plot": plot, "page": html})
     console.out.print()
-    columns, rows = _table(found.projections)
+    columns, rows = _table(inspection.projections)
     console.table(columns, rows, drop=("in", "out", "layer") if "energy" in columns else ())
     if "energy" in columns:
-        console.out.print("energy: kept of the squared norm; of a random tensor of that shape; of each mode by itself")
-    if any("change_by_layer" in row for row in found.projections):
+        console.out.print(
+            "energy: share of the squared norm kept; the same for a random tensor of this shape; and for each mode alone"
+        )
+    if any("change_by_layer" in row for row in inspection.projections):
         console.out.print()
-        _changes(found.projections)
+        _changes(inspection.projections)
 
 
 def _sweep(path: Path, *, other: bool, json: bool) -> None:
@@ -131,7 +149,7 @@ def _sweep(path: Path, *, other: bool, json: bool) -> None:
     from craft_cli.sweeps.table import read_results
 
     if other:
-        raise ConfigError(f"--ranks, --plot and --html: {path} is a sweep; name one of its runs")
+        raise ConfigError(f"--ranks, --plot and --html: {path} is a sweep; pass one of its runs")
     results = read_results(path)
     if json:
         console.print_json({"kind": "sweep", **asdict(results)})
@@ -188,7 +206,7 @@ def _advice(advice: Any) -> None:
             drop=("random", "numbers"),
         )
         console.out.print()
-    console.out.print("energy that each rank keeps by itself, beside that of a random tensor of that shape")
+    console.out.print("energy that each rank keeps alone, next to that of a random tensor of this shape")
     console.out.print()
     columns = ["at the proposed ranks", "L x out x in", "numbers", "energy", "random"]
     console.table(
@@ -283,4 +301,4 @@ def _changes(projections: Any) -> None:
     if all("k_norms" in row for row in projections):
         console.out.print("K: how far each trained transform is from the identity; dW: the change of a layer's weight")
     if any("effective_rank_by_layer" in row for row in projections):
-        console.out.print("directions: the effective rank of dW, exp of the entropy of its singular values")
+        console.out.print("directions: effective rank of dW, exp of the entropy of its singular values")

@@ -13,7 +13,7 @@ from craft_cli.cli.options import JsonFlag, asks_hub, reports_errors, with_setti
 Adapter = Annotated[
     str | None,
     typer.Argument(
-        help="Run, adapter, or an adapter's hub id.", show_default="the latest run", autocompletion=completion.runs
+        help="Run, adapter, or hub id of an adapter.", show_default="the latest run", autocompletion=completion.runs
     ),
 ]
 
@@ -33,9 +33,7 @@ def command(
             show_default="merged (or peft, gguf, adapter-copy), in the run",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that an earlier merge wrote.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier merge.")] = False,
     output_format: Annotated[
         str,
         typer.Option(
@@ -49,33 +47,33 @@ def command(
         ),
     ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Write several files above it.", show_default="5GB")
+        str | None, typer.Option(metavar="SIZE", help="Maximum size of a weight file.", show_default="5GB")
     ] = None,
     trim: Annotated[
-        bool, typer.Option("--trim", help="Of a LoRA: leave out directions that are zero to numerical precision.")
+        bool, typer.Option("--trim", help="For a LoRA: drop directions that are zero to numerical precision.")
     ] = False,
     tolerance: Annotated[
         float | None,
         typer.Option(
             metavar="PART",
-            help="Of a LoRA: error allowed of each change that is dense (superlora).",
+            help="For a LoRA: allowed relative error of a dense change (superlora).",
             show_default="1e-6",
         ),
     ] = None,
     no_head: Annotated[
         bool,
-        typer.Option("--no-head", help="Of a LoRA: leave out the trained head, for vLLM; it then gives embeddings."),
+        typer.Option("--no-head", help="For a LoRA: omit the trained head, for vLLM; the LoRA then gives embeddings."),
     ] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this repository of the hub too.")
+        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload to this Hub repository.")
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="With --push-to-hub: a repository that is made is private.")
+        bool, typer.Option("--private", help="With --push-to-hub: create the repository as private.")
     ] = False,
     json: JsonFlag = False,
     **settings: Any,
 ) -> None:
-    """Fold an adapter into dense weights: a plain Hugging Face checkpoint for any tool; or a LoRA, or a copy to share."""
+    """Merge an adapter into a plain Hugging Face checkpoint for any tool, or export it as a LoRA or a copy to share."""
     from craft_cli.cli import console
 
     with console.status("starting") as progress:
@@ -104,7 +102,7 @@ def command(
 
 
 def _show(result: Any) -> None:
-    """What was written, where."""
+    """Print what was written."""
     from craft_cli.cli import console
 
     if result.format == "adapter":
@@ -131,5 +129,5 @@ def _show(result: Any) -> None:
 
 
 def _threshold(value: float, *, lora: bool) -> str:
-    kept = "other tools assume 0.5" if lora else "craft eval and predict know it, other tools assume 0.5"
-    return f"a label applies above {value:g} ({kept})"
+    used = "other tools assume 0.5" if lora else "used by craft eval and predict; other tools assume 0.5"
+    return f"labels are predicted above {value:g} ({used})"

@@ -20,12 +20,15 @@ def command(
     ] = None,
     targets: Annotated[str, typer.Option(metavar="NAMES", help="Projections to adapt.")] = ",".join(RunConfig.targets),
     budget: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="With --model: the settings that train at most these: 16k.")
+        str | None,
+        typer.Option(
+            metavar="NUMBERS", help="With --model: show the settings within this many parameters, such as 16k."
+        ),
     ] = None,
     json: JsonFlag = False,
     **permitted: Any,
 ) -> None:
-    """List the methods of `craft train --method`, with their papers and the numbers they train."""
+    """List the methods of `craft train --method`, with their papers and trained parameters."""
     from craft_cli.cli import console
 
     with console.status("reading") as progress:
@@ -33,21 +36,21 @@ def command(
 
         names = parse_settings({"targets": targets})["targets"]
         trusted = bool(permitted["trust_remote_code"])
-        found = list_methods(model, targets=names, budget=budget, trust_remote_code=trusted, progress=progress)
+        entries = list_methods(model, targets=names, budget=budget, trust_remote_code=trusted, progress=progress)
     if json:
-        console.print_json([asdict(method) for method in found])
+        console.print_json([asdict(method) for method in entries])
         return
-    console.facts({method.name: f"{method.idea} ({method.paper})" for method in found}, rename=False)
+    console.facts({method.name: f"{method.idea} ({method.paper})" for method in entries}, rename=False)
     if model is None:
         return
     console.out.print()
     columns = ["method", "rank", "numbers"]
-    rows = [[method.name, method.size, method.parameters or 0] for method in found]
+    rows = [[method.name, method.size, method.parameters or 0] for method in entries]
     if budget:
         columns += [f"within {budget}", "numbers"]
-        for row, method in zip(rows, found, strict=True):
+        for row, method in zip(rows, entries, strict=True):
             row += [method.budget_size or "-", "" if method.budget_parameters is None else method.budget_parameters]
     console.table(columns, rows)
-    for method in found:
+    for method in entries:
         if method.problem:
             console.note(method.problem)

@@ -1,4 +1,4 @@
-"""What all commands share: common options, options made from the settings, and how errors end."""
+"""Shared by all commands: common options, options generated from the settings, and error handling."""
 
 from __future__ import annotations
 
@@ -22,45 +22,45 @@ from craft_cli.errors import CraftError
 from craft_cli.training.launch import is_launched, rank
 from craft_cli.training.signals import terminates_cleanly
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print only one JSON object to stdout.")]
 MOST_USED = (
     "model", "task", "train_file", "validation_file", "method", "learning_rate", "num_train_epochs",
     "per_device_train_batch_size", "output_dir", "dry_run",
 )  # fmt: skip
-"""The settings that `craft train --help` begins with."""
+"""The settings at the top of `craft train --help`."""
 _METAVARS = {
     "model": "MODEL", "task": "TASK", "method": "METHOD", "ranks": "OUT,IN,LAYERS", "targets": "NAMES", "budget": "NUMBERS",
     "text_columns": "NAMES", "report_to": "NAMES", "data_dir": "FOLDER", "cache_dir": "FOLDER", "output_dir": "FOLDER",
     "train_file": "FILE", "validation_file": "FILE", "num_train_epochs": "NUMBER", "threshold": "NUMBER", "init_from": "PATH",
 }  # fmt: skip
-"""What stands for a setting's value in help; N, NUMBER or TEXT without."""
+"""Placeholders of values in help. Default: N, NUMBER or TEXT."""
 _OTHERS_SPEAK = 3.0
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 OfflineFlag = Annotated[
-    bool, typer.Option("--offline", help="Never ask the hub: take what is in its cache, as with HF_HUB_OFFLINE=1.")
+    bool, typer.Option("--offline", help="Never contact the Hub; use its cache only, as with HF_HUB_OFFLINE=1.")
 ]
 VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
 
 
 Temperature = Annotated[
     float | None,
-    typer.Option(help="Of a language model: 0 takes the likeliest token, above it one is drawn.", show_default="0"),
+    typer.Option(help="Sampling temperature of a language model; 0 is greedy.", show_default="0"),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(help="Draw from the likeliest tokens that have this probability together.", show_default="1"),
+    typer.Option(help="Sample from the most likely tokens with this total probability.", show_default="1"),
 ]
-Seed = Annotated[int | None, typer.Option(help="Of what is drawn.", show_default="42")]
-Stop = Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be given several times.")]
+Seed = Annotated[int | None, typer.Option(help="Random seed of the sampling.", show_default="42")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop string that ends an answer; can be given several times.")]
 
 
 def generation_of(
     max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None, stop: list[str] | None
 ) -> Any:
-    """A `Generation` of what is given; None where nothing is.
+    """A `Generation` from the given options; None if none is given.
 
     Raises:
-        ConfigError: a value that cannot be.
+        ConfigError: a value is out of range.
     """
     given = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": tuple(stop or ())
@@ -70,22 +70,22 @@ def generation_of(
         return None
     from craft_cli.tasks.generation import Generation
 
-    return Generation(**given)  # type: ignore[arg-type]  # each of its own type
+    return Generation(**given)  # type: ignore[arg-type]  # values have different types
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Every error as one line and an exit code: 1 for errors, 130 for Ctrl-C; the traceback only with -v."""
+    """Turn exceptions into one line and an exit code: 1 for errors, 130 for Ctrl-C; a traceback only with -v."""
 
     @functools.wraps(command)
     def wrapped(*arguments: Any, verbose: bool = False, **options: Any) -> None:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and without a GPU it complains
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by peft, and it warns without a GPU
         try:
             with terminates_cleanly():
                 command(*arguments, **options)
                 if sys.stdout:
                     sys.stdout.flush()
         except CraftError as error:
-            if rank():  # an error of all is told by the main process, and this one is ended meanwhile
+            if rank():  # the main process prints errors that all share, and stops this one
                 time.sleep(_OTHERS_SPEAK)
             _end(f"process {rank()}: {error}" if rank() else str(error), verbose)
         except KeyboardInterrupt:
@@ -95,22 +95,25 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(0) from None
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-                _discard(sys.stdout)  # what is left in its buffer
+                _discard(sys.stdout)  # discard its buffer
                 _end(f"cannot write to standard output: {error.strerror}", verbose)
             if is_launched() and any(word in str(error) for word in _LOST):
                 time.sleep(_OTHERS_SPEAK)
-                _end(f"process {rank()} lost the connection to another process, which ended first", verbose)
-            if isinstance(error, PermissionError) and error.filename:  # such as a folder that may not be entered
-                _end(f"{error.filename}: {error.strerror}: ask its owner, or choose another", verbose)
+                _end(f"process {rank()} lost the connection to another process, which exited first", verbose)
+            if isinstance(error, PermissionError) and error.filename:  # such as a folder without access
+                _end(f"{error.filename}: {error.strerror}; ask its owner for access, or choose another path", verbose)
             reason = " ".join(str(error).split())
-            _end(f"unexpected {type(error).__name__}: {reason} (-v shows where; please report it)", verbose)
+            _end(
+                f"unexpected {type(error).__name__}: {reason} (run with -v for the traceback; please report it)",
+                verbose,
+            )
 
     _set_signature(wrapped, [*_parameters(command), _parameter("verbose", VerboseFlag, False)])
     return wrapped
 
 
 def asks_hub(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that may ask the hub the option not to."""
+    """Add the option --offline to a command that can contact the Hub."""
 
     @functools.wraps(command)
     def wrapped(*arguments: Any, offline: bool = False, **options: Any) -> None:
@@ -122,7 +125,7 @@ def asks_hub(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of these settings (all without), passed on as keywords; None for those not given."""
+    """Add options for these settings (default: all) to a command, passed as keywords; None for options not given."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in _parameters(command) if p.kind is not inspect.Parameter.VAR_KEYWORD]

@@ -22,28 +22,34 @@ def command(
     path: Annotated[
         str | None,
         typer.Argument(
-            help="Run, adapter, checkpoint or hub id.", show_default="the latest run", autocompletion=completion.runs
+            help="Run, adapter, base checkpoint or hub id.",
+            show_default="the latest run",
+            autocompletion=completion.runs,
         ),
     ] = None,
     input: Annotated[
         str,
         typer.Option(
-            "--input", "-i", metavar="FILE", help="Texts: jsonl, csv, tsv, parquet, conll, txt; - reads lines."
+            "--input",
+            "-i",
+            metavar="FILE",
+            help="Input file: jsonl, csv, tsv, parquet, conll or txt; - reads lines from stdin.",
         ),
     ] = "-",
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="File to write.", show_default="stdout")
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Output file.", show_default="stdout")
     ] = None,
     keep_columns: Annotated[
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Columns of the input to repeat beside each answer: id,text.",
-            show_default="row, its number",
+            help="Input columns to copy to each prediction, such as id,text.",
+            show_default="row, the row number",
         ),
     ] = None,
     output_format: Annotated[
-        str | None, typer.Option("--format", help="jsonl or csv.", show_default="as FILE ends, else jsonl")
+        str | None,
+        typer.Option("--format", help="Output format: jsonl or csv.", show_default="from the file name, or jsonl"),
     ] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -51,7 +57,7 @@ def command(
     stop: Stop = None,
     **settings: Any,
 ) -> None:
-    """Predict for texts without labels: a row for each, with its answer and scores; a language model writes its answers."""
+    """Predict labels and scores for texts, one row per text; language models generate answers."""
     from craft_cli.cli import console
     from craft_cli.config import parse_settings
     from craft_cli.config.names import split_names
@@ -65,10 +71,10 @@ def command(
         from craft_cli.api.predict import predict_file
 
         def ready() -> None:
-            if by_hand or on_screen:  # what is typed, or the answers, show that it goes on
+            if by_hand or on_screen:  # typing, or the answers, already show progress
                 spinning.close()
             if by_hand:
-                console.note("type texts, a line each; end with Ctrl-D")
+                console.note("type one text per line; end with Ctrl-D")
 
         def done(rows: int) -> None:
             if not (by_hand or on_screen):

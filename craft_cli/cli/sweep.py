@@ -15,7 +15,7 @@ from craft_cli.errors import ConfigError
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SHARED = [name for name, group in RunConfig.groups().items() if group != GROUPS[-1] and name != "seed"]
-"""The settings of all trials; the others are about one run, or are the sweep's own."""
+"""Settings shared by all trials; the others concern a single run, or the sweep itself."""
 
 
 SetsFlag = Annotated[
@@ -23,31 +23,33 @@ SetsFlag = Annotated[
     typer.Option(
         "--set",
         metavar="NAME=VALUES",
-        help="What is tried: learning_rate=1e-3,3e-3; ranks=64,64,8/32,32,4; learning_rate=1e-4..1e-2 with --trials. "
-        "An option of one method is for its trials only.",
+        help="Values to try: learning_rate=1e-3,3e-3; ranks=64,64,8/32,32,4; learning_rate=1e-4..1e-2 with --trials. "
+        "Options of a method apply to its trials only.",
         show_default="the default space of the method",
     ),
 ]
 SamplerFlag = Annotated[
-    str | None, typer.Option(help="grid, random or tpe.", show_default="grid; tpe with --trials or a range")
+    str | None, typer.Option(help="Sampler: grid, random or tpe.", show_default="grid; tpe with --trials or a range")
 ]
 PrunerFlag = Annotated[
     str | None,
     typer.Option(
-        help="End trials early that look worse than others: none, median or hyperband.",
+        help="Pruner that stops unpromising trials early: none, median or hyperband.",
         show_default="median; none for a grid",
     ),
 ]
 TrialsFlag = Annotated[
-    int | None, typer.Option(min=1, help="Settings to sample.", show_default="all combinations; 20 of a default space")
+    int | None,
+    typer.Option(min=1, help="Number of settings to sample.", show_default="all combinations; 20 of a default space"),
 ]
 StorageFlag = Annotated[
-    str | None, typer.Option(metavar="URL", help="A database that machines share.", show_default="SQLite in the folder")
+    str | None,
+    typer.Option(metavar="URL", help="Database shared by several machines.", show_default="SQLite in the folder"),
 ]
 ResumeFlag = Annotated[
-    bool, typer.Option("--resume", help="Go on with the sweep in --output-dir, or with the latest, or take part in it.")
+    bool, typer.Option("--resume", help="Resume or join the sweep in --output-dir, or the latest sweep.")
 ]
-RetryFlag = Annotated[bool, typer.Option("--retry-failed", help="With --resume: try the trials that failed once more.")]
+RetryFlag = Annotated[bool, typer.Option("--retry-failed", help="With --resume: retry the failed trials.")]
 
 
 @reports_errors
@@ -57,28 +59,29 @@ def command(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="A shipped recipe's name or a YAML file; flags override it.", autocompletion=completion.recipes
+            help="Name of a shipped recipe, or a YAML file; flags override it.", autocompletion=completion.recipes
         ),
     ] = None,
     sets: SetsFlag = None,
     seeds: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Of each setting; its score is their mean.", show_default="one")
+        str | None,
+        typer.Option(metavar="N,N", help="Seeds of each setting; its score is their mean.", show_default="one"),
     ] = None,
     trials: TrialsFlag = None,
     timeout: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Begin no trial after this long: 90s, 30m, 2h, 1d.")
+        str | None, typer.Option(metavar="TIME", help="Start no trial after this time: 90s, 30m, 2h, 1d.")
     ] = None,
     sampler: SamplerFlag = None,
     pruner: PrunerFlag = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Trials at once.", show_default="one for each GPU, or one")
+        int | None, typer.Option(min=1, help="Number of concurrent trials.", show_default="one per GPU, or one")
     ] = None,
     test_file: Annotated[
-        str | None, typer.Option(help="Score the best of each method, once, on rows that nothing was chosen on.")
+        str | None, typer.Option(help="Test file on which the best setting of each method is scored once.")
     ] = None,
     storage: StorageFlag = None,
     cache_dir: Annotated[
-        str | None, typer.Option(help="Folder of the factor files.", show_default="~/.cache/craft")
+        str | None, typer.Option(help="Cache folder for factors.", show_default="~/.cache/craft")
     ] = None,
     output_dir: Annotated[
         str | None, typer.Option(help="Folder of the sweep.", show_default="sweeps/TASK-MODEL-TIME")
@@ -86,17 +89,18 @@ def command(
     resume: ResumeFlag = False,
     retry_failed: RetryFlag = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the trials, their numbers and the time, from one real step each.")
+        bool,
+        typer.Option("--dry-run", help="Show the trials, their parameters and the estimated time, without training."),
     ] = False,
     json: JsonFlag = False,
     **settings: Any,
 ) -> None:
-    """Compare settings and methods over seeds, on Optuna: a grid, or sampled ones; a table and pictures at the end."""
+    """Compare settings and methods over several seeds with Optuna, as a grid or sampled, with tables and plots."""
     from craft_cli.cli import console, sweep_console
     from craft_cli.config import load_recipe
 
     if dry_run and resume:
-        raise ConfigError("--dry-run excludes --resume")
+        raise ConfigError("--dry-run cannot be combined with --resume")
     trusted = bool(settings.pop("trust_remote_code"))
     asked: dict[str, Any] = {
         "settings": {name: value for name, value in settings.items() if value is not None},
@@ -113,7 +117,7 @@ def command(
             retry_failed=retry_failed,
         )  # fmt: skip
     with sweep_console.SweepConsole() as listener:
-        result: Any = (rehearse if dry_run else sweep)(options, listener)  # type: ignore[arg-type]  # a Listener but for import
+        result: Any = (rehearse if dry_run else sweep)(options, listener)  # type: ignore[arg-type]  # a Listener, but not imported here
     if json:
         console.print_json(result if dry_run else asdict(result))
     elif dry_run:
@@ -126,11 +130,11 @@ def _seeds(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--seeds: expected whole numbers such as 1,2,3, not '{text}'") from None
+        raise ConfigError(f"--seeds: expected integers such as 1,2,3, not '{text}'") from None
 
 
 def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if not match:
         raise ConfigError(f"--timeout: expected a number with s, m, h or d, such as 90s or 2h, not '{text}'")
-    return float(found[1]) * _UNITS[found[2]]
+    return float(match[1]) * _UNITS[match[2]]

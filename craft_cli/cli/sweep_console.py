@@ -1,4 +1,4 @@
-"""What a sweep shows: a line for each trial and a bar while it works, its table, and what it would try."""
+"""Output of a sweep: a line per trial and a progress bar, the table, and the dry run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SweepConsole:
-    """Shows a sweep: what is compared, a line for each trial, a bar of trials with the best so far and the time left."""
+    """Displays a sweep: its header, a line per trial, and a bar with the best result so far and the time left."""
 
     def __init__(self) -> None:
         self._bars = Bars()
@@ -27,10 +27,10 @@ class SweepConsole:
         self._bars.stop()
 
     def started(self, results: Results, trials: int | None, jobs: int) -> None:
-        many = "as many as there is time for" if trials is None else f"{trials:,}"
+        many = "until the time limit" if trials is None else f"{trials:,}"
         rows = {
             "methods": ", ".join(results.methods),
-            "varied": ", ".join(results.varied) or "the method alone",
+            "varied": ", ".join(results.varied) or "only the method",
             "trials": f"{many} of a {results.sampler}" if results.sampler == "grid" else f"{many} by {results.sampler}",
             "seeds": ",".join(map(str, results.seeds)),
             "chosen by": f"{results.metric}, the {'lowest' if results.lower_is_better else 'highest'} mean",
@@ -40,11 +40,11 @@ class SweepConsole:
         }
         console.header("craft sweep", {name: value for name, value in rows.items() if value is not None})
         if results.done:
-            console.say(f"going on after {results.done:,} trials")
+            console.say(f"resuming after {results.done:,} trials")
         self._bars.show("trials", results.done, trials, _best(results))
 
     def tried(self, done: int, total: int) -> None:
-        self._bars.show("trials", done, total, ["one real step of each"])
+        self._bars.show("trials", done, total, ["one real step per trial"])
 
     def ended(self, results: Results, trial: str, trials: int | None, seconds_left: float | None) -> None:
         row = next(row for row in results.rows if row.trial == trial)
@@ -54,7 +54,7 @@ class SweepConsole:
         parts = [
             *(f"{name} {setting(value)}" for name, value in row.setting.items() if name in results.varied),
             score,
-            *([f"{row.numbers:,} numbers"] if row.numbers is not None else []),
+            *([f"{row.numbers:,} parameters"] if row.numbers is not None else []),
             *([f"{row.seconds:.0f} s"] if row.seconds is not None else []),
             *(["best so far"] if row.chosen == "best" else []),
         ]
@@ -66,7 +66,7 @@ class SweepConsole:
         console.note(what)
 
     def stopping(self) -> None:
-        console.say("stopping: the running trials write their checkpoints")
+        console.say("stopping: the running trials are saving their checkpoints")
 
     def interrupted(self, output: Path) -> None:
         self._bars.stop()
@@ -80,19 +80,19 @@ def _best(results: Results) -> list[str]:
 
 
 def spread(mean: float | None, std: float | None) -> str:
-    """A mean, with its standard deviation where there is one."""
+    """Format a mean, with its standard deviation if there is one."""
     if mean is None:
         return ""
     return f"{mean:.4f}" if std is None else f"{mean:.4f} \N{PLUS-MINUS SIGN} {std:.4f}"
 
 
 def setting(value: Any) -> str:
-    """The value of a setting as it may be given again."""
+    """Format the value of a setting as for --set."""
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def show(results: Any) -> None:
-    """The table of a sweep, what was chosen, and what must be said beside it."""
+    """Print the table of a sweep, the chosen settings, and notes."""
     tested = any(row.test for row in results.rows)
     columns = ["trial", "numbers", *results.varied, results.metric, "n", "seconds", *(["test"] if tested else [])]
     rows = [
@@ -109,9 +109,9 @@ def show(results: Any) -> None:
     ]
     console.table(columns, rows, drop=("seconds", "n", "numbers"))
     seeds = f"over the seeds {','.join(map(str, results.seeds))}" if len(results.seeds) > 1 else "one seed"
-    below = [f"{results.metric} on the validation rows, which chose; {seeds}"]
+    below = [f"{results.metric} on the validation rows, used for selection; {seeds}"]
     if tested:
-        below.append(f"test: the best of each method on {results.test_file}, on which nothing was chosen")
+        below.append(f"test: the best setting of each method on {results.test_file}, not used for selection")
     below += [f"{row.trial}: {row.reason}" for row in results.rows if row.reason and row.state != "complete"]
     for line in below:
         out.print(console.show(line), markup=False)
@@ -131,11 +131,11 @@ def show(results: Any) -> None:
 
 
 def show_rehearsal(rehearsed: Any) -> None:
-    """The trials that there would be, their numbers and their time."""
+    """Print the planned trials, their parameters and the estimated time."""
     names = list(dict.fromkeys(name for row in rehearsed["rows"] for name in row["setting"]))
     refused = [row for row in rehearsed["rows"] if row["reason"]]
     console.table(
-        ["method", "numbers", *names, "seconds a run"],
+        ["method", "numbers", *names, "seconds per run"],
         [
             [
                 row["method"],
@@ -155,10 +155,11 @@ def show_rehearsal(rehearsed: Any) -> None:
     seeds = len(rehearsed["seeds"])
     console.facts(
         {
-            "trials": f"{rehearsed['trials'] or 'until the time is over'}, {seeds} seed{'s' if seeds > 1 else ''} each, "
+            "trials": f"{rehearsed['trials'] or 'until the time limit'}, {seeds} seed{'s' if seeds > 1 else ''} per trial, "
             f"{rehearsed['jobs']} at once, {rehearsed['sampler']}",
             "chosen by": rehearsed["metric"],
-            "time": rehearsed["seconds"] and f"about {duration(rehearsed['seconds'])}, by one real step of each",
+            "time": rehearsed["seconds"]
+            and f"about {duration(rehearsed['seconds'])}, estimated from one real step per trial",
             "dry run": "nothing was written",
         }
     )

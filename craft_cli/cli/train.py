@@ -25,7 +25,7 @@ def command(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="A shipped recipe's name or a YAML file; flags override it.", autocompletion=completion.recipes
+            help="Name of a shipped recipe, or a YAML file; flags override it.", autocompletion=completion.recipes
         ),
     ] = None,
     json: JsonFlag = False,
@@ -60,7 +60,7 @@ def command(
     from craft_cli.cli.training_console import TrainingConsole
 
     with TrainingConsole() as listener:
-        result = train(config, listener)  # type: ignore[arg-type]  # a Listener in all but import
+        result = train(config, listener)  # type: ignore[arg-type]  # a Listener, but not imported here
     if not is_main_process():
         return
     if json:
@@ -93,15 +93,15 @@ def command(
 
 
 def _dry_run(console: Any, result: Any) -> None:
-    """What a training would take, and what flags would save of its memory."""
+    """Print the time and memory of a training, and what other flags would save."""
     memory = result.memory
     console.facts(
         {
-            "dry run": "everything fits: data, model, factors, one update, one batch of evaluation",
+            "dry run": "passed: data, model, factors, one update, one evaluation batch",
             "updates": result.planned,
-            "time": f"about {console.duration(result.estimate)}, by that update and that batch",
+            "time": f"about {console.duration(result.estimate)}, estimated from that update and batch",
             "memory": memory and f"about {in_bytes(memory.peak)} at the peak, estimated for the longest batch",
-            "held": f"{in_bytes(result.peak)} at most until now",
+            "used": f"{in_bytes(result.peak)} at most so far",
         }
     )
     if memory and memory.savings:

@@ -1,4 +1,4 @@
-"""What a training shows: its header, a bar while it works, a line for each evaluation."""
+"""Output of a training: header, progress bar, and a line per evaluation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from craft_cli.training.progress import Memory, Plan
 
 _TIMED = 10
-"""Updates after which the time of the others is estimated."""
+"""Updates after which the remaining time is estimated."""
 
 
 class TrainingConsole:
-    """Shows a training run: header, bar with loss, rate and time left, a line for each evaluation."""
+    """Displays a training run: header, bar with loss, rate and time left, and a line per evaluation."""
 
     def __init__(self) -> None:
         self._bars = console.Bars()
@@ -42,15 +42,15 @@ class TrainingConsole:
         self._bars.show(what, done, total)
 
     def started(self, plan: Plan) -> None:
-        for told in plan.notes:
-            console.note(told)
+        for note in plan.notes:
+            console.note(note)
         rows = {
             "model": plan.model,
-            "task": f"{plan.task} ({listed(plan.labels)})" if plan.labels else "answers of a language model",
-            "data": f"{plan.train_examples:,} to train on, {plan.eval_examples:,} to evaluate on",
+            "task": f"{plan.task} ({listed(plan.labels)})" if plan.labels else "language modeling",
+            "data": f"{plan.train_examples:,} training rows, {plan.eval_examples:,} validation rows",
             "tokens": plan.tokens,
             "adapter": f"{plan.method} on {in_words(plan.targets)}, {plan.sizes}",
-            "trained": f"{plan.adapter_parameters:,} numbers in the adapter"
+            "trained": f"{plan.adapter_parameters:,} parameters in the adapter"
             + (f", {plan.head_parameters:,} in the head{plan.head_start}" if plan.head_parameters else ""),
             "devices": plan.devices,
             "batch": plan.effective_batch,
@@ -65,9 +65,9 @@ class TrainingConsole:
         self._updates, self._evaluations, self._done = plan.updates, plan.evaluations, plan.done
         self._began = time.perf_counter()
         if plan.done == plan.updates:
-            console.say(f"all {plan.updates:,} updates were made before: nothing is left to train")
+            console.say(f"already finished: all {plan.updates:,} updates done")
         elif plan.done:
-            console.say(f"going on after update {plan.done:,} of {plan.updates:,}")
+            console.say(f"resuming after update {plan.done:,} of {plan.updates:,}")
 
     def updated(self, step: int, loss: float, rate: float, examples: int) -> None:
         self._seen += examples
@@ -75,14 +75,14 @@ class TrainingConsole:
         self._bars.show("training", step, self._updates, [f"loss {figure(loss)}", *self._metric, self._speed()])
 
     def logged(self, step: int, epoch: float, loss: float, rate: float) -> None:
-        if not console.err.is_terminal:  # a file gets lines where a terminal has its bar
+        if not console.err.is_terminal:  # a file gets lines instead of the bar
             width = len(f"{self._updates:,}")
             console.say(
                 f"update {step:>{width},}/{self._updates:,}  loss {figure(loss)}  lr {rate:.1e}  {self._speed()}"
             )
 
     def _estimate(self, step: int) -> None:
-        """After a few updates, say how long the others will take: what came before the first one was an evaluation."""
+        """Estimate the remaining time after a few updates; the time before the first one was an evaluation."""
         now = time.perf_counter()
         if step == self._done + 1:
             self._first = now
@@ -94,8 +94,8 @@ class TrainingConsole:
         evaluation = max(self._first - self._began - each, 0.0)
         left = each * (self._updates - step) + evaluation * self._evaluations
         console.say(
-            f"about {duration(left)} for the other {self._updates - step:,} updates at {each:.2g} s each; "
-            f"at most {in_bytes(peak_of_process())} held so far"
+            f"about {duration(left)} for the remaining {self._updates - step:,} updates, {each:.2g} s each; "
+            f"memory used so far: {in_bytes(peak_of_process())}"
         )
 
     def _speed(self) -> str:
@@ -117,7 +117,7 @@ class TrainingConsole:
         console.note(what)
 
     def stopping(self) -> None:
-        console.say("stopping: the checkpoint is being written")
+        console.say("stopping: saving a checkpoint")
 
     def interrupted(self, step: int, run: Path | None, *, resumable: bool) -> None:
         self._bars.stop()
@@ -139,7 +139,7 @@ def _memory(memory: Memory) -> str:
 
 
 def _example(parts: Sequence[tuple[str, bool]]) -> Text:
-    """A row of which a part is learned."""
+    """Print a row with its trained tokens marked."""
     text = Text()
     for part, learned in parts:
         shown = plain(part, "\n")

@@ -1,4 +1,4 @@
-"""How a command is explained: its `--help`, and what to say of a flag that there is not."""
+"""The `--help` of a command, and the error for an unknown flag."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ _ELSEWHERE = {
     "report-to": ("wandb", "tensorboard", "logger"),
     "recipe": ("config", "yaml"),
 }
-"""What other tools call our flags."""
+"""Flag names of other tools."""
 _SHORT = {"integer": "N", "int": "N", "float": "NUMBER"}
 _WIDEST, _NAMES = 100, 38
 
 
 def meant(name: str, known: Iterable[str]) -> str | None:
-    """The flag that someone means who gives another one.
+    """The flag that was probably meant.
 
     Args:
-        name: as given, such as `--lr`.
-        known: the flags there are.
+        name: the unknown flag, such as `--lr`.
+        known: existing flags.
     """
     names = [flag[2:] for flag in known if flag.startswith("--") and not flag.startswith("--no-")]
     word = name.lstrip("-").replace("_", "-").lower()
@@ -68,10 +68,10 @@ def meant(name: str, known: Iterable[str]) -> str | None:
 
 
 class Command(TyperCommand):
-    """A command whose help is read at any width, the flags used most first, and that knows other tools' names of flags."""
+    """A command with help for any width, the most used flags first, and suggestions for flag names of other tools."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As typer does; a flag that there is not names the one that is meant."""
+        """Parse as typer does; the error for an unknown flag suggests the right one."""
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
@@ -83,7 +83,7 @@ class Command(TyperCommand):
             raise
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Usage, an example, and groups of options: a name that is too long has its help below it."""
+        """Print usage, an example, and groups of options; long names have their help below them."""
         from rich.text import Text
 
         from craft_cli.cli import console
@@ -116,17 +116,17 @@ class Command(TyperCommand):
                 self._explain(parameter, width)
         if any(getattr(parameter, "secondary_opts", None) for parameter in self.params):
             console.out.print()
-            write("--no-SWITCH turns off a switch that a recipe or an earlier run turned on, such as --no-bf16.")
+            write("--no-SWITCH turns off a switch of a recipe or a resumed run, such as --no-bf16.")
 
     def _explain(self, parameter: Any, width: int) -> None:
         from rich.text import Text
 
         from craft_cli.cli import console
 
-        names, told = named(parameter), helped(parameter)
+        names, text = named(parameter), helped(parameter)
         column = _NAMES if width >= 80 else 4
         beside = console.cell_len(names) + 4 <= column
-        lines = console.wrapped(told.split(" "), width - column)
+        lines = console.wrapped(text.split(" "), width - column)
         head = Text(f"  {names}", "cyan")
         if beside and lines:
             head += Text(" " * (column - head.cell_len) + lines.pop(0), "default")
@@ -136,10 +136,10 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """Its flags not given are False, not None: None is sent through pydantic by typer, whose import takes long."""
+    """Flags that are not given are False, not None, because typer passes None through pydantic, a slow import."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As typer does."""
+        """Parse as typer does."""
         for parameter in self.get_params(ctx):
             if parameter.default is None and getattr(parameter, "is_flag", False):
                 parameter.default = False
@@ -147,7 +147,7 @@ class Group(TyperGroup):
 
 
 def _place(parameter: Any) -> str:
-    """Of an argument in a command line."""
+    """The placeholder of an argument."""
     if parameter.param_type_name != "argument":
         return ""
     name = named(parameter) + ("..." if parameter.nargs == -1 else "")
@@ -155,7 +155,7 @@ def _place(parameter: Any) -> str:
 
 
 def named(parameter: Any) -> str:
-    """An option with what it takes: `-v, --verbose`, `--seed N`; a switch takes nothing."""
+    """An option with its placeholder: `-v, --verbose`, `--seed N`; a switch has none."""
     if parameter.param_type_name == "argument":
         return str(parameter.metavar or parameter.name).strip("[].").upper()
     names = ", ".join(sorted(parameter.opts, key=len))
@@ -163,7 +163,7 @@ def named(parameter: Any) -> str:
 
 
 def takes(parameter: Any) -> str:
-    """What stands for an option's value; older versions of typer keep its type in another place."""
+    """The placeholder of an option's value; older versions of typer store its type elsewhere."""
     if parameter.metavar:
         return str(parameter.metavar)
     kept = getattr(parameter, "type_descriptor", None)
@@ -171,7 +171,7 @@ def takes(parameter: Any) -> str:
 
 
 def helped(parameter: Any) -> str:
-    """Its help, with its default where it has one."""
+    """The help of a parameter, with its default if it has one."""
     default = parameter.default
     if isinstance(parameter.show_default, str):
         default = parameter.show_default

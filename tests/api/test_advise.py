@@ -160,8 +160,8 @@ def test_cosines_are_those_of_the_dense_changes(pico: Make) -> None:
     assert craft.compare(["a", "wide"]).cosine[0][1] is None
     assert "--compare needs two runs or more" in failure("inspect", "--compare", "a")
     assert "x is neither a run nor an adapter" in failure("inspect", "--compare", "a", "x")
-    assert "several paths are for --compare" in failure("inspect", "a", "b")
-    assert "are different questions: ask one" in failure("inspect", "--compare", "a", "b", "--energy", "0.5")
+    assert "several paths can be given only with --compare" in failure("inspect", "a", "b")
+    assert "cannot be combined; choose one" in failure("inspect", "--compare", "a", "b", "--energy", "0.5")
 
 
 def train_runs(base: Path, data_dir: Path, *ranks: str) -> tuple[str, ...]:
@@ -213,7 +213,7 @@ def test_runs_side_by_side(pico: Make, data_dir: Path, monkeypatch: pytest.Monke
     for columns in ("80", "120"):
         monkeypatch.setenv("COLUMNS", columns)
         shown = invoke("inspect", "--compare", *trained).stdout
-        for line in ("1  run-6,5,2", "2  run-4,4,2", "numbers in the adapter", "accuracy", "cosine of dW"):
+        for line in ("1  run-6,5,2", "2  run-4,4,2", "parameters in the adapter", "accuracy", "cosine of dW"):
             assert line in shown
         assert f"{content['cosine'][0][1]:.3f}" in shown
 

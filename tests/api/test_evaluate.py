@@ -136,7 +136,7 @@ def test_several_labels_and_words_have_a_report_but_no_matrix(home: Path) -> Non
         assert f"expected calibration error  {told(home, kind)['ece']:.4f}" in text
         refused = invoke(*asked(home, kind, "--confusion"))
         assert (refused.exit_code, refused.stdout) == (1, "")
-        assert "only of one label a row" in refused.stderr
+        assert "requires a single-label classification task" in refused.stderr
 
 
 def test_a_matrix_of_too_many_labels_is_a_note_and_the_evaluation_is_kept(
@@ -147,14 +147,14 @@ def test_a_matrix_of_too_many_labels_is_a_note_and_the_evaluation_is_kept(
     found = invoke(*asked(home, "single", "--confusion"))
     assert found.exit_code == 0
     assert "accuracy" in found.stdout
-    assert "--confusion: no matrix of 2 labels, since at most 1 can be shown; --report shows each" in found.stderr
+    assert "--confusion: too many labels for a matrix (2, at most 1); use --report" in found.stderr
 
 
 @pytest.mark.parametrize("flag", ["--report", "--confusion"])
 def test_a_regression_has_no_labels_to_report_on(home: Path, flag: str) -> None:
     refused = invoke(*asked(home, "real", flag))
     assert (refused.exit_code, refused.stdout) == (1, "")
-    assert f"{flag}: a regression has no labels" in refused.stderr
+    assert f"{flag}: a regression has no labels; remove it" in refused.stderr
     assert not {"by_label", "confusion", "ece", "worst"} & set(told(home, "real"))
 
 
@@ -291,6 +291,7 @@ def test_nothing_wrong_is_said(home: Path) -> None:
     ]
     assert sum("no wrong answers" in text for text in outputs) == 1
     assert invoke(*asked(home, "single", "--worst", "0")).exit_code == 2
-    assert "--submission needs --split test, and no --predictions, --report, --confusion or --worst" in failure(
-        "eval", str(home / "single"), "--split", "test", "--submission", "s.zip", "--worst", "3"
+    assert (
+        "--submission requires --split test, and cannot be combined with --predictions, --report, --confusion or --worst"
+        in failure("eval", str(home / "single"), "--split", "test", "--submission", "s.zip", "--worst", "3")
     )

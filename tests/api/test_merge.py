@@ -218,9 +218,9 @@ def test_a_threshold_goes_with_the_merged_model(pico: Make) -> None:
     said = invoke("predict", result.output, "--input", "data/validation.jsonl").stdout.splitlines()
     assert [json.loads(line)["prediction"] for line in said] == answers[0]
     said = invoke("merge", "out", "--output-dir", "again").stdout
-    assert "a label applies above 0.23 (craft eval and predict know it, other tools assume 0.5)" in said
+    assert "labels are predicted above 0.23 (used by craft eval and predict; other tools assume 0.5)" in said
     said = invoke("merge", "out", "--format", "peft", "--output-dir", "lora").stdout
-    assert "a label applies above 0.23 (other tools assume 0.5)" in said
+    assert "labels are predicted above 0.23 (other tools assume 0.5)" in said
 
 
 def test_a_threshold_of_the_base_does_not_outlive_its_model(pico: Make) -> None:

@@ -404,7 +404,7 @@ def test_test_predictions_of_some_runs_with_the_rest_filled(
 
 
 def test_what_cannot_be_submitted_is_told(runs: Path, mnli: Path, small_server: dict[str, int]) -> None:
-    assert "--submission needs --split test" in failure("eval", str(runs / "single"), "--submission", "s.zip")
+    assert "--submission requires --split test" in failure("eval", str(runs / "single"), "--submission", "s.zip")
     with pytest.raises(ConfigError, match=r"the server takes a \.zip"):
         craft.submit([mnli / "run"], "s.tar")
     with pytest.raises(ConfigError, match="MNLI-m is answered by a run before it"):

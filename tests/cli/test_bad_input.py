@@ -211,7 +211,7 @@ def test_a_folder_that_may_not_be_entered_is_one_line(monkeypatch: pytest.Monkey
     Path("theirs").mkdir()
     done = invoke("inspect", "theirs")
     assert (done.exit_code, done.stdout) == (1, "")
-    assert "Permission denied: ask its owner" in done.stderr
+    assert "Permission denied; ask its owner" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -216,7 +216,7 @@ def test_more_closed_streams() -> None:
     done = shell("craft predict run --input t.txt >&-")
     assert done.stderr.splitlines() == ["error: standard output is closed: give a file with --output"]
     done = shell("craft eval run --task sst2 --data-dir data --json >&-")
-    assert done.stderr.splitlines() == ["error: standard output is closed, so --json has nowhere to go"]
+    assert done.stderr.splitlines() == ["error: standard output is closed, so --json cannot be printed"]
     train = "craft train --model base --task sst2 --data-dir data --ranks 4,4,2 --use-cpu --num-train-epochs 3"
     assert shell(f"{train} --output-dir closed <&- >&- 2>&-").returncode == 0
     assert (Path("closed/all_results.json")).is_file()

@@ -53,7 +53,7 @@ def test_a_sweep_is_shown_while_it_runs_at_its_end_and_by_inspect(given: tuple[s
     results = read_results(Path("out"))
     found = json.loads(invoke("inspect", "out", "--json").stdout)
     assert (found["kind"], found["metric"], len(found["rows"]), len(found["runs"])) == ("sweep", "accuracy", 3, 5)
-    assert "out is a sweep; name one of its runs" in failure("inspect", "out", "--plot", "x.png")
+    assert "out is a sweep; pass one of its runs" in failure("inspect", "out", "--plot", "x.png")
 
     whole_at_any_width(lambda: sweep_console.show(results))
     for width in (60, 80, 120):
@@ -62,7 +62,7 @@ def test_a_sweep_is_shown_while_it_runs_at_its_end_and_by_inspect(given: tuple[s
     resumed = invoke("sweep", "--resume", "--output-dir", "out", "--json")
     assert resumed.exit_code == 0, resumed.stderr
     assert {"kind": "sweep", **json.loads(resumed.stdout)} == found
-    assert "going on after 3 trials" in resumed.stderr
+    assert "resuming after 3 trials" in resumed.stderr
     assert len(Path("starts").read_text().splitlines()) == 5  # nothing was trained again
 
 
@@ -72,7 +72,7 @@ def test_a_dry_run_shows_the_trials_and_writes_nothing(given: tuple[str, ...]) -
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("lora")]
     assert rows == [["lora", "200", "2", "2"], ["lora", "400", "4", "2"]]
     assert "trials     2, 3 seeds each, 1 at once, grid" in done.stdout
-    assert "time       about 12 s, by one real step of each" in done.stdout
+    assert "time       about 12 s, estimated from one real step per trial" in done.stdout
     assert not Path("out").exists()
     sampled = invoke(*given, "--trials", "40", "--timeout", "2h", "--dry-run")
     assert "space of craft  learning_rate 0.0003..0.03, head_learning_rate 0.0002..0.02" in sampled.stdout
@@ -80,9 +80,9 @@ def test_a_dry_run_shows_the_trials_and_writes_nothing(given: tuple[str, ...]) -
 
 
 def test_what_is_wrong_is_told_in_a_line(given: tuple[str, ...]) -> None:
-    assert "--seeds: expected whole numbers such as 1,2,3, not 'a'" in failure(*given, *RATES, "--seeds", "a")
+    assert "--seeds: expected integers such as 1,2,3, not 'a'" in failure(*given, *RATES, "--seeds", "a")
     assert "--timeout: expected a number with s, m, h or d" in failure(*given, *RATES, "--timeout", "2 hours")
-    assert "--dry-run excludes --resume" in failure(*given, *RATES, "--dry-run", "--resume")
+    assert "--dry-run cannot be combined with --resume" in failure(*given, *RATES, "--dry-run", "--resume")
     told = failure(*given, "--set", "learning_rat=1", "--set", "rnk=1", lines=2)
     assert "did you mean 'learning_rate'?" in told
     Path("taken").mkdir()

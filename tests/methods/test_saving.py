@@ -302,7 +302,7 @@ def test_one_line_in_python_and_a_table_in_a_notebook(pico: Make, capsys: pytest
     assert "\n" not in repr(lora) + repr(lora.frozen)
     page = adapter._repr_html_()
     assert page.count("<svg") == 6
-    for shown in ("3 x 24 x 24", '<td style="text-align: right">65</td>', "130 numbers in the adapter", "5 of 24: "):
+    for shown in ("3 x 24 x 24", '<td style="text-align: right">65</td>', "130 parameters in the adapter", "5 of 24: "):
         assert shown in page, page
     assert adapter.frozen._repr_html_().count("<svg") == 6
     assert "<svg" not in lora._repr_html_()

@@ -246,7 +246,7 @@ def test_a_killed_sweep_of_real_trainings_ends_with_the_same_adapters(pico: Make
     assert not Path("out/results.json").exists()
     results = sweep(asked("learning_rate=1e-2,3e-2", settings=settings, resume=True))
     assert table_of(results) == table_of(uncut)
-    assert "going on after update" in Path("out/runs/craft-001-seed42.log").read_text()
+    assert "resuming after update" in Path("out/runs/craft-001-seed42.log").read_text()
     for row in results.rows:
         same(f"out/runs/{row.trial}-seed42", f"uncut/runs/{row.trial}-seed42")
 

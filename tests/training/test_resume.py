@@ -94,7 +94,9 @@ def test_another_base_model_is_refused(pico: Make, data_dir: Path) -> None:
     shutil.copytree(pico(), "base")
     cut(config(Path("base"), data_dir), Cut(4))
     shutil.copytree(pico(vocab_size=65), "base", dirs_exist_ok=True)
-    with pytest.raises(CraftError, match="base has different weights \\(query\\) from those the adapter was trained on"):
+    with pytest.raises(
+        CraftError, match="base has different weights \\(query\\) from those the adapter was trained on"
+    ):
         craft.train(config(Path("base"), data_dir, resume=True))
 
 

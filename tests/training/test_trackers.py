@@ -161,10 +161,10 @@ def test_a_folder_of_runs_is_listed(pico: Make, data_dir: Path) -> None:
     page = Path("runs.html").read_text()
     assert all(name in page for name in ("done", "stopped", "0.03", "invalid YAML"))
     assert invoke("inspect", "--compare", "runs/done", "runs/stopped", "--html", "two.html").exit_code == 0
-    assert "numbers in the adapter" in Path("two.html").read_text()
+    assert "parameters in the adapter" in Path("two.html").read_text()
     assert "running" in text.stdout
     assert "interrupted" not in text.stdout
-    assert "runs is a folder of runs; name one of them" in failure("inspect", "runs", "--plot", "x.png")
+    assert "runs is a folder of runs; pass one of them" in failure("inspect", "runs", "--plot", "x.png")
 
 
 def test_inspect_tells_the_state_of_a_run(pico: Make, data_dir: Path) -> None:
@@ -230,7 +230,9 @@ def test_where_the_latest_run_is_gone_the_newest_finished_one_is_taken(run: Path
     assert "is finished; pass one of them: " in told
     assert all(f"runs/{name}" in told for name in ("old", "newest", "stopped"))
     told = failure("train", "--resume")
-    assert "there is no run in runs/latest; pass its folder as --output-dir, such as one of these unfinished runs" in told
+    assert (
+        "there is no run in runs/latest; pass its folder as --output-dir, such as one of these unfinished runs" in told
+    )
     assert "runs/stopped" in told
 
 
@@ -260,10 +262,10 @@ def test_the_command_line_goes_on_with_what_the_run_was_started_with(pico: Make,
     assert "--resume: out has different settings: --task was sst2, is cola, --seed was 5, is 6" in told
     done = invoke("train", "--resume", "--use-cpu", "--json")
     assert done.exit_code == 0, done.stderr
-    assert "going on after update 4 of 12" in done.stderr
+    assert "resuming after update 4 of 12" in done.stderr
     assert lines() == lines("uncut")
     again = invoke("train", "--resume", "--use-cpu")
-    assert "all 12 updates were made before: nothing is left to train" in again.stderr
+    assert "all 12 updates done" in again.stderr
     assert again.stdout.lstrip().startswith("label ")
     assert "\nbest " in again.stdout
 

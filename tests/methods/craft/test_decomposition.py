@@ -35,7 +35,7 @@ def test_ranks_above_the_dimensions_are_lowered_and_said(pico: Make) -> None:
     assert found["parameters"] == {"adapter": 2 * (24**2 + 4**2 + 3**2)}
     assert told == ""
     shown = CliRunner().invoke(app, ["decompose", str(pico()), "--ranks", "99,4,9"]).stdout
-    assert "of the ranks 99,4,9 asked for, the most that the shapes allow" in shown
+    assert "ranks 99,4,9 reduced to the dimensions of the stacks" in shown
 
 
 def test_one_entry_serves_smaller_ranks_and_fewer_targets(pico: Make) -> None:

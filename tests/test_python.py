@@ -54,7 +54,7 @@ def wrong(pico: Make) -> dict[str, tuple[Callable[[], Any], type[Exception], str
         "swapped to load": (lambda: public.load("run", model), TypeError, "the model comes first"),
         "a layer": (lambda: public.attach(torch.nn.Linear(2, 2)), TypeError, "not Linear"),
         "a number for factors": (lambda: public.attach(model, 3), TypeError, "factors: expected those of craft.decompose, not int 3"),
-        "a number for a model": (lambda: public.decompose(3), TypeError, "not int; craft.decompose takes one, or the name"),
+        "a number for a model": (lambda: public.decompose(3), TypeError, "not int; craft.decompose expects a model, or the name"),
         "two ranks": (lambda: public.decompose(base, ranks="6,5"), ConfigError, "^ranks: expected three"),
         "a number of ranks": (lambda: public.decompose(base, ranks=6), TypeError, "^ranks: expected str .* not int 6"),
         "an unknown projection": (

@@ -72,13 +72,11 @@ BANNED = {
 """Turns as regular expressions, each with its plainer form."""
 
 NOT_YET = (
-    "craft_cli/api/",
     "craft_cli/methods/",
     "craft_cli/models/",
     "README.md",
     "CHANGELOG.md",
     "docs/",
-    "recipes/",
 )
 """Rooms and pages that are not rewritten yet."""
 

@@ -1,1 +1,1 @@
-"""One plain function a command, which Python users call too."""
+"""One plain function per command, also for use from Python."""

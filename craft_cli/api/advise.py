@@ -1,4 +1,4 @@
-"""Use-case: which ranks? The energy that each rank keeps, beside that of a tensor without any structure."""
+"""Propose ranks, from the energy that each rank keeps, compared with a random tensor."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from craft_cli.tucker.chance import random_by_mode, random_energy
 
 @dataclass(frozen=True)
 class Advice:
-    """What `advise` found.
+    """The result of `advise`.
 
     Attributes:
-        base_model: whose weights were looked at.
-        ranks: OUT,IN,LAYERS proposed, one for all projections as in training.
-        parameters: numbers trained at these ranks, over all projections.
-        energy: part of the squared norm kept at these ranks, over all projections.
-        energy_random: the same of random tensors of the same shapes.
-        projections: for each a mapping with `name`, `shape`, `energy`, `energy_random`, `parameters` at these ranks, and
-            `curve`: rows with `rank`, `parameters` (its square) and for each mode the energy kept by that rank alone,
-            and by a random tensor (`layer`, `layer_random`, ...); None above the dimension.
+        base_model: the base model.
+        ranks: proposed OUT,IN,LAYERS, the same for all projections as in training.
+        parameters: trained parameters at these ranks, over all projections.
+        energy: share of the squared norm kept at these ranks, over all projections.
+        energy_random: the same for random tensors of the same shapes.
+        projections: one mapping per projection, with `name`, `shape`, `energy`, `energy_random`, `parameters` at these
+            ranks, and `curve`: rows with `rank`, `parameters` (its square) and for each mode the energy kept by that rank
+            alone, also for a random tensor (`layer`, `layer_random`, ...); None above the dimension.
     """
 
     base_model: str
@@ -50,23 +50,23 @@ def advise(
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Advice:
-    """Propose ranks: the fewest numbers that keep an energy, or the most energy within a number of numbers.
+    """Propose ranks: the smallest that keep an energy, or those with the most energy within a parameter budget.
 
     Args:
-        path: a model, a run, an adapter or a file of factors (then its base and projections); the latest run without.
-        energy: part of the squared norm to keep, above 0 and up to 1.
-        budget: numbers trained at most, over all projections; `50k` and `1.5m` are understood.
-        trust_remote_code: run Python code that comes with the model.
-        progress: called with what is being done.
+        path: a model, or a run, adapter or factor file (for its base and projections). Default: the latest run.
+        energy: share of the squared norm to keep, above 0 and up to 1.
+        budget: maximum trained parameters over all projections, such as 50000, `50k` or `1.5m`.
+        trust_remote_code: run Python code from the model's repository.
+        progress: called with a description of the current step.
 
     Raises:
-        ConfigError: not exactly one of `energy` and `budget`, or a value that cannot be.
+        ConfigError: not exactly one of `energy` and `budget` is given, or a value is out of range.
         CraftError: the model is missing, damaged or unsupported.
     """
     if (energy is None) == (budget is None):
-        raise ConfigError("--energy and --budget exclude each other: give one")
+        raise ConfigError("--energy and --budget cannot be combined; choose one")
     if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"--energy: expected a part above 0 and up to 1, not {energy:g}")
+        raise ConfigError(f"--energy: expected a number above 0 and up to 1, not {energy:g}")
     most = None if budget is None else parse_budget(budget)
     model, revision, targets = _whose(path)
     checkpoint = find_checkpoint(model, targets, revision, trust_remote_code=trust_remote_code)
@@ -100,7 +100,7 @@ def advise(
 
 
 def _whose(path: str | Path | None) -> tuple[str, str | None, tuple[str, ...]]:
-    """Model, revision and projections that a path speaks of."""
+    """Model, revision and projections that a path refers to."""
     found = find_run(None if path is None else str(path))
     adapter = find_adapter(found)
     if adapter:
@@ -113,7 +113,7 @@ def _whose(path: str | Path | None) -> tuple[str, str | None, tuple[str, ...]]:
 
 
 def _curve(table: EnergyTable) -> list[dict[str, Any]]:
-    """Energy by each mode alone at ranks 1, 2, 4, ... up to the largest dimension."""
+    """Energy of each mode alone at ranks 1, 2, 4, ... up to the largest dimension."""
     dimensions = sorted(set(table.shape))
     doubling = [1 << power for power in range(max(table.shape).bit_length())]
     random = random_by_mode(table.shape)
@@ -129,4 +129,4 @@ def _curve(table: EnergyTable) -> list[dict[str, Any]]:
     return rows
 
 
-# -- no structure -------------------------------------------------------------------------------------------------------
+# -- random baseline ----------------------------------------------------------------------------------------------------

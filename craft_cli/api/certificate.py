@@ -1,4 +1,4 @@
-"""`merge.json`: what was merged, and that the result computes what the adapted model does."""
+"""`merge.json`: the record of a merge, and the check that the result computes the same as the adapted model."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def verified(actual: Tensor, probe: Probe, tolerance: float) -> Difference:
     expected = probe.expected
     if not expected.isfinite().all():
         raise CraftError(
-            "the adapted model's logits are not finite: check the weights of its base, or train again with a lower "
+            "the adapted model's logits are not finite: check the weights of its base, or train with a lower "
             "--learning-rate; nothing was written"
         )
     if not actual.isfinite().all():
         raise CraftError(
-            "the merged model's logits are not finite: its numbers are too large for the dtype of its weights; "
+            "the merged model's logits are not finite: its weights are too large for their dtype; "
             "write them with --dtype bfloat16 or float32; nothing was written"
         )
     absolute = float((actual - expected).abs().max())
@@ -122,10 +122,10 @@ def certificate(
     difference: Difference,
     allowed: float,
 ) -> dict[str, Any]:
-    """What merge.json says: what was merged, into what, and how exact it is.
+    """The contents of merge.json: the adapter, the base, and the measured difference.
 
     Raises:
-        ModelError: the base was replaced meanwhile.
+        ModelError: the base was replaced during the merge.
     """
     adapted.check_unchanged()
     frozen = adapted.saved.frozen.sha256()
@@ -157,7 +157,7 @@ def _tensors(folder: Path) -> list[Path]:
 
 
 def versions() -> dict[str, str]:
-    """Of what has written a folder."""
+    """Versions of the libraries that wrote a folder."""
     import safetensors
     import transformers
 

@@ -1,4 +1,4 @@
-"""Use-case: runs side by side, and how alike their changes of the weights are."""
+"""Compare runs side by side, including the similarity of their weight updates."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from craft_cli.training.run import Run, find_adapter
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
-        runs: for each its `run`, `base_model`, `task`, `method`, `targets`, `ranks`, `parameters`, `metrics`, `epoch`, `updates`,
-            `seconds` and `change` (the norm of dW over all its projections); None where it is not recorded.
-        cosine: of the changes dW of every pair of runs, over all projections and layers; None where the shapes differ.
+        runs: one mapping per run: `run`, `base_model`, `task`, `method`, `targets`, `ranks`, `parameters`, `metrics`, `epoch`, `updates`,
+            `seconds` and `change` (the norm of dW over all its projections); None if it is not recorded.
+        cosine: cosine of the updates dW of each pair of runs, over all projections and layers; None if the shapes differ.
     """
 
     runs: Sequence[Mapping[str, Any]]
     cosine: Sequence[Sequence[float | None]]
 
     def table(self) -> list[tuple[str, list[Any]]]:
-        """What is compared, line by line: its name, and of each run its value as it is shown; None where there is none."""
+        """The comparison as lines: a name, and the formatted value of each run; None if there is none."""
         metrics = dict.fromkeys(name for row in self.runs for name in row["metrics"] or {})
 
         def column(name: str, shown: Callable[[Any], Any] = lambda value: value) -> list[Any]:
@@ -44,8 +44,8 @@ class Comparison:
             ("method", column("method")),
             ("targets", column("targets", ",".join)),
             ("ranks", column("ranks")),
-            ("numbers in the adapter", column("parameters", lambda numbers: f"{numbers['adapter']:,}")),
-            ("numbers in the head", column("parameters", lambda numbers: f"{numbers['head']:,}")),
+            ("parameters in the adapter", column("parameters", lambda numbers: f"{numbers['adapter']:,}")),
+            ("parameters in the head", column("parameters", lambda numbers: f"{numbers['head']:,}")),
             *(
                 (name, [figure(it[name]) if name in (it := row["metrics"] or {}) else None for row in self.runs])
                 for name in metrics
@@ -58,25 +58,25 @@ class Comparison:
 
 
 def compare(paths: Sequence[str | Path]) -> Comparison:
-    """Set runs or adapters side by side.
+    """Compare runs or adapters side by side.
 
-    The cosine of two changes is <dW, dW'> / (||dW|| ||dW'||). A projection that only one of them adapts counts as
-    unchanged in the other.
+    The cosine of two updates is <dW, dW'> / (||dW|| ||dW'||). A projection adapted by only one of them counts as unchanged
+    in the other.
 
     Args:
         paths: two or more runs or adapters.
 
     Raises:
-        ConfigError: fewer than two.
-        FileError: one is missing, damaged, or neither.
+        ConfigError: fewer than two paths are given.
+        FileError: a path is missing, damaged, or neither a run nor an adapter.
     """
     if len(paths) < 2:
-        raise ConfigError("--compare needs two runs or more: craft inspect --compare RUN RUN")
+        raise ConfigError("--compare requires at least two runs: craft inspect --compare RUN RUN")
     adapters, rows = [], []
     for path in map(Path, paths):
         folder = find_adapter(path.expanduser())
         if folder is None:
-            raise FileError(f"{path} is neither a run nor an adapter")
+            raise FileError(f"{path} is neither a run nor an adapter; pass the folder of one")
         adapters.append(read_adapter(folder))
         rows.append(_row(path, folder, adapters[-1]))
     products = [[_inner(one, other) for other in adapters] for one in adapters]
@@ -109,7 +109,7 @@ def _row(path: Path, folder: Path, saved: SavedAdapter) -> dict[str, Any]:
 
 
 def _inner(one: SavedAdapter, other: SavedAdapter) -> float | None:
-    """<dW, dW'> over all layers of the projections that both change; None where their shapes differ."""
+    """<dW, dW'> over all layers of the projections that both adapt; None if their shapes differ."""
     total = 0.0
     for target in set(one.frozen.targets) & set(other.frozen.targets):
         if tuple(one.frozen.shapes[target]) != tuple(other.frozen.shapes[target]):
@@ -120,24 +120,24 @@ def _inner(one: SavedAdapter, other: SavedAdapter) -> float | None:
 
 @dataclass(frozen=True)
 class Listed:
-    """One run.
+    """A run in a list of runs.
 
     Attributes:
-        run: its folder.
+        run: the run folder.
         state: `finished`, `running`, `interrupted at step N` or `damaged`.
-        score: of the metric that chose its best adapter; None before the first evaluation.
-        metric: which one that is.
-        task: as given.
-        model: as given.
-        method: as given.
-        ranks: what decides how many numbers it trains, as given: OUT,IN,LAYERS, or a rank.
-        parameters: numbers trained, in the adapter and in the head; None before the first evaluation.
-        learning_rate: of the adapter.
-        epochs: trained so far.
-        date: when it ended, or wrote its last line.
-        metrics: of the best evaluation so far; empty before the first.
-        step: the last update that was logged.
-        problem: what is damaged.
+        score: best value of the metric that chooses the adapter; None before the first evaluation.
+        metric: name of that metric.
+        task: the task setting.
+        model: the model setting.
+        method: the method setting.
+        ranks: OUT,IN,LAYERS, or the rank.
+        parameters: trained parameters of adapter and head; None before the first evaluation.
+        learning_rate: learning rate of the adapter.
+        epochs: epochs trained so far.
+        date: when the run ended, or wrote its last line.
+        metrics: metrics of the best evaluation so far; empty before the first.
+        step: the last logged update.
+        problem: description of the damage.
     """
 
     run: str
@@ -158,7 +158,7 @@ class Listed:
 
 
 def list_runs(folder: Path) -> list[Listed]:
-    """The runs directly below a folder, the best score of each metric first; those without one are the last. None: empty."""
+    """The runs directly in a folder, by metric and score; runs without a score come last. Empty if there are none."""
     return sorted(map(_listed, runs_below(folder)), key=_place)
 
 

@@ -1,4 +1,4 @@
-"""Use-case: decompose a model's attention projections once, and keep the factors."""
+"""Decompose a model's projections once, and cache the factors."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def decompose(
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> Factors:
-    """HOSVD factors of a model's stacked attention projections, from the cache where it has them.
+    """Compute the HOSVD factors of a model's stacked projections, or read them from the cache.
 
     Args:
         model: hub id, local folder, `demo`, or a loaded transformers model.
-        targets: of `query`, `key`, `value`, `output`, `gate`, `up`, `down`, or `all-linear`; also with commas between them.
-        ranks: OUT,IN,LAYERS; a rank above its dimension is lowered to it.
-        revision: branch, tag or commit of a hub model.
-        cache_dir: folder of the factor files; `~/.cache/craft` without.
-        device: where to compute; the CPU without.
-        force: decompose again even if the cache has it.
-        trust_remote_code: run Python code that comes with the model.
+        targets: `query`, `key`, `value`, `output`, `gate`, `up`, `down`, or `all-linear`; a list, or comma-separated.
+        ranks: OUT,IN,LAYERS; a rank above its dimension is reduced to it.
+        revision: branch, tag or commit of a Hub model.
+        cache_dir: cache folder for factors. Default: `~/.cache/craft`.
+        device: device for the computation. Default: the CPU.
+        force: decompose again even if the factors are cached.
+        trust_remote_code: run Python code from the model's repository.
 
     Raises:
-        TypeError: `model` is something else.
-        ConfigError: unknown targets or impossible ranks, or a revision of a loaded model.
+        TypeError: `model` is neither a name nor a model.
+        ConfigError: targets are unknown, ranks are invalid, or a revision is given for a loaded model.
         ModelError: the model is missing, damaged or of an unsupported family.
         FileError: the cache cannot be written.
     """
@@ -49,8 +49,8 @@ def decompose(
         found = find_checkpoint(str(model), targets, revision, trust_remote_code=trust_remote_code)
         weights = read_weights(found, targets)
     else:
-        check_model(model, "craft.decompose takes one, or the name of a checkpoint")
+        check_model(model, "craft.decompose expects a model, or the name of a checkpoint")
         if revision is not None:
-            raise ConfigError("--revision is for a checkpoint of the hub, and this model is loaded: leave it out")
+            raise ConfigError("--revision is for Hub models, but this model is already loaded; remove it")
         weights = weights_in(model, targets)
     return decompose_weights(weights, Ranks.parse(ranks), cache_dir=cache_dir, device=device, force=force).factors

@@ -1,7 +1,7 @@
-"""Use-case: examine what craft stands on here, from the versions to one real training step and merge.
+"""Check the installation and the machine, from versions to one real training step and merge.
 
-Meant for installations that do not work, so nothing heavy is imported before the check that is about it, and what one
-check runs into is told as its finding and does not keep the others from being made.
+It is meant for broken installations. Heavy imports happen inside the check they concern, and an exception becomes that
+check's finding, so that the other checks still run.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ State = Literal["ok", "note", "broken"]
 SHOWN = ("transformers", "accelerate", "datasets", "safetensors", "huggingface-hub")
 OPTIONAL = ("tensorboard", "wandb", "mlflow", "bitsandbytes", "peft", "optuna", "gguf")
 HUB_SECONDS = 3.0
-"""How long the hub may take to answer, whatever it is that takes so long."""
+"""Timeout in seconds for the Hub, including name resolution."""
 LITTLE_SPACE = 10**9
-"""Bytes free below which a cache is worth a note."""
+"""Free bytes below which a cache gets a note."""
 
 _COUNTING_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The finding of a check.
 
     Attributes:
-        name: of the check.
-        state: `ok`, `note` (works, but the user should know) or `broken`.
-        told: what was found, in one line.
+        name: name of the check.
+        state: `ok`, `note` (works, with a remark) or `broken`.
+        told: the finding, in one line.
     """
 
     name: str
@@ -62,13 +62,13 @@ Check = Callable[[], tuple[State, str]]
 
 
 def examine(progress: Callable[[str], None] = lambda what: None) -> list[Finding]:
-    """Examine this installation and this machine. Nothing is left behind.
+    """Check this installation and machine, without leaving files behind.
 
     Args:
-        progress: called with the name of each check before it is made.
+        progress: called with the name of each check before it runs.
 
     Returns:
-        The findings, in the order in which they are best read.
+        The findings, in reading order.
     """
     checks: dict[str, Check] = {
         "craft": _craft,
@@ -88,7 +88,7 @@ def examine(progress: Callable[[str], None] = lambda what: None) -> list[Finding
         try:
             scratch = tempfile.TemporaryDirectory(prefix="craft-doctor-", ignore_cleanup_errors=True)
         except OSError as error:
-            return [*found, Finding("training", "broken", f"no temporary folder can be made: {_reason(error)}")]
+            return [*found, Finding("training", "broken", f"cannot create a temporary folder: {_reason(error)}")]
         with scratch as name:
             folder = Path(name)
             found.append(_finding("training", partial(_training, folder), progress))
@@ -97,7 +97,7 @@ def examine(progress: Callable[[str], None] = lambda what: None) -> list[Finding
 
 
 def _finding(name: str, check: Check, progress: Callable[[str], None]) -> Finding:
-    progress(f"examining: {name}")
+    progress(f"checking: {name}")
     try:
         return Finding(name, *check())
     except Exception as error:
@@ -108,17 +108,17 @@ def _reason(error: Exception) -> str:
     """An exception in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
-    said = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if isinstance(error, CraftError):
-        return said
+        return message
     return textwrap.shorten(
-        f"{type(error).__name__}: {said}" if said else type(error).__name__, 240, placeholder=" ..."
+        f"{type(error).__name__}: {message}" if message else type(error).__name__, 240, placeholder=" ..."
     )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of libraries on our screen; what matters in them is told by the checks."""
+    """Silence library warnings; the checks report what matters in them."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -133,9 +133,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _craft() -> tuple[State, str]:
-    told = f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    summary = f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     reason = collision()
-    return ("note", f"{told}; {reason}") if reason else ("ok", told)
+    return ("note", f"{summary}; {reason}") if reason else ("ok", summary)
 
 
 def _torch() -> tuple[State, str]:
@@ -146,14 +146,14 @@ def _torch() -> tuple[State, str]:
 
 
 def _packages() -> tuple[State, str]:
-    """Versions of the main ones; all that craft requires are compared with the ranges in its own metadata."""
+    """Versions of the main libraries; all requirements are compared with the ranges in craft's metadata."""
     from packaging.requirements import Requirement
 
     versions = ", ".join(f"{name} {found}" for name in SHOWN if (found := _version(name)))
     try:
         required = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
     except metadata.PackageNotFoundError:
-        return "note", f"{versions}; {DISTRIBUTION} is not installed, so what it requires was not compared"
+        return "note", f"{versions}; {DISTRIBUTION} is not installed, so its requirements were not checked"
     wrong = []
     for requirement in required:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
@@ -162,8 +162,8 @@ def _packages() -> tuple[State, str]:
         if found is None or not requirement.specifier.contains(found, prereleases=True):
             wrong.append((requirement, found or "missing"))
     if wrong:
-        told = ", ".join(f"{requirement.name} is {found}" for requirement, found in wrong)
-        return "broken", f"{told}: pip install {' '.join(repr(str(requirement)) for requirement, _ in wrong)}"
+        mismatches = ", ".join(f"{requirement.name} is {found}" for requirement, found in wrong)
+        return "broken", f"{mismatches}: pip install {' '.join(repr(str(requirement)) for requirement, _ in wrong)}"
     return "ok", versions
 
 
@@ -208,11 +208,11 @@ def _devices() -> tuple[State, str]:
     if available or not (torch.version.hip or torch.version.cuda):
         return "ok", "; ".join([*parts, *([] if available else ["no GPU"])])
     why = f" ({_first_sentence(str(said[0].message))})" if said else ""
-    return "note", "; ".join([*parts, f"no GPU that this torch can use{why}"])
+    return "note", "; ".join([*parts, f"no GPU that this torch build can use{why}"])
 
 
 def _precision() -> tuple[State, str]:
-    """What `--bf16`, `--fp16` and quantised bases can count on; the products are really computed."""
+    """Whether `--bf16`, `--fp16` and quantized bases work here, by computing products."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -222,13 +222,13 @@ def _precision() -> tuple[State, str]:
     quantised = gpu and torch.version.cuda and _version("bitsandbytes")
     usable = ["float32", "bf16 (emulated, so slow)" if emulated else "bf16"]
     usable += ["fp16"] * gpu + ["8 and 4 bit"] * bool(quantised)
-    missing = [] if gpu else ["fp16 needs a GPU"]
-    missing += [] if quantised else ["8 and 4 bit need CUDA and bitsandbytes"]
+    missing = [] if gpu else ["fp16 requires a GPU"]
+    missing += [] if quantised else ["8 and 4 bit require CUDA and bitsandbytes"]
     return "ok", "; ".join([", ".join(usable), *missing])
 
 
 def _multiply(dtype: Any, device: str) -> None:
-    """One small product under autocast, which must come out in this dtype and right."""
+    """Compute a small product under autocast, and check its dtype and value."""
     import torch
 
     left = torch.arange(64.0, device=device).reshape(8, 8) / 64  # (8, 8), exact in either dtype
@@ -243,26 +243,28 @@ def _processes() -> tuple[State, str]:
     from torch import distributed
 
     if not distributed.is_available():
-        return "note", "this torch has no torch.distributed: --num-processes cannot be more than 1"
+        return "note", "this torch has no torch.distributed, so --num-processes is limited to 1"
     backends = {"gloo": distributed.is_gloo_available(), "nccl": distributed.is_nccl_available()}
-    told = "torch.distributed with " + (" and ".join(name for name, there in backends.items() if there) or "no backend")
+    summary = "torch.distributed with " + (
+        " and ".join(name for name, there in backends.items() if there) or "no backend"
+    )
     if torch.cuda.device_count() > 1 and not backends["nccl"]:
-        return "note", f"{told}: several GPUs cannot train together without nccl"
-    return ("ok" if any(backends.values()) else "note"), told
+        return "note", f"{summary}: training on several GPUs requires nccl"
+    return ("ok" if any(backends.values()) else "note"), summary
 
 
 # -- hub and caches -----------------------------------------------------------------------------------------------------
 
 
 def _hub() -> tuple[State, str]:
-    """Whether the hub answers, to a request without a token."""
+    """Whether the Hub answers a request without a token."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     if constants.HF_HUB_OFFLINE:
-        return "note", "offline mode is set (HF_HUB_OFFLINE): cached and local models only"
+        return "note", "offline mode is on (HF_HUB_OFFLINE): cached and local models only"
     split = urlsplit(constants.ENDPOINT)
-    shown = f"{split.scheme}://{split.netloc.rpartition('@')[2]}"  # not what may stand before the @
+    shown = f"{split.scheme}://{split.netloc.rpartition('@')[2]}"  # without credentials before the @
     answer: list[Any] = []
 
     def ask() -> None:
@@ -273,12 +275,12 @@ def _hub() -> tuple[State, str]:
         except Exception as error:
             answer.append(error)
 
-    asking = threading.Thread(target=ask, daemon=True)  # its own limit holds for each step, not for finding the address
+    asking = threading.Thread(target=ask, daemon=True)  # the client's timeout does not cover name resolution
     asking.start()
     asking.join(HUB_SECONDS)
     if answer and not isinstance(answer[0], Exception):
         status, seconds = answer
-        if status < 500 and status not in (403, 407):  # those two are answers of a proxy
+        if status < 500 and status not in (403, 407):  # these two come from a proxy
             return "ok", f"{shown} answers in {1000 * seconds:.0f} ms"
         reason = f"it answers with HTTP status {status}"
     elif answer and "timeout" not in type(answer[0]).__name__.lower():
@@ -301,7 +303,7 @@ def _hub_cache() -> tuple[State, str]:
 
 
 def _cache(folder: Path, remedy: str) -> tuple[State, str]:
-    """Whether a cache folder can be written; one that is not there yet, whether it could be made."""
+    """Whether a cache folder can be written, or created if it does not exist."""
     shown = below_home(folder)
     place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
@@ -313,16 +315,16 @@ def _cache(folder: Path, remedy: str) -> tuple[State, str]:
     except OSError as error:
         return "broken", f"{shown} cannot be written ({error.strerror}): {remedy}"
     used, complete = _used(folder) if place == folder else (0, True)
-    told = f"{shown}: {'' if complete else 'more than '}{_size(used)} used, {_size(free)} free"
-    return ("note", f"{told}, which is little") if free < LITTLE_SPACE else ("ok", told)
+    summary = f"{shown}: {'' if complete else 'more than '}{_size(used)} used, {_size(free)} free"
+    return ("note", f"{summary}, which is low") if free < LITTLE_SPACE else ("ok", summary)
 
 
 def _used(folder: Path) -> tuple[int, bool]:
-    """Bytes in the files below a folder, and whether there was time to count them all."""
+    """Total bytes of the files in a folder, and whether all were counted in time."""
     total, until = 0, time.monotonic() + _COUNTING_SECONDS
     for parent, _, files in os.walk(folder):
         for file in files:
-            with contextlib.suppress(OSError):  # removed in between
+            with contextlib.suppress(OSError):  # deleted in the meantime
                 total += os.lstat(os.path.join(parent, file)).st_size
         if time.monotonic() > until:
             return total, False
@@ -333,7 +335,7 @@ def _used(folder: Path) -> tuple[int, bool]:
 
 
 def _training(folder: Path) -> tuple[State, str]:
-    """One update and evaluation of a pico model, by what `craft train` calls, with all its files in `folder`."""
+    """Train a pico model for one update and evaluation, as `craft train` does, with all its files in `folder`."""
     import torch
 
     from craft_cli.api.train import train
@@ -357,10 +359,10 @@ def _training(folder: Path) -> tuple[State, str]:
 
 
 def _merge(folder: Path) -> tuple[State, str]:
-    """The update of `_training` merged, by what `craft merge` calls; its best adapter may be the one before."""
+    """Merge the run of `_training`, as `craft merge` does."""
     updated = folder / "run" / "checkpoints" / "step-1"
     if not updated.is_dir():
-        return "note", "not tried: there is no run to merge"
+        return "note", "skipped: there is no run to merge"
     from craft_cli.api.merge import merge
 
     merged = merge(updated)
@@ -368,7 +370,7 @@ def _merge(folder: Path) -> tuple[State, str]:
 
 
 def _size(count: float) -> str:
-    """Bytes as they are read best."""
+    """Format a number of bytes for reading."""
     units = ["bytes", "kB", "MB", "GB", "TB"]
     while count >= 999.5 and len(units) > 1:
         count /= 1000
@@ -377,5 +379,5 @@ def _size(count: float) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    """Of a long message what says what it is about."""
+    """The first sentence of a long message."""
     return re.sub(r"^\[Errno -?\d+\] ", "", " ".join(text.split()).split(". ")[0].rstrip("."))

@@ -1,4 +1,4 @@
-"""Use-case: evaluate a run, an adapter, or any checkpoint with a trained head."""
+"""Evaluate a run, an adapter, or any base checkpoint with a trained head."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
-        subject: what was evaluated.
-        data: on which rows.
-        metrics: by scikit-learn's and scipy's names, and `loss`; those of MNLI's second split have its name behind them.
-        examples: how many rows were counted, each once.
-        labels: names, in the order of the confusion matrix.
-        confusion: rows by gold label (down) and predicted label (across); of one label a row only.
-        by_label: precision, recall, f1 and support of each label or kind of entity; not of a regression.
-        ece: the expected calibration error: how far probabilities are from frequencies; not of a regression.
-        worst: the most confident wrong answers, or the largest errors of a regression, as many as were asked for: `place`, `label`,
+        subject: the evaluated run, adapter or checkpoint.
+        data: the evaluated data.
+        metrics: metrics, named as in scikit-learn and scipy, and `loss`; MNLI's second split has its name as a suffix.
+        examples: number of evaluated rows.
+        labels: label names, in the order of the confusion matrix.
+        confusion: confusion matrix with gold labels as rows; only for single-label tasks.
+        by_label: precision, recall, f1 and support of each label or entity type; empty for a regression.
+        ece: expected calibration error, the gap between probabilities and frequencies; None for a regression.
+        worst: the requested number of most confident mistakes, or largest errors of a regression: `place`, `label`,
             `prediction`, `texts`, and `confidence` or `error`.
-        predictions: the file written.
-        notes: what the user should know of the rows.
+        predictions: the predictions file.
+        notes: notes about the rows.
     """
 
     subject: str
@@ -82,22 +82,22 @@ def evaluate(
         craft.evaluate("runs/first", validation_file="new.csv")
 
     Args:
-        path: a run, an adapter, a checkpoint's folder or a hub id; the latest run without.
-        source: task or files; what is not given is as in training (runs and adapters know it); or give them by name.
-        split: `validation`, or `test` where that is labelled.
-        predictions: write a row for each example into this file (.jsonl or .csv), with its number in the data.
-        worst: collect so many of the most confident wrong answers.
-        max_eval_samples, max_seq_length: only the first rows of each split, and the tokens kept of each; as in training without.
-        eval_generate: write answers to so many rows with a language model, and compare them with those of the data.
-        answer_pattern, max_new_tokens: what of them is compared, and their length, as in training.
-        per_device_eval_batch_size: rows at once; 64 without, of language models 8.
+        path: a run, an adapter, the folder of a base checkpoint or a Hub id. Default: the latest run.
+        source: task or files, completed by those of the training; they can also be passed by name.
+        split: `validation`, or `test` if it has labels.
+        predictions: write one row per example to this file (.jsonl or .csv), with its row number.
+        worst: number of most confident mistakes to collect.
+        max_eval_samples, max_seq_length: maximum rows per split and tokens per row. Default: as in training.
+        eval_generate: number of rows to generate answers to with a language model, for exact match.
+        answer_pattern, max_new_tokens: the part of an answer to compare, and its maximum length, as in training.
+        per_device_eval_batch_size: batch size. Default: 64, or 8 for language models.
         use_cpu, trust_remote_code, allow_other_base: as in `predict`.
-        progress: called with (rows done, rows in all).
-        data: in place of `source`: `task`, `data_dir`, `validation_file`, `dataset_name`, `text_columns`, `label_column`, ...
+        progress: called with (rows done, total rows).
+        data: instead of `source`: `task`, `data_dir`, `validation_file`, `dataset_name`, `text_columns`, `label_column`, ...
 
     Raises:
-        TypeError: both `source` and data by name are given, or an unknown name.
-        CraftError: a checkpoint needs a task or files; the model or the data cannot be used.
+        TypeError: both `source` and data by name are given, or a name is unknown.
+        CraftError: a base checkpoint is given without task or files, or the model or the data is invalid.
     """
     source = _named(data, source) if data else source or DataSource()
     written = Path(predictions).expanduser() if predictions else None
@@ -138,17 +138,17 @@ def evaluate(
 
 
 def _asked(task: Task, rows: int | None, pattern: str | None, max_new_tokens: int | None) -> Callable[..., Any]:
-    """What writes answers to the first rows of a split and gives the share that match, as a metric, and each of them.
+    """Return a function that generates answers to the first rows of a split, with exact match as a metric.
 
     Raises:
-        ConfigError: none are written, but one of the settings is given.
+        ConfigError: a generation setting is given, but no answers are generated.
     """
     given = {"eval_generate": rows, "answer_pattern": pattern, "max_new_tokens": max_new_tokens}
     for name, value in given.items():
         if value and not task.generates:
-            raise ConfigError(f"--{name.replace('_', '-')}: {task.kind} writes no answers; leave it out")
+            raise ConfigError(f"--{name.replace('_', '-')}: {task.kind} generates no answers; remove it")
         if value and not rows:
-            raise ConfigError(f"--{name.replace('_', '-')} needs --eval-generate")
+            raise ConfigError(f"--{name.replace('_', '-')} requires --eval-generate")
     settings = Generation(max_new_tokens or MAX_NEW_TOKENS)
 
     def ask(
@@ -164,20 +164,20 @@ def _asked(task: Task, rows: int | None, pattern: str | None, max_new_tokens: in
 
 
 def _labelled(part: Split) -> Split:
-    """The rows, if their gold is known.
+    """The rows, which must have labels.
 
     Raises:
-        DataError: it is not.
+        DataError: the labels are hidden.
     """
     if part.labels is None:
         raise DataError(
-            f"{part.origin} keeps its labels hidden: craft eval --split test --submission FILE, or craft predict"
+            f"the labels of {part.origin} are hidden; use craft eval --split test --submission FILE, or craft predict"
         )
     return part
 
 
 def _checked(source: DataSource, predictions: Path | None) -> DataSource:
-    """The source, unless predictions are to be written over a file that rows may be read from."""
+    """The source, after checking that predictions do not overwrite an input file."""
     if predictions is None:
         return source
     named = [Path(file).expanduser() for file in (source.train_file, source.validation_file) if file]
@@ -187,18 +187,18 @@ def _checked(source: DataSource, predictions: Path | None) -> DataSource:
 
 
 def _named(data: Mapping[str, Any], source: DataSource | None) -> DataSource:
-    """Data by the names of settings."""
+    """Build a source from settings by name."""
     known = [field.name for field in fields(DataSource)]
     for name in data:
         if name not in known:
             raise TypeError(f"evaluate: unknown argument '{name}'{nearest(name, known)}")
     if source is not None:
-        raise TypeError(f"evaluate: give either source or data by name ({', '.join(data)}), not both")
+        raise TypeError(f"evaluate: pass either source or data by name ({', '.join(data)}), not both")
     return DataSource(**parse_settings(data))
 
 
 def _notes(predictor: Predictor, given: DataSource, loaded: Loaded) -> list[str]:
-    """Where the rows are not those of the training, or are those that were trained on."""
+    """Notes if the data has changed since the training, or if training rows are evaluated."""
     trained = predictor.record.get("data", {}).get("rows", {})
     others = bool(given.task or given.data_dir or given.validation_file or given.dataset_name)
     notes = []
@@ -206,9 +206,9 @@ def _notes(predictor: Predictor, given: DataSource, loaded: Loaded) -> list[str]
         then = trained.get(name)
         origin = loaded.splits[VALIDATION].origin.rpartition(", ")[0] if name == TRAIN else loaded.splits[name].origin
         if name != TRAIN and now["sha256"] == trained.get(TRAIN, {}).get("sha256"):
-            notes.append(f"{origin} holds the rows that this was trained on: the metrics will look too good")
+            notes.append(f"{origin} contains the training rows: the metrics will look too good")
         elif then and not others and then["sha256"] != now["sha256"]:
-            note = f"{origin} has changed since the training: {now['count']:,} rows, {then['count']:,} then"
-            held = "; evaluated are the rows held out then, and new ones like them, none that was trained on"
+            note = f"{origin} has changed since the training: {now['count']:,} rows instead of {then['count']:,}"
+            held = "; the evaluation uses the original held-out rows and new ones, but no training rows"
             notes.append(note + (held if loaded.held_out else ""))
     return notes

@@ -1,4 +1,4 @@
-"""Use-case: look into a model, a file of factors, a run or an adapter."""
+"""Inspect a model, a factor file, a run or an adapter."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from craft_cli.tucker import MODES, TuckerTensor, stack_shape
 from craft_cli.tucker.chance import random_curves, random_energy
 
 _MOST_PRODUCTS = 1 << 34
-"""About as many take seconds as singular values."""
+"""Largest matrix size for singular values, which take seconds at this size."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Attributes:
         kind: `model`, `factors`, `adapter` or `run`.
-        path: what was inspected.
-        facts: what holds for the whole, by name.
-        projections: for each a mapping with `name`, `shape` (L, d_out, d_in), `ranks` (OUT,IN,LAYERS) and more.
-        decompositions: the factors, by projection; none of a model.
+        path: the inspected path.
+        facts: general facts, by name.
+        projections: one mapping per projection, with `name`, `shape` (L, d_out, d_in), `ranks` (OUT,IN,LAYERS) and more.
+        decompositions: factors by projection; empty for a model.
     """
 
     kind: str
@@ -52,22 +52,22 @@ def inspect(
     plot: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Inspection:
-    """Look into a model, a file of factors, a run or an adapter.
+    """Inspect a model, a factor file, a run or an adapter.
 
     Args:
-        path: folder, file or hub id; the latest run without.
-        ranks: of a model, to count the numbers trained.
-        plot: draw the spectra into this file (png, svg, pdf).
-        trust_remote_code: run Python code that comes with the model.
+        path: folder, file or Hub id. Default: the latest run.
+        ranks: for a model, ranks to count trained parameters at.
+        plot: plot the spectra to this file (png, svg, pdf).
+        trust_remote_code: run Python code from the model's repository.
 
     Raises:
-        ConfigError: `plot` of something without spectra, or `ranks` of something that has its own.
-        CraftError: it is missing, damaged or unsupported.
+        ConfigError: `plot` is given for a model, or `ranks` for anything else.
+        CraftError: the path is missing, damaged or unsupported.
     """
     found = find_run(None if path is None else str(path))
     adapter = find_adapter(found)
     if ranks is not None and (adapter or found.is_file()):
-        raise ConfigError(f"--ranks is for models; {found} has ranks of its own")
+        raise ConfigError(f"--ranks is for models; {found} has its own ranks, remove it")
     if adapter:
         inspection = _adapter(found, adapter)
     elif found.is_file():
@@ -80,7 +80,7 @@ def inspect(
         inspection = _model(str(path), Ranks.parse(ranks or RunConfig.ranks), trusted=trust_remote_code)
     if plot:
         if not inspection.decompositions:
-            raise ConfigError(f"--plot: {path} is a model; decompose it and plot the file of factors")
+            raise ConfigError(f"--plot: {path} is a model; decompose it and plot the factor file")
         chance = {name: random_curves(kept.shape) for name, kept in inspection.decompositions.items()}
         title = f"Singular values of the stacked weights of {inspection.facts['base_model']}"
         spectra(inspection.decompositions, chance, Path(plot).expanduser(), title)
@@ -147,7 +147,7 @@ def _adapter(path: Path, folder: Path) -> Inspection:
 
 
 def _changes(saved: SavedAdapter, target: str, layers: int) -> dict[str, Any]:
-    """Norm and effective rank of every dW_l; of large ones the norm alone."""
+    """Norm and effective rank of every dW_l; only the norm for large matrices."""
     first = next(saved.chains(target))
     if layers * min(size for matrix in first for size in matrix.shape) ** 3 > _MOST_PRODUCTS:
         squares = inners((chain, chain) for chain in saved.chains(target))

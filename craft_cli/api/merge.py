@@ -1,7 +1,7 @@
 """Use-case: what leaves craft. A plain Hugging Face checkpoint, a LoRA for PEFT or llama.cpp, or the adapter to share.
 
-The base is read and written tensor by tensor, so that a checkpoint larger than memory merges too. What was written is
-compared with the adapted model before it takes its place, and `merge.json` beside it says what it was made of.
+The base is read and written tensor by tensor, so that checkpoints larger than memory can be merged. The output is compared
+with the adapted model before it is moved into place, and its `merge.json` records what it was made from.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from craft_cli.training.find import find_run
 from craft_cli.training.run import find_adapter
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest difference allowed between merged and adapted logits, relative to the largest logit. The adapted model is
-computed in float32, so the merged one differs by the rounding of its weights to the dtype written."""
+"""Maximum difference between merged and adapted logits, relative to the largest logit. The adapted model is computed in
+float32, so the merged one differs by the rounding of its weights."""
 
 CHECKPOINT, PEFT, GGUF, ADAPTER = FORMATS = "checkpoint", "peft", "gguf", "adapter"
 LORAS = (PEFT, GGUF)
@@ -56,7 +56,7 @@ Announce = Callable[[Checkpoint], None]
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is to be written; see `merge`."""
+    """The export options; see `merge`."""
 
     format: str
     dtype: str | None
@@ -68,7 +68,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` wrote.
+    """The result of `merge`.
 
     Attributes:
         output: the folder.
@@ -119,11 +119,11 @@ def merge(
     progress: Callable[[str], None] = lambda what: None,
     notice: Callable[[str], None] = lambda what: None,
 ) -> Merged:
-    """Merge a run's or an adapter's change into the dense weights of its base, write it as a LoRA, or copy the adapter.
+    """Merge an adapter into the dense weights of its base, export it as a LoRA, or copy it.
 
-    A checkpoint holds weights in the base's dtype, the trained head, the label names and the base's tokenizer files byte
-    for byte. A LoRA holds the same change and head in PEFT's layout. Either is read again and its logits are compared
-    with those of the adapted model before it takes its place. A copy of the adapter includes its factors.
+    A checkpoint has the weights in the base's dtype, the trained head, the label names, and byte-identical tokenizer
+    files. A LoRA has the same update and head in PEFT's format. Either is read back, and its logits are compared with
+    those of the adapted model before it is moved into place. A copy of the adapter includes its factors.
 
     Args:
         path: a run, an adapter, or OWNER/NAME of an adapter on the hub; the latest run without.
@@ -157,7 +157,7 @@ def merge(
     found = find_run(None if path is None else str(path))
     adapter_path = find_adapter(found)
     if adapter_path is None:
-        raise FileError(f"{found} is neither a run nor an adapter: there is nothing to merge")
+        raise FileError(f"{found} is neither a run nor an adapter, so there is nothing to merge")
     destination = _destination(output_dir, found, adapter_path, format)
     check_inputs("--output-dir", destination, [found, adapter_path])
     announce = partial(_announce, push_to_hub, private, notice) if push_to_hub else None
@@ -174,7 +174,7 @@ def merge(
 
 
 def _announce(repository: str, private: bool, notice: Notice, base: Checkpoint) -> None:
-    """Before anything is written, look whether it can be uploaded, and say who will see it."""
+    """Check before writing that the upload is possible, and report its visibility."""
     if seen_by := before_upload(repository, base, private=private):
         notice(seen_by)
 
@@ -189,7 +189,7 @@ def _merge(
     *,
     overwrite: bool,
 ) -> Merged:
-    """A checkpoint or a LoRA, compared with the adapted model; `announce` is called where it is uploaded."""
+    """Write a checkpoint or a LoRA and compare it with the adapted model; `announce` is called if it is uploaded."""
     with whole_folder(destination, MERGED, overwrite=overwrite) as folder:
         progress("reading the adapter")
         adapted = AdaptedBase(read_adapter(adapter_path, make=True), **permitted)
@@ -212,7 +212,7 @@ def _merge(
 
 
 def _copy(adapter_path: Path, destination: Path, announce: Announce | None, *, overwrite: bool) -> Merged:
-    """The adapter with all that belongs to it; where it is shared, without where things lie on this machine."""
+    """Copy the adapter with its factors; a shared copy contains no local paths."""
     saved = read_adapter(adapter_path, make=True)
     base = saved.record["base_model"]
     checkpoint = Checkpoint(base["model"], base["revision"], adapter_path)
@@ -239,9 +239,7 @@ def _copy(adapter_path: Path, destination: Path, announce: Announce | None, *, o
         tensors_changed=sum(shape[0] for shape in saved.frozen.shapes.values()),
         difference=0.0,
         tolerance=0.0,
-        hint="its base is a folder on this machine: others put it on a model of theirs with craft.load"
-        if local
-        else None,
+        hint="its base is a local folder; others can attach it to their own model with craft.load" if local else None,
     )
 
 
@@ -290,7 +288,7 @@ def _destination(output: str | Path | None, found: Path, adapter: Path, format: 
     default = adapter.parent / name
     if not found.exists():
         default = Path(f"{found.name}-{name}")
-    elif adapter.parent.name == "checkpoints":  # of a run, beside which others may be merged
+    elif adapter.parent.name == "checkpoints":  # a checkpoint of a run, which has several to merge
         default = adapter.parent.parent / f"{name}-{adapter.name}"
     return Path(output).expanduser() if output else default
 
@@ -313,9 +311,13 @@ def _write(adapted: AdaptedBase, folder: Path, asked: _Asked) -> Written:
         raise cannot_write(folder, error) from error
     trained_head = bool(adapted.saved.head and adapted.saved.record.get("training"))
     if not written.changed and trained_head and not asked.head and not adapted.changes_something():
-        raise CraftError(f"{adapted.saved.path}: --no-head leaves nothing: only the head was trained")
+        raise CraftError(
+            f"{adapted.saved.path}: --no-head leaves nothing to export, because only the head was trained; remove it"
+        )
     if not written.changed and (adapted.changes_something() or not trained_head):
-        raise CraftError(f"{adapted.saved.path}: merging changes no tensor: the trained numbers are (or round to) zero")
+        raise CraftError(
+            f"{adapted.saved.path}: merging changes no tensor, because the trained parameters are (or round to) zero"
+        )
     return written
 
 
@@ -348,7 +350,7 @@ def _check_options(asked: _Asked, push_to_hub: str | None, *, private: bool) -> 
         raise ConfigError(f"--format: expected {', '.join(FORMATS[:-1])} or {ADAPTER}, not '{format}'")
     if format == ADAPTER and (dtype or max_shard_size is not None or asked.trim or tolerance is not None):
         raise ConfigError(
-            "--dtype, --max-shard-size, --trim and --tolerance are for merging: --format adapter copies the adapter as it is"
+            "--dtype, --max-shard-size, --trim and --tolerance do not apply to --format adapter, which copies the adapter unchanged"
         )
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: expected {', '.join(DTYPES)}, not '{dtype}'")
@@ -367,14 +369,14 @@ def _check_options(asked: _Asked, push_to_hub: str | None, *, private: bool) -> 
             )
         )
     if private and not push_to_hub:
-        raise ConfigError("--private needs --push-to-hub")
+        raise ConfigError("--private requires --push-to-hub")
     if format == CHECKPOINT and asked.trim:
         raise ConfigError("--trim is for --format peft and gguf: a checkpoint has no rank")
     if format == CHECKPOINT and tolerance is not None:
         raise ConfigError("--tolerance is for --format peft and gguf: a checkpoint holds the whole change")
     if tolerance is not None and not 0 < tolerance < 1:
-        raise ConfigError(f"--tolerance: expected a part above 0 and below 1, not {tolerance:g}")
-    if push_to_hub is not None:  # before the work
+        raise ConfigError(f"--tolerance: expected a number above 0 and below 1, not {tolerance:g}")
+    if push_to_hub is not None:  # checked before the work
         try:
             validate_repo_id(push_to_hub)
         except HFValidationError as error:

@@ -1,4 +1,4 @@
-"""Use-case: which methods there are, and how many numbers each trains on a model."""
+"""List the methods, and count their trained parameters on a model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from craft_cli.models.stacks import Weights, find_checkpoint, read_weights
 
 @dataclass(frozen=True)
 class Listed:
-    """A method.
+    """A method in the list.
 
     Attributes:
-        name: after `--method`.
-        title: as people write it.
-        idea: what is trained, in a line.
+        name: value of `--method`.
+        title: display name.
+        idea: one-line description.
         paper: `arXiv NUMBER`.
-        size: its default rank or ranks.
-        settings: all its defaults in words.
-        parameters: numbers it trains on the model at these.
-        budget_size: the rank or ranks within the budget.
-        budget_settings: all its settings then.
-        budget_parameters: numbers it trains at these.
+        size: default rank or ranks.
+        settings: all default settings, as text.
+        parameters: trained parameters on the model with these.
+        budget_size: rank or ranks within the budget.
+        budget_settings: all settings within the budget.
+        budget_parameters: trained parameters with these.
         problem: why nothing fits the budget.
     """
 
@@ -52,21 +52,21 @@ def list_methods(
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Listed]:
-    """All adapter methods.
+    """List all adapter methods.
 
     Args:
-        model: hub id, folder or `demo`; nothing is counted without.
-        targets: the projections to adapt.
-        budget: numbers trained at most, such as `16k`.
-        trust_remote_code: run Python code that comes with the model.
-        progress: called with what is being done.
+        model: Hub id, folder or `demo`. Default: no counts.
+        targets: projections to adapt.
+        budget: maximum trained parameters, such as `16k`.
+        trust_remote_code: run Python code from the model's repository.
+        progress: called with a description of the current step.
 
     Raises:
-        ConfigError: a budget without a model.
+        ConfigError: a budget is given without a model.
         CraftError: the model is missing, damaged or unsupported.
     """
     if budget is not None and model is None:
-        raise ConfigError("--budget needs --model: numbers depend on its dimensions")
+        raise ConfigError("--budget requires --model, because parameters depend on its dimensions")
     most = None if budget is None else parse_budget(budget)
     weights = None
     if model is not None:
@@ -81,7 +81,7 @@ def _listed(method: Method, weights: Weights | None, most: int | None, progress:
     if weights is not None:
         found["parameters"] = method.count(weights.shapes, options)
     if weights is not None and most is not None:
-        progress(f"{method.name} within {most:,} numbers")
+        progress(f"{method.name} within {most:,} parameters")
         try:
             within = method.within(weights, options, most, lambda what, done, total: progress(what))
         except ConfigError as error:

@@ -1,4 +1,4 @@
-"""A model and rows small enough to try a training on, made on the spot."""
+"""Create a tiny model and dataset for a trial training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 
 
 def save_pico(folder: Path) -> None:
-    """A BERT of a few thousand random weights and a tokenizer of a few words."""
+    """Create a BERT with a few thousand random weights and a tokenizer with a few words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -38,7 +38,7 @@ def save_pico(folder: Path) -> None:
 
 
 def save_rows(path: Path, count: int) -> None:
-    """Write short opinions with their labels, a JSON object a line."""
+    """Write short labeled opinions as JSON lines."""
     rows = [
         {"text": f"{words[number % 4]} {words[-number % 3]}", "label": number % 2}
         for number, words in zip(range(count), itertools.cycle((_GOOD, _BAD)))

@@ -1,4 +1,4 @@
-"""Use-case: predict for texts without labels, row after row, however many there are."""
+"""Predict for texts without labels, in a stream of any length."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from craft_cli.tasks.generation import Generation
 
 STDIN = "-"
 _BATCHES_AT_ONCE = 16
-"""Batches whose rows are sorted by length together; from standard input it is one, so that lines are answered soon."""
+"""Batches sorted by length together; one batch for standard input, so that lines are answered quickly."""
 
 
 def predict(
@@ -37,32 +37,32 @@ def predict(
     trust_remote_code: bool = False,
     allow_other_base: bool = False,
 ) -> list[dict[str, Any]]:
-    """Predict for texts, and give the answers.
+    """Predict for texts and return the predictions.
 
         craft.predict("runs/first", ["great film", "a dull book"])
         # [{"prediction": "positive", "scores": {"negative": 0.19, "positive": 0.81}}, ...]
 
     Args:
-        path: a run, an adapter, a checkpoint's folder or a hub id; the latest run for None.
-        texts: a string each; a pair of strings where the model takes pairs; a list of words where it tags them; for a
-            language model what a user says or a list of messages; or a mapping of columns as in the data.
-        max_seq_length: tokens kept; as in training without.
-        generation: how a language model writes its answers; the likeliest token each time without.
-        per_device_eval_batch_size: texts at once; 64 without, of language models 8.
-        use_cpu: stay on the CPU.
-        trust_remote_code: run Python code that comes with the model.
-        allow_other_base: take an adapter whose base is not as it was in training.
+        path: a run, an adapter, the folder of a base checkpoint or a Hub id; None for the latest run.
+        texts: a list of strings; of string pairs, for a model of pairs; of word lists, for tags; of user
+            messages or message lists, for a language model; or of mappings by column, as in the data.
+        max_seq_length: maximum tokens per text. Default: as in training.
+        generation: generation settings of a language model. Default: greedy.
+        per_device_eval_batch_size: batch size. Default: 64, or 8 for language models.
+        use_cpu: use the CPU even if a GPU is available.
+        trust_remote_code: run Python code from the model's repository.
+        allow_other_base: accept a base that has changed since the training.
 
     Returns:
-        For each text what `craft predict` writes: `prediction` and `scores`; where words are tagged `prediction`, a list of
-        entities, and `text`; of a language model `answer`, `tokens` and `stopped` (`end`, `stop`, `length`).
+        One record per text, as written by `craft predict`: `prediction` and `scores`; for tagged words `prediction`,
+        a list of entities, and `text`; for a language model `answer`, `tokens` and `stopped` (`end`, `stop`, `length`).
 
     Raises:
-        TypeError: `texts` is a single string, or holds something else than texts.
-        CraftError: the model or a text cannot be used.
+        TypeError: `texts` is a single string, or contains an unsupported type.
+        CraftError: the model or a text is invalid.
     """
     if isinstance(texts, str):
-        raise TypeError("texts: expected a list of texts, not a single string: put it into a list")
+        raise TypeError("texts: expected a list of texts, not a single string; put it into a list")
     predictor = load_predictor(
         path, use_cpu=use_cpu, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
     )
@@ -80,7 +80,7 @@ def predict(
 
 
 def _to_answer(text: Any, place: str, columns: Sequence[str]) -> dict[str, Any]:
-    """What a language model is to answer: what a user says or a text begins with, or a conversation."""
+    """The row of a prompt: a user message, the start of a text, or a conversation."""
     if isinstance(text, Mapping):
         return dict(text)
     if not isinstance(text, (str, list, tuple)):
@@ -91,7 +91,7 @@ def _to_answer(text: Any, place: str, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _cells(text: Any, place: str, columns: Sequence[str]) -> dict[str, Any]:
-    """A text of the caller's as a row of the task's columns."""
+    """Convert a given text to a row with the task's columns."""
     if isinstance(text, Mapping):
         return dict(text)
     if isinstance(text, str):
@@ -100,7 +100,7 @@ def _cells(text: Any, place: str, columns: Sequence[str]) -> dict[str, Any]:
         raise TypeError(f"texts: {place} is of type {type(text).__name__}: expected a string, a pair, words or columns")
     parts = [list(text)] if len(columns) < 2 else list(text)
     if len(parts) != max(1, len(columns)):
-        raise DataError(f"texts: {place} has {len(parts)} parts, this model takes {' and '.join(columns)}")
+        raise DataError(f"texts: {place} has {len(parts)} parts, but this model expects {' and '.join(columns)}")
     return dict(zip(columns or ("tokens",), parts, strict=True))
 
 
@@ -122,34 +122,34 @@ def predict_file(
     progress: Callable[[int], None] = lambda rows: None,
     noticed: Callable[[str], None] = lambda what: None,
 ) -> int:
-    """Predict for the rows of a file or of standard input; neither rows nor predictions are ever held whole.
+    """Predict for the rows of a file or of standard input, as a stream.
 
-    Every prediction begins with its `row`, counted from 1, or with the columns that are kept in its place. At the keyboard
-    every line is answered as soon as it is typed.
+    Every prediction starts with its `row` number, from 1, or with the columns to keep. Lines typed at the keyboard are
+    answered one by one.
 
     Args:
-        path: a run, an adapter, a checkpoint's folder or a hub id; the latest run without.
-        input: a file (jsonl, csv, tsv, parquet, conll, or txt with a text a line), or `-` for texts a line on standard
-            input. Several texts in one line are divided by tabs.
-        output: the file to write (.jsonl or .csv); standard output without.
-        output_format: `jsonl` or `csv`, where the file's name does not say it.
-        text_columns: as in training without, or as columns are usually called.
-        keep_columns: columns of the input to repeat beside each answer.
-        max_seq_length: tokens kept; as in training without.
-        generation: how a language model writes its answers; the likeliest token each time without.
-        per_device_eval_batch_size: rows at once; 64 without, of language models 8.
-        use_cpu: stay on the CPU.
-        trust_remote_code: run Python code that comes with the model.
-        allow_other_base: take an adapter whose base is not as it was in training.
+        path: a run, an adapter, the folder of a base checkpoint or a Hub id. Default: the latest run.
+        input: a file (jsonl, csv, tsv, parquet, conll, or txt with one text per line), or `-` for one text per line on
+            standard input. Several texts in one line are separated by tabs.
+        output: the output file (.jsonl or .csv). Default: standard output.
+        output_format: `jsonl` or `csv`. Default: from the file name.
+        text_columns: text columns. Default: those of the training, or by their usual names.
+        keep_columns: columns of the input to copy to each prediction.
+        max_seq_length: maximum tokens per row. Default: as in training.
+        generation: generation settings of a language model. Default: greedy.
+        per_device_eval_batch_size: batch size. Default: 64, or 8 for language models.
+        use_cpu: use the CPU even if a GPU is available.
+        trust_remote_code: run Python code from the model's repository.
+        allow_other_base: accept a base that has changed since the training.
         ready: called when the model is loaded.
         progress: called with the number of rows done.
-        noticed: called at the end with what the user should know: rows that were cut.
+        noticed: called at the end with notes, such as truncated rows.
 
     Returns:
-        How many rows there were.
+        The number of rows.
 
     Raises:
-        CraftError: the model or a row cannot be used. What was predicted before is on standard output, but in no file.
+        CraftError: the model or a row is invalid. Earlier predictions are on standard output, but not in a file.
     """
     kind = format_of(Path(output or "standard output"), output_format or (None if output else "jsonl"))
     origin = "standard input" if str(input) == STDIN else str(input)
@@ -157,7 +157,7 @@ def predict_file(
         check_inputs("--output", Path(output).expanduser(), [Path(input).expanduser()])
     by_hand = str(input) == STDIN and at_the_keyboard()
     rows = read_stdin(TEXT) if str(input) == STDIN else read_rows(Path(input).expanduser(), (*SUFFIXES, TEXT))
-    kept = None if by_hand else _Kept(rows, origin, keep_columns)  # a missing file is told before a model is loaded
+    kept = None if by_hand else _Kept(rows, origin, keep_columns)  # a missing file is reported before a model is loaded
     predictor = load_predictor(
         path, use_cpu=use_cpu, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
     )
@@ -190,17 +190,17 @@ def at_the_keyboard() -> bool:
 
 
 class _Kept:
-    """Passes rows on, and remembers of each until it is answered what is to stand beside the answer.
+    """Passes rows on, and keeps the columns to copy until each row is answered.
 
     Raises:
         DataError: there are no rows.
-        ConfigError: the first row has no such column.
+        ConfigError: a column is missing from the first row.
     """
 
     def __init__(self, rows: Iterator[Row], origin: str, columns: Sequence[str]) -> None:
         first = next(rows, None)
         if first is None:
-            raise DataError(f"{origin} holds no rows")
+            raise DataError(f"{origin} has no rows")
         self._rows, self._count = chain([first], rows), 0
         self._waiting = deque[dict[str, Any]]()
         self._columns: list[str] = []
@@ -221,15 +221,15 @@ class _Kept:
         return row
 
     def beside(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """The answer to the next row, with what is kept of the row before it.
+        """Add the kept columns of the next row to its answer.
 
         Raises:
-            ConfigError: a column is called as a part of the answer.
+            ConfigError: a column has the same name as a field of the answer.
         """
         kept = self._waiting.popleft()
         parts = parts_of(answer)
         if taken := [name for name in kept if name in parts and kept[name] != parts[name]]:
-            raise ConfigError(f"--keep-columns: a part of the answer is called '{taken[0]}' too: rename the column")
+            raise ConfigError(f"--keep-columns: '{taken[0]}' is also a field of the predictions; rename the column")
         return kept | answer
 
 
@@ -244,15 +244,15 @@ def _answers(
     at_once: int,
     generation: Generation | None,
 ) -> Iterator[tuple[list[dict[str, Any]], Encoded | None]]:
-    """The answers for so many rows at once, in their order, and the tokens that were scored; there is one row at least.
+    """Answer rows in batches, in order, and count truncated tokens; there is at least one row.
 
     Raises:
-        ConfigError: settings of written answers, where a label is chosen.
+        ConfigError: generation settings are given, but the model does not generate text.
     """
     task, first = predictor.task, next(rows)
     if generation and not task.generates:
         raise ConfigError(
-            f"{predictor.name} chooses among labels: leave out --max-new-tokens, --temperature, --top-p, --seed and --stop"
+            f"{predictor.name} does not generate text; remove --max-new-tokens, --temperature, --top-p, --seed and --stop"
         )
     read = task.reader(first, origin, plain=in_lines, columns=columns)
     rows = chain([first], rows)
@@ -268,7 +268,7 @@ def _answers(
 
 
 class _Screen:
-    """A terminal that no label steers."""
+    """A text stream that removes control characters for a terminal."""
 
     def __init__(self, file: TextIO) -> None:
         self._file, self.encoding = file, file.encoding
@@ -284,12 +284,12 @@ class _Screen:
 def _writer(output: str | Path | None, kind: str) -> Iterator[RecordWriter]:
     if output is None:
         if sys.stdout is None:
-            raise CraftError("standard output is closed: give a file with --output")
+            raise CraftError("standard output is closed; pass a file with --output")
         if sys.stdout.isatty():
-            yield RecordWriter(_Screen(sys.stdout), kind)  # type: ignore[arg-type]  # a TextIO for what is used of it
+            yield RecordWriter(_Screen(sys.stdout), kind)  # type: ignore[arg-type]  # has the methods of TextIO that are used
             return
         if kind == "csv" and isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # as files have it; JSON escapes what the encoding does not have
+            sys.stdout.reconfigure(encoding="utf-8")  # as in files; JSON escapes what the encoding cannot represent
         yield RecordWriter(sys.stdout, kind)
     else:
         with open_records(Path(output).expanduser(), kind) as writer:

@@ -1,4 +1,4 @@
-"""A trained model that answers: whatever can be named on the command line, and whatever it was trained for."""
+"""Load a trained model for evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from craft_cli.training.run import find_adapter
 
 @dataclass
 class Predictor:
-    """A trained model, ready to be asked.
+    """A trained model, ready to predict.
 
     Attributes:
         name: run, adapter or checkpoint, as given.
@@ -53,7 +53,7 @@ class Predictor:
     adapter: ModelAdapter | None = None
 
     def source(self, given: DataSource) -> DataSource:
-        """The data of its training, overridden by what is given."""
+        """The data source of its training, overridden by the given source."""
         trained = self.record.get("data")
         known = DataSource.of(trained) if trained else DataSource()
         if given.task and given.task != known.task:
@@ -70,7 +70,7 @@ class Predictor:
             )
         source = replace(known, **{name: value for name, value in asdict(given).items() if value is not None})
         if not source.given:
-            raise ConfigError(f"{self.name}: on which data? Give --task, --data-dir or --validation-file")
+            raise ConfigError(f"{self.name}: no data to evaluate on; pass --task, --data-dir or --validation-file")
         return source
 
     def encode(self, split: Split, task: Task, max_seq_length: int | None = None) -> Encoded:
@@ -97,7 +97,7 @@ class Predictor:
         progress: Callable[[int, int], None] = lambda done, total: None,
         streamer: Any = None,
     ) -> list[Answer]:
-        """Answers to the rows of a task whose answers are written, in their order."""
+        """Generate answers to the rows, in order."""
         prompts = task.prompts(split, self.tokenizer)
         tables_of(self.model, self.name).check([{"input_ids": ids} for ids in prompts], self.tokenizer, split.place_of)
         size = batch_size or task.defaults["per_device_eval_batch_size"]
@@ -114,10 +114,10 @@ class Predictor:
         progress: Callable[[int, int], None] = lambda done, total: None,
         place: Callable[[int], str] = "row {}".format,
     ) -> list[Tensor]:
-        """The scores of a task of the same labels, in the order of the rows; each row is computed once.
+        """Compute the scores of all rows, in order, for a task with the same labels.
 
         Raises:
-            ModelError: some are not finite.
+            ModelError: some scores are not finite.
         """
         fitted = task.on_head(self.model.config)
         batches = length_sorted_batches(encoded, batch_size or task.defaults["per_device_eval_batch_size"])
@@ -125,7 +125,7 @@ class Predictor:
         scores = in_order(outputs, batches, len(encoded))
         if odd := not_finite(scores):
             raise ModelError(
-                f"{place(odd[0])}: {self.name} gives numbers that are not finite for {len(odd):,} of "
+                f"{place(odd[0])}: {self.name} computes non-finite values for {len(odd):,} of "
                 f"{len(scores):,} rows: check the weights of its base, or train it again with a lower --learning-rate"
             )
         return scores
@@ -138,24 +138,24 @@ def load_predictor(
     trust_remote_code: bool = False,
     allow_other_base: bool = False,
 ) -> Predictor:
-    """A run, an adapter, a checkpoint's folder or a hub id; the latest run without.
+    """Load a run, an adapter, a base checkpoint or a Hub id.
 
     Args:
-        path: of it.
-        use_cpu: stay on the CPU.
-        trust_remote_code: run Python code that comes with the model.
-        allow_other_base: take an adapter whose base is not as it was in training.
+        path: path or Hub id. Default: the latest run.
+        use_cpu: use the CPU even if a GPU is available.
+        trust_remote_code: run Python code from the model's repository.
+        allow_other_base: accept a base that has changed since the training.
 
     Raises:
-        CraftError: it is missing, damaged, or has no trained head.
+        CraftError: the model is missing, damaged, or has no trained head.
     """
     found = find_run(None if path is None else str(path))
     adapter_path = find_adapter(found)
     record: Mapping[str, Any] = {}
     adapter: ModelAdapter | None = None
     if adapter_path:
-        told = read_record(adapter_path)
-        kind = kind_of_model(told.get("training", {}), [told["model"]["architecture"]], strict=True)
+        record = read_record(adapter_path)
+        kind = kind_of_model(record.get("training", {}), [record["model"]["architecture"]], strict=True)
         model, adapter, checkpoint = load_adapted(
             adapter_path, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
         )
@@ -166,7 +166,7 @@ def load_predictor(
         model, fresh = load_model(checkpoint, str(kind.auto_model))
         record = merged_record(model.config)
         if fresh:
-            raise ConfigError(f"{found} has no trained head ({', '.join(fresh)} would be random): train it first")
+            raise ConfigError(f"{found} has no trained head ({', '.join(fresh)} would be random); train it first")
     tokenizer = load_tokenizer(checkpoint)
     agree_on_padding(model, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
@@ -175,10 +175,10 @@ def load_predictor(
 
 
 def merged_record(config: Any) -> dict[str, Any]:
-    """What the config.json of a merged model keeps of its training, in the form of an adapter's record; empty without.
+    """The training record in the config.json of a merged model, in the form of an adapter's record; empty if there is none.
 
     Raises:
-        ModelError: it is not what `craft merge` writes.
+        ModelError: a value is not one that `craft merge` writes.
     """
     kept = getattr(config, MERGED_KEY, {})
     kinds: dict[str, Any] = {
@@ -200,7 +200,7 @@ def merged_record(config: Any) -> dict[str, Any]:
             or not all(isinstance(column, str) for column in columns)
         ):
             raise ModelError(
-                f"config.json: {name} under {MERGED_KEY} is {value!r}, which craft merge does not write: correct or delete it"
+                f"config.json: {name} under {MERGED_KEY} is {value!r}, which is invalid; correct or delete it"
             )
     settings = {name: kept[name] for name in ("threshold", "max_seq_length", "form", "train_on") if name in kept}
     return settings | {"data": {name: value for name, value in kept.items() if name not in settings}}
@@ -213,11 +213,11 @@ def load_adapted(
     trust_remote_code: bool = False,
     allow_other_base: bool = False,
 ) -> tuple[Any, ModelAdapter, Checkpoint]:
-    """An adapter's base model, of the class that was trained, with the adapter and its head on it.
+    """Load an adapter's base model, in the class of the training, with the adapter and its head attached.
 
     Raises:
         FileError: the adapter is missing or damaged.
-        ModelError: its base cannot be found, or is another one now.
+        ModelError: its base cannot be found, or has changed.
     """
     record = read_record(path)
     named = record["base_model"]

@@ -1,4 +1,4 @@
-"""Use-case: one self-contained HTML page on a run, an adapter, a file of factors or several runs. Nothing in it is fetched or run."""
+"""Write a self-contained HTML page about a run, an adapter, a factor file or several runs, without scripts or links."""
 
 from __future__ import annotations
 
@@ -40,32 +40,32 @@ img { max-width: 100%; height: auto; }
 pre { background: #f5f7f9; padding: .75rem 1rem; overflow-x: auto; font-size: 13px; }
 """
 
-_ENERGY = "Energy: the part of the squared norm kept at the ranks, of a random tensor of that shape, and by each mode's rank alone."
+_ENERGY = "Energy: share of the squared norm kept at the ranks, the same for a random tensor of this shape, and for each mode alone."
 
-_RUNS = "The best score of each metric first. Numbers: trained in the adapter, and in the head. Rate: of the adapter."
-_COSINE = "1: the runs change the weights in the same direction; 0: in directions that have nothing in common."
+_RUNS = "Sorted by metric and score. Numbers: trained parameters of the adapter and the head. Rate: learning rate of the adapter."
+_COSINE = "1: the runs change the weights in the same direction; 0: in orthogonal directions."
 
 
 def write_page(
     path: str | Path | None, file: str | Path, *, evaluated: bool = True, trust_remote_code: bool = False
 ) -> Inspection:
-    """Write the page; a run or adapter is evaluated on its data for the confusion matrix, where that is at hand.
+    """Write the page. A run or adapter is evaluated for the confusion matrix, if its data is available.
 
     The page of a language model shows the answers of its last evaluation instead.
 
     Args:
-        path: run, adapter or file of factors; the latest run without.
-        file: the page, replaced in one step.
+        path: run, adapter or factor file. Default: the latest run.
+        file: the HTML file, replaced atomically.
         evaluated: whether to evaluate.
-        trust_remote_code: run Python code that comes with the base, to evaluate.
+        trust_remote_code: run Python code from the base's repository for the evaluation.
 
     Raises:
-        ConfigError: a model has neither spectra nor a change to show.
-        CraftError: it is missing or damaged, or the page cannot be written.
+        ConfigError: the path is a model, which has no spectra and no update.
+        CraftError: the path is missing or damaged, or the page cannot be written.
     """
     found = inspect(path, trust_remote_code=trust_remote_code)
     if found.kind == "model":
-        raise ConfigError(f"--html: {path} is a model; decompose it, and give the file of factors, or a run")
+        raise ConfigError(f"--html: {path} is a model; pass a run, or decompose the model and pass the factor file")
     run = Run(Path(found.path)) if found.kind == "run" else None
     parts = [
         f"<h1>{escape(found.path)}</h1>",
@@ -99,7 +99,7 @@ def write_runs(folder: str, runs: Sequence[Listed], file: str | Path) -> None:
     """Write a page that lists the runs of a folder.
 
     Raises:
-        FileError: it cannot be written.
+        FileError: the page cannot be written.
     """
     names = list(dict.fromkeys(name for run in runs for name in run.metrics or {}))
     columns = [
@@ -130,10 +130,10 @@ def write_runs(folder: str, runs: Sequence[Listed], file: str | Path) -> None:
 
 
 def write_comparison(compared: Comparison, file: str | Path) -> None:
-    """Write a page that sets runs side by side.
+    """Write a page that compares runs side by side.
 
     Raises:
-        FileError: it cannot be written.
+        FileError: the page cannot be written.
     """
     names = [str(number) for number in range(1, len(compared.runs) + 1)]
     legend = _table(["", "run"], [[name, row["run"]] for name, row in zip(names, compared.runs, strict=True)], "facts")
@@ -217,7 +217,7 @@ def _heat(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _shaded(part: float, text: str) -> str:
-    """A cell, the darker the larger its part of one."""
+    """A table cell shaded by a fraction."""
     colour = ",".join(str(round(white + part * (dark - white))) for white, dark in ((247, 8), (250, 64), (253, 129)))
     ink = "#fff" if part > 0.55 else "#1d2430"
     return f'<td style="background:rgb({colour});color:{ink}">{escape(text)}</td>'
@@ -232,10 +232,10 @@ def _training(run: Run, facts: Mapping[str, Any]) -> str:
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         metric = next(iter(facts.get("metrics") or {"loss": 0}))
-        told = [line for line in lines if isinstance(line, dict)]
+        entries = [line for line in lines if isinstance(line, dict)]
         baselines = {name: facts[name] for name in BASELINES if name in facts}
         title = f"Loss and {metric} over the updates of {run.path.name}"
-        figure = curve_figure(told, metric, title, baselines, facts.get("epoch") or 0.0)
+        figure = curve_figure(entries, metric, title, baselines, facts.get("epoch") or 0.0)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "<p>metrics.jsonl is missing or damaged.</p>"
     return _image(figure, title)
@@ -267,9 +267,9 @@ def _confusion(path: str, *, trusted: bool) -> str:
 
 def _confusion_table(result: Evaluation) -> str:
     metrics = ", ".join(f"{name} {figure(value)}" for name, value in result.metrics.items())
-    told = f"<p>{result.examples:,} examples of {escape(result.data)}: {escape(metrics)}</p>"
+    summary = f"<p>{result.examples:,} examples of {escape(result.data)}: {escape(metrics)}</p>"
     if result.by_label is None:
-        return told + "<p>A regression has no labels to take for one another.</p>"
+        return summary + "<p>A regression has no confusion matrix.</p>"
     labels = _table(
         ["label", "precision", "recall", "f1", "support"],
         [
@@ -285,9 +285,9 @@ def _confusion_table(result: Evaluation) -> str:
     if result.ece is not None:
         labels += f"<p>Expected calibration error: {result.ece:.4f}</p>"
     if result.confusion is None:
-        return told + labels
-    note = '<p class="note">Gold labels down, predicted ones across. Darker is a larger share of the gold label.</p>'
-    return told + note + _confused(result.labels, result.confusion) + "<br>" + labels
+        return summary + labels
+    note = '<p class="note">Rows: gold labels; columns: predicted labels. Darker: a larger share of the gold label.</p>'
+    return summary + note + _confused(result.labels, result.confusion) + "<br>" + labels
 
 
 def _confused(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:

@@ -1,8 +1,8 @@
-"""Use-case: predictions for GLUE's test sets, as the GLUE server takes them.
+"""Write predictions for the GLUE test sets in the format of the GLUE server.
 
-The server wants one zip with a file for each task at its top, `index` and `prediction` separated by a tab. Label names
-for MNLI, AX, QNLI and RTE, numbers for the others, a real number from 0 to 5 for STS-B. It refuses a zip in which a task
-is missing, so those not predicted are filled with one constant answer; AX is answered by the model of MNLI.
+The server expects one zip with one file per task, with tab-separated `index` and `prediction`: label names for MNLI, AX,
+QNLI and RTE, label numbers for the others, and a real number from 0 to 5 for STS-B. It rejects a zip with missing tasks,
+so those are filled with a constant answer. AX is predicted by the MNLI model.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from craft_cli.tasks.splits import load_splits
 
 @dataclass(frozen=True)
 class Submission:
-    """What `submit` wrote.
+    """The result of `submit`.
 
     Attributes:
-        output: the zip.
-        predicted: rows predicted by file.
-        filled: rows of a constant answer by file.
+        output: the zip file.
+        predicted: number of predicted rows by file.
+        filled: number of rows with a constant answer by file.
     """
 
     output: str
@@ -47,26 +47,26 @@ def submit(
     allow_other_base: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Submission:
-    """Predict the test sets of some runs' tasks and write the zip.
+    """Predict the test sets of the runs' tasks and write the zip.
 
     Args:
-        paths: runs or adapters of GLUE tasks; the latest run for None.
-        output: the zip to write.
-        source: where the test sets lie; as in training without (`test.*` beside `train.*`, or the hub).
-        max_eval_samples: only the first rows, to try things out; the others get the constant answer.
-        max_seq_length: tokens kept; as in training without.
-        per_device_eval_batch_size: rows at once.
-        use_cpu: stay on the CPU.
-        trust_remote_code: run Python code that comes with the model.
-        allow_other_base: take an adapter whose base is not as it was in training.
-        progress: called with (rows done, rows in all).
+        paths: runs or adapters of GLUE tasks; None for the latest run.
+        output: the zip file.
+        source: location of the test sets. Default: as in training (`test.*` next to `train.*`, or the Hub).
+        max_eval_samples: predict only the first rows, for a trial; the others get the constant answer.
+        max_seq_length: maximum tokens per row. Default: as in training.
+        per_device_eval_batch_size: batch size.
+        use_cpu: use the CPU even if a GPU is available.
+        trust_remote_code: run Python code from the model's repository.
+        allow_other_base: accept a base that has changed since the training.
+        progress: called with (rows done, total rows).
 
     Raises:
-        ConfigError: a run of no GLUE task, or two of the same one.
-        DataError: a test set is missing, or has another number of rows than the server expects.
+        ConfigError: a run is not of a GLUE task, or two runs are of the same task.
+        DataError: a test set is missing, or has a different number of rows than the server expects.
     """
     if Path(output).suffix != ".zip":
-        raise ConfigError(f"--submission: {output}: the server takes a .zip")
+        raise ConfigError(f"--submission: {output}: the file name must end in .zip")
     answers: dict[str, list[str]] = {}
     for path in paths:
         predictor = load_predictor(
@@ -74,12 +74,14 @@ def submit(
         )
         trained = TASKS.get(predictor.task.name)
         if trained is None or trained.server is None:
-            raise ConfigError(f"{predictor.name} was trained on '{predictor.task.name}', which is no task of GLUE's")
+            raise ConfigError(f"{predictor.name} was trained on '{predictor.task.name}', which is not a GLUE task")
         where = predictor.source(source or DataSource())
         for task in (trained, TASKS["ax"]) if trained.name == "mnli" else (trained,):
             for name, split in _test_sets(task, trained, where).items():
                 if name in answers:
-                    raise ConfigError(f"{predictor.name}: {name} is answered by a run before it; give one run a task")
+                    raise ConfigError(
+                        f"{predictor.name}: {name} is already predicted by an earlier run; pass one run per task"
+                    )
                 encoded = predictor.encode(split.first(max_eval_samples), task, max_seq_length)
                 scores = predictor.scores(encoded, task, per_device_eval_batch_size, progress)
                 answers[name] = server_answers(task.decide(scores), task)
@@ -96,8 +98,8 @@ def submit(
 
 
 def _test_sets(task: Task, trained: Task, source: DataSource) -> dict[str, Split]:
-    """The rows of each of the server's files, complete."""
-    if task is not trained:  # AX, in a folder beside that of MNLI or in the hub's
+    """The complete rows of each file for the server."""
+    if task is not trained:  # AX, in a folder next to MNLI's or on the Hub
         beside = Path(source.data_dir).parent / task.name if source.data_dir else None
         if beside is not None and not beside.is_dir():
             return {}
@@ -107,6 +109,6 @@ def _test_sets(task: Task, trained: Task, source: DataSource) -> dict[str, Split
     for name, (split, rows) in (task.server or {}).items():
         found = loaded.splits[split]
         if len(found) != rows:
-            raise DataError(f"{found.origin} holds {len(found):,} rows, but GLUE's test set {name} has {rows:,}")
+            raise DataError(f"{found.origin} has {len(found):,} rows, but the GLUE test set {name} has {rows:,}")
         sets[name] = found
     return sets

@@ -1,4 +1,4 @@
-"""Use-case: compare settings and methods over seeds. Trials are processes; the studies that they belong to are shared."""
+"""Compare settings and methods over several seeds. Each run is a process; the Optuna studies are shared."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from craft_cli.sweeps.work import RUNS, one_step, run_name
 from craft_cli.training.signals import end_by
 
 SWEEPS = Path("sweeps")
-"""Where sweeps without an output folder of their own lie, from the working folder."""
+"""Folder of sweeps without --output-dir, relative to the working folder."""
 STORAGE_FILE = "study.db"
 _WRITTEN = (PLAN_FILE, STORAGE_FILE, BEST_FILE, RESULTS_FILE, "table.csv", "trials.csv", BY_NUMBERS, BY_RATE)
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What a sweep is asked for; what may be left out is chosen.
+    """Options of a sweep.
 
     Attributes:
-        settings: of all trials, by field name.
-        recipe: the same, below them.
-        sets: what is tried: `learning_rate=1e-3,3e-3` each.
-        seeds: of each setting.
-        trials: how many settings are sampled.
-        timeout: seconds after which no trial begins.
+        settings: settings of all trials, by field name.
+        recipe: settings of a recipe; `settings` override them.
+        sets: values to try, such as `learning_rate=1e-3,3e-3`.
+        seeds: seeds of each setting.
+        trials: number of settings to sample.
+        timeout: seconds after which no trial starts.
         sampler: `grid`, `random` or `tpe`.
         pruner: `none`, `median` or `hyperband`.
-        storage: URL of a database; SQLite in the sweep's folder without.
-        jobs: trials at once; one for each GPU without.
-        test_file: rows on which the best of each method is scored at the end.
-        output_dir: folder of the sweep; `sweeps/TASK-MODEL-TIME` without.
-        cache_dir: of the factors.
-        trust_remote_code: the runs run Python code that comes with the model; said again with `resume`.
-        resume: go on with the sweep in `output_dir`, or with the latest, or take part in it.
-        retry_failed: with `resume`: the trials that failed are tried again.
+        storage: URL of a database. Default: SQLite in the sweep's folder.
+        jobs: number of concurrent trials. Default: one per GPU.
+        test_file: test rows on which the best setting of each method is scored at the end.
+        output_dir: folder of the sweep. Default: `sweeps/TASK-MODEL-TIME`.
+        cache_dir: cache folder for factors.
+        trust_remote_code: run Python code from the model's repository; must be given again with `resume`.
+        resume: resume or join the sweep in `output_dir`, or the latest sweep.
+        retry_failed: with `resume`, retry the failed trials.
     """
 
     settings: Mapping[str, Any] | None = None
@@ -73,15 +73,15 @@ class SweepOptions:
 
     @property
     def flags(self) -> list[str]:
-        """What the runs are told by flags, as no recipe of theirs holds it; where the factors lie the sweep's may say."""
+        """Flags of the runs that a recipe cannot hold; `cache_dir` can also come from the sweep's recipe."""
         factors = self.cache_dir or {**(self.recipe or {}), **(self.settings or {})}.get("cache_dir")
         trusted = ["--trust-remote-code"] if self.trust_remote_code else []
         return trusted + (["--cache-dir", str(Path(factors).expanduser().resolve())] if factors else [])
 
     def plan(self, former: Plan | None = None) -> Plan:
-        """What is asked for, checked; what is not given is as in a former plan."""
+        """Make and check the plan; a previous plan completes what is not given."""
         if self.retry_failed and not self.resume:
-            raise ConfigError("--retry-failed needs --resume")
+            raise ConfigError("--retry-failed requires --resume")
         return make_plan(
             self.settings or {}, self.recipe or {}, parse_sets(self.sets), seeds=self.seeds, trials=self.trials,
             timed=self.timeout is not None, sampler=self.sampler, pruner=self.pruner, former=former,
@@ -89,13 +89,13 @@ class SweepOptions:
 
 
 def sweep(asked: SweepOptions, listener: Listener | None = None) -> Results:
-    """Train every setting of a grid, or sampled ones, with every seed, and compare them.
+    """Train all settings of a grid, or sampled settings, with every seed, and compare them.
 
     Raises:
-        ConfigError: something asked for cannot be, or is not what the sweep in this folder compares.
-        CraftError: no setting was trained to its end.
-        KeyboardInterrupt: Ctrl-C, after the running trials have written their checkpoints.
-        SystemExit: SIGTERM, likewise; the code is 143.
+        ConfigError: an option is invalid, or differs from the sweep in this folder.
+        CraftError: no setting was trained to the end.
+        KeyboardInterrupt: Ctrl-C, after the running trials have saved their checkpoints.
+        SystemExit: SIGTERM, after the running trials have saved their checkpoints; the code is 143.
     """
     began = time.monotonic()
     import_optuna()
@@ -118,18 +118,18 @@ def sweep(asked: SweepOptions, listener: Listener | None = None) -> Results:
         results = work.results()
         write_tables(folder, results)
     if results.best is None:
-        reason = next((row.reason for row in results.rows if row.reason), "none was begun")
-        raise CraftError(f"{folder}: no setting was trained to its end: {reason}")
+        reason = next((row.reason for row in results.rows if row.reason), "no trial was started")
+        raise CraftError(f"{folder}: no setting was trained to the end: {reason}")
     return results
 
 
 def rehearse(asked: SweepOptions, listener: Listener | None = None) -> dict[str, Any]:
-    """What a sweep would try: its trials with their numbers, and the time, from one real step each. Nothing is written.
+    """Dry run of a sweep: its trials with their parameters and the estimated time, from one real step per trial.
 
-    Of a sampled sweep the first trial of each method is tried, and the spaces are told.
+    Nothing is written. For a sampled sweep, one trial per method is measured, and the spaces are returned.
 
     Raises:
-        ConfigError: something asked for cannot be.
+        ConfigError: an option is invalid.
     """
     listener = listener or Listener()
     plan = asked.plan()
@@ -163,23 +163,23 @@ def _first_run(plan: Plan) -> Any:
     return plan.run(method, plan.settings()[0][1] if plan.sampler == "grid" else plan.start_of(method), plan.seeds[0])
 
 
-# -- where a sweep lies ----------------------------------------------------------------------------------------------------
+# -- folder and storage ----------------------------------------------------------------------------------------------------
 
 
 def _open(asked: SweepOptions, listener: Listener) -> tuple[Path, Header, Studies]:
-    """The sweep that begins, or the one that goes on, with its trials queued."""
+    """Start or resume a sweep, with its trials queued."""
     folder = _folder(asked)
     if asked.resume and folder and not is_sweep(folder) and asked.storage:
         _join(asked.storage, folder)
     if asked.resume and folder and is_sweep(folder):
         header = _former(asked, folder)
         _check_test_rows(asked, header.plan, listener)
-        with locked(folder / LOCK_FILE):  # who began it may just be making its database
+        with locked(folder / LOCK_FILE):  # the starting process may be creating the database
             studies = Studies(folder, header.plan, _storage(asked, folder), header.name)
             studies.open()
     else:
         if asked.resume:
-            listener.noticed(f"nothing to resume in {folder or SWEEPS}: starting from the beginning")
+            listener.noticed(f"nothing to resume in {folder or SWEEPS}, starting from the beginning")
         plan = asked.plan()
         _check_test_rows(asked, plan, listener)
         folder = folder or _new_folder(plan)
@@ -192,7 +192,7 @@ def _open(asked: SweepOptions, listener: Listener) -> tuple[Path, Header, Studie
 
 
 def _folder(asked: SweepOptions) -> Path | None:
-    """The folder given, or of the latest sweep to go on with; None for a new one."""
+    """The folder given, or that of the latest sweep to resume; None for a new sweep."""
     if asked.output_dir:
         return Path(asked.output_dir).expanduser()
     found = [path for path in SWEEPS.glob("*") if is_sweep(path)] if asked.resume else []
@@ -208,27 +208,27 @@ def _wanted(plan: Plan, asked: SweepOptions) -> int | None:
 
 
 def _begin(folder: Path, header: Header, storage: str | Path) -> Studies:
-    """Make the folder and the studies; only one process can."""
+    """Create the folder and the studies; only one process can."""
     if is_sweep(folder):
-        raise ConfigError(f"{folder} is a sweep already: --resume goes on with it; or choose another --output-dir")
+        raise ConfigError(f"{folder} already has a sweep; pass --resume to resume it, or choose another --output-dir")
     _check_folder(folder)
-    # A database that cannot be used leaves nothing behind.
+    # Opened first, so that an unusable database leaves no folder behind.
     studies = Studies(folder, header.plan, storage, header.name) if header.elsewhere else None
     make_folder(folder)
     with locked(folder / LOCK_FILE):
         if is_sweep(folder):
-            raise ConfigError(f"{folder} was just begun by another process: --resume takes part in it")
+            raise ConfigError(f"{folder} was just started by another process; pass --resume to join it")
         write_marker(folder, SWEEP, _WRITTEN)
         if studies:
             studies.claim(header.trials)
-        write_header(folder, header)  # first: a sweep that is killed from here on goes on
+        write_header(folder, header)  # written first, so that a sweep killed after this can be resumed
         studies = studies or Studies(folder, header.plan, storage, header.name)
         studies.open()
     return studies
 
 
 def _join(storage: str, folder: Path) -> None:
-    """Take part in a sweep of this folder's name that is in the storage, from a folder of this machine's own."""
+    """Join a sweep with this folder's name in the storage, from a local folder."""
     name = folder.resolve().name
     found = find_plan(storage, name)
     if found is None:
@@ -240,10 +240,10 @@ def _join(storage: str, folder: Path) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse to make a sweep of a folder that holds something else.
+    """Refuse a folder that cannot become a sweep.
 
     Raises:
-        FileError: it does, it is a file, or its name is no UTF-8.
+        FileError: the folder is not empty, is a file, or its name is not UTF-8.
     """
     check_place(folder, SWEEP, overwrite=True)
     if problems := no_utf8("output_dir", str(folder.resolve())):
@@ -251,27 +251,27 @@ def _check_folder(folder: Path) -> None:
 
 
 def _former(asked: SweepOptions, folder: Path) -> Header:
-    """The sweep in a folder, if it is the one asked for; more trials may be."""
+    """Open the sweep in a folder, if it has the requested plan; the number of trials may be increased."""
     header = read_header(folder)
     if header.elsewhere and not asked.storage:
-        raise ConfigError(f"--resume: the trials of {folder} are in a database: give its --storage")
+        raise ConfigError(f"--resume: the trials of {folder} are in a database; pass its --storage")
     if asked.storage and not header.elsewhere:
-        raise ConfigError(f"--resume: the trials of {folder} are in its own {STORAGE_FILE}: leave --storage out")
+        raise ConfigError(f"--resume: the trials of {folder} are in its own {STORAGE_FILE}; remove --storage")
     differing = header.plan.differences(asked.plan(header.plan))
     if differing:
         raise ConfigError(
-            f"--resume: {folder} cannot go on with another sweep: {', '.join(differing)}; "
-            "give the former ones, or choose another --output-dir"
+            f"--resume: {folder} has a different plan: {', '.join(differing)}; "
+            "use the original options, or choose another --output-dir"
         )
     if asked.trials and header.trials and asked.trials < header.trials:
         raise ConfigError(
-            f"--trials {asked.trials}: {folder} was asked for {header.trials} before; give as many or more"
+            f"--trials {asked.trials}: {folder} already has {header.trials} trials; pass at least this many"
         )
     if asked.trials:
         header = replace(header, trials=asked.trials)
         write_header(folder, header)
     if header.trials is None and asked.timeout is None and not header.elsewhere:
-        raise ConfigError(f"--resume: {folder} ends by time: pass --timeout again, or --trials")
+        raise ConfigError(f"--resume: {folder} has a time limit only; pass --timeout again, or --trials")
     return header
 
 
@@ -287,10 +287,10 @@ def _new_folder(plan: Plan) -> Path:
 
 
 def _check_test_rows(asked: SweepOptions, plan: Plan, listener: Listener) -> None:
-    """Refuse test rows that cannot be read, or are trained or chosen on, before anything is trained.
+    """Check the test rows before training: they must be readable and differ from training and validation rows.
 
     Raises:
-        ConfigError: there are none, or all of them are.
+        ConfigError: there are no test rows, or all are also training or validation rows.
         DataError: they cannot be read.
     """
     from craft_cli.tasks.splits import load_splits
@@ -310,18 +310,18 @@ def _check_test_rows(asked: SweepOptions, plan: Plan, listener: Listener) -> Non
     )
     (test,) = load_splits(test_source, [VALIDATION], loaded[0].task).splits.values()
     if test.labels is None:
-        raise ConfigError(f"--test-file: {file} has no labels")
+        raise ConfigError(f"--test-file: {file} has no labels; pass a labeled file")
     used = {texts for one in loaded for split in one.splits.values() for texts in split.texts}
     known = sum(texts in used for texts in test.texts)
-    told = f"--test-file: {known:,} of the {len(test):,} rows of {file} are among those that are trained or chosen on"
+    overlap = f"--test-file: {known:,} of the {len(test):,} rows of {file} are also training or validation rows"
     if known == len(test):
-        raise ConfigError(f"{told}; give other ones")
+        raise ConfigError(f"{overlap}; pass other rows")
     if known:
-        listener.noticed(told)
+        listener.noticed(overlap)
 
 
 def _score_on_test_rows(work: Sweep, file: Path, *, trusted: bool) -> None:
-    """Score the runs of the best setting of each method, once."""
+    """Score the runs of the best setting of each method once."""
     from craft_cli.api.evaluate import evaluate
 
     plan, source = work.plan, DataSource(validation_file=str(file))

@@ -1,4 +1,4 @@
-"""Use-case: train an adapter and a head. Opens the run, calls the loop, closes the run."""
+"""Train an adapter and a head: open the run, call the loop, close the run."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def train(
         craft.train(model="demo", task="opinions", num_train_epochs=3)
         craft.train(craft.RunConfig(model="demo", task="opinions"))
 
-    Under `accelerate launch` or `torchrun` each process calls this and they join; only the main one writes and reports.
+    Under `accelerate launch` or `torchrun`, every process calls this function; only the main one writes and reports.
 
     Args:
-        config: all settings; or give them by name.
-        listener: receives progress events; without, a notebook shows a bar, and nothing is shown elsewhere.
-        runs: folder of runs without an output folder of their own, and of the link to the latest one.
-        settings: of `RunConfig`, in place of `config`.
+        config: all settings; they can also be passed by name.
+        listener: receives progress events. Default: a progress bar in a notebook, nothing elsewhere.
+        runs: folder of runs without `output_dir`, and of the link to the latest run.
+        settings: settings of `RunConfig`, instead of `config`.
 
     Raises:
         TypeError: both `config` and settings are given.
-        CraftError: the configuration, the model or the data cannot be used, or the loss is no longer finite.
-        KeyboardInterrupt: Ctrl-C, after the running update and a checkpoint.
-        SystemExit: SIGTERM, likewise; the code is 143.
+        CraftError: the configuration, model or data is invalid, or the loss is not finite.
+        KeyboardInterrupt: Ctrl-C, after the current update and a checkpoint.
+        SystemExit: SIGTERM, after the current update and a checkpoint; the code is 143.
     """
     if config is None:
         config = RunConfig.build(settings)
     elif settings:
-        raise TypeError(f"train: give either config or settings by name ({', '.join(settings)}), not both")
+        raise TypeError(f"train: pass either config or settings by name ({', '.join(settings)}), not both")
     elif problems := contradictions(config):
         raise ConfigError("\n".join(problems))
     shared = is_initialized()
@@ -65,7 +65,7 @@ def train(
             training = set_up(config, make_accelerator(config), listener, held, runs)
             try:
                 loop.run(training)
-            except KeyboardInterrupt:  # the second one: at once
+            except KeyboardInterrupt:  # a second Ctrl-C stops at once
                 training.listener.interrupted(training.step, training.run_folder, resumable=training.saved > 0)
                 raise
             return _close(training)
@@ -75,15 +75,15 @@ def train(
             raise
         raise refused from error
     finally:
-        if not shared:  # a second run in this interpreter may want another precision
+        if not shared:  # a second run in this interpreter may use another precision
             AcceleratorState._reset_state()
 
 
 def _close(training: Training) -> TrainResult:
-    """Write the summary, end the trackers and the processes, and leave as a signal asked."""
+    """Write the summary, close trackers and processes, and exit after a signal."""
     run, journal, listener, main = training.run, training.journal, training.listener, training.is_main
     if journal.out_of_patience and training.step == training.resumed_at:
-        listener.noticed("early stopping had already ended this run; --early-stopping-patience can be raised")
+        listener.noticed("early stopping had already ended this run; increase --early-stopping-patience to continue")
     if run and main and (training.stopped or training.config.eval_strategy == "no"):
         journal.keep_last(training.step, training.epoch)
     result = _result(training)
@@ -122,7 +122,7 @@ def _result(training: Training) -> TrainResult:
 
 
 def _remarks(training: Training) -> list[str]:
-    """What the user should know of the result, and what can be done."""
+    """Advice about the result."""
     config, journal, task = training.config, training.journal, training.prepared.task
     found = task.remarks(journal.tables, training.prepared.train.labels or [], weighted=bool(config.class_weights))
     if journal.best_step == 0 < training.step:
@@ -130,19 +130,19 @@ def _remarks(training: Training) -> list[str]:
         if config.init_from:
             adapter = f"is that of {config.init_from}"
         elif config.init_noise:
-            adapter = "holds the noise it began with (--init-noise)"
+            adapter = "has only its initial noise (--init-noise)"
         found.append(
-            f"no update was better on the validation rows than the start: the adapter {adapter}, the head is the first one"
+            f"no update improved on the start on the validation rows: the adapter {adapter}, and the head is the initial one"
         )
     if training.step == training.timetable.total and training.run and journal.is_falling:
         more = f"craft train --resume --output-dir {shlex.quote(str(training.run.path))}"
         longer = f"--num-train-epochs {math.ceil(1.5 * training.epoch)}"
-        found.append(f"the validation loss was still falling: {more} {longer}  goes on")
+        found.append(f"the validation loss was still falling; continue with {more} {longer}")
     return found
 
 
 def _estimated(training: Training, result: TrainResult) -> TrainResult:
-    """Evaluate one batch; with the seconds of the whole loop, where an update takes as many as the one that was made."""
+    """Evaluate one batch, and estimate the seconds of the whole loop from it and the update made."""
     began = time.perf_counter()
     _evaluate_a_batch(training)
     batch = time.perf_counter() - began
@@ -166,5 +166,5 @@ def _end_processes(training: Training) -> None:
     accelerator = training.accelerator
     accelerator.wait_for_everyone()
     accelerator.free_memory(accelerator.unwrap_model(training.model), training.optimizer)
-    del training.model  # DDP before its group
+    del training.model  # release DDP before its process group
     accelerator.end_training()

@@ -31,20 +31,13 @@ def command(
         ),
     ] = None,
     ranks: Annotated[
-        str | None,
-        typer.Option(metavar="OUT,IN,LAYERS", help="For a model: count the trained parameters at these ranks."),
+        str | None, typer.Option(metavar="OUT,IN,LAYERS", help="For a model: count the trained parameters.")
     ] = None,
     energy: Annotated[
-        float | None,
-        typer.Option(
-            metavar="PART", help="Propose the smallest ranks that keep this share of the energy, such as 0.5."
-        ),
+        float | None, typer.Option(metavar="PART", help="Propose ranks that keep this share of the energy: 0.5.")
     ] = None,
     budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NUMBERS", help="Propose the best ranks within this many trained parameters, such as 50k."
-        ),
+        str | None, typer.Option(metavar="NUMBERS", help="Propose the best ranks within this many parameters: 50k.")
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Compare runs side by side.")] = False,
     plot: Annotated[

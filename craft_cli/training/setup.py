@@ -246,9 +246,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     training.memory = estimate(training, savings=config.dry_run)
     listener.started(plan_of(training, start, auto=auto))
     training.began = time.perf_counter()
-    set_seed(
-        config.seed + 1 + accelerator.process_index
-    )  # again, because imports draw random numbers; dropout differs between processes
+    set_seed(config.seed + 1 + accelerator.process_index)  # again, since imports draw; dropout differs by process
     _resume(training, start)
     training.updates = timetable.updates(after=training.step)
     return training

@@ -117,8 +117,8 @@ def test_advice_on_factors_and_runs_is_on_their_base(pico: Make) -> None:
     assert "--energy and --budget cannot be combined; choose one" in failure(
         "inspect", "adapter", "--energy", "1", "--budget", "9"
     )
-    assert "--energy: expected a part above 0 and up to 1, not 50" in failure("inspect", "adapter", "--energy", "50")
-    assert "--energy: expected a part above 0" in failure("inspect", "adapter", "--energy", "0")
+    assert "--energy: expected a number above 0 and up to 1, not 50" in failure("inspect", "adapter", "--energy", "50")
+    assert "--energy: expected a number above 0" in failure("inspect", "adapter", "--energy", "0")
     assert "--budget: expected a number of parameters such as" in failure("inspect", "adapter", "--budget", "few")
     assert "--budget: 2 is below 3, the numbers of ranks 1,1,1" in failure("inspect", "adapter", "--budget", "2")
 
@@ -158,7 +158,7 @@ def test_cosines_are_those_of_the_dense_changes(pico: Make) -> None:
     shake(adapter)
     adapter.save("wide")
     assert craft.compare(["a", "wide"]).cosine[0][1] is None
-    assert "--compare needs two runs or more" in failure("inspect", "--compare", "a")
+    assert "--compare requires at least two runs" in failure("inspect", "--compare", "a")
     assert "x is neither a run nor an adapter" in failure("inspect", "--compare", "a", "x")
     assert "several paths can be given only with --compare" in failure("inspect", "a", "b")
     assert "cannot be combined; choose one" in failure("inspect", "--compare", "a", "b", "--energy", "0.5")
@@ -287,8 +287,8 @@ def test_pages_of_other_things(pico: Make, tmp_path: Path) -> None:
     assert "Change by layer" not in Path("factors.html").read_text()
     three(pico())
     assert invoke("inspect", "a", "--html", "a.html").exit_code == 0
-    assert "Not evaluated: a: on which data?" in Path("a.html").read_text()
-    assert "is a model; decompose it" in failure("inspect", str(pico()), "--html", "x.html")
+    assert "Not evaluated: a: no data to evaluate on" in Path("a.html").read_text()
+    assert "is a model; pass a run" in failure("inspect", str(pico()), "--html", "x.html")
 
 
 @pytest.mark.slow

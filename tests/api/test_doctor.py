@@ -138,7 +138,7 @@ def test_a_training_that_fails_leaves_the_folder_and_no_merge(monkeypatch: pytes
     assert result.exit_code == 1
     *_, training, merge, last = result.stdout.splitlines()
     assert training.split(maxsplit=2) == ["training", "broken", "RuntimeError: CUDA error: no kernel image"]
-    assert merge.split(maxsplit=2) == ["merge", "note", "not tried: there is no run to merge"]
+    assert merge.split(maxsplit=2) == ["merge", "note", "skipped: there is no run to merge"]
     assert last == "1 of 12 broken: training"
     assert Path.cwd() == tmp_path
     assert not Path("runs").exists()
@@ -195,7 +195,7 @@ def test_what_caches_hold(light: None, monkeypatch: pytest.MonkeyPatch, tmp_path
     )
     usage.free = 999_000_000  # type: ignore[attr-defined]
     low = by_name(examine())["hub cache"]
-    assert low == Finding("hub cache", "note", f"{tmp_path}/cache/hub: 0 bytes used, 999 MB free, which is little")
+    assert low == Finding("hub cache", "note", f"{tmp_path}/cache/hub: 0 bytes used, 999 MB free, which is low")
     assert not (tmp_path / "cache/hub").exists()
 
 
@@ -251,7 +251,7 @@ def test_installed_ranges_are_read(light: None, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(metadata, "requires", none)
     told = by_name(examine())["packages"]
     assert told.state == "note"
-    assert told.told.endswith("lora-craft is not installed, so what it requires was not compared")
+    assert told.told.endswith("lora-craft is not installed, so its requirements were not checked")
 
 
 def test_a_wrong_product_is_broken(light: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,7 @@ def test_a_torch_for_gpus_without_one(light: None, monkeypatch: pytest.MonkeyPat
     assert told["torch"].told.endswith("built for CUDA 12.8")
     assert told["devices"].state == "note"
     assert told["devices"].told.endswith(
-        "no GPU that this torch can use (CUDA initialization: The NVIDIA driver is too old (version 1))"
+        "no GPU that this torch build can use (CUDA initialization: The NVIDIA driver is too old (version 1))"
     )
 
 
@@ -299,7 +299,7 @@ def test_a_hub_that_answers_and_one_that_does_not(tmp_path: Path) -> None:
 
 def test_offline_is_told(light: None) -> None:
     assert by_name(examine())["hub"] == Finding(
-        "hub", "note", "offline mode is set (HF_HUB_OFFLINE): cached and local models only"
+        "hub", "note", "offline mode is on (HF_HUB_OFFLINE): cached and local models only"
     )
 
 

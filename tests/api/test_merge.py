@@ -279,6 +279,6 @@ def test_a_merged_model_keeps_its_length_and_its_columns(pico: Make) -> None:
 def test_what_a_merged_model_cannot_have_kept_is_refused(name: str, value: object, run: Path) -> None:
     config = Path(craft.merge("run").output, "config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"craft": {name: value}}))
-    with pytest.raises(ModelError, match=r"not a number between 0 and 1|does not write") as refused:
+    with pytest.raises(ModelError, match=r"not a number between 0 and 1|is invalid; correct") as refused:
         craft.evaluate(config.parent, source=DataSource(task="sst2", data_dir="data"))
     assert "\n" not in str(refused.value)

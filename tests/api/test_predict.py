@@ -217,7 +217,7 @@ def test_python_gets_the_answers_of_the_command(runs: Path) -> None:
     assert craft.predict(runs / "single", [], use_cpu=True) == []
     pairs = craft.predict(runs / "pair", [("good", "the film"), ("dull", "a book")], use_cpu=True)
     assert pairs == craft.predict(runs / "pair", ["good\tthe film", "dull\ta book"], use_cpu=True)
-    with pytest.raises(DataError, match="texts: text 2 has 3 parts, this model takes sentence1 and sentence2"):
+    with pytest.raises(DataError, match="texts: text 2 has 3 parts, but this model expects sentence1 and sentence2"):
         craft.predict(runs / "pair", [("a", "b"), ("a", "b", "c")], use_cpu=True)
     with pytest.raises(TypeError, match="texts: expected a list of texts, not a single string"):
         craft.predict(runs / "single", "great film")
@@ -317,7 +317,7 @@ def test_ax_is_evaluated_with_a_run_of_mnli(mnli: Path) -> None:
     result = invoke("eval", str(mnli / "run"), "--task", "ax", "--data-dir", str(mnli / "glue/ax"), "--json")
     assert list(json.loads(result.stdout)["metrics"]) == ["matthews_correlation", "accuracy", "loss"]
     hidden = failure("eval", str(mnli / "run"), "--split", "test")
-    assert "keeps its labels hidden" in hidden
+    assert "are hidden; use craft eval" in hidden
 
 
 # -- the GLUE server ----------------------------------------------------------------------------------------------------
@@ -405,13 +405,13 @@ def test_test_predictions_of_some_runs_with_the_rest_filled(
 
 def test_what_cannot_be_submitted_is_told(runs: Path, mnli: Path, small_server: dict[str, int]) -> None:
     assert "--submission requires --split test" in failure("eval", str(runs / "single"), "--submission", "s.zip")
-    with pytest.raises(ConfigError, match=r"the server takes a \.zip"):
+    with pytest.raises(ConfigError, match=r"the file name must end in \.zip"):
         craft.submit([mnli / "run"], "s.tar")
-    with pytest.raises(ConfigError, match="MNLI-m is answered by a run before it"):
+    with pytest.raises(ConfigError, match="MNLI-m is already predicted by an earlier run"):
         craft.submit([mnli / "run", mnli / "run"], "s.zip", use_cpu=True)
-    with pytest.raises(ConfigError, match="trained on 'own', which is no task of GLUE's"):
+    with pytest.raises(ConfigError, match="trained on 'own', which is not a GLUE task"):
         craft.submit([runs / "real"], "s.zip", use_cpu=True)
     write_rows(runs / "sst2/test.jsonl", opinions(3, 1))
-    with pytest.raises(DataError, match="holds 3 rows, but GLUE's test set SST-2 has 4"):
+    with pytest.raises(DataError, match="holds 3 rows, but the GLUE test set SST-2 has 4"):
         craft.submit([runs / "single"], "s.zip", use_cpu=True)
     assert not Path("s.zip").exists()

@@ -214,7 +214,7 @@ def test_closed_and_full_streams_are_named() -> None:
 def test_more_closed_streams() -> None:
     Path("t.txt").write_text("the film was good\n")
     done = shell("craft predict run --input t.txt >&-")
-    assert done.stderr.splitlines() == ["error: standard output is closed: give a file with --output"]
+    assert done.stderr.splitlines() == ["error: standard output is closed; pass a file with --output"]
     done = shell("craft eval run --task sst2 --data-dir data --json >&-")
     assert done.stderr.splitlines() == ["error: standard output is closed, so --json cannot be printed"]
     train = "craft train --model base --task sst2 --data-dir data --ranks 4,4,2 --use-cpu --num-train-epochs 3"

@@ -173,7 +173,7 @@ def test_predictions_are_joined_to_the_data_they_are_of(run: Path) -> None:
         == "error: --keep-columns: in.jsonl has no column 'key'; it has id, sentence, meta\n"
     )
     write_rows(Path("in.jsonl"), [{"prediction": "x", "sentence": "good"}])
-    assert "a part of the answer is called 'prediction' too" in failure(
+    assert "'prediction' is also a field of the predictions" in failure(
         "predict", "run", "-i", "in.jsonl", "--keep-columns", "prediction", "--use-cpu"
     )
     write_rows(Path("own/train.jsonl"), opinions(30, 1))

@@ -382,7 +382,7 @@ def test_the_list_names_it_with_its_paper_and_numbers(method: str, pico: Make) -
 
 
 def test_a_list_within_a_budget_needs_a_model() -> None:
-    assert "--budget needs --model" in failure("methods", "--budget", "1k")
+    assert "--budget requires --model" in failure("methods", "--budget", "1k")
 
 
 def test_a_damaged_adapter_is_refused(method: str, pico: Make) -> None:

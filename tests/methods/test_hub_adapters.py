@@ -110,7 +110,7 @@ def test_a_shared_copy_does_not_say_where_things_lie(pico: Make, connected: Loop
     Path("mine/adapter_config.json").write_text(json.dumps(record))
     done = invoke("merge", "mine", "--format", "adapter", "--push-to-hub", "someone/mine")
     assert done.exit_code == 0, done.output
-    assert "note: its base is a folder on this machine: others put it on a model of theirs" in done.stderr
+    assert "note: its base is a local folder; others can attach it to their own model" in done.stderr
     for name, data in connected.uploads["someone/mine"].items():
         assert str(pico().parent).encode() not in data, name
         assert b"/home/me" not in data
@@ -120,7 +120,7 @@ def test_a_shared_copy_does_not_say_where_things_lie(pico: Make, connected: Loop
 
 def test_options_of_merging_are_not_for_a_copy(pico: Make) -> None:
     saved(pico())
-    assert "copies the adapter as it is" in failure("merge", "mine", "--format", "adapter", "--trim")
+    assert "copies the adapter unchanged" in failure("merge", "mine", "--format", "adapter", "--trim")
     assert invoke("merge", "mine", "--format", "adapter", "-o", "copy").exit_code == 0
     assert "is not empty" in failure("merge", "mine", "--format", "adapter", "-o", "copy")
     assert invoke("merge", "mine", "--format", "adapter", "-o", "copy", "--overwrite").exit_code == 0

@@ -64,7 +64,7 @@ def test_nothing_is_left_of_an_adapter_without_its_head(pico: Make) -> None:
     adapter.save("head")
     assert craft.merge("head", "lora", format="peft").tensors_changed == 0
     told = failure("merge", "head", "-o", "other", "--format", "peft", "--no-head")
-    assert "--no-head leaves nothing: only the head was trained" in told
+    assert "--no-head leaves nothing to export, because only the head was trained; remove it" in told
     assert "--no-head is for --format peft" in failure("merge", "head", "--no-head")
 
 

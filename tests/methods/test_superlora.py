@@ -142,7 +142,7 @@ def test_a_dense_change_is_no_lora_unless_an_error_is_allowed(pico: Make) -> Non
     shown = invoke("merge", "saved", "-o", "again", "--format", "peft", "--tolerance", "0.9")
     assert f"as a LoRA of rank {result.rank}" in shown.stdout
     assert "(allowed 9e-01)" in shown.stdout
-    assert "--tolerance: expected a part above 0 and below 1" in failure(
+    assert "--tolerance: expected a number above 0 and below 1" in failure(
         "merge", "saved", "--format", "peft", "--tolerance", "1"
     )
     with pytest.raises(CraftError, match="tolerance is for format peft"):

@@ -75,7 +75,7 @@ def test_sizes_in_bytes_and_options_without_effect(run: Path) -> None:
     assert Path("small/model.safetensors.index.json").is_file()
     told = failure("merge", "run", "--format", "peft", "--max-shard-size", "5GB")
     assert "--max-shard-size is for checkpoints" in told
-    assert "--private needs --push-to-hub" in failure("merge", "run", "--private")
+    assert "--private requires --push-to-hub" in failure("merge", "run", "--private")
 
 
 def test_sigterm_leaves_nothing_behind(run: Path, tmp_path: Path) -> None:

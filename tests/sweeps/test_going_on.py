@@ -152,15 +152,15 @@ def test_the_trial_of_a_worker_without_a_sign_of_life_is_taken_over(
 def test_another_sweep_in_one_folder_is_refused_and_more_trials_are_not(asked: Any) -> None:
     sampled = ("learning_rate=1e-4..1e-1",)
     results = sweep(asked(*sampled, trials=2, seeds=(1, 2)))
-    with pytest.raises(ConfigError, match="out is a sweep already: --resume goes on with it"):
+    with pytest.raises(ConfigError, match="out already has a sweep; pass --resume to resume it"):
         sweep(asked(*sampled, trials=2))
     for other, told in (
         (asked(*sampled, resume=True, seeds=(1,)), "--seeds was 1,2, is 1"),
         (asked("learning_rate=1e-4..1", resume=True), "--set learning_rate was 0.0001..0.1, is 0.0001..1"),
         (asked(*sampled, resume=True, settings={"max_steps": 8}), "--max-steps was 12, is 8"),
         (asked(*sampled, "weight_decay=0,0.1", resume=True), "--set weight_decay was not given, is 0.0,0.1"),
-        (asked(*sampled, resume=True, trials=1), "--trials 1: out was asked for 2 before"),
-        (asked(*sampled, resume=True, storage="sqlite:///x.db"), "in its own study.db: leave --storage out"),
+        (asked(*sampled, resume=True, trials=1), "--trials 1: out already has 2 trials"),
+        (asked(*sampled, resume=True, storage="sqlite:///x.db"), "in its own study.db; remove --storage"),
     ):
         with pytest.raises(ConfigError) as raised:
             sweep(other)
@@ -180,7 +180,7 @@ def test_a_folder_of_its_own_can_take_part_in_a_sweep_in_a_database(asked: Any) 
     assert table_of(joined) == table_of(first)
     assert len(starts()) == 3
     assert "shared.db" not in Path("a/one/sweep.json").read_text()  # a URL may hold a password
-    with pytest.raises(ConfigError, match="are in a database: give its --storage"):
+    with pytest.raises(ConfigError, match="are in a database; pass its --storage"):
         sweep(SweepOptions(output_dir="a/one", resume=True))
     with pytest.raises(
         ConfigError,
@@ -317,7 +317,7 @@ def test_trials_that_failed_are_tried_again_where_that_is_asked_for(
         ("craft-001", "complete", ""),
     ]
     assert [name for name, *_ in starts()] == ["craft-001-seed42", "craft-002-seed42", "craft-001-seed42"]
-    with pytest.raises(ConfigError, match="--retry-failed needs --resume"):
+    with pytest.raises(ConfigError, match="--retry-failed requires --resume"):
         sweep(asked("learning_rate=8,1e-2", retry_failed=True))
 
 

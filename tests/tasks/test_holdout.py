@@ -123,7 +123,7 @@ def test_a_file_that_grew_makes_no_trained_row_a_held_out_one(run: dict[str, set
     assert not wrong & run["train"]
     assert before.examples < result.examples < 120 - len(run["train"])
     assert (
-        f"{Path('train.jsonl').resolve()} has changed since the training: 120 rows, 60 then; evaluated are the rows held out"
+        f"{Path('train.jsonl').resolve()} has changed since the training: 120 rows instead of 60; the evaluation uses the original held-out rows"
         in "".join(said.split("\n"))
     )
     assert len(result.notes or []) == 1
@@ -144,7 +144,7 @@ def test_rows_that_were_trained_on_are_named_when_they_are_evaluated_on(pico: Ma
     )
     assert craft.evaluate("out", use_cpu=True).notes is None
     (note,) = craft.evaluate("out", source=DataSource(validation_file="train.jsonl"), use_cpu=True).notes or ()
-    assert note == "train.jsonl holds the rows that this was trained on: the metrics will look too good"
+    assert note == "train.jsonl contains the training rows: the metrics will look too good"
     write_rows(Path("validation.jsonl"), tickets(21, 100))
     (note,) = craft.evaluate("out", use_cpu=True).notes or ()
     assert note.endswith("validation.jsonl has changed since the training: 21 rows, 20 then")

@@ -216,7 +216,10 @@ def test_rows_without_a_target_are_left_out_and_counted(pico_lm: Make, chats: Pa
         ({"answer_pattern": "(", "eval_generate": 2}, "answer_pattern: invalid regular expression"),
         ({"answer_pattern": "a"}, "requires --eval-generate"),
         ({"metric_for_best_model": "exact_match"}, "no metric 'exact_match'"),
-        ({"label_column": "x", "task_type": "causal-lm"}, "label_column: a language model has no labels"),
+        (
+            {"label_column": "x", "task_type": "causal-lm"},
+            "label_column: a language model has no labels",
+        ),
     ],
 )
 def test_settings_of_other_kinds_are_refused(changed: dict[str, Any], told: str, pico_lm: Make, chats: Path) -> None:

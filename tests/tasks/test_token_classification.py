@@ -151,7 +151,7 @@ def test_rows_that_cannot_be_used_are_told() -> None:
         DataSource(train_file=train, task_type="token-classification", task="sst2"),
         DataSource(train_file=train, problem_type="regression"),
     ):
-        with pytest.raises(ConfigError, match=r"leave it out"):
+        with pytest.raises(ConfigError, match=r"remove it"):
             load_splits(source, ["train"])
 
 

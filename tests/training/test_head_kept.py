@@ -109,12 +109,12 @@ def test_the_start_is_called_what_it_is(merged: Path, pico: Make, data_dir: Path
     ruin = {"learning_rate": 30.0, "head_learning_rate": 30.0, "num_train_epochs": 1}
     first = craft.train(config(merged, data_dir, output_dir="a", init_noise=True, **ruin, **AUTO))
     assert list(first.baselines) == ["same_answer", "start"]
-    assert any("holds the noise it began with (--init-noise)" in line for line in first.remarks)
+    assert any("has only its initial noise (--init-noise)" in line for line in first.remarks)
     again = craft.train(config(pico(), data_dir, output_dir="b", init_from="first", **ruin, **AUTO))
     assert list(again.baselines) == ["same_answer", "start"]
-    assert any("the adapter is that of first, the head is the first one" in line for line in again.remarks)
+    assert any("the adapter is that of first, and the head is the initial one" in line for line in again.remarks)
     plain = craft.train(config(pico(), data_dir, output_dir="c", **ruin, **AUTO))
-    assert any("the adapter changes nothing, the head is the first one" in line for line in plain.remarks)
+    assert any("the adapter changes nothing, and the head is the initial one" in line for line in plain.remarks)
     onto = craft.train(config(merged, data_dir, output_dir="d", **ruin, **AUTO))
     craft.train(config(merged, data_dir, output_dir="e", init_from="d", max_steps=1, **AUTO))
     taken = json.loads(Path("e/all_results.json").read_text())["baselines"]

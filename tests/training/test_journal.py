@@ -224,7 +224,10 @@ def test_what_does_not_fit_another_runs_transforms_is_refused(pico: Make, data_d
         assert str(refused.value) == told
     with pytest.raises(CraftError, match=r"has different weights \(query\) from those the adapter was trained on"):
         craft.train(config(pico(vocab_size=65), data_dir, init_from="first"))
-    with pytest.raises(FileError, match="init_from: nowhere is neither a run nor an adapter; pass the folder of one"):
+    with pytest.raises(
+        FileError,
+        match="init_from: nowhere is neither a run nor an adapter",
+    ):
         craft.train(config(pico(), data_dir, init_from="nowhere"))
     assert not Path("out").exists()
 

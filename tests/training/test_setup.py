@@ -111,7 +111,7 @@ def test_bf16_computes_in_it_and_keeps_transforms_and_moments_in_float32(pico: M
 
 
 def test_the_scale_of_fp16_goes_with_a_checkpoint(pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp16 needs a GPU; the gradient scaler itself runs here, and its state is kept."""
+    """fp16 requires a GPU; the gradient scaler itself runs here, and its state is kept."""
     made: list[torch.amp.GradScaler] = []
     former = training.make_accelerator
 

@@ -87,20 +87,15 @@ def command(
         if html:
             from craft_cli.api.report import write_page
 
-            inspection = write_page(path, html, trust_remote_code=trusted)
+            result = write_page(path, html, trust_remote_code=trusted)
         if plot or not html:
-            inspection = inspect(path, ranks=ranks, plot=plot, trust_remote_code=trusted)
+            result = inspect(path, ranks=ranks, plot=plot, trust_remote_code=trusted)
     if json:
         console.print_json(
-            {
-                "kind": inspection.kind,
-                "path": inspection.path,
-                **inspection.facts,
-                "projections": inspection.projections,
-            }
+            {"kind": result.kind, "path": result.path, **result.facts, "projections": result.projections}
         )
     else:
-        _show(inspection, plot, html)
+        _show(result, plot, html)
 
 
 def _compare(paths: Sequence[str], html: str | None, *, json: bool) -> None:
@@ -120,21 +115,21 @@ def _compare(paths: Sequence[str], html: str | None, *, json: bool) -> None:
         _comparison(compared)
 
 
-def _show(inspection: Any, plot: str | None, html: str | None) -> None:
+def _show(result: Any, plot: str | None, html: str | None) -> None:
     """Print the facts, one row per projection, and the changes."""
     from craft_cli.cli import console
 
-    console.facts({inspection.kind: inspection.path, **inspection.facts, "plot": plot, "page": html})
+    console.facts({result.kind: result.path, **result.facts, "plot": plot, "page": html})
     console.out.print()
-    columns, rows = _table(inspection.projections)
+    columns, rows = _table(result.projections)
     console.table(columns, rows, drop=("in", "out", "layer") if "energy" in columns else ())
     if "energy" in columns:
         console.out.print(
             "energy: share of the squared norm kept; the same for a random tensor of this shape; and for each mode alone"
         )
-    if any("change_by_layer" in row for row in inspection.projections):
+    if any("change_by_layer" in row for row in result.projections):
         console.out.print()
-        _changes(inspection.projections)
+        _changes(result.projections)
 
 
 def _sweep(path: Path, *, other: bool, json: bool) -> None:

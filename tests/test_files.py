@@ -116,7 +116,7 @@ def test_an_adapter_of_a_later_format_is_refused(run: Path) -> None:
 def test_an_adapter_on_other_weights_is_refused(command: tuple[str, ...], run: Path, pico: Make) -> None:
     for file in pico(vocab_size=65).iterdir():
         shutil.copy(file, "base")
-    assert "this model has different weights (query)" in failure(*command)
+    assert "this model has other weights (query)" in failure(*command)
 
 
 def test_an_adapter_on_weights_that_differ_in_one_number_is_refused(run: Path) -> None:
@@ -124,7 +124,7 @@ def test_an_adapter_on_weights_that_differ_in_one_number_is_refused(run: Path) -
     name = next(name for name in weights if name.endswith("layer.2.attention.self.value.weight"))
     weights[name][23, 23] += 1e-3
     save_file(weights, "base/model.safetensors", metadata={"format": "pt"})
-    assert "this model has different weights (value)" in failure("eval", "run", *DATA)
+    assert "this model has other weights (value)" in failure("eval", "run", *DATA)
 
 
 # -- a full disk --------------------------------------------------------------------------------------------------------

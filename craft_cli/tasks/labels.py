@@ -85,7 +85,7 @@ def settle_task(task: Task, values: Sequence[Any], place: Place, origin: str) ->
     if len(labels) == len(cells) >= ALL_DIFFERENT:
         amounts = problem == SINGLE and all(_PLAIN.fullmatch(name) for name in labels)
         raise DataError(
-            f"{origin}: column '{task.label_column}' holds {len(labels):,} labels, each in one row only, like an id or a "
+            f"{origin}: column '{task.label_column}' has {len(labels):,} labels, each in one row only, like an id or a "
             f"text: choose another with --label-column{', or --problem-type regression for amounts' if amounts else ''}"
         )
     return replace(task, labels=labels)

@@ -85,7 +85,7 @@ def one_form(rows: Sequence[Sequence[str]], place: Callable[[int], str]) -> list
                 form.append(tag)
                 continue
             if problem := next((problem_text for form, problem_text in _UNREAD.items() if re.fullmatch(form, tag)), ""):
-                raise DataError(f"{place(row)}: tag '{tag}'{'' if problem[0] in 'nh' else ':'} {problem}")
+                raise DataError(f"{place(row)}: tag '{tag}'{'' if problem[0] in 'hu' else ':'} {problem}")
             if tag.isdecimal():
                 raise DataError(
                     f"{place(row)}: tag {tag} is a number without a name: write names such as B-person, or use a dataset "

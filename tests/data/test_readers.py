@@ -242,7 +242,7 @@ def test_cells_that_are_no_text_and_no_label_are_refused_by_their_place() -> Non
         problem(own, "t.parquet", text_columns=("raw",))
         == "t.parquet, row 1: column 'raw' is bytes that are not UTF-8, not a text"
     )
-    assert problem(own, "t.parquet", label_column="day") == "t.parquet, row 1: column 'day' holds a date, not a label"
+    assert problem(own, "t.parquet", label_column="day") == "t.parquet, row 1: column 'day' has a date, not a label"
     assert own("t.parquet", label_column="price")[1][0].labels == [1.5, 2.0]
     assert own("t.parquet", label_column="id")[0].labels == ("7", "12345678901234567890")
 

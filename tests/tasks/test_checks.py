@@ -37,7 +37,7 @@ def test_a_column_of_different_whole_numbers_may_be_amounts() -> None:
 
 def test_several_labels_that_never_repeat_are_refused_too() -> None:
     message = problem(own, numbered([[f"a{row}", f"b{row}"] for row in range(6)], ".jsonl"))
-    assert message.startswith("rows.jsonl: column 'label' holds 12 labels, each in one row only")
+    assert message.startswith("rows.jsonl: column 'label' has 12 labels, each in one row only")
 
 
 def test_an_example_of_each_of_a_few_labels_and_one_label_twice_are_not_refused() -> None:

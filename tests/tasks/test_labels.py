@@ -152,7 +152,7 @@ def test_a_list_beside_names_is_a_list_when_labels_are_found_too() -> None:
 
 
 def test_cells_that_are_all_empty_hold_no_label() -> None:
-    assert "column 'label' holds no label; nothing" in problem(own, labelled([[], []], ".jsonl"))
+    assert "column 'label' has no label; choose" in problem(own, labelled([[], []], ".jsonl"))
 
 
 def test_half_a_character_is_refused_where_several_labels_apply_too() -> None:
@@ -188,7 +188,7 @@ def test_names_with_commas_are_quoted_in_their_cell() -> None:
 @pytest.mark.parametrize("cell", [[None, "a"], [["a"], "b"], [{"a": 1}]])
 def test_lists_with_anything_but_labels_are_refused(cell: list[Any]) -> None:
     path = str(write_rows(Path("t.jsonl"), [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": cell}]))
-    assert problem(own, path).startswith("t.jsonl, line 2: column 'label' holds ")
+    assert problem(own, path).startswith("t.jsonl, line 2: column 'label' has ")
 
 
 # -- numbers --------------------------------------------------------------------------------------------------------------
@@ -200,10 +200,10 @@ def test_lists_with_anything_but_labels_are_refused(cell: list[Any]) -> None:
         ("1" + "0" * 400, "has inf, which float32 cannot represent"),
         ("1e300", "has 1e+300, which float32 cannot represent"),
         ("Infinity", "has inf, which float32 cannot represent"),
-        ("NaN", "holds nothing, not a number"),
-        ('"1_000"', "holds '1_000', not a number"),
-        ("true", "holds 'True', not a number"),
-        ("[1.5]", "holds '[1.5]', not a number"),
+        ("NaN", "has nothing, not a number"),
+        ('"1_000"', "has '1_000', not a number"),
+        ("true", "has 'True', not a number"),
+        ("[1.5]", "has '[1.5]', not a number"),
     ],
 )
 def test_a_number_that_is_none_or_too_large_is_refused_by_its_line(cell: str, told: str) -> None:
@@ -217,7 +217,7 @@ def test_a_number_that_is_none_or_too_large_is_refused_by_its_line(cell: str, to
 
 def test_an_infinite_label_is_refused() -> None:
     path = write("t.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": Infinity}\n')
-    assert problem(own, path) == "t.jsonl, line 2: column 'label' holds inf, not a label"
+    assert problem(own, path) == "t.jsonl, line 2: column 'label' has inf, not a label"
 
 
 def test_words_and_tags_in_a_csv_of_lists() -> None:

@@ -116,7 +116,7 @@ def test_rows_cannot_share_what_a_window_or_distances_tell_apart(pico_lm: Make) 
     folder = pico_lm("mistral", sliding_window=8)
     encoded, tokenizer = rows_of_tokens([9, 14]), AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(ConfigError, match="sees 8 tokens back"):
+    with pytest.raises(ConfigError, match="sliding window of 8 tokens"):
         CausalLM().loss(model, collate_packed(encoded, [0, 1], tokenizer))
     with pytest.raises(ConfigError, match="bloom model uses relative positions"):
         CausalLM(packing=True).on_head(AutoModelForCausalLM.from_pretrained(pico_lm("bloom", hidden_size=24)).config)

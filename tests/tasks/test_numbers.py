@@ -94,7 +94,7 @@ def test_numbers_far_from_zero_are_named_before_the_training(pico: Make) -> None
 
     assert said(plus=1000.0) == []
     (line,) = said(plus=1.7e9)
-    assert line.startswith("the numbers in 'score' lie around 1.7e+09 and only 0.5")
+    assert line.startswith("the numbers in 'score' have a mean of 1.7e+09 and a spread of only 0.5")
 
 
 @pytest.mark.parametrize("gold", [[0.1] * 10, [0.3, 0.1 + 0.2], [-7.0]])

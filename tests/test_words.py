@@ -73,7 +73,6 @@ BANNED = {
 
 NOT_YET = (
     "craft_cli/methods/",
-    "craft_cli/models/",
     "README.md",
     "CHANGELOG.md",
     "docs/",

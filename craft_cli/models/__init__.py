@@ -1,1 +1,1 @@
-"""Base models: finding, reading, loading, streaming and writing checkpoints."""
+"""Base models: find, read, load, stream and write checkpoints."""

@@ -1,4 +1,4 @@
-"""The model card: README.md of what craft writes, with the metadata block that the hub reads."""
+"""Model cards: the README.md of an output, with the metadata block of the Hub."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _PIPELINES = {
     "text-generation": ("CAUSAL_LM", "CAUSAL_LM"),
     "question-answering": ("QUESTION_ANSWERING", "QUESTION_ANS"),
 }
-"""The hub's pipelines: what transformers' mapping of their models is called, and PEFT's word for them."""
+"""Hub pipelines: the name of their model mapping in transformers, and PEFT's task type."""
 
 _USE = {
     "adapter": """With craft (the Python package `lora-craft`; the folder is PATH):
 
-    craft eval PATH                          # again, on the same data
-    craft predict PATH                       # texts from standard input
+    craft eval PATH                          # evaluate on the same data
+    craft predict PATH                       # predict texts from standard input
 
     adapter = craft_cli.load(model, "PATH")  # on a fresh {fresh}
 
@@ -49,7 +49,7 @@ With PEFT: `craft merge PATH --format peft` writes a LoRA.""",
     from transformers import pipeline
     pipeline("{pipeline}", "PATH"{options})({text})
 {differences}
-With craft: `craft eval PATH --task TASK` or `craft predict PATH`. With PEFT: nothing is needed, the change is merged.""",
+With craft: `craft eval PATH --task TASK` or `craft predict PATH`. With PEFT: not needed, the adapter is merged.""",
     "peft": """With PEFT (the folder is PATH):
 
     import peft, transformers
@@ -58,8 +58,8 @@ With craft: `craft eval PATH --task TASK` or `craft predict PATH`. With PEFT: no
     model = peft.PeftModel.from_pretrained(base, "PATH")
 
 With plain transformers: `model.merge_and_unload(safe_merge=True).save_pretrained(...)`, or `craft merge` of the adapter.
-With craft: load the adapter that this was made from.{labels}""",
-    HEADLESS: """The trained head is left out: the LoRA gives the hidden states of the adapted model, as for embeddings. The figures
+With craft: load the original adapter.{labels}""",
+    HEADLESS: """The trained head is omitted: the LoRA gives the hidden states of the adapted model, for embeddings. The metrics
 above were measured with the head. With PEFT (the folder is PATH):
 
     import peft, transformers
@@ -129,13 +129,13 @@ _LEARNED = {
 
 @dataclass(frozen=True)
 class Description:
-    """A method in words, for headers, cards and listings.
+    """A description of a method, for headers, cards and lists.
 
     Attributes:
-        title: its name as people write it.
-        size: what decides how many numbers it trains, as typed: `64,64,8`.
-        settings: the same in words.
-        trained: where the trained numbers are, for a sentence.
+        title: display name.
+        size: rank or ranks in flag form: `64,64,8`.
+        settings: rank or ranks with their names.
+        trained: location of the trained parameters, as part of a sentence.
         source: one sentence for the model card, with the paper.
     """
 
@@ -147,7 +147,7 @@ class Description:
 
 
 def pipeline_of(architecture: str) -> str | None:
-    """The pipeline of the hub that models of this class belong to, as transformers has it; None where it has none."""
+    """The Hub pipeline of a model class, from the mappings of transformers; None if there is none."""
     from transformers.models.auto import modeling_auto
 
     for pipeline, (mapping, _) in _PIPELINES.items():
@@ -157,7 +157,7 @@ def pipeline_of(architecture: str) -> str | None:
 
 
 def peft_type(architecture: str) -> str | None:
-    """PEFT's word for the task of models of this class; None where it has none."""
+    """PEFT's task type of a model class; None if there is none."""
     pipeline = pipeline_of(architecture)
     return _PIPELINES[pipeline][1] if pipeline else None
 
@@ -175,7 +175,7 @@ def public_name(base: Checkpoint) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """Settings as they may be uploaded: of every path its last part."""
+    """Settings for upload, with only the last part of every path."""
     if isinstance(value, Mapping):
         return {name: without_folders(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -185,12 +185,12 @@ def without_folders(value: Any) -> Any:
 
 
 def _inline(text: str) -> str:
-    """A name in a line of Markdown, where it means nothing but itself."""
+    """Escape a name for a line of Markdown."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", plain(text)).replace("&", "&amp;")
 
 
 def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint, *, form: str = "adapter") -> str:
-    """What was trained on what, with which result, and how to use it.
+    """Write a model card: the training, its results, and how to use the model.
 
     Args:
         record: the adapter's description, as in adapter_config.json.
@@ -211,7 +211,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         "pipeline_tag": pipeline,
         "tags": ["craft", pipeline] + (["lora"] if form in ("peft", HEADLESS, "gguf") else []),
     }
-    if not Path(base.name).is_absolute():  # the hub links to ids only
+    if not Path(base.name).is_absolute():  # the Hub links only to ids
         data["base_model"] = name
         data["base_model_relation"] = "adapter" if form != "checkpoint" else "finetune"
     licence = base_licence(base)
@@ -236,7 +236,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         + (f", revision {base.revision}." if base.revision else "."),
     ]
     if training.get("problem_type") == "multi_label_classification":
-        parts.append(f"A label applies where its probability is above {training['threshold']:g}.")
+        parts.append(f"Labels are predicted above a probability of {training['threshold']:g}.")
     if training.get("temperature", 1.0) != 1.0:
         parts.append(f"Calibrated: the head is divided by the temperature {training['temperature']:.3g}.")
     if metrics:
@@ -270,21 +270,19 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
 
 
 def _with_labels(name: str, model: Mapping[str, Any]) -> str:
-    """The arguments of `from_pretrained` for a base that gets a head."""
+    """Arguments of `from_pretrained` for a base that gets a new head."""
     return f"\n        {name!r}, num_labels={model['num_labels']}, pad_token_id={model['pad_token_id']}\n    "
 
 
 def _in_a_pipeline(training: Mapping[str, Any], pipeline: str) -> dict[str, str]:
-    """How a pipeline of transformers is to be called so that it answers as craft does, and what is left to its user."""
+    """Arguments of a transformers pipeline that predicts as craft does, and remaining differences."""
     options, text, differences = "", '"some text"', []
     if pipeline == "text-classification":
         if training.get("max_seq_length"):
             options += f", truncation=True, max_length={training['max_seq_length']}"
         if training.get("problem_type") == "multi_label_classification":
             options += ", top_k=None"
-            differences.append(
-                f"It gives the score of every label: one applies where it is above {training['threshold']:g}."
-            )
+            differences.append(f"It returns the score of every label; predict those above {training['threshold']:g}.")
         columns: Sequence[str] = (training.get("data") or {}).get("text_columns") or ()
         if len(columns) == 2:
             text = '{"text": "one text", "text_pair": "another"}'
@@ -300,12 +298,12 @@ def _in_a_pipeline(training: Mapping[str, Any], pipeline: str) -> dict[str, str]
 
 
 def base_licence(base: Checkpoint) -> str | None:
-    """The licence that the base's own card names, if it has a card."""
+    """The license in the base's own card, if there is one."""
     from huggingface_hub import ModelCard
 
     try:
         found = ModelCard.load(base.folder / CARD).data.get("license")
-    except Exception:  # a missing, strange or damaged card is no reason to write none
+    except Exception:  # a missing or damaged card of the base must not prevent ours
         return None
     return found if isinstance(found, str) else None
 

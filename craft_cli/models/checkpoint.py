@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints: finding them (folder, hub, demo) and reading single tensors out of their shards.
+"""Base checkpoints in Hugging Face format: read single tensors from their shards.
 
-Nothing here builds a model. A checkpoint is resolved once to a local folder; whatever reads from it later, transformers
-included, reads that folder, so that all parts of a run see the same revision.
+Nothing here builds a model. A checkpoint is resolved once to a local folder, and everything, including transformers, reads
+from this folder, so that all parts of a run use the same revision.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ TOKENIZER_FILES = (
     "chat_template.*",
 )  # fmt: skip
 GENERATION, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
-"""How a language model answers where nothing else is asked for."""
+"""Default generation settings of a language model."""
 CARD = "README.md"
-"""Its licence is that of what is made of it."""
+"""The license of a base also applies to merged models."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""In the order in which transformers takes them, each before the shards of which an .index.json tells."""
+"""Weight files in the order in which transformers prefers them, each before its sharded form."""
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 MOST_LAYERS = 1024
-"""No model has as many; what is computed from a stranger's file grows with them."""
+"""Maximum number of layers: work grows with it, and the file may be untrusted."""
 _MOST_LABELS = 1 << 20
 _SIZES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels")
-"""Of these, transformers makes something for each before it looks at any weight."""
+"""Sizes for which transformers allocates objects before it reads any weight."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this machine.
+    """A local base checkpoint.
 
     Attributes:
-        name: hub id, absolute folder or `demo`; finds it again from anywhere.
-        revision: commit of a hub checkpoint.
-        folder: where its files lie.
-        trusted: whether the user lets Python code in it run.
+        name: Hub id, absolute folder or `demo`.
+        revision: commit of a Hub checkpoint.
+        folder: the local folder.
+        trusted: whether the user allows Python code in it to run.
     """
 
     name: str
@@ -58,10 +58,10 @@ class Checkpoint:
     trusted: bool = False
 
     def config(self) -> Any:
-        """Its `PretrainedConfig`.
+        """The `PretrainedConfig`.
 
         Raises:
-            ModelError: config.json is damaged or of a type transformers does not know.
+            ModelError: config.json is damaged, or of a model type unknown to transformers.
         """
         from transformers import AutoConfig
 
@@ -75,28 +75,28 @@ class Checkpoint:
             if not (type(size) is int and 0 < size <= _MOST_LABELS):
                 raise ModelError(f"{path}: {name} cannot be {quoted(size)}")
         for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
-            if "/" in str(content.get(name)) and not self.trusted:  # transformers would fetch and run it
-                raise ModelError(f"{path}: {name} names code on the hub, which runs only with --trust-remote-code")
+            if "/" in str(content.get(name)) and not self.trusted:  # transformers would download and run it
+                raise ModelError(f"{path}: {name} refers to code on the Hub, which runs only with --trust-remote-code")
         with told_in_one_line(str(path)):
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trusted)
         layers = getattr(config, "num_hidden_layers", 1)
         if not (type(layers) is int and 0 < layers <= MOST_LAYERS):
-            raise ModelError(f"{path}: no model has {quoted(layers)} layers")
+            raise ModelError(f"{path}: invalid number of layers: {quoted(layers)}")
         config.id2label = output_names(config.id2label)
         return config
 
     def tokenizer_files(self) -> list[Path]:
-        """The files a tokenizer is made of; of one that the user trusts, its code too."""
+        """The files of the tokenizer, including its code if the user trusts it."""
         names = tokenizer_patterns(self.folder, trusted=self.trusted)
         return sorted(path for path in self.folder.iterdir() if path.is_file() and matches(path.name, names))
 
     def open(self) -> TensorReader:
-        """Its tensors, by name."""
+        """A reader of its tensors by name."""
         return TensorReader(self)
 
 
 class LazyMatrix:
-    """One view into a stored weight, (d_out, d_in), whose rows are read from the file when asked for."""
+    """A view into a stored weight, (d_out, d_in), whose rows are read when indexed."""
 
     def __init__(self, stored: Tensor | StoredTensor, view: View) -> None:
         self._stored = stored
@@ -112,7 +112,7 @@ class LazyMatrix:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def announce(self) -> None:
-        """It will be asked for next: the disk may begin."""
+        """Prefetch the weight, because it is needed next."""
         if isinstance(self._stored, StoredTensor):
             self._stored.announce()
 
@@ -131,10 +131,10 @@ class TensorReader:
                 self._file_of.update(dict.fromkeys(self._opened(file).keys(), file))
 
     def matrices(self, views: Sequence[View]) -> list[LazyMatrix]:
-        """One lazily read matrix for each view; a model with a head keeps them below a prefix.
+        """One lazily read matrix per view; a model with a head stores them under a prefix.
 
         Raises:
-            ModelError: a weight is not in the checkpoint, in several places, or of a dtype not known here.
+            ModelError: a weight is missing, ambiguous, or of an unsupported dtype.
         """
         found = []
         for view in views:
@@ -142,7 +142,7 @@ class TensorReader:
             names = [name for name in self._file_of if name == wanted or name.endswith(f".{wanted}")]
             if len(names) != 1:
                 problem = "no tensor" if not names else f"{len(names)} tensors named"
-                raise ModelError(f"{self._checkpoint.name}: the checkpoint holds {problem} {wanted}")
+                raise ModelError(f"{self._checkpoint.name}: the checkpoint has {problem} {wanted}")
             stored = self._stored(names[0])
             if not view.fits(tuple(stored.shape)):
                 raise ModelError(
@@ -152,11 +152,11 @@ class TensorReader:
         return found
 
     def names(self) -> Iterable[str]:
-        """Of all its tensors."""
+        """The names of all tensors."""
         return self._file_of
 
     def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Of a tensor, without reading it."""
+        """The shape of a tensor, without reading it."""
         stored = self._opened(self._file_of[name])
         if isinstance(stored, dict):
             return tuple(stored[name].shape), stored[name].dtype
@@ -164,7 +164,7 @@ class TensorReader:
         return tuple(part.get_shape()), part[tuple(slice(0, 0) for _ in part.get_shape())].dtype
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor. Its file is mapped for it alone: pages once read would count as long as a map is held."""
+        """Read a whole tensor. Its file is mapped only for this read, because read pages count as memory while a map is open."""
         file = self._file_of[name]
         if not file.endswith(".safetensors"):
             tensor: Tensor = self._opened(file)[name]
@@ -175,11 +175,11 @@ class TensorReader:
             return cast(Tensor, stored.get_tensor(name))
 
     def names_in(self, file: str) -> list[str]:
-        """Of the tensors in one of its files."""
+        """The tensors in one of its files."""
         return [name for name, where in self._file_of.items() if where == file]
 
     def weight_files(self) -> list[Path]:
-        """The files that hold them."""
+        """The files with the weights."""
         return [self._checkpoint.folder / file for file in sorted(set(self._file_of.values()))]
 
     def _stored(self, name: str) -> Tensor | StoredTensor:
@@ -199,7 +199,7 @@ class TensorReader:
 
             path = self._checkpoint.folder / file
             try:
-                open(path, "rb").close()  # safetensors says "no such file" of one that may not be read
+                open(path, "rb").close()  # safetensors reports an unreadable file as missing
             except OSError as error:
                 raise ModelError(f"cannot read {path}: {error.strerror}") from error
             if file.endswith(".safetensors"):
@@ -213,7 +213,7 @@ class TensorReader:
 
 
 def output_names(id2label: Mapping[int, Any] | None) -> dict[int, str]:
-    """The names of a head's outputs as text; LABEL_0, LABEL_1, ... where a configuration does not name each of them."""
+    """The label names of a head; LABEL_0, LABEL_1, ... if the configuration does not name all of them."""
     names = {number: str(name) for number, name in (id2label or {}).items() if isinstance(name, (str, int, float))}
     count = len(id2label or ()) or 2
     if sorted(names) != list(range(count)) or len(set(names.values())) != count:
@@ -222,11 +222,11 @@ def output_names(id2label: Mapping[int, Any] | None) -> dict[int, str]:
 
 
 def fingerprint(layers: Iterable[Any], dtype: torch.dtype | None = None) -> str:
-    """sha256 over the matrices (d_out, d_in) of a stack as stored: dtype, shapes and bytes, layer by layer.
+    """The sha256 of the matrices (d_out, d_in) of a stack: dtype, shapes and bytes, layer by layer.
 
     Args:
         layers: lazily read matrices or tensors.
-        dtype: convert to this one first, to compare a model loaded in a wider dtype with its checkpoint.
+        dtype: convert to this dtype first, to compare a model loaded in a wider dtype with its checkpoint.
     """
     digest = hashlib.sha256()
     for layer in layers:
@@ -237,31 +237,31 @@ def fingerprint(layers: Iterable[Any], dtype: torch.dtype | None = None) -> str:
 
 
 def _unpickled(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a pickled checkpoint; nothing else is unpickled.
+    """Read the tensors of a pickled checkpoint, without unpickling other objects.
 
     Raises:
-        ModelError: it holds anything else, or tensors larger than the file.
+        ModelError: the file has other objects, or tensors larger than the file.
     """
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a pickle may fail in any way
+    except Exception as error:  # unpickling can raise anything
         raise ModelError(f"{path} is damaged or truncated ({reason_of(error)})") from error
     if not isinstance(content, Mapping):
-        raise ModelError(f"{path} is damaged: it holds no tensors by name")
+        raise ModelError(f"{path} is damaged: it has no named tensors")
     size = path.stat().st_size
     for name, tensor in content.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor)) or tensor.is_sparse or tensor.nbytes > size:
-            raise ModelError(f"{path} is damaged: {quoted(name)} is no tensor that it holds")
+            raise ModelError(f"{path} is damaged: {quoted(name)} is not a tensor in the file")
     return content
 
 
 def tokenizer_patterns(folder: Path, *, trusted: bool = False) -> tuple[str, ...]:
-    """How the files of a tokenizer are called: as usual, or as its class in transformers calls them."""
+    """File names of a tokenizer: the usual ones, and those of its class in transformers."""
     import transformers
 
     try:
         name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
-    except FileError:  # without one, or with a damaged one that loading tells of
+    except FileError:  # missing, or damaged, which loading reports
         name = None
     own = getattr(getattr(transformers, str(name), None), "vocab_files_names", None)
     code = ("*.py",) if trusted else ()
@@ -269,24 +269,24 @@ def tokenizer_patterns(folder: Path, *, trusted: bool = False) -> tuple[str, ...
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """The names of all weight files that belong to the checkpoint, present or not.
+    """The names of all weight files of the checkpoint, whether they exist or not.
 
     Raises:
-        ModelError: there are none.
+        ModelError: there are no weights.
     """
     for name in WEIGHTS:
         if (folder / name).is_file():
             return [name]
         if (folder / f"{name}.index.json").is_file():
             return sorted(set(weight_map(folder / f"{name}.index.json").values()))
-    raise ModelError(f"{folder} holds no weights ({' or '.join(WEIGHTS)}, single or sharded)")
+    raise ModelError(f"{folder} has no weights ({' or '.join(WEIGHTS)}, single or sharded)")
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """The file of every tensor, as the index of a sharded checkpoint says.
+    """The file of every tensor, from the index of a sharded checkpoint.
 
     Raises:
-        ModelError: it says nothing of that kind, or names files elsewhere.
+        ModelError: the index is invalid, or names files outside the folder.
     """
     try:
         content = read_json(index).get("weight_map")
@@ -295,10 +295,10 @@ def weight_map(index: Path) -> dict[str, str]:
     if not isinstance(content, dict) or any(
         not isinstance(file, str) or Path(file).name != file for file in content.values()
     ):
-        raise ModelError(f"{index} is damaged: it does not tell which file beside it holds each tensor")
+        raise ModelError(f"{index} is damaged: it does not map tensors to files in its folder")
     return content
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a file name is one of these patterns."""
+    """Whether a file name matches one of these patterns."""
     return any(fnmatch(name, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""One line for whatever a library raises when it reads what a stranger, or a failing disk, has written."""
+"""One-line errors for exceptions of libraries that read damaged or untrusted files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from craft_cli.files import reason_of
 
 @contextmanager
 def told_in_one_line(what: str) -> Iterator[None]:
-    """Turn every error inside into a `ModelError` that begins with `what`.
+    """Convert every error in the block to a `ModelError` that starts with `what`.
 
-    Readers of damaged files raise errors of any type; what is written in Rust may even panic, which is no `Exception`.
+    Readers of damaged files raise errors of any type. Rust code can even panic, which is not an `Exception`.
 
     Raises:
-        ModelError: anything but an error of ours.
+        ModelError: the block raised anything but a CraftError.
     """
     try:
         yield
@@ -26,7 +26,7 @@ def told_in_one_line(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "trust_remote_code" in str(error):
-            reason = "it needs Python code of its own, which runs only with --trust-remote-code: read it first"
+            reason = "it requires custom Python code, which runs only with --trust-remote-code; read the code first"
         else:
             reason = reason_of(error)
         raise ModelError(f"{what}: {reason}") from error

@@ -1,8 +1,8 @@
-"""Where each model family keeps its projections. A new family is a new row of the table.
+"""The location of projections in each model family. A new family is a new row of the table.
 
-Paths are relative to the base model (`model.base_model` of any head), `{layer}` stands for the number of the layer.
-The canonical names of the projections are `query`, `key`, `value` and `output` of the attention, `gate`, `up` and `down`
-of the MLP, whatever the family calls them. An MLP of two matrices has `up` and `down` only.
+Paths are relative to the base model (`model.base_model` of any head), and `{layer}` stands for the number of the layer.
+Projections have canonical names in all families: `query`, `key`, `value` and `output` for the attention, `gate`, `up` and
+`down` for the MLP. An MLP with two matrices has only `up` and `down`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from craft_cli.errors import ConfigError, ModelError, nearest
 from craft_cli.models.views import Rows, View
 
 Family = Callable[[Any], Mapping[str, View]]
-"""Of the model's configuration: the view of every projection that the family has."""
+"""Views of all projections of a family, as functions of the model's configuration."""
 
 
 def separate(layer: str, **modules: str) -> Family:
-    """One linear module for each projection, by their paths below that of a layer."""
+    """One linear module per projection, by path below the layer."""
     return lambda config: {name: View(f"{layer}.{module}") for name, module in modules.items()}
 
 
 def transposed(family: Family) -> Family:
-    """Weights stored (d_in, d_out), as transformers' Conv1D does."""
+    """Weights stored as (d_in, d_out), as in transformers' Conv1D."""
     return lambda config: {name: replace(view, transposed=True) for name, view in family(config).items()}
 
 
@@ -37,7 +37,7 @@ def fused(module: str, layout: Callable[[Any], tuple[Rows, Rows, Rows]]) -> Fami
 
 
 def gate_and_up(module: str) -> Family:
-    """Both in one weight, the gate first."""
+    """Gate and up projection in one weight, the gate first."""
 
     def views(config: Any) -> Mapping[str, View]:
         width = config.intermediate_size
@@ -51,21 +51,21 @@ def joined(*families: Family) -> Family:
     return lambda config: {name: view for family in families for name, view in family(config).items()}
 
 
-# -- the rows of query, key and value in a fused weight -----------------------------------------------------------------
+# -- rows of query, key and value in a fused weight --- -----------------------------------------------------------------
 
 
 def _heads(config: Any) -> tuple[int, int]:
-    """Number of query heads, size of a head."""
+    """The number of query heads, and the head size."""
     heads = config.num_attention_heads
     return heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def blocks(config: Any, groups: int | None = None) -> tuple[Rows, Rows, Rows]:
-    """The query of all heads, the key of all, the value of all.
+    """The queries of all heads, then all keys, then all values.
 
     Args:
-        config: of the model.
-        groups: number of key-value heads; the configuration's, or as many as query heads, without.
+        config: the model's configuration.
+        groups: number of key-value heads. Default: from the configuration, or the number of query heads.
     """
     heads, size = _heads(config)
     groups = groups or getattr(config, "num_key_value_heads", None) or heads
@@ -77,13 +77,13 @@ def blocks(config: Any, groups: int | None = None) -> tuple[Rows, Rows, Rows]:
 
 
 def by_head(config: Any) -> tuple[Rows, Rows, Rows]:
-    """Head by head its query, key and value."""
+    """Query, key and value, head by head."""
     heads, size = _heads(config)
     return Rows(0, size, heads), Rows(size, size, heads), Rows(2 * size, size, heads)
 
 
 def by_group(config: Any, groups: int) -> tuple[Rows, Rows, Rows]:
-    """Key-value head by key-value head: the query of its query heads, its key, its value."""
+    """For each key-value head: the queries of its query heads, its key, its value."""
     heads, size = _heads(config)
     queries = heads // groups * size
     return Rows(0, queries, groups), Rows(queries, size, groups), Rows(queries + size, size, groups)
@@ -111,9 +111,7 @@ _LLAMA = separate(
 
 def _bloom(config: Any) -> Mapping[str, View]:
     if config.slow_but_exact and config.pretraining_tp > 1:
-        raise ModelError(
-            "slow_but_exact in its configuration computes without the layers that are adapted: set it to false"
-        )
+        raise ModelError("slow_but_exact in its configuration bypasses the adapted layers; set it to false")
     return joined(
         fused("h.{layer}.self_attention.query_key_value", by_head),
         separate("h.{layer}", output="self_attention.dense", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
@@ -209,7 +207,7 @@ def check_targets(targets: Sequence[str]) -> None:
     if tuple(targets) == (ALL_LINEAR,):
         return
     if ALL_LINEAR in targets:
-        raise ConfigError(f"--targets: {ALL_LINEAR} stands alone: it names every projection")
+        raise ConfigError(f"--targets: {ALL_LINEAR} cannot be combined with other projections; remove them")
     for target in targets:
         if target not in TARGETS:
             raise ConfigError(f"--targets: unknown projection '{target}'{nearest(target, (*TARGETS, ALL_LINEAR))}")
@@ -218,7 +216,7 @@ def check_targets(targets: Sequence[str]) -> None:
 
 
 def targets_of(config: Any, targets: Sequence[str]) -> tuple[str, ...]:
-    """The projections meant: `all-linear` is every one that the model has.
+    """Resolve targets: `all-linear` means every projection of the model.
 
     Args:
         config: the model's `PretrainedConfig`.
@@ -240,7 +238,7 @@ def targets_of(config: Any, targets: Sequence[str]) -> tuple[str, ...]:
 
 
 def layer_views(config: Any, targets: Sequence[str]) -> dict[str, list[View]]:
-    """The views of every target, one a layer.
+    """The views of every target, one per layer.
 
     Args:
         config: the model's `PretrainedConfig`.
@@ -266,7 +264,7 @@ def _views(config: Any) -> Mapping[str, View]:
         try:
             return FAMILIES[kind](config)
         except (ArithmeticError, AttributeError, TypeError) as error:
-            raise ModelError(f"the sizes in config.json are of no model of type '{kind}': {error}") from error
+            raise ModelError(f"the sizes in config.json are invalid for a model of type '{kind}': {error}") from error
     reason = _REFUSED.get(kind)
     if reason is None and any(getattr(config, name, None) for name in _EXPERTS):
         reason = "its layers are mixtures of experts, whose weights cannot be stacked by layer"

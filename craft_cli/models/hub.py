@@ -27,62 +27,62 @@ from craft_cli.models.demo import DEMOS, demo_folder
 from craft_cli.models.views import View
 
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
-"""What an earlier upload may have left, and a loader would take before, or together with, the files of this one."""
+"""Files of an earlier upload that a loader would prefer to, or mix with, the new ones."""
 
 
 def before_upload(repository: str, base: Checkpoint, *, private: bool) -> str | None:
-    """Who will see what is uploaded, to be said before the work; None where the hub does not tell.
+    """A note about the visibility of the upload, for before the work; None if it is unknown.
 
     Raises:
-        ConfigError: it is to be private, but the repository is there and public; or the hub is not to be asked.
+        ConfigError: `private` is set but the repository exists and is public, or offline mode is on.
     """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise ConfigError(f"--push-to-hub: {NOT_ASKED}: leave out one of them")
+        raise ConfigError(f"--push-to-hub: {NOT_ASKED}; remove one of them")
     there, visible = _is_private(repository), not private
     if there is not None:
         visible = not there
     if private and there is False:
         raise ConfigError(
-            f"--private: {repository} is there and public; make it private on its settings page, or choose another name"
+            f"--private: {repository} already exists and is public; make it private on its settings page, or choose another name"
         )
     if not visible:
-        return None if private else f"{repository} is private and stays so: others cannot load it"
-    told = f"{repository} {'will be made' if there is None else 'is'} public: everyone can read what is uploaded"
+        return None if private else f"{repository} is private and stays private; others cannot load it"
+    note = f"{repository} {'will be created as' if there is None else 'is'} public: everyone can read the upload"
     if base.revision and _is_private(base.name):
-        told += f", and its base {base.name} is private"
-    return told + (" (--private makes a private one)" if there is None else "")
+        note += f", and its base {base.name} is private"
+    return note + (" (--private creates it as private)" if there is None else "")
 
 
 def _is_private(repository: str) -> bool | None:
-    """Whether a model repository is private; None where there is none that we can see, or no hub."""
+    """Whether a model repository is private; None if it is missing, hidden, or the Hub is unreachable."""
     import huggingface_hub as hub
 
     try:
         return bool(hub.HfApi().model_info(repository, timeout=patience()).private)
-    except Exception:  # whatever the hub's HTTP client of the day raises; the upload tells what is wrong
+    except Exception:  # any error of the Hub's HTTP client; the upload reports the problem
         return None
 
 
 def upload(folder: Path, files: Sequence[str], repository: str, *, private: bool = False) -> None:
-    """Make a model repository where there is none, and upload files as one commit in place of former weights.
+    """Create a model repository if needed, and upload files in one commit that replaces earlier weights.
 
-    Nothing else in the repository is touched: not what lies in folders, and at the top only `_REPLACED`.
+    Other files of the repository are kept: all files in subfolders, and at the top everything but `_REPLACED`.
 
     Args:
-        folder: where the files lie.
-        files: their names.
+        folder: folder of the files.
+        files: file names.
         repository: OWNER/NAME.
-        private: make it a private one; one that is there stays as it is.
+        private: create the repository as private; an existing one is not changed.
 
     Raises:
-        CraftError: no such name, no right to write there, or no connection; the folder stays where it is.
+        CraftError: the name is invalid, access is denied, or there is no connection; the folder is kept.
     """
     import huggingface_hub as hub
 
     bars = not hub.utils.are_progress_bars_disabled()
-    hub.utils.disable_progress_bars()  # craft's own line says that it goes on
+    hub.utils.disable_progress_bars()  # craft shows its own progress
     try:
         api = hub.HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
@@ -98,11 +98,11 @@ def upload(folder: Path, files: Sequence[str], repository: str, *, private: bool
             allow_patterns=[glob.escape(name) for name in files],
             delete_patterns=[glob.escape(name) for name in stale] or None,
         )
-    except Exception as error:  # whatever the hub's HTTP client of the day raises
+    except Exception as error:  # any error of the Hub's HTTP client
         reasons = [error, *([error.__cause__] if error.__cause__ else [])]
         reason = ": ".join((str(one).strip() or type(one).__name__).splitlines()[0] for one in reasons)
         raise CraftError(
-            f"--push-to-hub {repository}: {reason}; {folder} is written and whole: `hf auth login`, then "
+            f"--push-to-hub {repository}: {reason}; {folder} is complete: run `hf auth login`, then "
             f"`hf upload {repository} {shlex.quote(str(folder))}`"
         ) from error
     finally:
@@ -117,10 +117,10 @@ def resolve(
     only: Callable[[Any], Iterable[View]] | None = None,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Find a checkpoint and make sure that its files are on this machine.
+    """Resolve a base checkpoint to a local folder, downloading it if needed.
 
-    What is in the hub cache is used without asking the hub. Otherwise its configuration, tokenizer and weights are
-    fetched; with `only`, just the configuration and the shards that hold the views it returns for that configuration.
+    A checkpoint in the Hub cache is used without contacting the Hub. Otherwise configuration, tokenizer and weights are
+    downloaded; with `only`, just the configuration and the shards with these views.
 
     Args:
         model: hub id, folder, `demo` or `demo-llm`.
@@ -129,18 +129,18 @@ def resolve(
         trust_remote_code: whether the user lets Python code in it run.
 
     Raises:
-        ModelError: it does not exist, cannot be reached, or is not what it should be.
+        ModelError: the checkpoint does not exist, cannot be downloaded, or is invalid.
     """
     if model in DEMOS:
         return Checkpoint(model, None, demo_folder(model))
     folder = local_path(model)
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
-            raise ModelError(f"{model} holds no config.json, so it is no Hugging Face checkpoint")
-        if (folder / ADAPTER).is_file():  # which may even name another base
+            raise ModelError(f"{model} has no config.json, so it is not a Hugging Face checkpoint")
+        if (folder / ADAPTER).is_file():  # which may even refer to another base
             raise ModelError(
-                f"{model} holds {ADAPTER} beside its weights, and transformers would put that adapter on top of them: "
-                "move the adapter's files to a folder of their own"
+                f"{model} has {ADAPTER} next to its weights, so transformers would load that adapter on top: "
+                "move the adapter's files to another folder"
             )
         return Checkpoint(str(folder.resolve()), None, folder.resolve(), trust_remote_code)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -149,10 +149,10 @@ def resolve(
 
 
 def local_path(given: str | Path) -> Path:
-    """A path as the user gave it, which may be there or not.
+    """The path given by the user, which may or may not exist.
 
     Raises:
-        ModelError: it cannot be one: too long a name, the home of nobody, or a folder that may not be entered.
+        ModelError: the path is invalid: a name that is too long, an unknown home, or a folder without access.
     """
     try:
         path = Path(given).expanduser()
@@ -177,7 +177,7 @@ def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint on this machine, for `from_pretrained`: of a demo model, a folder, or a hub id, then fetched.
 
     Raises:
-        ModelError: it does not exist, cannot be reached, or is not what it should be.
+        ModelError: the checkpoint does not exist, cannot be downloaded, or is invalid.
     """
     return resolve(str(model), revision).folder
 
@@ -216,9 +216,9 @@ def _from_hub(
         def fetch(file: str) -> Path:
             return Path(hub.hf_hub_download(model, file, revision=info.sha, etag_timeout=patience()))
 
-        # by the name of the branch: only then the cache knows next time which commit the branch is
+        # by branch name, so that the cache records the commit of the branch
         folder = Path(hub.hf_hub_download(model, "config.json", revision=revision, etag_timeout=patience())).parent
-        if folder.name != info.sha:  # the branch moved on in between
+        if folder.name != info.sha:  # the branch was updated in between
             info = hub.HfApi().model_info(model, revision=folder.name, timeout=patience())
             files = {sibling.rfilename for sibling in info.siblings or []}
         needed = views(folder)
@@ -226,10 +226,10 @@ def _from_hub(
             for file in {CARD, GENERATION} & files:
                 fetch(file)
             if "tokenizer_config.json" in files:
-                fetch("tokenizer_config.json")  # names the class, which knows the other files
+                fetch("tokenizer_config.json")  # names the class, which lists the other files
             names = tokenizer_patterns(folder, trusted=trusted)
             tokenizer = [file for file in files if matches(file, names)]
-            for file in sorted(tokenizer, key=lambda file: matches(file, VOCABULARIES)):  # last: see _complete
+            for file in sorted(tokenizer, key=lambda file: matches(file, VOCABULARIES)):  # last, see _complete
                 fetch(file)
         for name in WEIGHTS:
             if name in files:
@@ -243,18 +243,18 @@ def _from_hub(
 
 
 def fetch_files(name: str, files: Sequence[str], revision: str | None = None) -> Path | None:
-    """The folder of some files of a hub repository, and nothing else of it; in the hub cache they are not asked for.
+    """Download only some files of a Hub repository; files in the cache are used without contacting the Hub.
 
     Args:
         name: OWNER/NAME.
-        files: the first one says whether the repository is of the kind that is looked for.
+        files: file names; the first one identifies the kind of repository.
         revision: branch, tag or commit.
 
     Returns:
-        The folder; None where the repository has no such first file.
+        The folder; None if the first file is missing.
 
     Raises:
-        ModelError: there is no such repository, it lacks another of the files, or the hub cannot be reached.
+        ModelError: the repository does not exist, lacks another file, or the Hub cannot be reached.
     """
     import huggingface_hub as hub
 
@@ -267,13 +267,13 @@ def fetch_files(name: str, files: Sequence[str], revision: str | None = None) ->
         return here[0].parent
     if not here[0] and cached("config.json"):  # a checkpoint in the cache
         return None
-    with _explained(name, revision, f"{' or '.join(files[1:])}, so the adapter is not whole"):
+    with _explained(name, revision, f"{' or '.join(files[1:])}, so the adapter is incomplete"):
         info = hub.HfApi().model_info(
             name, revision=revision, timeout=patience()
-        )  # a download would try again for long
+        )  # a download would retry for a long time
         if files[0] not in {sibling.rfilename for sibling in info.siblings or []}:
             return None
-        # by the name of the branch: only then the cache knows next time which commit the branch is
+        # by branch name, so that the cache records the commit of the branch
         folder = Path(hub.hf_hub_download(name, files[0], revision=revision, etag_timeout=patience())).parent
         for file in files[1:]:
             hub.hf_hub_download(name, file, revision=folder.name, etag_timeout=patience())
@@ -282,15 +282,15 @@ def fetch_files(name: str, files: Sequence[str], revision: str | None = None) ->
 
 @contextmanager
 def _explained(name: str, revision: str | None, lacking: str) -> Iterator[None]:
-    """Every failure of the hub in one line.
+    """Convert failures of the Hub to one-line errors.
 
     Args:
-        name: of the repository.
-        revision: asked for.
-        lacking: what it lacks where a file is not there.
+        name: repository.
+        revision: requested revision.
+        lacking: name of the missing file, for the error.
 
     Raises:
-        ModelError: so.
+        ModelError: the block raised any error.
     """
     from huggingface_hub import errors
 
@@ -298,35 +298,35 @@ def _explained(name: str, revision: str | None, lacking: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as error:
-        raise ModelError(f"hub model {where} is gated: ask for access on its page, then `hf auth login`") from error
+        raise ModelError(f"hub model {where} is gated: request access on its page, then run `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
-            f"there is no folder and no hub model {where} (a private one needs `hf auth login`)"
+            f"there is no folder and no hub model {where} (for a private model, run `hf auth login`)"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"hub model '{name}' has no revision '{revision}'") from error
     except errors.RemoteEntryNotFoundError as error:
-        raise ModelError(f"hub model {where} holds no {lacking}") from error
+        raise ModelError(f"hub model {where} has no {lacking}") from error
     except ModelError:
         raise
-    except Exception as error:  # whatever the hub's HTTP client of the day raises
+    except Exception as error:  # any error of the Hub's HTTP client
         if isinstance(error, errors.OfflineModeIsEnabled):
-            why, way = NOT_ASKED, "leave that out once"
+            why, way = NOT_ASKED, "turn it off once"
         else:
             why, way = f"the hub cannot be reached ({unanswered(error)})", "connect once"
         raise ModelError(
-            f"{where} is no folder, is not in the hub cache, and {why}: {way}, or give the folder on this machine"
+            f"{where} is neither a folder nor in the hub cache, and {why}; {way}, or pass a local folder"
         ) from error
 
 
 def _lacks_code(folder: Path) -> bool:
-    """Whether a snapshot was fetched without the Python code that its configuration names."""
+    """Whether a snapshot lacks the Python code that its configuration refers to."""
     names = (folder / "config.json", folder / "tokenizer_config.json")
     return any(path.is_file() and b'"auto_map"' in path.read_bytes() for path in names) and not any(folder.glob("*.py"))
 
 
 def _complete(folder: Path, views: Sequence[View] | None) -> bool:
-    """Whether a snapshot in the hub cache holds all that is needed; of a tokenizer, vocabularies come last."""
+    """Whether a snapshot in the Hub cache is complete; vocabularies are downloaded last."""
     if views is None and not any(matches(path.name, VOCABULARIES) for path in folder.iterdir()):
         return False
     for name in WEIGHTS:

@@ -1,7 +1,7 @@
-"""Which base it is: all its weights, the settings that change what it computes, and the files of its tokenizer.
+"""The identity of a base: its weights, the settings that affect its outputs, and its tokenizer files.
 
-Weights are hashed one tensor at a time, by their values in float32, so that a checkpoint and a model loaded from it in a
-wider dtype agree. The hashes of a large file are kept in the cache folder for as long as the file stays what it is.
+Weights are hashed one tensor at a time, as float32 values, so that a checkpoint and a model loaded from it in a wider dtype
+agree. The hashes of a large file are cached until the file changes.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _NOT_COMPUTED_WITH = {
     "return_dict", "auto_map", "attn_implementation", "quantization_config", "chunk_size_feed_forward", "torchscript",
     "gradient_checkpointing", "task_specific_params", MERGED_KEY,
 }  # fmt: skip
-"""Of a configuration; labels and padding are the adapter's own."""
+"""Settings to ignore; labels and padding belong to the adapter."""
 
 _POOLER = "weights of the pooler"
 _LM_HEAD = "weights of the language model's head"
 _KEPT_FROM = 1 << 24
-"""Bytes of a file whose hashes are kept: smaller ones are hashed in milliseconds."""
+"""Minimum size of a file to cache hashes for; smaller files are hashed in milliseconds."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base by its parts.
+    """The identity of a base, by parts.
 
     Attributes:
-        weights: sha256 of its embeddings, its layers and so on; of what is not known nothing.
-        config: settings that change what is computed.
-        tokenizer: sha256 of every file of its tokenizer; None where that is not known.
+        weights: sha256 of its embeddings, layers and so on; unknown parts are omitted.
+        config: settings that affect the outputs.
+        tokenizer: sha256 of every tokenizer file; None if unknown.
     """
 
     weights: Mapping[str, str]
@@ -53,21 +53,21 @@ class Base:
     tokenizer: Mapping[str, str] | None = None
 
     def record(self) -> dict[str, Any]:
-        """For adapter_config.json."""
+        """The record for adapter_config.json."""
         tokenizer = None if self.tokenizer is None else dict(self.tokenizer)
         return {"weights": dict(self.weights), "config": dict(self.config), "tokenizer": tokenizer}
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Self:
-        """Out of such a record."""
+        """Parse such a record."""
         return cls(record["weights"], record["config"], record["tokenizer"])
 
     def differences(self, now: Base, *, training: bool = False) -> list[str]:
-        """What of another base is not as it is here, where both know it.
+        """The differences from another base, in parts known to both.
 
         Args:
-            now: the other one.
-            training: whether dropout matters.
+            now: the other base.
+            training: whether dropout settings matter.
         """
         found = [
             f"the {part} differ"
@@ -88,27 +88,27 @@ class Base:
         return found
 
     def check(self, now: Base, what: str, *, training: bool = False) -> None:
-        """Refuse another base.
+        """Refuse a different base.
 
         Raises:
-            ModelError: it differs; `what` is what needs it.
+            ModelError: the base differs; the message starts with `what`.
         """
         if found := self.differences(now, training=training):
             raise ModelError(
-                f"{what} was trained on another base: {'; '.join(found[:5])}; give the former base, or --allow-other-base"
+                f"{what} was trained on another base: {'; '.join(found[:5])}; pass the original base, or --allow-other-base"
             )
 
 
 def base_of(checkpoint: Checkpoint, class_name: str = "AutoModel", cache_dir: str | Path | None = None) -> Base:
-    """The base that a checkpoint is.
+    """The identity of a base checkpoint.
 
     Args:
-        checkpoint: with or without a head, which counts of a language model only.
-        class_name: of the model that is trained, see `models.loading.model_class`.
-        cache_dir: where hashes of files are kept; `~/.cache/craft` without.
+        checkpoint: the checkpoint; its head counts only for language models.
+        class_name: class of the trained model, see `models.loading.model_class`.
+        cache_dir: cache folder of the hashes. Default: `~/.cache/craft`.
 
     Raises:
-        ModelError: it is damaged.
+        ModelError: the checkpoint is damaged.
     """
     stored = base_tensors(checkpoint, class_name)
     reader = checkpoint.open()
@@ -123,14 +123,14 @@ def base_of(checkpoint: Checkpoint, class_name: str = "AutoModel", cache_dir: st
 
 
 def base_in(model: Any, dtype: torch.dtype, head: Iterable[str] = ()) -> Base:
-    """The base in a transformers model in memory, an adapter on it left out.
+    """The identity of the base in a loaded transformers model, without an adapter on it.
 
-    Its tokenizer is the one in the folder that it was loaded from; of a hub model it is not known.
+    The tokenizer is that of the folder it was loaded from; for a Hub model it is unknown.
 
     Args:
-        model: of transformers.
-        dtype: of the checkpoint: of a model in a narrower one, or quantised, only the configuration is known.
-        head: names of the parameters that are trained in full; a pooler among them is no part of the base.
+        model: a transformers model.
+        dtype: dtype of the checkpoint; for a model in a narrower dtype, or quantized, only the configuration is known.
+        head: names of the parameters that are trained in full; a pooler among them is not part of the base.
     """
     outside = {name: model.get_parameter(name).detach() for name in outside_base(model)}
     parameters = [
@@ -153,7 +153,7 @@ def base_in(model: Any, dtype: torch.dtype, head: Iterable[str] = ()) -> Base:
 
 
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, str]:
-    """The sha256 of every file of the tokenizer."""
+    """The sha256 of every tokenizer file."""
     return {path.name: sha256_of(path) for path in checkpoint.tokenizer_files()}
 
 
@@ -166,9 +166,9 @@ def _weights(hashes: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def _lm_head(hashes: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """A hash of the hashes of what a language model has outside of its base; nothing where all of that is tied to it."""
-    told = "".join(f"{name} {value}\n" for name, value in sorted(hashes))
-    return {_LM_HEAD: hashlib.sha256(told.encode()).hexdigest()} if told else {}
+    """A hash of the hashes outside the base of a language model; empty if all of these are tied to it."""
+    lines = "".join(f"{name} {value}\n" for name, value in sorted(hashes))
+    return {_LM_HEAD: hashlib.sha256(lines.encode()).hexdigest()} if lines else {}
 
 
 def _part(name: str) -> str:
@@ -188,10 +188,10 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def _file_hashes(reader: TensorReader, cache_dir: str | Path | None) -> dict[str, str]:
-    """The hash of every tensor in the files of a checkpoint, computed once for each file."""
+    """The hash of every tensor of a checkpoint, computed once per file."""
     try:
         folder: Path | None = cache_folder(cache_dir) / "hashes"
-    except FileError:  # a user without a home: they are computed each time
+    except FileError:  # no home directory: hashes are computed every time
         folder = None
     found: dict[str, str] = {}
     for path in reader.weight_files():
@@ -201,7 +201,7 @@ def _file_hashes(reader: TensorReader, cache_dir: str | Path | None) -> dict[str
         known = _known(record, mark) if record else {}
         if known.keys() != set(names):
             known = {name: _sha256(reader.read(name)) for name in names}
-            with suppress(FileError):  # they are only kept to save time
+            with suppress(FileError):  # the cache only saves time
                 if record:
                     write_json(record, {"stamp": mark, "sha256": known})
         found |= known
@@ -209,7 +209,7 @@ def _file_hashes(reader: TensorReader, cache_dir: str | Path | None) -> dict[str
 
 
 def _known(record: Path, mark: list[int]) -> dict[str, str]:
-    """The hashes kept of a file, where it has not changed since."""
+    """The cached hashes of a file, if it is unchanged."""
     with suppress(FileError):
         content = read_json(record)
         if content.get("stamp") == mark and isinstance(content.get("sha256"), dict):
@@ -218,11 +218,11 @@ def _known(record: Path, mark: list[int]) -> dict[str, str]:
 
 
 def _computed_with(config: Any) -> dict[str, Any]:
-    """Settings that change what is computed, but those at their default: a later transformers may add some."""
+    """Settings that affect the outputs, except those at their default, since later versions of transformers may add some."""
     plain = json.loads(json.dumps(config.to_dict(), default=str))
     try:
         usual = json.loads(json.dumps(type(config)().to_dict(), default=str))
-    except Exception:  # a class of its own that needs to be told something
+    except Exception:  # a custom class that requires arguments
         usual = {}
     return {
         name: value

@@ -1,4 +1,4 @@
-"""Models by transformers: a base with a fresh head, or a checkpoint as it is, always in float32."""
+"""Load transformers models: a base with a new head, or a checkpoint with its own, by default in float32."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from craft_cli.models.quantization import after_loading, quantization_config
 
 
 def model_class(name: str) -> Any:
-    """A class of transformers: an auto class, or an architecture that an adapter was trained on.
+    """A transformers class: an auto class, or an architecture that an adapter was trained on.
 
     Raises:
-        ModelError: this transformers has none of this name.
+        ModelError: the installed transformers has no such class.
     """
     import transformers
 
@@ -28,7 +28,9 @@ def model_class(name: str) -> Any:
     if not hasattr(found, "from_pretrained") or not (
         name.startswith("AutoModel") or hasattr(found, "base_model_prefix")
     ):
-        raise ModelError(f"this transformers ({transformers.__version__}) has no model class {quoted(name)}")
+        raise ModelError(
+            f"the installed transformers ({transformers.__version__}) has no model class {quoted(name)}; upgrade it"
+        )
     return found
 
 
@@ -39,21 +41,21 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     **more: Any,
 ) -> tuple[Any, list[str]]:
-    """A model with the head that its class has.
+    """Load a model with the head of its class.
 
     Args:
-        checkpoint: of a base model or of one with a head.
+        checkpoint: a base checkpoint, with or without a head.
         class_name: see `model_class`.
-        options: of the configuration, such as the labels; those of the checkpoint without. A head of another size starts
-            anew.
-        dtype: of the weights; `auto` keeps the checkpoint's.
-        more: for `from_pretrained`.
+        options: configuration options such as labels. Default: those of the checkpoint. A head with a different size is
+            reinitialized.
+        dtype: dtype of the weights; `auto` keeps the checkpoint's.
+        more: further arguments of `from_pretrained`.
 
     Returns:
-        The model, and the names of its parameters that the checkpoint does not hold and that are random now.
+        The model, and the names of parameters missing from the checkpoint, which are random.
 
     Raises:
-        ModelError: transformers cannot load it, or it is to be a language model and lacks that head.
+        ModelError: transformers cannot load it, or a language modeling head is required but missing.
     """
     kind = model_class(class_name)
     base_tensors(checkpoint, class_name)
@@ -71,41 +73,41 @@ def load_model(
     fresh = sorted(set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]})
     if fresh and is_language_model(model):
         raise ModelError(
-            f"{checkpoint.name} is no language model: it lacks {', '.join(fresh[:3])}; give a checkpoint with that head"
+            f"{checkpoint.name} is not a language model: it lacks {', '.join(fresh[:3])}; pass a checkpoint with that head"
         )
     return model, fresh
 
 
 def build_empty(config: Any, class_name: str, *, trusted: bool = False, **more: Any) -> Any:
-    """A model of random weights: put it on the meta device, or it takes their memory.
+    """Build a model with random weights; use the meta device to avoid allocating them.
 
     Args:
-        config: of transformers.
+        config: a transformers configuration.
         class_name: see `model_class`.
         trusted: whether code of the checkpoint may run.
-        more: for transformers.
+        more: further arguments.
 
     Raises:
-        ModelError: the class does not go with the configuration.
+        ModelError: the class does not support the configuration.
     """
     kind = model_class(class_name)
     if class_name.startswith("AutoModel") and type(config) not in kind._model_mapping and not trusted:
         raise ModelError(f"transformers has no {class_name} for models of type '{config.model_type}'")
-    with told_in_one_line(f"no {class_name} can be built as {CONFIG} says"):
+    with told_in_one_line(f"cannot build {class_name} from {CONFIG}"):
         if class_name.startswith("AutoModel"):
             return kind.from_config(config, trust_remote_code=trusted, **more)
         return kind._from_config(config, **more)
 
 
 RENAMED = {"embed_out.weight": "lm_head.weight"}
-"""Names on disk of parameters that transformers calls otherwise: of GPTNeoXForCausalLM."""
+"""Checkpoint names that differ from those in transformers: GPTNeoXForCausalLM."""
 
 
 def stored_names(stored: Iterable[str], wanted: Collection[str], prefix: str) -> dict[str, str]:
-    """The name in a checkpoint of every parameter wanted that it holds.
+    """The checkpoint name of each wanted parameter that exists there.
 
-    As transformers does, a prefix is added to what a base model stores or taken off, and old names of norms are
-    understood; what is not wanted (another head) is left.
+    As in transformers, the base model's prefix is added or removed, and old names of norms are supported. Other parameters
+    (another head) are ignored.
     """
     found = {}
     for name in stored:
@@ -118,15 +120,15 @@ def stored_names(stored: Iterable[str], wanted: Collection[str], prefix: str) ->
 
 
 def base_tensors(checkpoint: Checkpoint, class_name: str = "AutoModel") -> dict[str, str]:
-    """The parameters of the base model without a head, and what the checkpoint calls them; a pooler may be missing.
+    """The parameters of the base model without a head, and their checkpoint names; a pooler may be missing.
 
     Args:
-        checkpoint: of a base model or of one with a head.
-        class_name: whose base model it is, see `model_class`: some classes of T5 have no decoder.
+        checkpoint: a base checkpoint, with or without a head.
+        class_name: class with this base model, see `model_class`: some T5 classes have no decoder.
 
     Raises:
-        ModelError: config.json and the weights contradict each other: transformers would start what does not fit at
-            random, or take any amount of memory for it.
+        ModelError: config.json and the weights do not match: transformers would initialize the mismatch at random, or
+            allocate any amount of memory for it.
     """
     config = checkpoint.config()
     with told_in_one_line(checkpoint.name), torch.device("meta"):
@@ -138,7 +140,7 @@ def base_tensors(checkpoint: Checkpoint, class_name: str = "AutoModel") -> dict[
     found = stored_names(reader.names(), shapes, f"{empty.base_model_prefix}.")
     for name, shape in shapes.items():
         if name not in found and "pooler." not in name:
-            raise ModelError(f"{checkpoint.name}: the weights lack {name}, which {CONFIG} asks for")
+            raise ModelError(f"{checkpoint.name}: the weights lack {name}, which {CONFIG} requires")
         if name in found and (stored := reader.shape_and_dtype(found[name])[0]) != shape:
             raise ModelError(f"{checkpoint.name}: {name} is {stored} in the weights, but {shape} by {CONFIG}")
     return found
@@ -152,25 +154,25 @@ def load_quantised(
     compute: torch.dtype,
     device: torch.device,
 ) -> tuple[Any, list[str]]:
-    """A model whose frozen linear layers have 4 or 8 bits; what is trained stays float32.
+    """Load a model with frozen linear layers in 4 or 8 bits; trained parameters stay in float32.
 
     Args:
-        checkpoint: in full precision.
+        checkpoint: a checkpoint in full precision.
         class_name: see `model_class`.
-        options: of the configuration.
+        options: configuration options.
         bits: 4 or 8.
-        compute: dtype in which a 4-bit layer multiplies.
-        device: where it computes.
+        compute: compute dtype of a 4-bit layer.
+        device: device of the model.
 
     Returns:
         As `load_model`.
 
     Raises:
-        ModelError: transformers cannot load it, or its family is not supported in so few bits.
+        ModelError: transformers cannot load it, or its family cannot be quantized.
     """
     with torch.device("meta"):
         empty = build_empty(checkpoint.config(), class_name, trusted=checkpoint.trusted)
-    trained = outside_base(empty)  # of a language model this head is not trained, and is not quantised either
+    trained = outside_base(empty)  # the head of a language model is not trained, and not quantized either
     if is_language_model(empty):
         trained.append(f"{_path_of(empty, empty.get_output_embeddings())}.weight")
     place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
@@ -179,23 +181,25 @@ def load_quantised(
         settings = quantization_config(bits, compute, whole)
         model, fresh = load_model(checkpoint, class_name, options, quantization_config=settings, **place)
         inside = [name for name in fresh if name.rpartition(".")[0] not in whole]
-        if not inside:  # else the checkpoint lacks a part of the base, such as a pooler, which is trained too
+        if not inside:  # otherwise a part of the base is missing, such as a pooler, and is trained too
             after_loading(model)
             return model, fresh
         trained = [*trained, *inside]
 
 
 def recompute_activations(model: Any) -> None:
-    """Keep only what goes into each layer, and compute the rest again in the backward pass.
+    """Turn on gradient checkpointing: save only the layer inputs, and recompute the rest in the backward pass.
 
     Raises:
-        ModelError: transformers cannot do this for the model's family.
+        ModelError: transformers does not support it for the model's family.
     """
     if not model.supports_gradient_checkpointing:
-        raise ModelError(f"--gradient-checkpointing: transformers has none for {model.config.model_type}")
-    # The other way, reentrant, would go through the graph of an adapter's chains once for each layer, and fail.
+        raise ModelError(
+            f"--gradient-checkpointing: transformers does not support it for {model.config.model_type}; remove it"
+        )
+    # The reentrant variant would backpropagate through an adapter's chains once per layer, and fail.
     options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.24
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.24
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -216,15 +220,15 @@ def head_of(model: Any, fresh: Sequence[str]) -> list[str]:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; what it pads with is settled by `models.tables.agree_on_padding`.
+    """Load the checkpoint's tokenizer; `models.tables.agree_on_padding` sets the padding token.
 
     Raises:
-        ModelError: it has none that transformers can load.
+        ModelError: transformers cannot load a tokenizer from it.
     """
     from transformers import AutoTokenizer
 
     checkpoint.config()  # checked, before transformers reads it to find the tokenizer's class
-    problem = f"{checkpoint.name} holds no tokenizer that transformers can load"
+    problem = f"{checkpoint.name} has no tokenizer that transformers can load"
     with told_in_one_line(problem), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trusted)
     longest = tokenizer.model_max_length
@@ -234,14 +238,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def check_model(model: Any, told: str) -> None:
-    """Refuse what is no loaded transformers model.
+    """Check that an argument is a loaded transformers model.
 
     Args:
-        model: whatever was given as one.
+        model: the argument.
         told: what to do, for the message.
 
     Raises:
-        TypeError: so.
+        TypeError: it is not a transformers model.
     """
     from transformers import PreTrainedModel
 
@@ -256,7 +260,7 @@ def check_model(model: Any, told: str) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars and no load report of transformers among our own output."""
+    """Silence progress bars and the load report of transformers."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -272,27 +276,27 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def class_of(model: Any) -> str:
-    """The name by which `model_class` finds a model's class; that of its family's plain model for code of a checkpoint's own."""
+    """The class name of a model for `model_class`; for custom code, the plain model class of its family."""
     import transformers
 
-    name = type(model).__name__.removeprefix("FSDP")  # which FSDP puts before it
+    name = type(model).__name__.removeprefix("FSDP")  # prefix added by FSDP
     return name if hasattr(transformers, name) else "AutoModel"
 
 
 def is_language_model(model: Any) -> bool:
-    """Whether its outputs are tokens: then its head is part of what was pre-trained."""
+    """Whether the outputs are tokens, so that the head was pre-trained."""
     return model.get_output_embeddings() is not None
 
 
 def head_names(model: Any) -> list[str]:
-    """The parameters of the task head, whatever the family calls it; none of a language model, see `is_language_model`."""
+    """The parameters of the task head in any family; none for a language model, see `is_language_model`."""
     return [] if is_language_model(model) else outside_base(model)
 
 
 def outside_base(model: Any) -> list[str]:
-    """The parameters outside the base model; what is tied to one inside is none of them.
+    """The parameters outside the base model, except those tied to one inside.
 
-    Of a class that is its own base model, they are those that the family's plain model does not have.
+    For a class that is its own base model, they are those that the family's plain model does not have.
     """
     if model.base_model is not model:
         inside = {id(parameter) for parameter in model.base_model.parameters()}

@@ -1,6 +1,6 @@
-"""`--load-in-4bit`, `--load-in-8bit`: the frozen base by bitsandbytes; adapter and head stay as they are.
+"""`--load-in-4bit`, `--load-in-8bit`: quantize the frozen base with bitsandbytes, but not adapter and head.
 
-The factors are those of the full-precision checkpoint, whose weights are checked against them where it is read.
+The factors come from the full-precision checkpoint, which is verified when it is read.
 """
 
 from __future__ import annotations
@@ -15,29 +15,31 @@ from torch import Tensor, nn
 from craft_cli.errors import ConfigError, ModelError
 
 TOLERANCE = {"4bit": 0.25, "8bit": 0.05}
-"""How far the core of a quantised weight may be from the checkpoint's, relative; measured 0.04 and 0.003. Another model's
-is about 1.4 away."""
+"""Maximum relative distance between the cores of quantized and original weights. Measured: 0.04 (4 bits) and 0.003 (8 bits);
+about 1.4 for another model."""
 
 
 def check_available() -> None:
-    """Refuse where a quantised base cannot be trained over.
+    """Check that a quantized base can be used here.
 
     Raises:
-        ConfigError: no CUDA GPU, or bitsandbytes is missing.
+        ConfigError: there is no CUDA GPU, or bitsandbytes is missing.
     """
     if not torch.cuda.is_available():
-        raise ConfigError("--load-in-4bit and --load-in-8bit need a CUDA GPU; without, train over the full base")
+        raise ConfigError(
+            "--load-in-4bit and --load-in-8bit require a CUDA GPU; remove them to train on the full-precision base"
+        )
     if find_spec("bitsandbytes") is None:
-        raise ConfigError("--load-in-4bit and --load-in-8bit need bitsandbytes: `pip install bitsandbytes`")
+        raise ConfigError("--load-in-4bit and --load-in-8bit require bitsandbytes: `pip install bitsandbytes`")
 
 
 def quantization_config(bits: int, compute: torch.dtype, whole: Sequence[str]) -> Any:
-    """For `from_pretrained`.
+    """Quantization arguments of `from_pretrained`.
 
     Args:
-        bits: 4 (nf4 with double quantisation) or 8.
-        compute: dtype in which a 4-bit layer multiplies.
-        whole: full paths of modules that are not quantised: all that hold trained parameters.
+        bits: 4 (nf4 with double quantization) or 8.
+        compute: compute dtype of a 4-bit layer.
+        whole: full paths of modules to skip: all with trained parameters.
     """
     from transformers import BitsAndBytesConfig
 
@@ -53,16 +55,16 @@ def quantization_config(bits: int, compute: torch.dtype, whole: Sequence[str]) -
 
 
 def after_loading(model: Any) -> None:
-    """Keep the CPU kernels of bitsandbytes from repacking weights in evaluation: training could not go on after it.
+    """Prevent the CPU kernels of bitsandbytes from repacking weights in evaluation, which would break further training.
 
     Raises:
-        ModelError: a layer is not of a kind that adapters know.
+        ModelError: a layer type is not supported by adapters.
     """
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-        if name.endswith("c_attn"):  # its weight is stored the other way round, and quantised it is not
-            raise ModelError("a quantised base of the family gpt2 is not supported; train over the full base")
+        if name.endswith("c_attn"):  # its weight is transposed, but its quantized form is not
+            raise ModelError("a quantized base of the family gpt2 is not supported; train on the full-precision base")
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -81,7 +83,7 @@ def dense_weight(module: nn.Module) -> Tensor:
         return dense
     if kind == "8bit":
         state: Any = module.state
-        scale = state.SCB if getattr(weight, "SCB", None) is None else weight.SCB  # a forward moves it
+        scale = state.SCB if getattr(weight, "SCB", None) is None else weight.SCB  # a forward moves it there
         dense = weight.data.float() * (scale / 127.0).unsqueeze(1)
         return dense
     return weight.detach()

@@ -1,8 +1,8 @@
-"""A checkpoint's weights tensor by tensor, written and read: no more than one of them is in memory at a time.
+"""Read and write the weights of a checkpoint tensor by tensor, with at most one in memory at a time.
 
-`safetensors.torch.save_file` wants all tensors of a file at once, and what `safe_open` once read counts as this process's
-memory as long as the file is open; the format itself asks for neither. It is eight bytes with the length of a JSON header,
-the header (dtype, shape and place of every tensor), and the values one after the other.
+`safetensors.torch.save_file` needs all tensors of a file at once, and pages read by `safe_open` count as memory of this
+process while the file is open. The format itself requires neither: it is eight bytes with the length of a JSON header, the
+header (dtype, shape and offsets of every tensor), and the values in order.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 class _OpenFile:
-    """A file held open, so that it stays the same one if another takes its name; closed when nobody needs it."""
+    """An open file, which stays the same even if another file replaces its name; closed when no longer used."""
 
     def __init__(self, path: Path) -> None:
         self._number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._number)
 
     def mapped(self, start: int, stop: int) -> tuple[mmap.mmap, int]:
-        """A map that holds bytes start..stop, and where they begin in it."""
+        """A memory map with bytes start..stop, and their offset in it."""
         skipped = start % mmap.ALLOCATIONGRANULARITY
-        first = start - skipped  # a copy on write: torch wants a buffer that could be written
+        first = start - skipped  # copy-on-write, because torch requires a writable buffer
         return mmap.mmap(self._number, stop - first, access=mmap.ACCESS_COPY, offset=first), skipped
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file, mapped when it is asked for and no longer than what was given of it lives.
+    """A tensor in a safetensors file, mapped on access and only as long as the result is in use.
 
     Attributes:
-        file: it is in.
-        dtype: as safetensors names it.
-        shape: of the tensor.
-        start: of its bytes in the file.
-        stop: after its last byte.
+        file: the file.
+        dtype: dtype name in safetensors.
+        shape: shape of the tensor.
+        start: offset of its first byte.
+        stop: offset after its last byte.
     """
 
     file: _OpenFile
@@ -67,11 +67,11 @@ class StoredTensor:
 
     @property
     def known(self) -> bool:
-        """Whether its dtype is one that can be computed with as it is (scaled 8-bit floats are not)."""
+        """Whether the dtype can be computed with directly (scaled 8-bit floats cannot)."""
         return self.dtype in _DTYPES
 
     def read(self) -> Tensor:
-        """Its values, as the file has them: a view of a map, so that only what is looked at is read."""
+        """The values as a view of a memory map, so that only accessed parts are read."""
         dtype = _DTYPES[self.dtype]
         if self.start == self.stop:
             return torch.empty(self.shape, dtype=dtype)
@@ -79,15 +79,15 @@ class StoredTensor:
         return torch.frombuffer(mapped, dtype=dtype, offset=skipped, count=prod(self.shape)).view(self.shape)
 
     def announce(self) -> None:
-        """Have the system read it from the disk in the background: into its cache, not into this process."""
+        """Let the system read it into its cache in the background."""
         if self.start < self.stop and hasattr(mmap, "MADV_WILLNEED"):
             mapped, _ = self.file.mapped(self.start, self.stop)
-            with contextlib.suppress(OSError):  # it was a hint
+            with contextlib.suppress(OSError):  # this is only a hint
                 mapped.madvise(mmap.MADV_WILLNEED)
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file that `safe_open` takes, by name."""
+    """The tensors of a valid safetensors file, by name."""
     file = _OpenFile(path)
     head, _ = file.mapped(0, 8)
     begin = 8 + int.from_bytes(head[:8], "little")
@@ -104,7 +104,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write, made when its turn comes."""
+    """A tensor to write, computed when needed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -112,7 +112,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """Its size on disk."""
+        """The size on disk in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -120,10 +120,10 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 
 def shard_bytes(size: str | int | None) -> int:
-    """Bytes of `500MB`, `5GB` or a number of them; 5 GB without, as transformers has it.
+    """Parse a size such as `500MB`, `5GB` or a number of bytes. Default: 5 GB, as in transformers.
 
     Raises:
-        ConfigError: it is no size, or none at all.
+        ConfigError: the size is invalid or zero.
     """
     found = _SIZE.fullmatch(str(size).strip()) if size is not None else None
     if size is None:
@@ -135,10 +135,10 @@ def shard_bytes(size: str | int | None) -> int:
 
 
 def write_shards(folder: Path, entries: Mapping[str, Entry], max_shard_size: int) -> None:
-    """Write `model.safetensors`, or several files and their index where one would be larger than a shard may be (bytes).
+    """Write `model.safetensors`, or several files and an index if it would exceed the shard size in bytes.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: a file cannot be written.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -155,13 +155,15 @@ def write_shards(folder: Path, entries: Mapping[str, Entry], max_shard_size: int
 
 
 def write_streamed(path: Path, entries: Mapping[str, Entry]) -> None:
-    """One safetensors file, tensor by tensor.
+    """Write one safetensors file, tensor by tensor.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    ordered = sorted(entries.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # wide ones first: aligned
+    ordered = sorted(
+        entries.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])
+    )  # wide dtypes first, for alignment
     offset = 0
     for name, entry in ordered:
         place = [offset, offset + entry.bytes]

@@ -1,7 +1,7 @@
-"""The weights that an adapter changes: of every projection, the matrices of all layers, and which weights they are.
+"""The weights that an adapter changes: the matrices of all layers of each projection, with their origin.
 
-`Weights` come from a checkpoint, read lazily, or from a model in memory. What a method makes of them keeps their
-`Origin`, by which the base is known again.
+`Weights` come from a checkpoint, read lazily, or from a loaded model. A method stores their `Origin`, by which the base is
+recognized.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from craft_cli.tucker import Matrix, stack_shape
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 Shape = tuple[int, int, int]
-"""(L, d_out, d_in) of a stack."""
+"""Shape (L, d_out, d_in) of a stack."""
 
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Which weights of which model.
+    """The origin of weights.
 
     Attributes:
-        model: hub id, folder or `demo`, as given.
-        revision: commit of a hub model.
-        model_type: its family.
-        dtype: of the weights, such as `float32`.
+        model: Hub id, folder or `demo`, as given.
+        revision: commit of a Hub model.
+        model_type: model family.
+        dtype: dtype of the weights, such as `float32`.
         fingerprints: sha256 of every projection's stack.
     """
 
@@ -49,11 +49,11 @@ class Origin:
         return tuple(self.fingerprints)
 
     def origin(self) -> dict[str, Any]:
-        """The fields of this class by their names, to make another origin of the same weights."""
+        """The fields by name, to build another origin of the same weights."""
         return {field.name: getattr(self, field.name) for field in fields(Origin)}
 
     def identity(self) -> dict[str, Any]:
-        """For the headers of files."""
+        """The entries for file headers."""
         return {
             "model": self.model,
             "revision": self.revision,
@@ -68,38 +68,38 @@ class Weights(Origin):
     """The stacked weights of some projections.
 
     Attributes:
-        stacks: for every projection L matrices (d_out, d_in), read when asked for.
+        stacks: L matrices (d_out, d_in) per projection, read when indexed.
     """
 
     stacks: Mapping[str, Sequence[Matrix]]
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
-        """(L, d_out, d_in) of every stack."""
+        """Shape (L, d_out, d_in) of every stack."""
         return {target: stack_shape(stack) for target, stack in self.stacks.items()}
 
 
 def read_identity(header: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an `Origin` by their names, of the header of a file; nothing in it is believed.
+    """Parse the fields of an `Origin` from an untrusted file header.
 
     Raises:
         KeyError: an entry is missing.
-        ValueError: an entry cannot be.
+        ValueError: an entry is invalid.
     """
     targets, prints = header["targets"], header["sha256"]
     if not (isinstance(targets, list) and targets and all(isinstance(target, str) for target in targets)):
         raise ValueError("its header names no projections")
     if len(set(targets)) != len(targets) or not all(re.fullmatch(r"[a-z_]{1,32}", target) for target in targets):
-        raise ValueError("its header names projections that cannot be")
+        raise ValueError("its header names invalid projections")
     if not (isinstance(prints, dict) and all(re.fullmatch(r"[0-9a-f]{64}", str(prints[target])) for target in targets)):
-        raise ValueError("its header holds no sha256 of the weights")
+        raise ValueError("its header has no sha256 of the weights")
     for name in ("model", "model_type", "dtype"):
         if not (isinstance(header[name], str) and header[name].isprintable()):
-            raise ValueError(f"its header's {name} is no line of text")
+            raise ValueError(f"its header's {name} is not a line of text")
     if not (header["revision"] is None or (isinstance(header["revision"], str) and header["revision"].isprintable())):
-        raise ValueError("its header's revision is no line of text")
+        raise ValueError("its header's revision is not a line of text")
     if header["dtype"] not in DTYPES:
-        raise ValueError("its header names no dtype of weights")
+        raise ValueError("its header names no valid dtype")
     told = {name: header[name] for name in ("model", "revision", "model_type", "dtype")}
     return told | {"fingerprints": {target: prints[target] for target in targets}}
 
@@ -107,17 +107,17 @@ def read_identity(header: Mapping[str, Any]) -> dict[str, Any]:
 def find_checkpoint(
     model: str, targets: Sequence[str], revision: str | None = None, *, trust_remote_code: bool = False
 ) -> Checkpoint:
-    """The checkpoint with the files that hold these projections.
+    """Resolve a checkpoint, with only the files of these projections.
 
     Args:
-        model: hub id, folder or `demo`.
-        targets: the projections.
-        revision: of a hub model.
-        trust_remote_code: whether the user lets Python code in it run.
+        model: Hub id, folder or `demo`.
+        targets: projections.
+        revision: branch, tag or commit of a Hub model.
+        trust_remote_code: whether Python code in the checkpoint may run.
 
     Raises:
-        ConfigError: an unknown target.
-        ModelError: it is missing, damaged or of an unsupported family.
+        ConfigError: a target is unknown.
+        ModelError: the checkpoint is missing, damaged or of an unsupported family.
     """
     check_targets(targets)
     return resolve(
@@ -150,7 +150,7 @@ def read_weights(checkpoint: Checkpoint, targets: Sequence[str]) -> Weights:
     """The weights of these projections in a checkpoint.
 
     Raises:
-        ConfigError: an unknown target.
+        ConfigError: a target is unknown.
         ModelError: a tensor is missing or layers differ in shape, or the family is unsupported.
     """
     config = checkpoint.config()
@@ -159,19 +159,19 @@ def read_weights(checkpoint: Checkpoint, targets: Sequence[str]) -> Weights:
 
 
 def weights_in(model: Any, targets: Sequence[str]) -> Weights:
-    """The weights of these projections in a transformers model in memory.
+    """The weights of these projections in a loaded transformers model.
 
-    They get the name that the model was loaded by, so that its checkpoint is found again.
+    They keep the name that the model was loaded by, so that its checkpoint can be found.
 
     Raises:
-        ConfigError: an unknown target.
-        ModelError: the family is unsupported, or the model is quantised.
+        ConfigError: a target is unknown.
+        ModelError: the family is unsupported, or the model is quantized.
     """
     stacks: dict[str, list[torch.Tensor]] = {}
     for target, views in layer_views(model.config, targets).items():
         modules = [view.module_of(model.base_model) for view in views]
         if any(kind_of(module) for module in modules):
-            raise ModelError("the weights of a quantised model are rounded: prepare the method from its checkpoint")
+            raise ModelError("the weights of a quantized model are rounded; prepare the method from its checkpoint")
         stacks[target] = [view.read(dense_weight(module)).cpu() for view, module in zip(views, modules, strict=True)]
     revision = getattr(model.config, "_commit_hash", None)
     return _weights(model.name_or_path, revision, model.config.model_type, stacks)

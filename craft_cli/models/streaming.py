@@ -1,8 +1,8 @@
-"""A model whose weights stay on disk, read tensor by tensor and run layer by layer.
+"""Run a model whose weights stay on disk, layer by layer.
 
-The model is transformers' own, built without weights. What lies outside the layers (embeddings, norms, the head) is read
-for a forward; each layer's weights are read when it is called and dropped after it. So a checkpoint larger than memory
-can be merged into, and what was written can still be compared with the model it was made of.
+The transformers model is built without weights. Weights outside the layers (embeddings, norms, the head) are read for each
+forward; the weights of a layer are read when it is called and released afterwards. So a checkpoint larger than memory can
+be merged, and the result can still be compared with the original.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ _PROBE = (
 
 
 class StreamedModel:
-    """A model as transformers would load it from a checkpoint, some tensors of its own beside.
+    """A model as transformers would load it from a checkpoint, with some tensors replaced or added.
 
     Args:
-        checkpoint: of the base.
+        checkpoint: the base checkpoint.
         class_name: see `models.loading.model_class`.
         told: `id2label`, `problem_type` and `pad_token_id` of its configuration.
-        own: tensors that the checkpoint does not hold or that replace its own, by the names of the model's.
-        layered: paths of modules below the base model, one at least in every layer.
+        own: tensors to add or replace, by their names in the model.
+        layered: paths of modules in the base model, at least one in every layer.
 
     Attributes:
-        checkpoint: of the base.
-        model: its parameters on the meta device.
-        reader: of the checkpoint's tensors.
+        checkpoint: the base checkpoint.
+        model: the model, with parameters on the meta device.
+        reader: reader of the checkpoint's tensors.
         shapes: shape of every tensor of the model, by its name.
-        dtypes: of every tensor as stored.
-        tied: names of tensors that are another one under a second name, which no file holds, and the other's name.
+        dtypes: stored dtype of every tensor.
+        tied: names of tied tensors, which are not stored, with the name of the stored one.
 
     Raises:
-        ModelError: the checkpoint does not fit the class.
+        ModelError: the checkpoint does not match the class.
     """
 
     def __init__(
@@ -76,23 +76,23 @@ class StreamedModel:
 
     @property
     def prefix(self) -> str:
-        """Of the base model's tensors among those of the model, `bert.` for example; empty where it is its own base."""
+        """Prefix of the base model's tensors, such as `bert.`; empty if the model is its own base."""
         return "" if self.model.base_model is self.model else f"{self.model.base_model_prefix}."
 
     def read(self, name: str) -> Tensor:
-        """A tensor of the model: its own, or as the checkpoint stores it."""
+        """A tensor of the model: a replaced one, or the one in the checkpoint."""
         if name in self._own:
             return self._own[name]
         return self.reader.read(self._stored[name]) if name in self._stored else self._buffers[name]
 
     def name_on_disk(self, name: str) -> str:
-        """What a checkpoint calls a tensor of the model: as the model does, or as transformers renames it there."""
+        """The checkpoint name of a tensor: the model's name, or the one transformers maps it to."""
         stored = self._stored.get(name, name)
         return stored if stored in RENAMED else name
 
     @cached_property
     def tables(self) -> Tables:
-        """The sizes of its embeddings."""
+        """The sizes of the model's embeddings."""
         return tables_of(self.model, self.checkpoint.name)
 
     @cached_property
@@ -104,14 +104,14 @@ class StreamedModel:
     def logits(
         self, read: Read, batch: Mapping[str, Tensor], inside: AbstractContextManager[Any] | None = None
     ) -> Tensor:
-        """Logits in float32, with tensors by `read`; of a model without a head what comes out of its last layer.
+        """Compute logits in float32 with tensors from `read`; for a model without a head, the last hidden states.
 
-        Where each token has some, they are (tokens, ...) of those that are not padding.
+        Logits per token are returned as (tokens, ...), without padding.
 
         Args:
-            read: gives a tensor of the model by its name.
-            batch: the model's inputs.
-            inside: entered for the forward, such as an adapter attached to `model`.
+            read: returns a tensor of the model by name.
+            batch: model inputs.
+            inside: context manager for the forward, such as an attached adapter.
         """
         if type(self.model).__name__.endswith("ForMultipleChoice"):  # (rows, choices, length)
             batch = {name: tensor[None] for name, tensor in batch.items()}
@@ -139,7 +139,7 @@ class StreamedModel:
             _empty(self.model, [name for name in names if name not in self._buffers])
 
     def _tied(self) -> dict[str, str]:
-        """As its configuration says, but for two that a checkpoint stores with different values, as transformers does."""
+        """Tied tensors by configuration, except pairs stored with different values, as in transformers."""
         tied = dict(self.model.all_tied_weights_keys)
         stored = stored_names(self.reader.names(), {*tied, *tied.values()}, self.prefix)
         for name, other in list(tied.items()):
@@ -150,7 +150,7 @@ class StreamedModel:
         return tied
 
     def _stored_names(self) -> dict[str, str]:
-        """The name in the checkpoint of every tensor of the model that is not its own; see `stored_names`."""
+        """The checkpoint name of every tensor that is not replaced; see `stored_names`."""
         wanted = {name for name in self.shapes if name not in self._own}
         found = stored_names(self.reader.names(), wanted, self.prefix)
         for name, shape in self.shapes.items():
@@ -167,17 +167,17 @@ class StreamedModel:
 
 
 def probe(checkpoint: Checkpoint, tables: Tables) -> dict[str, Tensor]:
-    """Token ids of a few sentences, by a checkpoint's tokenizer and for these tables.
+    """Tokenize a few sentences with a checkpoint's tokenizer, within these tables.
 
     Raises:
-        ModelError: it has none that works.
+        ModelError: the tokenizer is missing or fails.
     """
     tokenizer = load_tokenizer(checkpoint)
     settle_padding(tokenizer, tables)
     limit = tables.limit(min(tokenizer.model_max_length, 64))
     with told_in_one_line(f"{checkpoint.name}: its tokenizer fails"):
         batch = dict(tokenizer(list(_PROBE), padding=True, truncation=True, max_length=limit, return_tensors="pt"))
-    batch["input_ids"] = batch["input_ids"].clamp(max=tables.tokens - 1)  # a tokenizer may give more than that
+    batch["input_ids"] = batch["input_ids"].clamp(max=tables.tokens - 1)  # a tokenizer can return larger ids
     return batch
 
 
@@ -198,7 +198,7 @@ def _skeleton(checkpoint: Checkpoint, class_name: str, told: Mapping[str, Any]) 
     pad, tokens = told["pad_token_id"], model.get_input_embeddings().num_embeddings
     if (
         pad is not None and not -tokens <= pad < tokens
-    ):  # as torch counts them; transformers could not load the merged one
+    ):  # torch's index range; transformers could not load the merged model
         raise ModelError(f"the adapter pads with token {pad}, but {checkpoint.name} has {tokens} tokens")
     model.config.pad_token_id = pad
     return model
@@ -215,7 +215,7 @@ def _empty(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor | None) -> None:
-    """Give a tensor of the model a value in float32, or none: then only its shape is left."""
+    """Set a tensor of the model to a float32 value, or to None to keep only its shape."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:

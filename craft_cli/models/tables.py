@@ -1,4 +1,4 @@
-"""How far the numbers go that a model looks up: token ids, positions, token types."""
+"""Limits of a model's embeddings: token ids, positions, token types."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ class Tables:
     """The sizes of a model's embeddings.
 
     Attributes:
-        model: its name, for messages.
-        tokens: token ids below it are known.
-        positions: tokens that a row may have; None where any number of them can be told apart.
-        types: token types below it are known; None where the model has no table of them.
-        counts_padding: whether positions are counted over the tokens that are not padding, as RoBERTa does: its
-            configuration's padding token must then stay as it is.
+        model: name of the model, for messages.
+        tokens: number of token ids.
+        positions: maximum tokens of a row; None if unlimited.
+        types: number of token types; None if the model has none.
+        counts_padding: whether positions skip padding tokens, as in RoBERTa; the padding token must then not change.
     """
 
     model: str
@@ -36,21 +35,21 @@ class Tables:
     counts_padding: bool
 
     def limit(self, tokens: int) -> int:
-        """So many tokens of a row, or as many as there are positions."""
+        """A row length, limited to the number of positions."""
         return tokens if self.positions is None else min(tokens, self.positions)
 
     def check(
         self, rows: Sequence[Mapping[str, Sequence[int]]], tokenizer: Any, place: Callable[[int], str] = "row {}".format
     ) -> None:
-        """Refuse rows with a number that the model cannot look up.
+        """Check rows against the model's tables.
 
         Args:
-            rows: of each row `input_ids` and, where the tokenizer gives them, `token_type_ids`.
-            tokenizer: that made them.
-            place: where a row stands, for messages.
+            rows: `input_ids` of each row, and `token_type_ids` if the tokenizer returns them.
+            tokenizer: the tokenizer.
+            place: returns the location of a row, for messages.
 
         Raises:
-            ModelError: a token, a token type or a length is beyond the model's tables.
+            ModelError: a token, a token type or a length exceeds the model's tables.
         """
         for row, features in enumerate(rows):
             ids, types = features["input_ids"], features.get("token_type_ids", ())
@@ -58,24 +57,26 @@ class Tables:
             if highest >= self.tokens:
                 token = tokenizer.convert_ids_to_tokens(highest)
                 raise ModelError(
-                    f"{place(row)}: the tokenizer gives token {highest} ({token!r}), {self.model} knows {self.tokens:,} "
+                    f"{place(row)}: the tokenizer returned token {highest} ({token!r}), but {self.model} has {self.tokens:,} "
                     "tokens: use the tokenizer it was trained with, or resize its embedding (resize_token_embeddings)"
                 )
             if self.types is not None and max(types, default=0) >= self.types:
                 raise ModelError(
-                    f"{place(row)}: the tokenizer gives token type {max(types)}, {self.model} knows {self.types}: "
-                    'leave out "token_type_ids" in model_input_names of its tokenizer_config.json'
+                    f"{place(row)}: the tokenizer returned token type {max(types)}, but {self.model} has {self.types}: "
+                    'remove "token_type_ids" from model_input_names of its tokenizer_config.json'
                 )
             if self.positions is not None and len(ids) > self.positions:
-                raise ModelError(f"{place(row)}: {len(ids):,} tokens, {self.model} has {self.positions:,} positions")
+                raise ModelError(
+                    f"{place(row)}: {len(ids):,} tokens, but {self.model} has {self.positions:,} positions"
+                )
 
 
 def tables_of(model: Any, name: str) -> Tables:
     """The tables of a model, whose parameters may be on the meta device.
 
     Args:
-        model: of transformers.
-        name: for messages.
+        model: a transformers model.
+        name: name of the model, for messages.
     """
     found = {path.rpartition(".")[2]: part for path, part in model.named_modules() if isinstance(part, nn.Embedding)}
     positions = next((found[leaf] for leaf in _POSITIONS if leaf in found), None)
@@ -83,7 +84,7 @@ def tables_of(model: Any, name: str) -> Tables:
     before, counts_padding = 0, False
     if positions is not None and positions.padding_idx is not None:
         counts_padding = True
-        # the first position follows that of padding; torch counts a padding index of -1 from the end
+        # the first position follows the padding position; torch counts a padding index of -1 from the end
         before = (positions.padding_idx + 1) % positions.num_embeddings
     return Tables(
         name,
@@ -95,20 +96,20 @@ def tables_of(model: Any, name: str) -> Tables:
 
 
 def tables_in(checkpoint: Checkpoint) -> Tables:
-    """The tables that a checkpoint's configuration tells of; no weight is read.
+    """The tables from a checkpoint's configuration, without reading weights.
 
     Raises:
-        ModelError: transformers cannot make a model of it.
+        ModelError: transformers cannot build the model.
     """
     with torch.device("meta"):
         return tables_of(build_empty(checkpoint.config(), "AutoModel", trusted=checkpoint.trusted), checkpoint.name)
 
 
 def settle_padding(tokenizer: Any, tables: Tables) -> int:
-    """Have a tokenizer pad with a token that the model knows, its own or another: any will do, as padding is masked.
+    """Make a tokenizer pad with a token that the model has; any token works, because padding is masked.
 
     Returns:
-        The token.
+        The padding token.
     """
     special = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
     pad = next(token for token in (tokenizer.pad_token_id, *special) if token is not None and token < tables.tokens)
@@ -118,10 +119,10 @@ def settle_padding(tokenizer: Any, tables: Tables) -> int:
 
 
 def agree_on_padding(model: Any, tokenizer: Any) -> None:
-    """Have a model's configuration name the token that its tokenizer pads with.
+    """Set the padding token in a model's configuration to that of its tokenizer.
 
-    The head of a decoder reads the last token that is not padding by its configuration. Were that another token, it would
-    read padding, and a text's scores would depend on the rows beside it.
+    The head of a decoder reads the last token that is not padding, by its configuration. With a different token it would
+    read padding, and the scores of a text would depend on the other rows of its batch.
     """
     tables = tables_of(model, "")
     pad = settle_padding(tokenizer, tables)

@@ -1,8 +1,8 @@
-"""Where one projection of one layer lives inside a module's weight.
+"""The location of a projection of one layer inside a module's weight.
 
 A view is (module path, rows, transposed): BERT's `query` is a whole weight; GPT-2's fused, transposed `c_attn` holds
-query, key and value as thirds of its output; GPT-NeoX interleaves them head by head. All are the same to those who
-read, adapt or merge: a matrix (d_out, d_in) in the orientation of `nn.Linear`.
+query, key and value as thirds of its output; GPT-NeoX interleaves them head by head. For reading, adapting and merging, all
+are matrices (d_out, d_in) in the orientation of `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Rows:
-    """A regular pattern of output rows: out of each of `count` equal parts, `size` rows from `start` on.
+    """A regular pattern of output rows: `size` rows from `start` in each of `count` equal parts.
 
     A plain range is one part. Query, key and value interleaved by head are `Rows(which * head_size, head_size, heads)`.
     """
@@ -27,7 +27,7 @@ class Rows:
     count: int = 1
 
     def of(self, tensor: Tensor, dim: int) -> Tensor:
-        """These rows of `tensor` along `dim` as a view in place: that dimension becomes (count, size)."""
+        """A view of these rows of `tensor` along `dim`, which becomes (count, size)."""
         parts = tensor.unflatten(dim, (self.count, -1))
         narrowed: Tensor = parts.narrow(dim + 1 if dim >= 0 else dim, self.start, self.size)
         return narrowed
@@ -49,8 +49,8 @@ class View:
 
     Attributes:
         module: path of the module, relative to the base model.
-        rows: which of its output rows; all without.
-        transposed: whether the weight is stored (d_in, d_out), as `transformers`' Conv1D does.
+        rows: its output rows. Default: all.
+        transposed: whether the weight is stored as (d_in, d_out), as in `transformers`' Conv1D.
     """
 
     module: str
@@ -66,12 +66,12 @@ class View:
         return whole and min(rows.start, rows.size - 1) >= 0 and rows.start + rows.size <= total // rows.count
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
-        """(d_out, d_in) of the view into a stored weight of this shape."""
+        """Shape (d_out, d_in) of the view into a stored weight of this shape."""
         d_out, d_in = reversed(stored) if self.transposed else stored
         return (self.rows.size * self.rows.count if self.rows else d_out), d_in
 
     def read(self, weight: Tensor) -> Tensor:
-        """The matrix (d_out, d_in) out of the module's weight; a copy where the rows are interleaved."""
+        """The matrix (d_out, d_in) in the module's weight; a copy if the rows are interleaved."""
         matrix = weight.T if self.transposed else weight
         return self.rows.of(matrix, 0).flatten(0, 1) if self.rows else matrix
 
@@ -86,22 +86,22 @@ class View:
     def add_to_output(self, output: Tensor, hidden: Tensor, basis: Tensor) -> Tensor:
         """The module's output (..., stored rows) with hidden (tokens, r) @ basis (r, d_out) added at these rows."""
         if self.rows is None and output.dtype == hidden.dtype:
-            # the product is added as it is made, not in a pass of its own
+            # the product is added while it is computed, not in a separate pass
             return torch.addmm(output.reshape(-1, output.shape[-1]), hidden, basis).view(output.shape)
         delta = hidden @ basis
-        if self.rows is None:  # such as float32 out of a quantised layer
+        if self.rows is None:  # such as float32 from a quantized layer
             return output + delta.view(output.shape)
         delta = delta.view(*output.shape[:-1], self.rows.count, self.rows.size)
         self.rows.of(output, -1).add_(delta)
         return output
 
     def stored_shape(self, root: nn.Module) -> tuple[int, ...]:
-        """Shape of the module's weight in `root`, also where bitsandbytes has packed it into one row."""
+        """Shape of the module's weight in `root`, even if bitsandbytes has packed it."""
         weight = self.module_of(root).get_parameter("weight")
         return tuple(getattr(getattr(weight, "quant_state", None), "shape", weight.shape))
 
     def module_of(self, root: nn.Module) -> nn.Module:
-        """The module itself.
+        """The module.
 
         Raises:
             AttributeError: `root` has no such module.
@@ -110,7 +110,7 @@ class View:
 
 
 def layer_of(module: str) -> str:
-    """The path of the layer that a module lies in: `encoder.layer.3` of `encoder.layer.3.attention.self.query`."""
+    """The path of a module's layer: `encoder.layer.3` for `encoder.layer.3.attention.self.query`."""
     match = re.match(r"(.*?\.)?\d+(?=\.)", module)
     assert match, module
     return match[0]

@@ -34,7 +34,7 @@ def base(pico: Make) -> str:
 def test_a_model_folder_that_is_not_there_or_is_none(command: tuple[str, ...]) -> None:
     assert "./missing: no such folder" in failure(*command, "./missing")
     Path("empty").mkdir()
-    assert "empty holds no config.json" in failure(*command, "empty")
+    assert "empty has no config.json" in failure(*command, "empty")
 
 
 @pytest.mark.parametrize("weights", [False, True])

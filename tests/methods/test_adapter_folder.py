@@ -95,7 +95,7 @@ def test_an_index_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
     for elsewhere in ("../secret.safetensors", "/etc/passwd", 7):
         content["weight_map"][name] = elsewhere
         index.write_text(json.dumps(content))
-        with pytest.raises(ModelError, match="does not tell which file beside it holds each tensor"):
+        with pytest.raises(ModelError, match="does not map tensors to files in its folder"):
             craft.decompose(str(base), ranks=(4, 4, 2))
 
 

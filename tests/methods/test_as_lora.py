@@ -282,7 +282,7 @@ def test_nothing_is_uploaded_unless_asked_for_and_then_all(
         refused = invoke("merge", "adapter", "-o", "again", "--push-to-hub", "someone/tuned")
     assert refused.exit_code == 1
     assert len([line for line in refused.stderr.splitlines() if not line.startswith("note: ")]) == 1
-    assert "again is written and whole: `hf auth login`" in refused.stderr
+    assert "again is complete: run `hf auth login`" in refused.stderr
     assert Path("again/merge.json").is_file()
 
 

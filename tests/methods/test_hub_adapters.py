@@ -50,7 +50,7 @@ def test_an_adapter_is_shared_and_loaded_by_its_id(pico: Make, connected: Loopba
     done = invoke("merge", "mine", "--format", "adapter", "--push-to-hub", "someone/mine")
     assert done.exit_code == 0, done.output
     assert "copied    adapter-copy" in done.stdout
-    assert "someone/mine will be made public" in done.stderr
+    assert "someone/mine will be created as public" in done.stderr
     for name, data in connected.uploads["someone/mine"].items():
         path = tmp_path / "served" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def test_what_the_hub_does_not_have_is_explained(pico: Make, connected: Loopback
     assert "someone/model is neither a run nor an adapter" in told
     assert "there is no folder and no hub model 'someone/else'" in failure("merge", "someone/else")
     with pytest.raises(
-        ModelError, match=r"'someone/half' holds no adapter_model\.safetensors, so the adapter is not whole"
+        ModelError, match=r"'someone/half' holds no adapter_model\.safetensors, so the adapter is incomplete"
     ):
         craft.load(classifier(pico()), "someone/half")
     asked = len(connected.requests)
@@ -99,7 +99,7 @@ def test_what_the_hub_does_not_have_is_explained(pico: Make, connected: Loopback
     assert "runs/frist is neither a run nor an adapter" in failure("merge", "runs/frist")
     assert len(connected.requests) == asked  # a folder that is mistyped is nobody's repository
     connected.stop()
-    with pytest.raises(ModelError, match=r"'someone/third' is no folder, .* the hub cannot be reached"):
+    with pytest.raises(ModelError, match=r"'someone/third' is neither a folder .* the hub cannot be reached"):
         craft.load(classifier(pico()), "someone/third")
 
 

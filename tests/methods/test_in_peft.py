@@ -44,7 +44,7 @@ def test_a_lora_without_its_head(pico: Make) -> None:
     assert done.exit_code == 0, done.stderr
     serve = f"vllm serve {base.resolve()} --runner pooling --enable-lora --max-lora-rank 8 --lora-modules tuned=lora"
     assert serve in done.stdout.replace("\n", " ").replace("  ", "")
-    assert "the trained head is left out" in done.stderr
+    assert "the trained head is omitted" in done.stderr
     assert "serve the checkpoint that `craft merge` writes" in done.stderr
     config = json.loads(Path("lora/adapter_config.json").read_text())
     assert config["modules_to_save"] is None
@@ -52,7 +52,7 @@ def test_a_lora_without_its_head(pico: Make) -> None:
     assert json.loads(Path("lora/merge.json").read_text())["head"] == []
     assert torch.allclose(states(with_peft(base).get_base_model()), states(load_adapted(Path("adapter"))[0]), atol=1e-6)
     card = ModelCard.load("lora/README.md")
-    assert "The trained head is left out" in card.content
+    assert "The trained head is omitted" in card.content
     assert card.data.pipeline_tag == "feature-extraction"
     assert card.data.eval_results is None
 

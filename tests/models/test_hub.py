@@ -191,7 +191,7 @@ def test_what_the_hub_does_not_have(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.stop()
     done = craft(hub, "decompose", "someone/pico2")
     assert done.returncode == 1
-    assert "connect once, or give the folder" in done.stderr
+    assert "connect once, or pass a local folder" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
@@ -231,7 +231,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(silent: list[str]) -> None:
 def test_offline_asks_no_hub_and_says_so() -> None:
     for command in (["decompose", "someone/x"], ["merge", "someone/x"], ["inspect", "someone/x"]):
         message = failure(*command, "--offline")
-        assert "'someone/x' is no folder, is not in the hub cache, and offline mode is on (--offline" in message
+        assert "'someone/x' is neither a folder nor in the hub cache, and offline mode is on (--offline" in message
     assert not constants.HF_HUB_OFFLINE
     assert "HF_HUB_OFFLINE" not in os.environ
 

@@ -133,7 +133,7 @@ def test_its_head_belongs_to_the_base(pico: Make) -> None:
 
 
 def test_a_model_without_that_head_is_none(pico: Make) -> None:
-    with pytest.raises(ModelError, match=r"is no language model: it lacks lm_head\.weight"):
+    with pytest.raises(ModelError, match=r"is not a language model: it lacks lm_head\.weight"):
         load_model(resolve(str(pico("llama"))), KIND)
 
 

@@ -112,7 +112,7 @@ def test_tokens_beyond_the_embedding_are_refused_before_training(pico: Make) -> 
     write_rows(Path("data/train.jsonl"), rows)
     for more in (["--dry-run"], []):
         told = failure("train", *flags(Path("base"), Path("data")), *more)
-        assert "data/train.jsonl, line 8: the tokenizer gives token 67 ('new35')" in told
+        assert "data/train.jsonl, line 8: the tokenizer returned token 67 ('new35')" in told
         assert "knows 64 tokens" in told
 
 

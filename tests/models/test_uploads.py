@@ -34,7 +34,7 @@ def test_only_files_of_this_upload_are_touched(pico: Make, hub: LoopbackHub, sig
     assert {name for name in FOREIGN if after.get(name) == b"former"} == set(FOREIGN)
     mine = {path.name: path.read_bytes() for path in Path("merged").iterdir() if path.name != ".craft.json"}
     assert {name: data for name, data in after.items() if name not in FOREIGN} == mine
-    assert "note: me/models is public: everyone can read what is uploaded" in done.stderr
+    assert "note: me/models is public: everyone can read the upload" in done.stderr
 
 
 def test_who_can_see_it_is_said_before_the_work(pico: Make, hub: LoopbackHub, signed_in: None) -> None:
@@ -43,12 +43,12 @@ def test_who_can_see_it_is_said_before_the_work(pico: Make, hub: LoopbackHub, si
     hub.private |= {"me/open": False, "me/closed": True}
     with endpoint(hub):
         told = failure("merge", "adapter", "--push-to-hub", "me/open", "--private")
-        assert "--private: me/open is there and public" in told
+        assert "--private: me/open already exists and is public" in told
         assert hub.uploads["me/open"] == {}
         for repository, flags, note in (
-            ("me/closed", [], "note: me/closed is private and stays so"),
+            ("me/closed", [], "note: me/closed is private and stays private"),
             ("me/closed", ["--private"], None),
-            ("me/new", [], "note: me/new will be made public: everyone can read what is uploaded (--private makes"),
+            ("me/new", [], "note: me/new will be created as public: everyone can read the upload (--private creates"),
             ("me/own", ["--private"], None),
         ):
             done = invoke("merge", "adapter", "-o", "out", "--overwrite", "--push-to-hub", repository, *flags)

@@ -212,7 +212,8 @@ def test_a_model_without_a_template_asks_for_one(pico_lm: Make) -> None:
     with pytest.raises(ModelError, match=r"has no chat template.*--chat-template \(chatml, zephyr, alpaca or a file\)"):
         Renderer(tokenizer, MESSAGES, "assistant")
     with pytest.raises(
-        ConfigError, match=r"'chatm' is neither one of chatml, zephyr, alpaca nor a readable file.*did you mean 'chatml'"
+        ConfigError,
+        match=r"'chatm' is neither one of chatml, zephyr, alpaca nor a readable file.*did you mean 'chatml'",
     ):
         template_named("chatm")
     Path("mine.jinja").write_text("{{ messages }}")

@@ -93,9 +93,7 @@ def test_whole_numbers_are_a_regression_when_told_so() -> None:
 @pytest.mark.parametrize("value", ["good", "inf", "nan"])
 def test_what_is_no_number_in_a_regression_is_told_with_its_line(value: str) -> None:
     path = write("t.csv", f"text,label\na,0.5\nb,{value}\n")
-    assert (
-        problem(own, path, problem_type="regression") == f"t.csv, line 3: column 'label' has '{value}', not a number"
-    )
+    assert problem(own, path, problem_type="regression") == f"t.csv, line 3: column 'label' has '{value}', not a number"
 
 
 @pytest.mark.parametrize(

@@ -25,18 +25,18 @@ _LONGEST = 64
 
 
 WRITTEN = 4
-"""Tokens of a greedy continuation: each costs a forward through weights that are read from disk."""
+"""Tokens of a greedy continuation; each requires a forward with weights read from disk."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A few texts, and what the adapted model computes of them.
+    """A few texts with the logits of the adapted model.
 
     Attributes:
-        batch: the model's inputs; those of a language model go on with tokens that it wrote itself, greedily.
+        batch: model inputs; for a language model they include its greedy continuations.
         expected: the adapted model's logits, float32.
-        asked: of a language model, which rows of the logits choose one of its tokens.
-        tokens: that it chose there.
+        asked: for a language model, the rows of the logits that choose a token of the continuation.
+        tokens: the tokens chosen there.
     """
 
     batch: Mapping[str, Tensor]
@@ -47,12 +47,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a merged model is from the adapted one.
+    """The difference between a merged model and the adapted one.
 
     Attributes:
-        absolute: the largest difference of logits.
-        relative: the same, by the largest of them.
-        greedy: of a language model, how many tokens both choose alike, and of how many.
+        absolute: the largest difference of the logits.
+        relative: the same, relative to the largest logit.
+        greedy: for a language model, the number of equal greedy tokens, and the total.
     """
 
     absolute: float
@@ -61,9 +61,9 @@ class Difference:
 
 
 def continued(adapted: AdaptedBase) -> Probe:
-    """The texts that merged and adapted model are compared on; a language model writes `WRITTEN` tokens after each.
+    """The texts to compare merged and adapted model on; a language model continues each by `WRITTEN` tokens.
 
-    The merged model then needs one forward: given the same tokens before it, it would choose each as in greedy decoding.
+    The merged model then needs a single forward, because with the same preceding tokens it chooses as in greedy decoding.
     """
     base, batch = adapted.base, adapted.base.probe
     if not base.model.can_generate() or base.model.config.is_encoder_decoder:
@@ -86,10 +86,10 @@ def continued(adapted: AdaptedBase) -> Probe:
 
 
 def verified(actual: Tensor, probe: Probe, tolerance: float) -> Difference:
-    """How far the merged model's logits are from those of the adapted one.
+    """Compare the merged model's logits with those of the adapted one.
 
     Raises:
-        CraftError: farther than the tolerance, or some logits are not finite.
+        CraftError: the difference exceeds the tolerance, or some logits are not finite.
     """
     expected = probe.expected
     if not expected.isfinite().all():

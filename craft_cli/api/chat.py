@@ -1,4 +1,4 @@
-"""Use-case: talk to a language model, with a history; its base without the adapter can answer too."""
+"""Chat with a language model, with a history, and compare it with its base."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from craft_cli.tasks.dialogues import ASSISTANT, MESSAGES, SYSTEM, USER, Layout,
 from craft_cli.tasks.generation import Answer, Generation, positions_of
 
 INTERRUPTED = "interrupted"
-"""Why an answer is over, besides the reasons of `tasks.generation`: Ctrl-C."""
+"""Reason for the end of an answer, besides those of `tasks.generation`: Ctrl-C."""
 Heard = Callable[[str], None]
 
 
@@ -31,26 +31,26 @@ class Chat:
         print(chat.ask("Why is the sea salty?").text)
         print(chat.compare("And the lakes?"))
 
-    A model that was trained on prompts or texts, or that has no chat template, takes each text by itself and continues it.
+    A model trained on prompts or texts, or without a chat template, continues each text separately.
 
     Args:
-        path: a run, an adapter, a checkpoint's folder or a hub id; the latest run without.
-        system: the system message; the template's own without.
-        generation: how answers are written; the likeliest token each time without.
-        use_cpu: stay on the CPU.
-        trust_remote_code: run Python code that comes with the model.
-        allow_other_base: take an adapter whose base is not as it was in training.
-        noticed: called when the oldest turns no longer fit into what the model sees.
+        path: a run, an adapter, the folder of a base checkpoint or a Hub id. Default: the latest run.
+        system: system message. Default: the template's own.
+        generation: generation settings. Default: greedy.
+        use_cpu: use the CPU even if a GPU is available.
+        trust_remote_code: run Python code from the model's repository.
+        allow_other_base: accept a base that has changed since the training.
+        noticed: called when the oldest turns no longer fit into the model's context.
 
     Attributes:
-        name: of the model.
-        messages: of the conversation, the system message first where there is one.
-        base: whether the base answers: the same model with its adapter switched off.
-        remembers: whether there is a history; else each text stands alone.
+        name: name of the model.
+        messages: messages of the conversation, with the system message first, if there is one.
+        base: whether the base answers, the same model with its adapter disabled.
+        remembers: whether there is a history; otherwise each text is separate.
 
     Raises:
-        ConfigError: the model writes no answers, or takes no system message.
-        CraftError: it cannot be used.
+        ConfigError: the model does not generate text, or does not support a system message.
+        CraftError: the model is invalid.
     """
 
     def __init__(
@@ -84,27 +84,27 @@ class Chat:
     # -- asking ---------------------------------------------------------------------------------------------------------
 
     def ask(self, text: str, heard: Heard = lambda part: None) -> Answer:
-        """The answer to what a user says, which both become a part of the conversation.
+        """Answer a user message; both are added to the conversation.
 
-        Ctrl-C ends the answer: what was written so far is kept, and `why` is `interrupted`.
+        Ctrl-C ends the answer: the text so far is kept, and `why` is `interrupted`.
 
         Args:
-            text: what is said.
-            heard: called with each part of the answer as it is written.
+            text: the user message.
+            heard: called with each part of the answer as it is generated.
 
         Raises:
-            CraftError: the template refuses the conversation, or there is no room for an answer.
+            CraftError: the template rejects the conversation, or there is no room for an answer.
         """
         answer = self._write(self._asked(text), self.base, heard)
         self._keep(text, answer)
         return answer
 
     def compare(self, text: str, heard: Callable[[bool, str], None] = lambda base, part: None) -> tuple[Answer, Answer]:
-        """The answers of the tuned model and of its base to the same conversation, which the tuned one's becomes a part of.
+        """Answer with the tuned model and with its base; only the tuned answer is added to the conversation.
 
         Args:
-            text: what is said.
-            heard: called with whether the base writes, and with each part as it is written.
+            text: the user message.
+            heard: called with whether the base is answering, and with each part as it is generated.
 
         Raises:
             ConfigError: there is no adapter.
@@ -118,16 +118,16 @@ class Chat:
         return tuned, base
 
     def check_adapter(self) -> None:
-        """See that base and tuned model can be told apart.
+        """Check that there is an adapter, so that base and tuned model differ.
 
         Raises:
-            ConfigError: there is no adapter that could be switched off.
+            ConfigError: there is no adapter to disable.
         """
         if self._predictor.adapter is None:
             raise ConfigError(f"{self.name} has no adapter to switch off: name the run or the adapter")
 
     def _asked(self, text: str) -> Split:
-        """What the model is to answer: as much of the conversation as it sees, and the text."""
+        """The prompt: as much of the conversation as fits, and the text."""
         room = min(self._settings.max_new_tokens, self._positions // 4)
         for dropped in range(self._dropped, len(self._turns) + 1, 2):
             asked = Split([self._row(text, dropped)], None, "the chat", place=lambda row: "the chat")
@@ -150,7 +150,7 @@ class Chat:
 
     @property
     def _turns(self) -> Sequence[dict[str, str]]:
-        """The messages without that of the system."""
+        """The messages without the system message."""
         return self.messages[1:] if self.messages and self.messages[0]["role"] == SYSTEM else self.messages
 
     def _write(self, asked: Split, of_base: bool, heard: Heard) -> Answer:
@@ -169,46 +169,46 @@ class Chat:
         return self._predictor.adapter.disabled()
 
     def _keep(self, text: str, answer: Answer) -> None:
-        """An empty answer is none: no template has a place for it."""
+        """Ignore an empty answer, which no template supports."""
         if answer.text.strip():
             self.messages += [{"role": USER, "content": text}, {"role": ASSISTANT, "content": answer.text}]
 
     # -- the conversation -----------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget what was said; the system message stays."""
+        """Clear the conversation; the system message is kept."""
         del self.messages[len(self.messages) - len(self._turns) :]
         self._dropped = 0
 
     def system(self, text: str) -> None:
-        """Give another system message; an empty one leaves it to the template.
+        """Set the system message; an empty one means the template's own.
 
         Raises:
-            ConfigError: each text stands alone, so there is none.
+            ConfigError: the model continues separate texts, without a system message.
         """
         if not self.remembers:
             raise ConfigError(f"{self.name} continues texts: it takes no system message")
         self.messages = [*([{"role": SYSTEM, "content": text}] if text else []), *self._turns]
 
     def save(self, file: str | Path) -> int:
-        """Add the conversation to a file of training data: a row of `messages`, or of `prompt` and `completion` each.
+        """Append the conversation to a training file, as a row of `messages`, or rows of `prompt` and `completion`.
 
         Args:
-            file: of jsonl; made where there is none.
+            file: a jsonl file, created if missing.
 
         Returns:
-            How many rows the file has now.
+            The number of rows in the file.
 
         Raises:
-            ConfigError: the file is called otherwise.
-            DataError: nothing was said yet.
-            FileError: it cannot be written.
+            ConfigError: the file name does not end in .jsonl.
+            DataError: the conversation is empty.
+            FileError: the file cannot be written.
         """
         path = Path(file).expanduser()
         if path.suffix != ".jsonl":
             raise ConfigError(f"a conversation is saved as jsonl: end the name of {path} in .jsonl")
         if not self._turns:
-            raise DataError("nothing was said yet, so there is nothing to save")
+            raise DataError("the conversation is empty, so there is nothing to save")
         try:
             former = read_content(path) if path.exists() else b""
             rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows()).encode()
@@ -226,19 +226,19 @@ class Chat:
 
 
 class _Stream(TextStreamer):
-    """Passes on an answer, word by word as it is written."""
+    """Streams an answer, word by word."""
 
     def __init__(self, tokenizer: Any, heard: Heard) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._heard, self.text, self.tokens = heard, "", -1
 
     def put(self, value: Any) -> None:
-        """Tokens: first those of the prompt."""
+        """Receive tokens, first those of the prompt."""
         self.tokens += 1
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """What will not change any more."""
+        """The text that will not change any more."""
         self.text += text
         if text:
             self._heard(text)

@@ -1,4 +1,4 @@
-"""Use-case: what leaves craft. A plain Hugging Face checkpoint, a LoRA for PEFT or llama.cpp, or the adapter to share.
+"""Export a trained adapter: a plain Hugging Face checkpoint, a LoRA for PEFT or llama.cpp, or the adapter to share.
 
 The base is read and written tensor by tensor, so that checkpoints larger than memory can be merged. The output is compared
 with the adapted model before it is moved into place, and its `merge.json` records what it was made from.
@@ -70,20 +70,20 @@ class _Asked:
 class Merged:
     """The result of `merge`.
 
-    Attributes:
-        output: the folder.
-        format: `checkpoint`, `peft`, `gguf` or `adapter`.
-        files: names of its files.
-        dtype: of the weights, that of the base unless another was asked for; of a LoRA float32, or float16 as a GGUF.
-        tensors_changed: weights that differ from the base's.
-        difference: largest difference between merged and adapted logits, relative to the largest logit.
-        tolerance: what was allowed.
-        greedy: of a language model, how many tokens both write alike in greedy continuations of a few texts, and of how many.
-        threshold: above which a label applies where several can; None where it is the usual one, 0.5.
-        rank: of a LoRA.
-        serve: the commands that run what was written with vLLM, llama.cpp or Ollama, by the name of the program.
-        hint: what else there is to know of serving it.
-        repository: where it was uploaded.
+        Attributes:
+            output: the output folder.
+            format: `checkpoint`, `peft`, `gguf` or `adapter`.
+            files: names of its files.
+            dtype: dtype of the weights: the base's unless another was requested; for a LoRA float32, or float16 as a GGUF.
+    tensors_changed: number of weights that differ from the base's.
+            difference: largest difference between merged and adapted logits, relative to the largest logit.
+            tolerance: the allowed difference.
+            greedy: for a language model, the number of equal tokens in greedy continuations, and the total.
+            threshold: threshold of a multi-label task; None for the default of 0.5.
+            rank: rank of a LoRA.
+            serve: commands to run the output with vLLM, llama.cpp or Ollama, by program.
+            hint: further notes about serving it.
+            repository: Hub repository of the upload.
     """
 
     output: str
@@ -126,31 +126,30 @@ def merge(
     those of the adapted model before it is moved into place. A copy of the adapter includes its factors.
 
     Args:
-        path: a run, an adapter, or OWNER/NAME of an adapter on the hub; the latest run without.
-        output_dir: the folder to write; without, `merged` (`peft`, `adapter-copy`) inside the run or beside the adapter,
-            `merged-step-N` for a checkpoint of a run, and `NAME-merged` here for an adapter of the hub.
-        overwrite: replace a folder that an earlier merge wrote.
+        path: a run, an adapter, or the Hub id OWNER/NAME of an adapter. Default: the latest run.
+        output_dir: the output folder. Default: `merged` (`peft`, `adapter-copy`) inside the run or next to the adapter,
+            `merged-step-N` for a checkpoint of a run, and `NAME-merged` in the working folder for a Hub adapter.
+        overwrite: replace the output of an earlier merge.
         format: `checkpoint`, `peft`, `gguf` (a LoRA for llama.cpp and Ollama, of a language model) or `adapter`.
-        dtype: of a checkpoint's weights: `float32`, `float16` or `bfloat16`; as the base's without. Of a GGUF `float32`, as
-            without, or `float16`.
-        max_shard_size: a checkpoint larger than this, `5GB` without, is written as several files.
-        trim: of a LoRA, leave out directions that are zero to numerical precision.
-        tolerance: of a LoRA, the error allowed where the method changes a weight by a dense matrix (superlora), relative to
-            the norm of that change; 1e-6 without. The logits may then differ by as much.
-        head: False leaves the trained head out of a LoRA, for servers that take none.
-        push_to_hub: upload to this repository of the hub too.
-        private: make the repository a private one, if it is made.
-        trust_remote_code: run Python code that comes with the base.
-        allow_other_base: merge into a base that is not as it was in training.
-        progress: called with what is being done.
-        notice: called with what the user should know of an upload.
+        dtype: dtype of a checkpoint's weights: `float32`, `float16` or `bfloat16`. Default: the base's. For a GGUF
+            `float32` (default) or `float16`.
+        max_shard_size: maximum size of a weight file. Default: `5GB`.
+        trim: for a LoRA, drop directions that are zero to numerical precision.
+        tolerance: for a LoRA, the allowed error of a dense update (superlora), relative to its norm. Default: 1e-6. The
+            logits may then differ by the same amount.
+        head: False omits the trained head of a LoRA, for servers that do not support it.
+        push_to_hub: also upload to this Hub repository.
+        private: if the repository is created, make it private.
+        trust_remote_code: run Python code from the base's repository.
+        allow_other_base: accept a base that has changed since the training.
+        progress: called with a description of the current step.
+        notice: called with notes about an upload.
 
     Raises:
-        ConfigError: options that do not go together, or of unknown values.
-        FileError: no adapter there, it is damaged, or the output cannot be written.
-        ModelError: its base is missing or another one, or no model for llama.cpp.
-        CraftError: the adapter changes no weight, what was written does not compute what the adapted model does, or the
-            upload failed.
+        ConfigError: options cannot be combined, or have invalid values.
+        FileError: there is no adapter, it is damaged, or the output cannot be written.
+        ModelError: the base is missing or has changed, or llama.cpp does not support it.
+        CraftError: the adapter changes no weight, the output differs from the adapted model, or the upload failed.
     """
     asked = _Asked(format, dtype, max_shard_size, trim, tolerance, head)
     _check_options(asked, push_to_hub, private=private)
@@ -198,7 +197,7 @@ def _merge(
             announce(adapted.checkpoint)
         if asked.format == GGUF:
             check_known(adapted)
-        progress("computing with the adapter")
+        progress("computing reference logits")
         probe = continued(adapted)
         progress("writing")
         written = _write(adapted, folder, asked)
@@ -244,7 +243,7 @@ def _copy(adapter_path: Path, destination: Path, announce: Announce | None, *, o
 
 
 def _add_beside(adapted: AdaptedBase, folder: Path, asked: _Asked, *, shared: bool) -> None:
-    """Write the model card, and of a GGUF Ollama's file; a LoRA that is shared does not say where its base lies on this machine."""
+    """Write the model card, and Ollama's Modelfile for a GGUF; a shared LoRA does not contain the local path of its base."""
     record = adapted.saved.record
     form = HEADLESS if adapted.saved.head and not asked.head else asked.format
     card = model_card(record, adapted.saved.method.describe(record), adapted.checkpoint, form=form)
@@ -283,7 +282,7 @@ def _told(
 
 
 def _destination(output: str | Path | None, found: Path, adapter: Path, format: str) -> Path:
-    """The folder to write: as given, inside the run, or beside the adapter; of one of the hub, here."""
+    """The output folder: as given, inside the run, next to the adapter, or in the working folder for a Hub adapter."""
     name = {CHECKPOINT: "merged", PEFT: "peft", GGUF: "gguf", ADAPTER: "adapter-copy"}[format]
     default = adapter.parent / name
     if not found.exists():
@@ -294,7 +293,7 @@ def _destination(output: str | Path | None, found: Path, adapter: Path, format: 
 
 
 def _write(adapted: AdaptedBase, folder: Path, asked: _Asked) -> Written:
-    """The change in one of the three formats, as files in `folder`.
+    """Write the update in one of the three formats to `folder`.
 
     Raises:
         CraftError: it cannot be written, or no weight changes.
@@ -322,9 +321,9 @@ def _write(adapted: AdaptedBase, folder: Path, asked: _Asked) -> Written:
 
 
 def _let_it_speak(adapted: AdaptedBase, folder: Path, format: str) -> None:
-    """Of a chat model: the template of the training where it is not the tokenizer's, and a generation that ends with a turn.
+    """For a chat model: write the chat template of the training, and make generation end with a turn.
 
-    Other tools end an answer by generation_config.json alone. It stays byte for byte as it is where it names that token.
+    Other tools end an answer only by generation_config.json. It is kept byte-identical if it already has that token.
     """
     if not adapted.talks:
         return
@@ -355,25 +354,25 @@ def _check_options(asked: _Asked, push_to_hub: str | None, *, private: bool) -> 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: expected {', '.join(DTYPES)}, not '{dtype}'")
     if format == PEFT and dtype:
-        raise ConfigError("--dtype is not for --format peft: that LoRA is written in float32 and follows its base")
+        raise ConfigError("--dtype is not for --format peft; that LoRA is written in float32")
     if format == GGUF and dtype == "bfloat16":
         raise ConfigError("--dtype: a LoRA for llama.cpp is float32 or float16, not 'bfloat16'")
     if format in LORAS and max_shard_size is not None:
-        raise ConfigError("--max-shard-size is for checkpoints: a LoRA is one small file")
+        raise ConfigError("--max-shard-size is for checkpoints; a LoRA is one small file")
     shard_bytes(max_shard_size)
     if format != PEFT and not asked.head:
         raise ConfigError(
-            "--no-head is for --format peft: "
-            + {CHECKPOINT: "a checkpoint keeps its head", GGUF: "a language model trains none"}.get(
+            "--no-head is for --format peft; "
+            + {CHECKPOINT: "a checkpoint keeps its head", GGUF: "a language model has no trained head"}.get(
                 format, "an adapter keeps its head"
             )
         )
     if private and not push_to_hub:
         raise ConfigError("--private requires --push-to-hub")
     if format == CHECKPOINT and asked.trim:
-        raise ConfigError("--trim is for --format peft and gguf: a checkpoint has no rank")
+        raise ConfigError("--trim is for --format peft and gguf; a checkpoint has no rank")
     if format == CHECKPOINT and tolerance is not None:
-        raise ConfigError("--tolerance is for --format peft and gguf: a checkpoint holds the whole change")
+        raise ConfigError("--tolerance is for --format peft and gguf; a checkpoint has the exact update")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ConfigError(f"--tolerance: expected a number above 0 and below 1, not {tolerance:g}")
     if push_to_hub is not None:  # checked before the work

@@ -1,4 +1,4 @@
-"""How other programs run what `craft merge` wrote: the commands, and what stands in their way."""
+"""Commands to run the output of `craft merge` in other programs, and their limitations."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from craft_cli.models.demo import DEMOS
 from craft_cli.models.loading import is_language_model
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for --max-lora-rank; an adapter's rank may be any up to it."""
+"""Values of --max-lora-rank in vLLM; an adapter can have any rank up to it."""
 VLLM_FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "cohere", "granite", "phi",
     "phi3", "opt",
 )  # fmt: skip
-"""Of ours, those whose architectures vLLM's list of supported models names with LoRA."""
+"""Model families that vLLM lists with LoRA support."""
 CONVERTER = "convert_hf_to_gguf.py"
-"""The script of llama.cpp that makes a GGUF of a whole checkpoint."""
+"""The script of llama.cpp that converts a checkpoint to GGUF."""
 
 
 def checkpoint_commands(adapted: AdaptedBase, folder: str) -> dict[str, str]:
-    """How a merged checkpoint is served, by the name of the program, where one serves the architecture."""
+    """Commands to serve a merged checkpoint, by program, if the architecture is supported."""
     found = {}
     if adapted.base.model.config.model_type in VLLM_FAMILIES:
         pooling = "" if is_language_model(adapted.base.model) else " --runner pooling"
@@ -33,13 +33,13 @@ def checkpoint_commands(adapted: AdaptedBase, folder: str) -> dict[str, str]:
 
 
 def lora_commands(adapted: AdaptedBase, rank: int, folder: str, *, head: bool = True) -> dict[str, str]:
-    """How vLLM serves a LoRA in PEFT's layout, where it serves the architecture and takes the adapter.
+    """The vLLM command for a LoRA in PEFT's format, if vLLM supports the architecture and the adapter.
 
     Args:
         adapted: the adapter and its base.
-        rank: of the LoRA.
-        folder: what was written.
-        head: whether it holds the trained head.
+        rank: rank of the LoRA.
+        folder: the output folder.
+        head: whether it includes the trained head.
     """
     served = adapted.base.model.config.model_type in VLLM_FAMILIES
     if not served or (adapted.saved.head and head) or rank > VLLM_RANKS[-1]:
@@ -53,7 +53,7 @@ def lora_commands(adapted: AdaptedBase, rank: int, folder: str, *, head: bool = 
 
 
 def lora_hint(adapted: AdaptedBase, rank: int, *, head: bool = True) -> str:
-    """Which ranks vLLM accepts, and what stands in the way of serving this LoRA with it."""
+    """The ranks that vLLM accepts, and why it cannot serve this LoRA, if so."""
     line = f"vLLM accepts --max-lora-rank {', '.join(map(str, VLLM_RANKS))}"
     fitting = [size for size in VLLM_RANKS if size >= rank]
     line += (
@@ -71,14 +71,14 @@ def lora_hint(adapted: AdaptedBase, rank: int, *, head: bool = True) -> str:
         )
     if adapted.saved.head and not head:
         line = (
-            "the trained head is left out: this LoRA gives embeddings, and its base answers with a head of its own; for the "
-            f"answers of this adapter serve the checkpoint that `craft merge` writes; {line}"
+            "the trained head is omitted, so this LoRA gives embeddings; for predictions, "
+            f"serve the checkpoint that `craft merge` writes; {line}"
         )
     return line
 
 
 def gguf_commands(adapted: AdaptedBase, folder: str) -> dict[str, str]:
-    """How llama.cpp and Ollama run a LoRA as a GGUF."""
+    """Commands to run a GGUF LoRA with llama.cpp and Ollama."""
     model = shlex.quote(str(base_gguf(adapted) or "MODEL.gguf"))
     return {
         "llama.cpp": f"llama-server -m {model} --lora {shlex.quote(str(Path(folder) / GGUF_TENSORS))}",
@@ -87,12 +87,12 @@ def gguf_commands(adapted: AdaptedBase, folder: str) -> dict[str, str]:
 
 
 def gguf_hint(adapted: AdaptedBase) -> str | None:
-    """Where the GGUF of the base comes from; None where it is at hand."""
+    """How to get the GGUF of the base; None if it is already available."""
     if base_gguf(adapted):
         return None
     name = adapted.checkpoint.name if Path(adapted.checkpoint.name).is_absolute() else "BASE"
     return (
-        f"MODEL.gguf is the base as a GGUF, quantised or not; llama.cpp makes one: {_conversion(name, 'MODEL.gguf')}"
+        f"MODEL.gguf is the base as a GGUF, quantized or not; llama.cpp creates it with {_conversion(name, 'MODEL.gguf')}"
         + (", where BASE is its folder" if name == "BASE" else "")
         + f"; put its name into {MODELFILE} too"
     )

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from craft_cli.api.chat import Chat
 
 _BESIDE = 100
-"""Columns of a terminal on which two answers stand beside each other."""
+"""Minimum terminal width for two answers side by side."""
 _LONGEST_WORD = 20
-"""What is longer is shown before its end is known: not all languages have blanks."""
+"""Longer text is shown before a space follows, because not all languages use spaces."""
 _HELP = {
-    "/reset": "forget what was said; the system message stays",
-    "/system TEXT": "another system message; without TEXT the template's own",
-    "/base": "let the base model answer, or the tuned one again",
-    "/save FILE": "add the conversation to a .jsonl file, as a row to train on",
+    "/reset": "clear the conversation; the system message is kept",
+    "/system TEXT": "set the system message; without TEXT, use the template's own",
+    "/base": "switch between the base model and the tuned one",
+    "/save FILE": "append the conversation to a .jsonl file, as a training row",
     "/help": "show this",
     "/exit": "end the chat, as Ctrl-D does; Ctrl-C ends an answer",
 }
@@ -41,7 +41,7 @@ def command(
             help="Run, adapter, checkpoint or hub id.", show_default="the latest run", autocompletion=completion.runs
         ),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answer beside each.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answers too.")] = False,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="System message.", show_default="the template's own")
     ] = None,
@@ -50,7 +50,7 @@ def command(
     seed: Seed = None,
     **settings: Any,
 ) -> None:
-    """Talk to a language model that was tuned: /help lists what can be typed. In a pipe each line gets its answer."""
+    """Chat with a fine-tuned language model; /help lists the commands. In a pipe, each line is answered."""
     from craft_cli.cli import console
     from craft_cli.config import parse_settings
 
@@ -65,10 +65,10 @@ def command(
         if compare:
             chat.check_adapter()
     if not chat.remembers:
-        console.note(f"{chat.name} continues texts: each line is taken by itself")
+        console.note(f"{chat.name} continues texts, so each line is separate")
     typed = bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
     if typed:
-        console.note(f"talking to {chat.name}; /help lists what can be typed, Ctrl-D ends the chat")
+        console.note(f"talking to {chat.name}; /help lists the commands, Ctrl-D ends the chat")
     for line in _typed(chat) if typed else _lines():
         try:
             if re.match(r"/[a-z]*(\s|$)", line):
@@ -83,11 +83,11 @@ def command(
 
 
 def _typed(chat: Chat) -> Iterator[str]:
-    """What is typed; Ctrl-C takes a line back, Ctrl-D ends."""
+    """Read typed lines; Ctrl-C discards a line, Ctrl-D ends."""
     from craft_cli.cli import console
 
     with suppress(ImportError):
-        import readline  # noqa: F401  # so that a line can be edited
+        import readline  # noqa: F401  # enables line editing
     while True:
         try:
             line = input("base> " if chat.base else "> ")
@@ -105,7 +105,7 @@ def _typed(chat: Chat) -> Iterator[str]:
 
 
 def _lines() -> Iterator[str]:
-    """The lines of standard input."""
+    """Read the lines of standard input."""
     from craft_cli.data.readers import TEXT, read_stdin
 
     for row in read_stdin(TEXT):
@@ -114,7 +114,7 @@ def _lines() -> Iterator[str]:
 
 
 def _obey(chat: Chat, line: str) -> bool:
-    """Do what a line with a slash says; whether the chat goes on.
+    """Run a slash command; returns whether the chat continues.
 
     Raises:
         ConfigError: it says nothing that is known.
@@ -125,16 +125,14 @@ def _obey(chat: Chat, line: str) -> bool:
     rest = rest.strip()
     known = [name.split()[0] for name in _HELP]
     if word not in known:
-        raise ConfigError(
-            f"{word} is not known{nearest(word, known)}; a line that begins with a blank is said as it is"
-        )
+        raise ConfigError(f"unknown command {word}{nearest(word, known)}; start a line with a space to send it as text")
     if rest and word not in ("/system", "/save"):
-        raise ConfigError(f"{word} stands alone, without '{plain(rest)}'")
+        raise ConfigError(f"{word} takes no argument; remove '{plain(rest)}'")
     if word == "/help":
         console.facts(_HELP, rename=False)
     elif word == "/reset":
         chat.reset()
-        console.note("what was said is forgotten")
+        console.note("the conversation is cleared")
     elif word == "/system":
         chat.system(rest)
         console.note("the system message is another one from now on" if rest else "the template's own system message")
@@ -178,7 +176,7 @@ def _answer(chat: Chat, text: str, *, compare: bool) -> None:
         if not answer.text.strip():
             console.note("the model ended its answer at once: this is left out of the conversation")
     if on_screen and any(answer.why == "length" for answer in answers):
-        console.note("cut at the most tokens of an answer; --max-new-tokens allows more")
+        console.note("the answer was truncated at the token limit; --max-new-tokens allows more")
 
 
 def _words() -> Callable[[str], None]:
@@ -217,7 +215,7 @@ def _words() -> Callable[[str], None]:
 
 @contextmanager
 def _beside(*titles: str) -> Iterator[Callable[[int, str], None]]:
-    """Texts beside each other as they are written; yields a function of (which of them, more of it)."""
+    """Show texts side by side while they are generated; yields a function of (index, new text)."""
     from rich.box import SIMPLE_HEAD
     from rich.live import Live
     from rich.table import Table

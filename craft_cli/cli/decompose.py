@@ -15,9 +15,9 @@ from craft_cli.config import ALL_LINEAR, TARGETS, RunConfig, parse_settings
 @with_settings("trust_remote_code")
 def command(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, 'demo' or 'demo-llm'.")],
-    targets: Annotated[str, typer.Option(help=f"Of {','.join(TARGETS)}, or {ALL_LINEAR}.")] = ",".join(
-        RunConfig.targets
-    ),
+    targets: Annotated[
+        str, typer.Option(help=f"Projections to decompose: {','.join(TARGETS)}, or {ALL_LINEAR}.")
+    ] = ",".join(RunConfig.targets),
     ranks: Annotated[
         str, typer.Option(metavar="OUT,IN,LAYERS", help="Ranks to keep; smaller ranks reuse the same factors.")
     ] = ",".join(map(str, RunConfig.ranks)),

@@ -29,7 +29,7 @@ def command(
             "--output-dir",
             "--output",
             "-o",
-            help="Folder to write.",
+            help="Output folder.",
             show_default="merged (or peft, gguf, adapter-copy), in the run",
         ),
     ] = None,
@@ -43,7 +43,7 @@ def command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of the weights: float32, float16 or bfloat16.", show_default="the base's; of a gguf float32"
+            help="Dtype of the weights: float32, float16 or bfloat16.", show_default="the base's; of a gguf float32"
         ),
     ] = None,
     max_shard_size: Annotated[

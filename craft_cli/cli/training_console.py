@@ -60,7 +60,7 @@ class TrainingConsole:
         }
         console.header("craft train", {name: value for name, value in rows.items() if value is not None})
         if plan.example:
-            console.say("one row as the model sees it; what it learns is green, or stands between > and < in a file:")
+            console.say("one row as the model sees it; trained tokens are green, or between > and < in a file:")
             console.err.print(_example(plan.example), soft_wrap=True)
         self._updates, self._evaluations, self._done = plan.updates, plan.evaluations, plan.done
         self._began = time.perf_counter()

@@ -57,7 +57,7 @@ class RunConfig(MethodOptions):
     model: str = setting("roberta-base", "Hub id, local folder, 'demo' or 'demo-llm'.")
     revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
     task: str | None = setting(
-        None, "A task of GLUE's (cola, sst2, mrpc, qqp, stsb, mnli, ...), or a sample: opinions, lighthouse (chats)."
+        None, "GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, ...), or a sample: opinions, lighthouse (chats)."
     )
     task_type: TaskType | None = setting(
         None, f"Task type of your own data: {', '.join(get_args(TaskType))}; default: detected from the columns."

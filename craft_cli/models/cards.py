@@ -21,8 +21,8 @@ HEADLESS = "peft without head"
 _WHAT = {
     "adapter": "{title} adapter on {base}",
     "checkpoint": "{base}, fine-tuned with {title}",
-    "peft": "LoRA on {base}, made from a {title} adapter",
-    HEADLESS: "LoRA on {base}, made from a {title} adapter without its head",
+    "peft": "LoRA on {base}, exported from a {title} adapter",
+    HEADLESS: "LoRA on {base}, exported from a {title} adapter without its head",
     "gguf": "LoRA on {base} for llama.cpp, made from a {title} adapter",
 }
 
@@ -68,8 +68,8 @@ above were measured with the head. With PEFT (the folder is PATH):
     model = peft.PeftModel.from_pretrained(base, "PATH")
     hidden = model.get_base_model().base_model(**batch).last_hidden_state
 
-With craft: `craft merge` of the adapter that this was made from writes a checkpoint with the head, which answers;
-`craft merge --format peft` a LoRA with it.""",
+With craft: run `craft merge` on the original adapter for a checkpoint with the head, or `craft merge --format peft` for a
+LoRA with the head.""",
     "gguf": """With llama.cpp, on a GGUF of the base, quantised or not (MODEL.gguf; the folder is PATH):
 
     llama-server -m MODEL.gguf --lora PATH/adapter.gguf
@@ -83,7 +83,7 @@ _USE_WRITER = {
 
     craft chat PATH                          # --compare shows the base's answers beside
     craft predict PATH                       # questions from standard input
-    craft eval PATH                          # again, on the same data
+    craft eval PATH                          # evaluate on the same data
 
 With plain transformers: `craft merge PATH` writes an ordinary checkpoint.
 With PEFT and vLLM: `craft merge PATH --format peft` writes a LoRA.""",
@@ -95,7 +95,7 @@ With PEFT and vLLM: `craft merge PATH --format peft` writes a LoRA.""",
     tokenizer = AutoTokenizer.from_pretrained("PATH")
 {writes}
 
-With craft: `craft chat PATH` or `craft predict PATH`. With PEFT: nothing is needed, the change is merged.""",
+With craft: `craft chat PATH` or `craft predict PATH`. With PEFT: not needed, the adapter is merged.""",
     "peft": """With PEFT (the folder is PATH):
 
     import peft
@@ -168,7 +168,7 @@ def learned(training: Mapping[str, Any]) -> str | None:
 
 
 def public_name(base: Checkpoint) -> str:
-    """What a base is called in what may be uploaded: a hub id, or a folder's name without where it lies."""
+    """The public name of a base: a Hub id, or a folder name without its path."""
     if base.name in DEMO_IDS:
         return DEMO_IDS[base.name]
     return Path(base.name).name if Path(base.name).is_absolute() else base.name
@@ -230,7 +230,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         f"---\n{ModelCardData(**data).to_yaml()}\n---",
         "# " + _WHAT[form].format(title=method.title, base=_inline(name)),
         f"Task: {task}. {taught}. Data: {_inline(_data(training))}.",
-        f"Trained numbers: {record['parameters']['adapter']:,} {method.trained} {', '.join(record['targets'])} "
+        f"Trained parameters: {record['parameters']['adapter']:,} {method.trained} {', '.join(record['targets'])} "
         f"({method.settings}){head}.",
         f"Licence: {licence or 'that of the base model'}. Base model: {name}"
         + (f", revision {base.revision}." if base.revision else "."),

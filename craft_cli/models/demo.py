@@ -205,7 +205,7 @@ def tensors_digest(path: Path) -> str:
 
 
 def _convert(quantised: Path, folder: Path) -> None:
-    """Weights, configuration and tokenizer of a GGUF of the architecture `llama`, as they lie on the hub.
+    """Weights, configuration and tokenizer of a GGUF of the architecture `llama`, in the format of the Hub.
 
     Raises:
         ModelError: transformers and gguf disagree about a weight, or the tokenizer is not that of the GGUF.
@@ -217,7 +217,7 @@ def _convert(quantised: Path, folder: Path) -> None:
     from craft_cli.models.loading import quiet_transformers
 
     source: dict[str, Any] = {"gguf_file": quantised.name, "local_files_only": True}
-    with quiet_transformers(), redirect_stderr(StringIO()):  # a bar that nothing else turns off
+    with quiet_transformers(), redirect_stderr(StringIO()):  # a progress bar without an option to turn it off
         model = AutoModelForCausalLM.from_pretrained(quantised.parent, dtype=torch.float32, **source)
     reader, weights = GGUFReader(quantised), model.state_dict()
     weights = {name: weights[name].contiguous() for name in weights.keys() - model.all_tied_weights_keys}

@@ -55,15 +55,15 @@ class CausalLM:
     """A language modeling task. The methods are those of `tasks.base.Task`.
 
     Attributes:
-        name: `OWN`, or that of a sample.
-        text_columns: that are read: of conversations, of prompt and completion, or of texts.
-        form: of the rows, one of `dialogues.FORMS`; empty before any were read.
-        beside: the column of what belongs to an instruction; empty without.
-        train_on: what is learned, one of `templates.TRAIN_ON`; by the form of the rows where it is empty.
-        template: a chat template in the place of the tokenizer's own; empty without.
-        packing: whether rows share sequences in training.
-        asked: to how many validation rows answers are written at each evaluation.
-        sample: folder below `craft_cli/samples`, for chats that ship with craft.
+        name: `OWN`, or the name of a sample.
+        text_columns: columns to read: of conversations, of prompt and completion, or of texts.
+        form: format of the rows, one of `dialogues.FORMS`; empty before any are read.
+        beside: the column with the input of an instruction; empty if there is none.
+        train_on: the tokens to train on, one of `templates.TRAIN_ON`; if empty, it depends on the form of the rows.
+        template: a chat template to use instead of the tokenizer's; empty for the tokenizer's.
+        packing: whether rows are packed into shared sequences in training.
+        asked: number of validation rows to generate answers to at each evaluation.
+        sample: folder in `craft_cli/samples`, for chats that ship with craft.
     """
 
     kind: ClassVar[str] = "causal-lm"
@@ -93,7 +93,7 @@ class CausalLM:
 
     @property
     def home(self) -> Home:
-        """Where the rows of a sample lie."""
+        """The location of a sample's rows."""
         return Home(sample=self.sample or None)
 
     @property
@@ -270,7 +270,7 @@ class CausalLM:
         return Encoded(features, split.labels, cut, limit, targets=targets)
 
     def in_chat(self, tokenizer: Any) -> tuple[CausalLM, bool]:
-        """Conversations need a template, and a model that was not trained on anything else."""
+        """See `Task`. Conversations require a chat template and a model that was not trained on another form."""
         if self.form not in ("", MESSAGES):
             return self, False
         if self.template or tokenizer.chat_template:

@@ -149,13 +149,13 @@ def _plain(model: Any, draws: bool) -> dict[str, Any]:
 
 
 def positions_of(model: Any) -> int | None:
-    """So many tokens may prompt and answer have together; None where any number of them can be told apart."""
-    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found
+    """Maximum tokens of prompt and answer together; None if unlimited."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def _room(positions: int | None, width: int, wanted: int) -> int:
-    """So many tokens may be written behind a prompt of this width.
+    """The number of tokens that can follow a prompt of this width.
 
     Raises:
         ModelError: there is no room.

@@ -1,4 +1,4 @@
-"""Tasks by name: those of GLUE as rows of a table, with the files its server takes, and the samples that ship with craft."""
+"""Tasks by name: a table of the GLUE tasks, the files for the GLUE server, and the samples that ship with craft."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ TASKS = {
 
 
 SAMPLES = {"lighthouse": CausalLM("lighthouse", ("messages",), MESSAGES, sample="lighthouse")}
-"""Those of language models."""
+"""Sample tasks of language models."""
 
 
 _ALIASES = {"mnlim": "mnli", "mnlimatched": "mnli", "mnlimm": "mnli-mm", "mnlimismatched": "mnli-mm", "sts": "stsb"}
 
 
 def task_named(name: str) -> Task | CausalLM:
-    """The task of this name, in any of the spellings people use: `stsb`, `STS-B`, `sts_b`.
+    """The task with this name, in any common spelling: `stsb`, `STS-B`, `sts_b`.
 
     Raises:
         ConfigError: there is no such task.

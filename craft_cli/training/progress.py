@@ -78,9 +78,9 @@ class TrainResult:
         epoch: of the best evaluation.
         updates: made in all.
         seconds: of the loop, evaluations included, and of what went before a resume.
-        parameters: `adapter` and `head`, numbers trained.
+        parameters: trained parameters of `adapter` and `head`.
         examples: rows of each evaluation.
-        stopped_early: whether patience was over before the last update.
+        stopped_early: whether early stopping ended the run.
         remarks: what the user should know of it, a sentence each.
         generates: whether the model writes its answers.
         estimate: of a dry run, the seconds that the whole loop would take, by its one update and its one batch of evaluation.

@@ -230,7 +230,7 @@ class Run:
         return load_recipe(str(path)) if path.is_file() else {}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; one that was cut while it was written, or damaged, is left out."""
+        """The lines of metrics.jsonl; incomplete or damaged lines are skipped."""
         return _lines(self.metrics_file)
 
     @property

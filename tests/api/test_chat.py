@@ -96,7 +96,7 @@ def test_the_oldest_turns_are_dropped_where_the_model_sees_no_more(tuned: Path) 
 
 def test_a_saved_conversation_is_training_data_again(tuned: Path) -> None:
     chat = craft.Chat(tuned, generation=SHORT, system="be kind")
-    with pytest.raises(DataError, match="nothing was said yet"):
+    with pytest.raises(DataError, match="the conversation is empty"):
         chat.save("talks.jsonl")
     chat.ask("ann 1")
     with pytest.raises(ConfigError, match=r"end the name of talks\.txt in \.jsonl"):
@@ -164,9 +164,9 @@ def test_in_a_pipe_each_line_gets_its_answer(tuned: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("/rest", "/rest is not known; did you mean '/reset'?"),
+        ("/rest", "unknown command /rest; did you mean '/reset'?"),
         ("/save", "/save needs the name of a file"),
-        ("/reset it", "/reset stands alone, without 'it'"),
+        ("/reset it", "/reset takes no argument; remove 'it'"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(line: str, told: str, tuned: Path) -> None:

@@ -151,7 +151,7 @@ def test_what_llama_cpp_does_not_run_is_refused(pico: Make) -> None:
     [
         ({"dtype": "bfloat16"}, "dtype: a LoRA for llama.cpp is float32 or float16"),
         ({"max_shard_size": "1MB"}, "max_shard_size is for checkpoints"),
-        ({"head": False}, "a language model trains none"),
+        ({"head": False}, "a language model has no trained head"),
     ],
 )
 def test_options_that_do_not_go_with_it(options: dict[str, Any], told: str) -> None:

@@ -150,7 +150,7 @@ def test_what_cannot_be_merged(pico: Make, monkeypatch: pytest.MonkeyPatch) -> N
         "merge", "adapter", "--format", "onnx"
     )
     assert "--dtype: expected float32, float16, bfloat16" in failure("merge", "adapter", "--dtype", "int8")
-    assert "--dtype is for checkpoints" in failure("merge", "adapter", "--format", "peft", "--dtype", "float16")
+    assert "--dtype is not for --format peft" in failure("merge", "adapter", "--format", "peft", "--dtype", "float16")
     assert "--trim is for --format peft" in failure("merge", "adapter", "--trim")
     assert "--push-to-hub: expected OWNER/NAME, not 'a/b/c'" in failure("merge", "adapter", "--push-to-hub", "a/b/c")
     monkeypatch.setattr("craft_cli.models.views.View.add_to_weight", lambda view, weight, delta: weight.add_(0.5))

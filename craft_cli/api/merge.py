@@ -70,20 +70,20 @@ class _Asked:
 class Merged:
     """The result of `merge`.
 
-        Attributes:
-            output: the output folder.
-            format: `checkpoint`, `peft`, `gguf` or `adapter`.
-            files: names of its files.
-            dtype: dtype of the weights: the base's unless another was requested; for a LoRA float32, or float16 as a GGUF.
-    tensors_changed: number of weights that differ from the base's.
-            difference: largest difference between merged and adapted logits, relative to the largest logit.
-            tolerance: the allowed difference.
-            greedy: for a language model, the number of equal tokens in greedy continuations, and the total.
-            threshold: threshold of a multi-label task; None for the default of 0.5.
-            rank: rank of a LoRA.
-            serve: commands to run the output with vLLM, llama.cpp or Ollama, by program.
-            hint: further notes about serving it.
-            repository: Hub repository of the upload.
+    Attributes:
+        output: the output folder.
+        format: `checkpoint`, `peft`, `gguf` or `adapter`.
+        files: names of its files.
+        dtype: dtype of the weights: the base's unless another was requested; for a LoRA float32, or float16 as a GGUF.
+        tensors_changed: number of weights that differ from the base's.
+        difference: largest difference between merged and adapted logits, relative to the largest logit.
+        tolerance: the allowed difference.
+        greedy: for a language model, the number of equal tokens in greedy continuations, and the total.
+        threshold: threshold of a multi-label task; None for the default of 0.5.
+        rank: rank of a LoRA.
+        serve: commands to run the output with vLLM, llama.cpp or Ollama, by program.
+        hint: further notes about serving it.
+        repository: Hub repository of the upload.
     """
 
     output: str

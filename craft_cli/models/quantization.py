@@ -83,7 +83,7 @@ def dense_weight(module: nn.Module) -> Tensor:
         return dense
     if kind == "8bit":
         state: Any = module.state
-        scale = state.SCB if getattr(weight, "SCB", None) is None else weight.SCB  # a forward moves it there there
+        scale = state.SCB if getattr(weight, "SCB", None) is None else weight.SCB  # a forward moves it there
         dense = weight.data.float() * (scale / 127.0).unsqueeze(1)
         return dense
     return weight.detach()

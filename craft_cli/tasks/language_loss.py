@@ -25,9 +25,9 @@ Scorer = Callable[[Tensor], Tensor]
 
 
 def model_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """What a model is called with: where rows share a sequence, with a mask by which none sees another; else with one of ones.
+    """The model inputs of a batch. Packed rows get a block-diagonal attention mask, other rows a mask of ones.
 
-    Padding stands on the right, where no token looks: masking it would change no loss, and cost a copy of grouped keys and values.
+    Padding is on the right, where no token attends to it: masking it changes no loss, but costs a copy of grouped keys and values.
 
     Raises:
         ConfigError: the model's attention does not support such a mask.

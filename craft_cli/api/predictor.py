@@ -74,10 +74,10 @@ class Predictor:
         return source
 
     def encode(self, split: Split, task: Task, max_seq_length: int | None = None) -> Encoded:
-        """Token ids, at the length of its training where none is given.
+        """Tokenize rows; the default length is that of the training.
 
         Raises:
-            ConfigError: the task is of another kind than this was trained for.
+            ConfigError: the task type differs from that of the training.
         """
         if task.kind != self.task.kind:
             kind = f"and {task.name} is" if task.name != OWN else "not"

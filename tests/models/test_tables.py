@@ -113,7 +113,7 @@ def test_tokens_beyond_the_embedding_are_refused_before_training(pico: Make) -> 
     for more in (["--dry-run"], []):
         told = failure("train", *flags(Path("base"), Path("data")), *more)
         assert "data/train.jsonl, line 8: the tokenizer returned token 67 ('new35')" in told
-        assert "knows 64 tokens" in told
+        assert "has 64 tokens" in told
 
 
 def test_token_types_beyond_the_table_are_refused_before_training(pico: Make) -> None:

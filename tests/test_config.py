@@ -234,7 +234,7 @@ def test_a_recipe_holds_what_matters_and_nothing_of_this_call() -> None:
 
 def test_every_shipped_recipe_loads() -> None:
     recipes = shipped_recipes()
-    assert len(recipes) == 25
+    assert len(recipes) == 26
     for name, path in recipes.items():
         settings = load_recipe(name)
         assert settings == load_recipe(str(path))

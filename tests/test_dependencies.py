@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ASKED_FOR = {"bitsandbytes", "gguf", "optuna", "sqlalchemy"}
 """What the package imports only where the user asks for it, with a line on how to install it."""
-BY_ANOTHER = {"setfit"}
+BY_ANOTHER = {"setfit", "trl"}
 """Compared with in benchmarks, in an environment of its own."""
 
 

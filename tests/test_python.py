@@ -79,7 +79,7 @@ def wrong(pico: Make) -> dict[str, tuple[Callable[[], Any], type[Exception], str
         "config and settings": (
             lambda: public.train(public.RunConfig(task="sst2"), task="sst2"), TypeError, "either config or settings",
         ),
-        "a format": (lambda: public.merge("x", format="onnx"), ConfigError, "^format: expected checkpoint, peft or adapter"),
+        "a format": (lambda: public.merge("x", format="onnx"), ConfigError, "^format: expected checkpoint, peft, gguf or adapter"),
         "a wrong argument": (lambda: public.merge("x", out="y"), TypeError, "merge: .*unexpected keyword argument 'out'"),
         "a text for a switch": (lambda: public.merge("x", trim="yes"), TypeError, "^trim: expected bool, not str 'yes'"),
         "data by a wrong name": (

@@ -28,7 +28,7 @@ def adapter_html(adapter: ModelAdapter) -> str:
     sentences = [
         f"<b>{escape(told.title)}</b>, {escape(told.settings)}, on {escape(adapter.frozen.model)} "
         f"({escape(adapter.architecture)}).",
-        f"Trained: {numbers:,} numbers in the adapter ({size / 1024:,.0f} KiB) and {head:,} in the head, "
+        f"Trained: {numbers:,} parameters in the adapter ({size / 1024:,.0f} KiB) and {head:,} in the head, "
         f"{100 * (numbers + head) / every:.3g} % of {every:,}.",
     ]
     if len(adapter.names) > 1:

@@ -250,7 +250,7 @@ def model_card(record: Mapping[str, Any], method: Description, base: Checkpoint,
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     parts.append("## Use")
     parts.append(
-        (_USE_WRITER if generates else _USE)[form].format(
+        (_USE | _USE_WRITER if generates else _USE)[form].format(
             architecture=model["architecture"],
             fresh=f"{model['architecture']} with num_labels={model['num_labels']}",
             base=name,

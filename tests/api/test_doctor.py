@@ -139,7 +139,7 @@ def test_a_training_that_fails_leaves_the_folder_and_no_merge(monkeypatch: pytes
     *_, training, merge, last = result.stdout.splitlines()
     assert training.split(maxsplit=2) == ["training", "broken", "RuntimeError: CUDA error: no kernel image"]
     assert merge.split(maxsplit=2) == ["merge", "note", "skipped: there is no run to merge"]
-    assert last == "1 of 12 broken: training"
+    assert last == "1 of 13 broken: training"
     assert Path.cwd() == tmp_path
     assert not Path("runs").exists()
 
@@ -177,7 +177,7 @@ def test_a_cache_that_is_a_file(light: None, monkeypatch: pytest.MonkeyPatch, tm
     result = invoke("doctor")
     assert result.exit_code == 1
     *lines, last = result.stdout.splitlines()
-    assert last == "1 of 12 broken: factor cache"
+    assert last == "1 of 13 broken: factor cache"
     [line] = [line for line in lines if line.startswith("factor cache")]
     assert f"{tmp_path}/file/craft cannot be written (Not a directory): set XDG_CACHE_HOME" in line
     assert len(lines) == len(NAMES)

@@ -412,6 +412,6 @@ def test_what_cannot_be_submitted_is_told(runs: Path, mnli: Path, small_server: 
     with pytest.raises(ConfigError, match="trained on 'own', which is not a GLUE task"):
         craft.submit([runs / "real"], "s.zip", use_cpu=True)
     write_rows(runs / "sst2/test.jsonl", opinions(3, 1))
-    with pytest.raises(DataError, match="holds 3 rows, but the GLUE test set SST-2 has 4"):
+    with pytest.raises(DataError, match="has 3 rows, but the GLUE test set SST-2 has 4"):
         craft.submit([runs / "single"], "s.zip", use_cpu=True)
     assert not Path("s.zip").exists()

@@ -94,7 +94,7 @@ def test_answers_that_are_not_finite_are_refused(pico: Make, data_dir: Path) -> 
         ["eval", "bad", "--task", "sst2", "--data-dir", str(data_dir), "--json"],
     ):
         said = failure(*command)
-        assert "not finite" in said
+        assert "non-finite" in said
         assert ("in.txt, line 1" if command[0] == "predict" else "validation.jsonl, line 1") in said
     for format in ("checkpoint", "peft"):
         assert "not finite" in failure("merge", "bad", "--format", format)
@@ -110,7 +110,7 @@ def test_words_that_are_not_finite_are_refused(pico: Make) -> None:
     weights["classifier.bias"][1] = torch.nan
     save_file(weights, "model/model.safetensors", metadata={"format": "pt"})
     write_rows(Path("words.jsonl"), [{"tokens": ["good", "film"], "tags": ["B-x", "O"]}])
-    assert "not finite" in failure("eval", "model", "--validation-file", "words.jsonl")
+    assert "non-finite" in failure("eval", "model", "--validation-file", "words.jsonl")
     Path("in.txt").write_text("good film\n")
     assert "in.txt, line 1" in failure("predict", "model", "--input", "in.txt")
 

@@ -237,7 +237,7 @@ def test_test_rows_say_how_good_the_chosen_are_and_choose_nothing(
     for settings in ({}, train):
         for name in ("train", "validation"):
             if name == "train" or not settings:
-                with pytest.raises(ConfigError, match=r"rows of .* are also training or validation rows; give"):
+                with pytest.raises(ConfigError, match=r"rows of .* are also training or validation rows; pass"):
                     sweep(asked(RATES, output_dir="new", test_file=str(data_dir / f"{name}.jsonl"), **settings))
 
 

@@ -35,7 +35,7 @@ def test_a_sweep_is_shown_while_it_runs_at_its_end_and_by_inspect(given: tuple[s
     assert "\x1b" not in done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("craft-")]
     assert re.fullmatch(
-        r"craft-001  learning_rate 0\.001  accuracy 0\.\d{4} ± 0\.0007  100 numbers  2 s  best so far", lines[0]
+        r"craft-001  learning_rate 0\.001  accuracy 0\.\d{4} ± 0\.0007  100 parameters  2 s  best so far", lines[0]
     )
     assert (
         lines[2]
@@ -71,12 +71,12 @@ def test_a_dry_run_shows_the_trials_and_writes_nothing(given: tuple[str, ...]) -
     assert done.exit_code == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("lora")]
     assert rows == [["lora", "200", "2", "2"], ["lora", "400", "4", "2"]]
-    assert "trials     2, 3 seeds each, 1 at once, grid" in done.stdout
+    assert "trials     2, 3 seeds per trial, 1 at once, grid" in done.stdout
     assert "time       about 12 s, estimated from one real step per trial" in done.stdout
     assert not Path("out").exists()
     sampled = invoke(*given, "--trials", "40", "--timeout", "2h", "--dry-run")
     assert "space of craft  learning_rate 0.0003..0.03, head_learning_rate 0.0002..0.02" in sampled.stdout
-    assert "trials     40, 1 seed each, 1 at once, tpe" in sampled.stdout
+    assert "trials     40, 1 seed per trial, 1 at once, tpe" in sampled.stdout
 
 
 def test_what_is_wrong_is_told_in_a_line(given: tuple[str, ...]) -> None:

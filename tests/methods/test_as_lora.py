@@ -146,7 +146,7 @@ def test_what_cannot_be_merged(pico: Make, monkeypatch: pytest.MonkeyPatch) -> N
     assert "merging changes no tensor" in failure("merge", "zero")
     assert "merging changes no tensor" in failure("merge", "zero", "--format", "peft")
     saved_adapter(pico())
-    assert "--format: expected checkpoint, peft or adapter, not 'onnx'" in failure(
+    assert "--format: expected checkpoint, peft, gguf or adapter, not 'onnx'" in failure(
         "merge", "adapter", "--format", "onnx"
     )
     assert "--dtype: expected float32, float16, bfloat16" in failure("merge", "adapter", "--dtype", "int8")

@@ -91,7 +91,7 @@ def test_what_the_hub_does_not_have_is_explained(pico: Make, connected: Loopback
     assert "someone/model is neither a run nor an adapter" in told
     assert "there is no folder and no hub model 'someone/else'" in failure("merge", "someone/else")
     with pytest.raises(
-        ModelError, match=r"'someone/half' holds no adapter_model\.safetensors, so the adapter is incomplete"
+        ModelError, match=r"'someone/half' has no adapter_model\.safetensors, so the adapter is incomplete"
     ):
         craft.load(classifier(pico()), "someone/half")
     asked = len(connected.requests)

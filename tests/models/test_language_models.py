@@ -170,9 +170,8 @@ def test_files_of_a_chat_model_are_copied_whatever_side_it_pads(side: str, pico:
     assert {name: Path("merged", name).read_text() for name in files} == files
     assert loaded("merged").generation_config.temperature == 0.6
     result = craft.merge("saved", "lora", format="peft")
-    assert (
-        result.serve == f"vllm serve {Path('base').resolve()} --enable-lora --max-lora-rank 8 --lora-modules tuned=lora"
-    )
+    line = f"vllm serve {Path('base').resolve()} --enable-lora --max-lora-rank 8 --lora-modules tuned=lora"
+    assert result.serve == {"vLLM": line}
     card = Path("lora/README.md").read_text()
     assert f"transformers.LlamaForCausalLM.from_pretrained('{Path('base').name}')" in card
     assert "label" not in card.lower()

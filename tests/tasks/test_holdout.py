@@ -147,7 +147,7 @@ def test_rows_that_were_trained_on_are_named_when_they_are_evaluated_on(pico: Ma
     assert note == "train.jsonl contains the training rows: the metrics will look too good"
     write_rows(Path("validation.jsonl"), tickets(21, 100))
     (note,) = craft.evaluate("out", use_cpu=True).notes or ()
-    assert note.endswith("validation.jsonl has changed since the training: 21 rows, 20 then")
+    assert note.endswith("validation.jsonl has changed since the training: 21 rows instead of 20")
     assert craft.evaluate("out", source=DataSource(validation_file="validation.jsonl"), use_cpu=True).notes is None
 
 

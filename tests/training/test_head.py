@@ -229,7 +229,7 @@ def test_a_threshold_is_found_kept_and_used(pico: Make) -> None:
     record = json.loads(Path("out/adapter/adapter_config.json").read_text())["training"]
     assert record["threshold"] != 0.5
     assert craft.evaluate("out").metrics["f1_micro"] == pytest.approx(result.metrics["f1_micro"])
-    assert f"is above {record['threshold']:g}" in Path("out/adapter/README.md").read_text()
+    assert f"above a probability of {record['threshold']:g}" in Path("out/adapter/README.md").read_text()
     fixed = craft.train(own_config(pico(), Path("data"), output_dir="fixed", threshold=0.5))
     assert fixed.metrics["f1_micro"] <= result.metrics["f1_micro"]
     assert json.loads(Path("fixed/adapter/adapter_config.json").read_text())["training"]["threshold"] == 0.5
@@ -292,7 +292,7 @@ def test_own_data_say_what_was_chosen(pico: Make) -> None:
     }
     result = craft.train(RunConfig.build(given | {"use_cpu": True, "output_dir": "out"}), heard)
     assert heard.plan is not None
-    assert f"{MOST_EPOCHS} epochs, from the number of rows; ends early" in heard.plan.length
+    assert f"{MOST_EPOCHS} epochs, from the number of rows; stops early" in heard.plan.length
     assert result.updates <= heard.plan.updates == 6 * MOST_EPOCHS
 
 

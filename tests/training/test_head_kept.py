@@ -51,7 +51,7 @@ def test_a_head_with_these_labels_is_where_training_starts(family: str, pico: Ma
     assert "head_alone" not in result.baselines
     assert heard.plan is not None
     assert heard.plan.head_start == ", the checkpoint's own"
-    assert any("the checkpoint's own head is kept" in note for note in heard.plan.notes)
+    assert any("the base checkpoint's head is kept" in note for note in heard.plan.notes)
     assert heard.evaluations[-1]["loss"] == heard.evaluations[0]["loss"]  # nor is it softened
     assert craft.inspect("out").facts["checkpoint"] == result.baselines["checkpoint"]
     assert "| checkpoint |" in Path("out/adapter/README.md").read_text()

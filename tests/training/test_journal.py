@@ -217,7 +217,7 @@ def test_what_does_not_fit_another_runs_transforms_is_refused(pico: Make, data_d
     craft.train(config(pico(), data_dir, output_dir="first", max_steps=1))
     for settings, told in (
         ({"ranks": "5,5,2"}, "init_from: first has the ranks 6,5,2; pass ranks 6,5,2"),
-        ({"targets": "query"}, "init_from: first adapts query,value; give targets query,value"),
+        ({"targets": "query"}, "init_from: first adapts query,value; pass targets query,value"),
     ):
         with pytest.raises(ConfigError) as refused:
             craft.train(config(pico(), data_dir, init_from="first", **settings))

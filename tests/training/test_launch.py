@@ -113,7 +113,7 @@ def test_a_precision_of_accelerate_that_craft_does_not_train_in(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     assert f"ACCELERATE_MIXED_PRECISION={precision}: craft trains in" in failure("train", *flags(pico(), data_dir))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ConfigError, match="ACCELERATE_MIXED_PRECISION=fp16 requires a GPU"):
+    with pytest.raises(ConfigError, match="ACCELERATE_MIXED_PRECISION=fp16 needs a GPU"):
         make_accelerator(config(pico(), data_dir))
 
 

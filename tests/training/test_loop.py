@@ -257,7 +257,7 @@ def test_what_is_noticed_in_the_data_is_told(pico: Make) -> None:
         ({"train_file": "real.jsonl", "class_weights": "balanced"}, "a regression has no labels"),
         (
             {"train_file": "real.jsonl", "validation_file": "real.jsonl", "validation_share": 0.5},
-            "validation-share cannot be combined with validation data",
+            "validation.share cannot be combined with validation data",
         ),
         ({"task": "sst2", "problem_type": "regression"}, "--problem-type is for your own data"),
         ({"task": "sst2", "label_separator": ";"}, "--label-separator is only for multi-label data"),

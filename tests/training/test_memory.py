@@ -64,7 +64,7 @@ def test_a_dry_run_tells_updates_time_and_memory(pico: Make, data_dir: Path) -> 
     assert done.exit_code == 0, done.stderr
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines() if "  " in line)
     assert rows["updates"].strip() == "30"  # 45 rows by 8, 5 times
-    assert {"time", "memory", "held", "--per-device-train-batch-size 4"} <= {name.strip() for name in rows}
+    assert {"time", "memory", "used", "--per-device-train-batch-size 4"} <= {name.strip() for name in rows}
     assert "updates" in done.stderr
     found = json.loads(invoke("train", *flags(pico(), data_dir, num_train_epochs=5), "--dry-run", "--json").stdout)
     assert found["planned"] == 30

@@ -196,7 +196,7 @@ def test_what_does_not_compile_whole_is_refused(
 def test_compiling_needs_a_compiler(pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match=r"torch_compile needs a C\+\+ compiler"):
+    with pytest.raises(ConfigError, match=r"torch_compile on the CPU requires a C\+\+ compiler"):
         craft.train(config(pico(), data_dir, torch_compile=True, dry_run=True))
 
 
@@ -207,7 +207,7 @@ def test_compiling_needs_a_compiler(pico: Make, data_dir: Path, monkeypatch: pyt
 def test_a_quantised_base_needs_a_gpu(bits: str, pico: Make, data_dir: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(ConfigError, match="load_in_4bit and load_in_8bit need a CUDA GPU"):
+    with pytest.raises(ConfigError, match="load_in_4bit and load_in_8bit require a CUDA GPU"):
         craft.train(config(pico(), data_dir, **{bits: True}))
     assert not os.path.exists("out")
 

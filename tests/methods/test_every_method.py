@@ -323,7 +323,7 @@ def test_another_runs_options_are_told_as_flags(pico: Make) -> None:
     assert lora.unlike(frozen, scaled, plain) == "has use_rslora True; give --use-rslora"
     assert lora.unlike(frozen, plain, scaled) == "has use_rslora False; give --no-use-rslora"
     told = pissa.unlike(frozen, pissa.Options(rank=4), pissa.Options(pissa_niter=2))
-    assert told == "has rank 4, pissa_niter None; pass --rank 4, leave out --pissa-niter"
+    assert told == "has rank 4, pissa_niter None; give --rank 4, leave out --pissa-niter"
 
 
 def test_no_projection_at_all_is_refused(method: str, pico: Make) -> None:

@@ -173,7 +173,7 @@ def test_files_of_a_chat_model_are_copied_whatever_side_it_pads(side: str, pico:
     line = f"vllm serve {Path('base').resolve()} --enable-lora --max-lora-rank 8 --lora-modules tuned=lora"
     assert result.serve == {"vLLM": line}
     card = Path("lora/README.md").read_text()
-    assert f"transformers.LlamaForCausalLM.from_pretrained('{Path('base').name}')" in card
+    assert "base = LlamaForCausalLM.from_pretrained('base')" in card
     assert "label" not in card.lower()
 
 

@@ -143,33 +143,22 @@ def save_spoken(folder: Path, template: str | None = None) -> None:
 
 def build_pico_lm(family: str, folder: Path, **changes: Any) -> Path:
     """Save a language model with random weights and a tokenizer of bytes."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     template = changes.pop("template", None)
     ids = {"vocab_size": 259, "bos_token_id": None, "eos_token_id": 258, "pad_token_id": 258}
     size = {"n_positions": 160} if family == "gpt2" else {"max_position_embeddings": 160}
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **(PICO.get(family, PICO["llama"]) | ids | size | changes))
-    )
-    with torch.no_grad():  # larger than the usual start, so that attention matters
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
+    build_pico(family, folder, kind="AutoModelForCausalLM", **(ids | size | changes))
     save_spoken(folder, template)
     return folder
 
 
-@pytest.fixture(scope="session")
-def pico_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function of (family, **changes of the configuration) that gives the folder of a pico language model."""
+def made_once(build: Callable[..., Path], default: str, folders: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function of (family, **changes of the configuration) that builds each model once and gives its folder."""
     made: dict[str, Path] = {}
 
-    def make(family: str = "llama", **changes: Any) -> Path:
+    def make(family: str = default, **changes: Any) -> Path:
         key = f"{family}-{changes}"
         if key not in made:
-            made[key] = build_pico_lm(family, tmp_path_factory.mktemp(family), **changes)
+            made[key] = build(family, folders.mktemp(family), **changes)
         return made[key]
 
     return make
@@ -177,16 +166,14 @@ def pico_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function of (family, **changes of the configuration) that gives the folder of a pico base model."""
-    made: dict[str, Path] = {}
+    """Pico base models, see `made_once`."""
+    return made_once(build_pico, "bert", tmp_path_factory)
 
-    def make(family: str = "bert", **changes: Any) -> Path:
-        key = f"{family}-{changes}"
-        if key not in made:
-            made[key] = build_pico(family, tmp_path_factory.mktemp(family), **changes)
-        return made[key]
 
-    return make
+@pytest.fixture(scope="session")
+def pico_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Pico language models, see `made_once`."""
+    return made_once(build_pico_lm, "llama", tmp_path_factory)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ class Chat:
 
     def _write(self, asked: Split, of_base: bool, heard: Heard) -> Answer:
         predictor, stream = self._predictor, _Stream(self._predictor.tokenizer, heard)
-        with self._switched_off() if of_base else _as_it_is():
+        with self._switched_off() if of_base else nullcontext():
             try:
                 (answer,) = predictor.write(asked, self._task, self._settings, streamer=stream)
             except KeyboardInterrupt:
@@ -242,8 +242,3 @@ class _Stream(TextStreamer):
         self.text += text
         if text:
             self._heard(text)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield

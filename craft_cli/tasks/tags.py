@@ -13,11 +13,11 @@ READ = ("B-", "I-", "E-", "S-")
 """Tag prefixes that `entities_of` reads."""
 _TAG = re.compile("([BIESLUM])[-_](.+)", re.DOTALL)
 _UNREAD = {
-    r"[BIESLUM][-_]": "has no entity type; add one, such as B-person",
-    r"o|[bi][-_].+": "write O, B- and I- in capitals",
-    r"\*\)*|\(.*\*\)*": "uses the brackets of CoNLL-2005 and CoNLL-2012; write O, B-... and I-... instead",
+    r"[BIESLUM][-_]": " has no entity type; add one, such as B-person",
+    r"o|[bi][-_].+": ": write O, B- and I- in capitals",
+    r"\*\)*|\(.*\*\)*": " uses the brackets of CoNLL-2005 and CoNLL-2012; write O, B-... and I-... instead",
 }
-"""Unsupported tags, with the remedy for each."""
+"""Unsupported tags, with what follows the tag in the message."""
 _AS_IOBES = {"L": "E", "U": "S", "M": "I"}
 
 Entity = tuple[str, int, int]  # type, first word, last word
@@ -85,7 +85,7 @@ def one_form(rows: Sequence[Sequence[str]], place: Callable[[int], str]) -> list
                 form.append(tag)
                 continue
             if problem := next((problem_text for form, problem_text in _UNREAD.items() if re.fullmatch(form, tag)), ""):
-                raise DataError(f"{place(row)}: tag '{tag}'{'' if problem[0] in 'hu' else ':'} {problem}")
+                raise DataError(f"{place(row)}: tag '{tag}'{problem}")
             if tag.isdecimal():
                 raise DataError(
                     f"{place(row)}: tag {tag} is a number without a name: write names such as B-person, or use a dataset "

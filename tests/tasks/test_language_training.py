@@ -177,7 +177,7 @@ def test_rows_without_a_target_are_left_out_and_counted(pico_lm: Make, chats: Pa
     rows = [*talks(9), {"messages": [{"role": "user", "content": "x" * 150}, {"role": "assistant", "content": "y"}]}]
     write_rows(Path("data/train.jsonl"), rows)
     write_rows(Path("data/validation.jsonl"), talks(3, 50))
-    said = invoke(
+    given = [
         "train",
         "--model",
         str(pico_lm()),
@@ -185,25 +185,13 @@ def test_rows_without_a_target_are_left_out_and_counted(pico_lm: Make, chats: Pa
         "data",
         "--ranks",
         "6,5,2",
-        "--dry-run",
         "--use-cpu",
         "--max-seq-length",
-        "100",
-    ).output
+    ]
+    said = invoke(*given, "100", "--dry-run").output
     assert "1 of 10 rows of data/train.jsonl have no target within 100 tokens and are skipped" in " ".join(said.split())
     assert ">no ann<|im_end|><" in said
-    said = failure(
-        "train",
-        "--model",
-        str(pico_lm()),
-        "--data-dir",
-        "data",
-        "--ranks",
-        "6,5,2",
-        "--use-cpu",
-        "--max-seq-length",
-        "9",
-    )
+    said = failure(*given, "9")
     assert "no row has a target within 9 tokens; increase" in said
 
 

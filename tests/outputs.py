@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 _FREE = (
     (re.compile(r"[│╭╮╰╯─━]+"), " "),
-    (re.compile(r"\d{8}-\d{6}"), "DATE"),
+    (re.compile(r"\d{8}-\d{6}|\d{4}-\d\d-\d\d \d\d:\d\d"), "DATE"),
     (re.compile(r"\b[0-9a-f]{16,}\b"), "HASH"),
     (re.compile(r"(?:[~\w.-]*/)+(?=[\w.-]+)"), ""),  # folders
     (re.compile(r"[\d.,]+ (?:s|min|seconds|[KMGk]i?B|bytes)\b"), "SIZE"),

@@ -262,6 +262,7 @@ def test_what_matters_of_an_output_is_compared() -> None:
     )
     assert alike("time  300 updates in 44 s", "time  300 updates in 1,044 s")
     assert alike("run runs/a-20261127-220531/adapter", "run runs/a-20261128-000000/adapter")
+    assert alike("finished  6  opinions  2026-11-28 08:43", "finished  6  opinions  2026-11-29 10:07")
     assert difference(["a", "...", "c"], ["a", "b", "c"]) is None
     assert difference(["a", "c"], ["a", "b", "c"])
     assert difference(["a"], ["a", "b"])

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the command reference, made from the command line itself, and pages that lie outside of docs/."""
+"""Hooks of mkdocs: the command reference, generated from the command line, and pages outside of docs/."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ELSEWHERE = {
 }
 """Files of the project that are pages and pictures of the site."""
 WIDE = ("comparison.md",)
-"""Pages with a table that needs the room of the table of contents."""
+"""Pages without a table of contents, to make room for a wide table."""
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s:#]+)((?:#[^)\s]*)?)\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add what is not in docs/."""
+    """Add the pages and pictures outside of docs/."""
     from mkdocs.structure.files import File
 
     files.append(File.generated(config, "commands.md", content=command_reference()))
@@ -33,7 +33,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn links between files of the project into links between pages; one to a file that is no page becomes its words."""
+    """Turn links between files of the project into links between pages. A link to a file that is not a page becomes plain text."""
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
     inside = {there: here for here, there in ELSEWHERE.items()}
@@ -51,7 +51,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def command_reference() -> str:
-    """Every command with its arguments and options, from the Typer app."""
+    """All commands with their arguments and options, from the Typer app."""
     import typer
 
     from craft_cli.cli import app
@@ -59,9 +59,9 @@ def command_reference() -> str:
     lines = [
         "# Commands",
         "",
-        "`craft COMMAND --help` prints the same. `--a-b` and `--a_b` are one flag. A flag without a default is off, or decided from",
-        "the data. The exit code is 0 when all is done, 1 after an error (one line on stderr), 2 for wrong usage, 130 or 143 after an",
-        "interruption.",
+        "This page lists the same commands and flags as `craft COMMAND --help`. You can write a flag as `--a-b` or `--a_b`. A flag",
+        "without a default is off, or its value is detected from the data. The exit code is 0 on success, 1 after an error (one line",
+        "on stderr), 2 for wrong usage, and 130 or 143 after an interruption.",
     ]
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():

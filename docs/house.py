@@ -316,7 +316,7 @@ def main() -> int:
     if sys.argv[1:] == ["--check"]:
         if PICTURE.is_file() and PICTURE.read_text(encoding="utf-8") == drawn:
             return 0
-        print(f"{PICTURE.name} is not what the imports say: run `python docs/house.py`", file=sys.stderr)
+        print(f"{PICTURE.name} is out of date: run `python docs/house.py`", file=sys.stderr)
         return 1
     PICTURE.write_text(drawn, encoding="utf-8", newline="\n")
     return 0

@@ -74,7 +74,6 @@ BANNED = {
 NOT_YET = (
     "craft_cli/methods/",
     "CHANGELOG.md",
-    "docs/",
 )
 """Rooms and pages that are not rewritten yet."""
 

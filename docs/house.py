@@ -1,11 +1,11 @@
 """The picture of the house, drawn from the imports of `craft_cli`.
 
 python docs/house.py            write docs/house.svg
-python docs/house.py --check    exit 1 where the picture is not what the imports say
+python docs/house.py --check    exit 1 if the picture is out of date
 
-A room is a file or folder at the top of the package; `methods/craft` is one of its own. An arrow points from a room to
-one that it imports. An arrow that follows from others is left out: where a imports b and b imports c, a may import c too.
-A room stands on the first floor below all that import it, and says of itself what its docstring says.
+A room is a file or folder at the top level of the package, or `methods/craft`. An arrow points from a room to a room that
+it imports. Arrows that follow from others are omitted: if a imports b and b imports c, a can import c too. A room is on the
+first floor below all rooms that import it. Its text is the first clause of its docstring.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ PACKAGE = Path(__file__).resolve().parent.parent / "craft_cli"
 PICTURE = Path(__file__).resolve().parent / "house.svg"
 
 APART = "methods/craft"
-"""A folder inside a room that is a room of its own."""
+"""A folder inside a room that is a separate room."""
 DOORS = ("__init__", "__main__")
-"""`import craft_cli` and `python -m craft_cli`: they lead in, and are no rooms."""
+"""Entry points (`import craft_cli`, `python -m craft_cli`), which are not rooms."""
 WINGS = {"models": "weights", "data": "rows"}
-"""What a room is about, told by which of these it reaches: weights, rows, both, or neither."""
+"""The topic of a room, from which of these it imports: weights, rows, both, or neither."""
 
 Arrows = Mapping[str, set[str]]
-"""For each room those that it imports."""
+"""The rooms that each room imports."""
 
 Cost = tuple[float, ...]
-"""What makes an order untidy, the worst first."""
+"""Cost of an order of rooms, most important part first."""
 
 
 # -- the house, from the imports -------------------------------------------------------------------------------------------
 
 
 def room_of(parts: Sequence[str]) -> str:
-    """The room that a module or name lies in, given its path below the package."""
+    """The room of a module or name, given its path below the package."""
     apart = APART.split("/")
     return APART if list(parts[: len(apart)]) == apart else parts[0]
 
 
 def imported(path: Path) -> set[str]:
-    """The rooms that a file imports, wherever in it."""
+    """The rooms that a file imports, also inside functions."""
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -58,7 +58,7 @@ def imported(path: Path) -> set[str]:
 
 
 def read_house() -> tuple[dict[str, list[Path]], Arrows]:
-    """The files of every room, and which rooms it imports."""
+    """The files of each room, and the rooms that it imports."""
     files: dict[str, list[Path]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -69,19 +69,19 @@ def read_house() -> tuple[dict[str, list[Path]], Arrows]:
 
 
 def reached(arrows: Arrows, room: str) -> set[str]:
-    """All rooms that can be come to from a room."""
+    """All rooms that a room imports, directly or indirectly."""
     return arrows[room].union(*(reached(arrows, other) for other in arrows[room]))
 
 
 def without_shortcuts(arrows: Arrows) -> Arrows:
-    """Only the arrows that do not follow from others."""
+    """The arrows that do not follow from others."""
     return {
         room: others - set().union(*(reached(arrows, other) for other in others)) for room, others in arrows.items()
     }
 
 
 def floor_of(arrows: Arrows, room: str) -> int:
-    """Floors below the top one: the longest way down to a room."""
+    """Number of the floor, from the top: length of the longest path to a room."""
     above = [other for other in arrows if room in arrows[other]]
     return max((floor_of(arrows, other) + 1 for other in above), default=0)
 
@@ -101,15 +101,15 @@ def purpose(room: str) -> str:
     return first.split(". ")[0].split("; ")[0].rstrip(".")
 
 
-# -- where everything stands ------------------------------------------------------------------------------------------------
+# -- the layout ------------------------------------------------------------------------------------------------------------
 
 WIDE, TALL, GAP, BETWEEN, MARGIN, LANE = 240, 88, 54, 32, 24, 10
-"""Of a box; between floors; between boxes; around all; of an arrow that passes a floor."""
+"""Width and height of a box, space between floors and between boxes, margin, and width of an arrow that passes a floor."""
 
 
 @dataclass(eq=False)
 class Spot:
-    """A room, or the place where an arrow passes a floor."""
+    """A room, or the position where an arrow passes a floor."""
 
     floor: int
     room: str = ""
@@ -117,16 +117,16 @@ class Spot:
     below: list[Spot] = field(default_factory=list)
     above: list[Spot] = field(default_factory=list)
     x: float = 0.0
-    """Of its middle."""
+    """Horizontal center."""
 
     @property
     def width(self) -> int:
-        """Of the box, or of the lane."""
+        """Width of the box or the lane."""
         return WIDE if self.room else LANE
 
     @property
     def top(self) -> int:
-        """Height of its upper edge."""
+        """Vertical position of the upper edge."""
         return MARGIN + self.floor * (TALL + GAP)
 
 
@@ -151,7 +151,7 @@ def floors_of(arrows: Arrows) -> list[list[Spot]]:
 
 
 def tidiest(floors: Sequence[Sequence[Spot]]) -> list[list[Spot]]:
-    """The order of all floors that costs least: of each order of a floor only the best way down to it can be part of it."""
+    """The order of all floors with the lowest cost, by dynamic programming over the orders of each floor."""
     ways = [(untidiness([], order), [order]) for order in itertools.permutations(floors[0])]
     for floor in floors[1:]:
         orders = itertools.permutations(floor)
@@ -163,12 +163,12 @@ def tidiest(floors: Sequence[Sequence[Spot]]) -> list[list[Spot]]:
 
 
 def cost_of(way: tuple[Cost, Any]) -> Cost:
-    """Its cost alone; of equals the first is taken."""
+    """Only the cost, so that `min` returns the first of equals."""
     return way[0]
 
 
 def untidiness(upper: Sequence[Spot], lower: Sequence[Spot]) -> Cost:
-    """Of the lower floor: rooms of the rows to the left of rooms of the weights, crossings above it, ways sideways."""
+    """Cost of the lower floor: rooms of rows left of rooms of weights, crossings above it, horizontal distances."""
     pairs = [(one.wing, other.wing) for one, other in itertools.combinations(lower, 2)]
     middle_of = {id(spot): number - (len(lower) - 1) / 2 for number, spot in enumerate(lower)}
     ends = [
@@ -184,7 +184,7 @@ def added(one: Cost, other: Cost) -> Cost:
 
 
 def place(floors: Sequence[Sequence[Spot]]) -> int:
-    """Give every spot its x, where its arrows are as straight as can be; the width of all."""
+    """Set `x` of all spots to make the arrows as straight as possible; returns the total width."""
     for turn in range(400):
         for floor in floors if turn % 2 else reversed(floors):
             wanted = [mean([(other.x, 1) for other in (*spot.above, *spot.below)]) for spot in floor]
@@ -193,7 +193,7 @@ def place(floors: Sequence[Sequence[Spot]]) -> int:
     everything = [spot for floor in floors for spot in floor]
     left = min(spot.x - spot.width / 2 for spot in everything) - MARGIN
     for spot in everything:
-        spot.x = round(spot.x - left + 1e-6)  # so that a half is rounded alike everywhere
+        spot.x = round(spot.x - left + 1e-6)  # rounds halves the same way everywhere
     width = round(max(spot.x + spot.width / 2 for spot in everything)) + MARGIN
     for (spot,) in itertools.takewhile(lambda floor: len(floor) == 1, floors):
         spot.x = width // 2  # alone at the top
@@ -201,7 +201,7 @@ def place(floors: Sequence[Sequence[Spot]]) -> int:
 
 
 def apart(floor: Sequence[Spot], wanted: Sequence[float]) -> list[float]:
-    """The places nearest to those wanted that keep order and distance: neighbours too near share a mean."""
+    """The positions nearest to `wanted` that keep order and distance; neighbours that would be too near share a mean."""
     offsets = [0.0]
     for one, other in itertools.pairwise(floor):
         offsets.append(offsets[-1] + (one.width + other.width) / 2 + BETWEEN)
@@ -215,7 +215,7 @@ def apart(floor: Sequence[Spot], wanted: Sequence[float]) -> list[float]:
 
 
 def mean(weighted: Sequence[tuple[float, int]]) -> float:
-    """The mean of numbers with weights; 0 of none."""
+    """Weighted mean; 0 for an empty list."""
     return sum(x * weight for x, weight in weighted) / max(sum(weight for _, weight in weighted), 1)
 
 
@@ -227,7 +227,7 @@ MEANING = {"both": "weights and rows", "weights": "weights", "rows": "rows", "ne
 
 
 def draw() -> str:
-    """The picture as SVG, the same text for the same imports."""
+    """The picture as SVG; the same imports give the same text."""
     files, every_arrow = read_house()
     arrows = without_shortcuts(every_arrow)
     floors = floors_of(arrows)
@@ -249,7 +249,7 @@ def draw() -> str:
 
 
 def box(spot: Spot, files: Sequence[Path]) -> Iterable[str]:
-    """A room: its name, its number of modules, what it is for."""
+    """The box of a room: name, number of modules, purpose."""
     left, top = round(spot.x - WIDE / 2), spot.top
     is_folder = (PACKAGE / spot.room).is_dir()
     count = sum(path.name != "__init__.py" for path in files)
@@ -265,13 +265,13 @@ def box(spot: Spot, files: Sequence[Path]) -> Iterable[str]:
 
 
 def label(x: int, y: int, size: int, colour: str, text: str, more: str = "") -> str:
-    """Some text."""
+    """A line of text."""
     extra = f" {more}".replace("'", '"') if more else ""
     return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}"{extra}>{escape(text)}</text>'
 
 
 def way(start: Spot, end: Spot) -> str:
-    """An arrow, straight down beside the rooms that it passes and bent between the floors."""
+    """An arrow: vertical next to the rooms that it passes, curved between the floors."""
     path, spot = "", start
     x, y = port(start, end, start.below), start.top + TALL
     path = f"M{x} {y}"
@@ -287,22 +287,22 @@ def way(start: Spot, end: Spot) -> str:
 
 
 def port(spot: Spot, other: Spot, all_of_them: Sequence[Spot]) -> int:
-    """Where on a room's edge the arrow to or from another one begins or ends: side by side, in their order."""
+    """Horizontal position where an arrow meets the edge of a room; several arrows are side by side, in order."""
     order = sorted(all_of_them, key=lambda one: one.x)
     step = min(44, (WIDE - 40) / len(order))
     return round(spot.x + (order.index(other) - (len(order) - 1) / 2) * step)
 
 
 def legend(y: int) -> Iterable[str]:
-    """What arrows and colours mean."""
+    """The legend of arrows and colours."""
     yield label(
         MARGIN,
         y,
         12,
         SOFT,
-        "An arrow points from a room to one that it imports. Arrows that follow from others are left out.",
+        "An arrow points from a room to a room that it imports. Arrows that follow from others are omitted.",
     )
-    yield label(MARGIN, y + 22, 12, SOFT, "A room knows of")
+    yield label(MARGIN, y + 22, 12, SOFT, "A room deals with")
     x = MARGIN + 116
     for wing, meaning in MEANING.items():
         yield f'<rect x="{x}" y="{y + 12}" width="18" height="12" rx="2" fill="{FILLS[wing]}" stroke="{INK}"/>'

@@ -11,8 +11,8 @@ same rows in a random order, as its default is: of that arm only the sum over al
 installed its arms are left out.
 
 The head: forward and backward through the LoRA model on one batch, the loss of the targets alone against the one that transformers computes
-of all positions. Packing: an update of craft with rows that share sequences against one without, and the tokens with padding that
-the batches of an epoch have.
+of all positions. Packing: rows that share sequences of 1,024 tokens against the same rows in batches of similar length, and the tokens
+with padding that the batches of an epoch have.
 
 Seconds are those of the processor: others share this machine, which the seconds on the wall beside them show. Memory is what
 tensors needed at most at once above what was there before, as the allocator counts it, on the batch with the most tokens.
@@ -35,7 +35,9 @@ import torch
 
 from craft_cli.config import RunConfig
 from craft_cli.data import batches
-from craft_cli.data.batches import collate, collate_packed, plan_epoch
+from craft_cli.data.batches import collate, plan_epoch
+from craft_cli.data.packing import best_fit, packed
+from craft_cli.data.tokens import Encoded
 from craft_cli.tasks.language_loss import summed_loss
 from craft_cli.training import loop
 from craft_cli.training.progress import Listener
@@ -49,6 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
 POOL = 200
 """Rows that the batches are made of."""
 LIMIT = 1024
+SEQUENCES = 4
+"""Packed sequences of a round."""
 
 Step = Callable[[Sequence[int]], float]
 """A step on these rows; the mean loss of a target."""
@@ -71,12 +75,12 @@ def run(given: Any) -> None:
     _pairs_table(found["head"], "transformers", "targets alone")
     measure.write(given.json, found)
     found["packing"] = [packing(name, one, given) for name, one in others.items()]
-    print("\nAn update with --packing against one without\n")
+    print("\nThe same rows with --packing and without\n")
     _pairs_table(found["packing"], "without", "packed")
     measure.write(given.json, found)
     found["padding"] = [row for name, one in others.items() for row in padding(name, one, given.batch)]
     print("\nTokens with padding of an epoch, times the tokens\n")
-    columns = ("random", "by length", "packed", "packed, random")
+    columns = ("random", "by length", "packed")
     measure.table(
         ("data", "batch", *columns),
         [[row["data"], row["batch"], *(f"{row[name]:.3f}" for name in columns)] for row in found["padding"]],
@@ -254,18 +258,29 @@ def head(name: str, one: Training, given: Any) -> dict[str, Any]:
 
 
 def packing(name: str, one: Training, given: Any) -> dict[str, Any]:
-    """Forward and backward of the batches of an epoch, with rows that share sequences and without."""
+    """Forward and backward of the rows of some packed sequences, packed and as batches of similar length."""
     data, tokenizer, task = one.prepared.train, one.prepared.tokenizer, one.prepared.task
-    planned = plan_epoch(data.lengths, given.batch, seed=given.seed, epoch=0)[: max(2, given.rounds // 4)]
+    together = best_fit(data.lengths, LIMIT)
+    groups = [together[start : start + SEQUENCES] for start in range(0, len(together), SEQUENCES)]
+    planned = groups[: max(2, given.rounds // 4)]
     one.model.train()
 
-    def work(together: Callable[..., Any], rows: Sequence[int]) -> None:
-        task.loss(one.model, together(data, rows, tokenizer)).backward()
+    def work(encoded: Encoded, rows: Sequence[int]) -> None:
+        task.loss(one.model, collate(encoded, rows, tokenizer)).backward()
+
+    def plain(group: Sequence[Sequence[int]]) -> None:
+        rows = sorted((row for sequence in group for row in sequence), key=lambda row: -data.lengths[row])
+        for start in range(0, len(rows), given.batch):
+            work(data, rows[start : start + given.batch])
         one.model.zero_grad()
 
-    shape = f"{given.batch} rows of {min(map(data.lengths.__getitem__, planned[0]))} to {max(map(data.lengths.__getitem__, planned[0]))}"
-    found = _pair(lambda rows: work(collate, rows), lambda rows: work(collate_packed, rows), planned)
-    return {"data": name, "batch": shape} | found
+    def packs(group: Sequence[Sequence[int]]) -> None:
+        for sequence in group:
+            work(packed(data.only(sequence), LIMIT), [0])
+        one.model.zero_grad()
+
+    shape = f"{SEQUENCES} sequences of {LIMIT}, {statistics.mean(map(len, together)):.1f} rows each"
+    return {"data": name, "batch": shape} | _pair(plain, packs, planned)
 
 
 def _pair(theirs: Callable[[Any], Any], ours: Callable[[Any], Any], work: Sequence[Any]) -> dict[str, Any]:
@@ -282,20 +297,17 @@ def _pair(theirs: Callable[[Any], Any], ours: Callable[[Any], Any], work: Sequen
 
 
 def padding(name: str, one: Training, batch: int) -> list[dict[str, Any]]:
-    """Tokens with padding over tokens, of batches in random order, by length, and packed out of both."""
+    """Tokens with padding over tokens: batches in random order, of similar length, and packed sequences."""
     data = one.prepared.train
+    tokens = sum(data.lengths)
+    packs = len(best_fit(data.lengths, LIMIT)) * LIMIT / tokens
     found = []
     for size in dict.fromkeys((batch, 8, 32)):
-        row: dict[str, Any] = {"data": name, "batch": size}
+        row: dict[str, Any] = {"data": name, "batch": size, "packed": packs}
         for order, bucket in (("by length", batches.BUCKET), ("random", 1)):
             with mock.patch.object(batches, "BUCKET", bucket):
                 planned = plan_epoch(data.lengths, size, seed=1, epoch=0)
-            tokens = sum(data.lengths)
             row[order] = sum(len(rows) * max(data.lengths[one] for one in rows) for rows in planned) / tokens
-            packed = sum(
-                collate_packed(data, rows, one.prepared.tokenizer).inputs["input_ids"].numel() for rows in planned
-            )
-            row["packed" if order == "by length" else "packed, random"] = packed / tokens
         found.append(row)
     return found
 

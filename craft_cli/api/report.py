@@ -242,18 +242,18 @@ def _training(run: Run, facts: Mapping[str, Any]) -> str:
 
 
 def _answers(run: Run | None) -> str:
-    """What was written at the last evaluation, beside what the data says."""
+    """The answers of the last evaluation, next to the reference answers."""
     samples = run.samples() if run else []
     last = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
     if not last:
-        return "<p>None were written; craft train --eval-generate N writes some at each evaluation.</p>"
+        return "<p>None. craft train --eval-generate N generates some at each evaluation.</p>"
     rows = [
-        [sample.get(name) for name in ("wanted", "answer")] + ["yes" if sample.get("match") else "no"]
+        [sample.get(name) for name in ("prompt", "wanted", "answer")] + ["yes" if sample.get("match") else "no"]
         for sample in last
     ]
     matched = sum(bool(sample.get("match")) for sample in last)
     return f"<p>{matched} of {len(last)} match, after update {last[0]['step']:,}.</p>" + _table(
-        ["in the data", "written", "match"], rows, "texts"
+        ["prompt", "reference", "answer", "match"], rows, "texts"
     )
 
 

@@ -97,7 +97,9 @@ class RunConfig(MethodOptions):
         "Chat template for a language model: chatml, zephyr, alpaca or a file. Default: the tokenizer's own.",
     )
     packing: bool = setting(
-        False, "Pack several rows into one training sequence, without attention across rows. Language models only."
+        False,
+        "Pack rows into sequences of up to --max-seq-length tokens, without attention across rows; the batch size then "
+        "counts sequences. Language models only.",
     )
 
     method: MethodName = setting("craft", f"Adapter method: {', '.join(METHOD_OPTIONS)}; see craft methods.")
@@ -133,7 +135,7 @@ class RunConfig(MethodOptions):
     )
     warmup_ratio: Annotated[float, Ge(0.0), Le(1.0)] = setting(0.06, "Share of the updates used for linear warmup.")
     num_train_epochs: Annotated[float, Gt(0.0), Lt(math.inf)] | Auto = setting(
-        AUTO, "Passes over the training data. auto: 3 with --task; for your own data by its size, with early stopping.",
+        AUTO, "Passes over the training data. auto: 3 with --task and for language models; otherwise by the number of rows, with early stopping.",
         free=True,
     )  # fmt: skip
     max_steps: Positive | None = setting(None, "Stop after this many updates; overrides --num-train-epochs.", free=True)

@@ -57,8 +57,8 @@ class Batch(NamedTuple):
         inputs: model inputs, each (rows, tokens).
         targets: (rows,), (rows, labels) or (rows, tokens); None without gold labels.
         words: as in `Encoded`, for the padded rows.
-        segments: (bins, tokens), the row number of each token of a packed batch, -1 for padding; tokens attend only to
-            tokens of the same row.
+        segments: (sequences, tokens) of packed rows, see `Encoded`, -1 for padding; tokens attend only to tokens of the
+            same row.
     """
 
     inputs: dict[str, Tensor]
@@ -89,31 +89,21 @@ def collate(encoded: Encoded, rows: Sequence[int], tokenizer: Any) -> Batch:
             targets[number, : len(encoded.targets[row])] = torch.tensor(encoded.targets[row])
     elif encoded.labels is not None:
         targets = torch.tensor([encoded.labels[row] for row in rows])
-    return Batch(inputs, targets, words)
+    segments = None
+    if encoded.segments is not None:
+        segments = torch.full(inputs["input_ids"].shape, -1)  # (sequences, tokens)
+        for number, row in enumerate(rows):
+            segments[number, : len(encoded.segments[row])] = torch.tensor(encoded.segments[row])
+        inputs["position_ids"] = _positions(segments)
+    return Batch(inputs, targets, words, segments)
 
 
-def collate_packed(encoded: Encoded, rows: Sequence[int], tokenizer: Any) -> Batch:
-    """Pack rows with token targets into bins as long as the longest row. Padding is as in `collate`."""
-    lengths = encoded.lengths
-    width = max(lengths[row] for row in rows)
-    bins: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: -lengths[row]):  # first fit, the longest first
-        fits = next((held for held in bins if sum(lengths[other] for other in held) + lengths[row] <= width), None)
-        bins.append([row]) if fits is None else fits.append(row)
-    ids = torch.full((len(bins), width), tokenizer.pad_token_id)
-    targets, segments = torch.full_like(ids, IGNORED), torch.full_like(ids, -1)
-    positions = torch.zeros_like(ids)
-    assert encoded.targets is not None
-    for number, held in enumerate(bins):
-        start = 0
-        for segment, row in enumerate(held):
-            part = slice(start, start + lengths[row])
-            ids[number, part] = torch.tensor(encoded.features[row]["input_ids"])
-            targets[number, part] = torch.tensor(encoded.targets[row])
-            segments[number, part] = segment
-            positions[number, part] = torch.arange(lengths[row])
-            start += lengths[row]
-    return Batch({"input_ids": ids, "position_ids": positions}, targets, segments=segments)
+def _positions(segments: Tensor) -> Tensor:
+    """The position of each token within its row, (sequences, tokens)."""
+    order = torch.arange(segments.shape[1]).expand_as(segments)
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return order - torch.where(starts, order, 0).cummax(dim=1).values
 
 
 def padding(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,6 +43,7 @@ class Encoded:
         limit: maximum tokens per row.
         words: the position of every word's first token, -1 for a word without a token (or truncated).
         targets: a target for each token, `IGNORED` for none. Default: the target of a row is its gold.
+        segments: of packed rows, the number of the row within its sequence for each token, see `packing`.
     """
 
     features: list[dict[str, list[int]]]
@@ -50,6 +52,7 @@ class Encoded:
     limit: int = 0
     words: list[list[int]] | None = None
     targets: list[list[int]] | None = None
+    segments: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -66,12 +69,26 @@ class Encoded:
             labels=of(self.labels),
             words=of(self.words),
             targets=of(self.targets),
+            segments=of(self.segments),
         )
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """Tokens of each row, or of each sequence of packed rows."""
         return [len(feature["input_ids"]) for feature in self.features]
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of each row, packed or not."""
+        if self.segments is None:
+            return self.lengths
+        return [length for segments in self.segments for _, length in sorted(Counter(segments).items())]
+
+    def count(self, sequences: Sequence[int]) -> int:
+        """Number of rows in these sequences; without packing, each is one row."""
+        if self.segments is None:
+            return len(sequences)
+        return sum(self.segments[number][-1] + 1 for number in sequences)
 
     @cached_property
     def weights(self) -> list[float]:

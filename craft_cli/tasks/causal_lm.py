@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -292,7 +292,8 @@ class CausalLM:
         """The first row with trained tokens."""
         assert encoded.targets is not None
         row = next((row for row, weight in enumerate(encoded.weights) if weight), 0)
-        pairs = zip(encoded.features[row]["input_ids"], encoded.targets[row], strict=True)
+        length = encoded.segments[row].count(0) if encoded.segments else encoded.lengths[row]
+        pairs = islice(zip(encoded.features[row]["input_ids"], encoded.targets[row], strict=True), length)
         parts = [
             (learned, [token for token, _ in some]) for learned, some in groupby(pairs, lambda pair: pair[1] != IGNORED)
         ]

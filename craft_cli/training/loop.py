@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from craft_cli.data.batches import collate, collate_packed, length_sorted_batches, share_out
+from craft_cli.data.batches import collate, length_sorted_batches, share_out
 from craft_cli.data.tokens import Encoded
 from craft_cli.tasks.generation import MATCHES, judged
 from craft_cli.tasks.inference import in_order, predict_batches
@@ -64,7 +64,14 @@ def update(training: Training, rows: Sequence[int]) -> None:
     of_gradient = loss.new_zeros(()) if norm is None else norm.to(loss)
     shared = accelerator.gather(torch.stack([loss, loss.new_tensor(training.stop.received), of_gradient])).view(-1, 3)
     loss_in_units = float(shared[:, 0].mean()) * training.prepared.task.units[1] ** 2
-    training.journal.update(training.step, training.epoch, loss_in_units, rate, len(rows), float(shared[:, 2].sum()))
+    training.journal.update(
+        training.step,
+        training.epoch,
+        loss_in_units,
+        rate,
+        training.prepared.train.count(rows),
+        float(shared[:, 2].sum()),
+    )
     training.stopped = int(shared[:, 1].max())
 
 
@@ -89,8 +96,7 @@ def accumulate_gradients(training: Training, rows: Sequence[int]) -> Tensor:
 def batch_loss(training: Training, rows: Sequence[int]) -> Tensor:
     """The summed loss of a batch; a process without rows contributes one row of weight zero."""
     prepared = training.prepared
-    together = collate_packed if training.config.packing else collate
-    batch = together(prepared.train, rows or [0], prepared.tokenizer).to(training.accelerator.device)
+    batch = collate(prepared.train, rows or [0], prepared.tokenizer).to(training.accelerator.device)
     loss = prepared.task.loss(training.model, batch)
     return loss if rows else loss * 0.0
 
@@ -119,9 +125,10 @@ def measure(training: Training) -> Measured | None:
     measured = training.prepared.measure(scores, calibrate=training.config.calibrate)
     if not training.prepared.asked or training.stopped:
         return measured
-    share, samples = judged(
-        write_samples(training), measured.gold[: len(training.prepared.asked)], training.config.answer_pattern
-    )
+    prompts, pattern = training.prepared.asked, training.config.answer_pattern
+    share, answers = judged(write_samples(training), measured.gold[: len(prompts)], pattern)
+    asked = [{"prompt": training.prepared.tokenizer.decode(prompt)} for prompt in prompts]
+    samples = [prompt | answer for prompt, answer in zip(asked, answers, strict=True)]
     return replace(measured, metrics=measured.metrics | {MATCHES: share}, samples=samples)
 
 

@@ -60,7 +60,7 @@ def plan_of(training: Training, start: Start, *, auto: bool) -> Plan:
         model=prepared.checkpoint.name,
         task=prepared.task.name,
         labels=prepared.task.answers,
-        train_examples=len(prepared.train),
+        train_examples=len(prepared.train.row_lengths),
         eval_examples=prepared.eval_examples,
         tokens=describe_tokens(config, prepared, update_size),
         method=described.title,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from craft_cli.config import RunConfig
 from craft_cli.data.batches import padding, plan_epoch
+from craft_cli.data.packing import packed
 from craft_cli.data.sources import TRAIN, VALIDATION, DataSource
 from craft_cli.data.tokens import Encoded, Unseen, separator
 from craft_cli.errors import DataError, ModelError
@@ -44,7 +45,7 @@ class Measured:
         scores: scores of the first split, divided by the temperature.
         gold: gold of the first split.
         temperature: temperature that the scores were divided by.
-        samples: generated answers, see `samples.judged`.
+        samples: generated answers with their prompts, see `generation.judged`.
     """
 
     task: Task
@@ -203,6 +204,8 @@ def prepare(
     if config.load_in_4bit or config.load_in_8bit:
         notes.append("the base is quantized only in training; craft eval, predict and merge use full precision")
     train = _taught(encoded.pop(TRAIN), rows[TRAIN].origin, notes)
+    if config.packing:
+        train = packed(train, train.limit)
     asked: list[list[int]] = []
     if config.eval_generate:
         first = next(name for name in rows if name != TRAIN)
@@ -249,14 +252,16 @@ def _on(weights: Weights, frozen: Frozen, *, allow_other: bool) -> Frozen:
 
 
 def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> str:
-    """Token lengths, and the padding of the first epoch with and without length grouping."""
+    """Token lengths, and the padding of the first epoch, compared to that without length grouping or packing."""
     lengths, size = prepared.train.lengths, prepared.train_batch
     updates = plan_epoch(lengths, update_size, seed=config.seed, epoch=0)
     batches = [update[start : start + size] for update in updates for start in range(0, len(update), size)]
-    plain = [range(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size)]
+    alone = prepared.train.row_lengths
+    plain = [range(start, min(start + size, len(alone))) for start in range(0, len(alone), size)]
+    together = f"; {len(lengths):,} packed sequences of up to {max(lengths):,}" if config.packing else ""
     return (
-        f"median {median(lengths):g}, longest {max(lengths)}; padding {100 * padding(lengths, batches):.1f}% "
-        f"(unsorted {100 * padding(lengths, plain):.1f}%)"
+        f"median {median(alone):g}, longest {max(alone):,}{together}; padding {100 * padding(lengths, batches):.1f}% "
+        f"({'unpacked' if config.packing else 'unsorted'} {100 * padding(alone, plain):.1f}%)"
     )
 
 

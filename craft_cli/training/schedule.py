@@ -16,24 +16,24 @@ from craft_cli.config import AUTO, RunConfig
 from craft_cli.data.batches import plan_epoch
 
 EPOCHS = 3
-"""Epochs of a built-in task, and minimum epochs for the user's own data."""
+"""Epochs of a built-in task or a language model, and minimum epochs for the user's own data."""
 ENOUGH_UPDATES = 1000
 """Target number of updates for the user's own data, limited by `MOST_EPOCHS`."""
 MOST_EPOCHS = 20
 
 
-def length_settled(config: RunConfig, rows: int, update_size: int, *, own: bool) -> RunConfig:
+def length_settled(config: RunConfig, rows: int, update_size: int, *, by_rows: bool) -> RunConfig:
     """Replace `num_train_epochs: auto` by a number of epochs, with early stopping if the number is an upper bound.
 
     Args:
         config: settings of the run.
         rows: number of training rows.
         update_size: rows per update.
-        own: whether the data is the user's own; a built-in task is trained as in its papers.
+        by_rows: whether the number of rows decides; a built-in task is trained as in its papers.
     """
     if config.num_train_epochs != AUTO:
         return config
-    if not own:
+    if not by_rows:
         return replace(config, num_train_epochs=EPOCHS)
     in_epoch = math.ceil(rows / update_size)
     epochs = min(max(math.ceil(ENOUGH_UPDATES / in_epoch), EPOCHS), MOST_EPOCHS)

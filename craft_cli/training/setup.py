@@ -22,7 +22,7 @@ from craft_cli.config import AUTO, RunConfig
 from craft_cli.errors import ConfigError
 from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.models.quantization import check_available
-from craft_cli.tasks.base import OWN
+from craft_cli.tasks.base import OWN, Task
 from craft_cli.training.checkpoint import data_checksum
 from craft_cli.training.distributed import from_main, fsdp_asked, shard
 from craft_cli.training.head import FEW_ROWS, KEPT, MOST_ROWS, RANDOM, LastLayer, Probe, probe
@@ -170,6 +170,11 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
+def _by_rows(task: Task) -> bool:
+    """Whether the number of rows decides on the number of epochs: for classifiers of the user's own data."""
+    return task.name == OWN and not task.generates
+
+
 def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held: ExitStack, runs: Path) -> Training:
     """Set up everything up to the first update, or up to the update to resume at.
 
@@ -199,7 +204,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     if state:  # for any number of processes
         update_size = state.record["update_size"]
     length = config.num_train_epochs
-    config = length_settled(config, len(prepared.train), update_size, own=prepared.task.name == OWN)
+    config = length_settled(config, len(prepared.train), update_size, by_rows=_by_rows(prepared.task))
 
     set_seed(config.seed)
     listener.preparing("loading the model", 0, 1)
@@ -242,7 +247,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
         parameters={"adapter": adapter.count_parameters(), "head": adapter.count_head_parameters()},
         sharded=sharded,
     )
-    auto = length == AUTO and prepared.task.name == OWN
+    auto = length == AUTO and _by_rows(prepared.task)
     training.memory = estimate(training, savings=config.dry_run)
     listener.started(plan_of(training, start, auto=auto))
     training.began = time.perf_counter()

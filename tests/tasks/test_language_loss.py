@@ -12,7 +12,8 @@ from conftest import shake
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import craft_cli as craft
-from craft_cli.data.batches import collate, collate_packed
+from craft_cli.data.batches import collate
+from craft_cli.data.packing import packed
 from craft_cli.data.tokens import IGNORED, Encoded
 from craft_cli.errors import ConfigError
 from craft_cli.tasks import language_loss
@@ -103,10 +104,10 @@ def test_packed_equals_unpacked(family: str, attention: str, pico_lm: Make) -> N
     model, adapter = adapted(folder)
     model.set_attn_implementation(attention)
     encoded, tokenizer = rows_of_tokens([9, 14, 5, 3, 6, 14, 2]), AutoTokenizer.from_pretrained(folder)
-    rows = [3, 1, 0, 2, 4, 5, 6]
-    packed, plain = collate_packed(encoded, rows, tokenizer), collate(encoded, rows, tokenizer)
-    assert len(packed.inputs["input_ids"]) == 4 < len(rows)
-    together, apart = CausalLM().loss(model, packed), CausalLM().loss(model, plain)
+    shared = packed(encoded, 17)
+    assert sorted(shared.lengths) == [5, 14, 17, 17]
+    assert sum(shared.weights) == sum(encoded.weights)
+    together, apart = (CausalLM().loss(model, collate(rows, range(len(rows)), tokenizer)) for rows in (shared, encoded))
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
     for ours, other in zip(gradients(model, adapter, together), gradients(model, adapter, apart), strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
@@ -117,6 +118,6 @@ def test_rows_cannot_share_what_a_window_or_distances_tell_apart(pico_lm: Make) 
     encoded, tokenizer = rows_of_tokens([9, 14]), AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ConfigError, match="sliding window of 8 tokens"):
-        CausalLM().loss(model, collate_packed(encoded, [0, 1], tokenizer))
+        CausalLM().loss(model, collate(packed(encoded, 23), [0], tokenizer))
     with pytest.raises(ConfigError, match="bloom model uses relative positions"):
         CausalLM(packing=True).on_head(AutoModelForCausalLM.from_pretrained(pico_lm("bloom", hidden_size=24)).config)

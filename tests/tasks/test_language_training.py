@@ -93,7 +93,8 @@ def test_the_answers_of_every_evaluation_are_kept(trained: Path) -> None:
     for step, line in metrics.items():
         those = [sample["match"] for sample in samples if sample["step"] == step]
         assert line["eval_exact_match"] == sum(those) / 4
-    assert set(samples[0]) == {"step", "wanted", "answer", "match", "tokens", "stopped"}
+    assert set(samples[0]) == {"step", "prompt", "wanted", "answer", "match", "tokens", "stopped"}
+    assert samples[0]["prompt"] == "<|im_start|>user\ncat 50<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_page_card_and_inspect_tell_of_answers_and_name_no_labels(trained: Path) -> None:
@@ -104,7 +105,7 @@ def test_page_card_and_inspect_tell_of_answers_and_name_no_labels(trained: Path)
     page = Path("page.html").read_text()
     assert "Confusion" not in page
     last = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()][-4:]
-    assert all(f"<td>{escape(sample[name])}</td>" in page for sample in last for name in ("wanted", "answer"))
+    assert all(f"<td>{escape(sample[name])}</td>" in page for sample in last for name in ("prompt", "wanted", "answer"))
     craft.merge(trained, "merged")
     for card in (trained / "adapter" / "README.md", Path("merged/README.md")):
         assert f"Task: own. Learned: {told}. Data: " in card.read_text()
@@ -162,7 +163,14 @@ def test_predict_on_the_command_line(trained: Path) -> None:
 
 @pytest.mark.parametrize("method", ["craft", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_training_that_was_cut_goes_on_to_the_same_bits(method: str, pico_lm: Make, chats: Path) -> None:
-    changed = {"method": method, "eval_generate": 2, "max_new_tokens": 4, "packing": True}
+    changed: dict[str, Any] = {
+        "method": method,
+        "eval_generate": 2,
+        "max_new_tokens": 4,
+        "packing": True,
+        "max_seq_length": 64,
+    }
+    changed["per_device_train_batch_size"] = 2
     if method != "craft":
         changed["ranks"] = None
     base = pico_lm()
@@ -252,12 +260,26 @@ def test_a_merged_model_ends_its_turns_in_other_tools(given: Any, pico_lm: Make,
         assert written.read_bytes() == file.read_bytes()
 
 
+def test_the_same_update_of_packed_rows(pico_lm: Make, chats: Path) -> None:
+    base = pico_lm()
+    flags = {"num_train_epochs": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 40}  # an epoch is one update
+    craft.train(settings(base, chats, output_dir="one", **flags))
+    craft.train(settings(base, chats, output_dir="packed", packing=True, max_seq_length=128, **flags))
+    assert len(lines("packed")) == len(lines("one")) > 3
+    for one, other in zip(lines("one"), lines("packed"), strict=True):
+        assert other == pytest.approx(one, rel=2e-4, abs=2e-4)
+    given = ["train", "--model", str(base), "--data-dir", str(chats), "--ranks", "6,5,2", "--use-cpu", "--dry-run"]
+    said = " ".join(invoke(*given, "--packing", "--max-seq-length", "128").output.replace("│", " ").split())
+    assert re.search(r"40 training rows, 11 validation rows", said)
+    assert "longest 33; 13 packed sequences of up to 128; padding 13.8% (unpacked 0.2%)" in said
+    assert "updates 6 memory" in said  # 2 of an epoch, 3 epochs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [
         {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2},
-        {"packing": True},
         {"num_processes": 2, "per_device_train_batch_size": 4},
     ],
 )

@@ -266,7 +266,7 @@ def test_calibrated_scores_are_probabilities(pico: Make) -> None:
 def test_the_length_follows_the_rows() -> None:
     def settled(rows: int, **given: Any) -> tuple[Any, Any]:
         known = RunConfig.build({"task": "sst2"} | given)
-        found = length_settled(known, rows, 32, own=given.pop("own", True))
+        found = length_settled(known, rows, 32, by_rows=given.pop("by_rows", True))
         return found.num_train_epochs, found.early_stopping_patience
 
     few, _ = settled(100)
@@ -278,7 +278,7 @@ def test_the_length_follows_the_rows() -> None:
     assert many == 3
     assert settled(100, num_train_epochs=7) == (7, None)
     assert settled(100, early_stopping_patience=1)[1] == 1
-    known = length_settled(RunConfig.build({"task": "sst2"}), 100, 32, own=False)
+    known = length_settled(RunConfig.build({"task": "sst2"}), 100, 32, by_rows=False)
     assert (known.num_train_epochs, known.early_stopping_patience) == (3, None)
 
 

@@ -171,7 +171,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 def _by_rows(task: Task) -> bool:
-    """Whether the number of rows decides on the number of epochs: for classifiers of the user's own data."""
+    """Whether the number of rows decides on the number of epochs: for the user's own data, except with language models."""
     return task.name == OWN and not task.generates
 
 

@@ -195,6 +195,7 @@ def one(pico: Make, data_dir: Path) -> str:
     return train_runs(pico(), data_dir, "6,5,2")[0]
 
 
+@pytest.mark.slow
 def test_runs_side_by_side(pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = train_runs(pico(), data_dir, "6,5,2", "4,4,2")
     content = json.loads(invoke("inspect", "--compare", *trained, "--json").stdout)

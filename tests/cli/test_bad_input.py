@@ -151,6 +151,7 @@ def test_verbose_shows_where_it_happened() -> None:
     assert result.stderr.startswith("error: ./missing: no such folder\n")
 
 
+@pytest.mark.slow
 def test_a_real_process_ends_in_the_same_way(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "craft_cli", "decompose", "./missing"], capture_output=True, text=True, check=False

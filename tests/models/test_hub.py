@@ -178,6 +178,7 @@ def test_a_task_by_its_name_alone_without_a_hub(hub: LoopbackHub, pico: Callable
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_have(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.add("someone/pico", build_pico("bert", tmp_path / "model"))
     for arguments, message in {

@@ -44,6 +44,7 @@ def until(condition: Callable[[], Any], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pretend")
 def test_a_killed_sweep_goes_on_to_the_same_table_as_an_uncut_one(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sets = (RATES,)
@@ -99,6 +100,7 @@ def test_a_signal_ends_a_sweep_with_checkpoints_and_resume_goes_on(
     assert table_of(sweep(SweepOptions(output_dir="out", resume=True))) == table_of(uncut)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pretend")
 def test_two_workers_share_the_trials_and_run_none_twice(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRETEND_SECONDS", "0.02")
@@ -283,7 +285,7 @@ def dying(asked: SweepOptions, place: str, call: int) -> None:
         pytest.param("RDBStorage.create_new_study", 1, marks=pytest.mark.slow),  # nothing is in the database
         pytest.param("RDBStorage.create_new_study", 2, marks=pytest.mark.slow),  # the second method is not
         ("Study.enqueue_trial", 4),  # some of the trials are
-        ("RDBStorage.record_heartbeat", 1),  # one is taken, and nobody knows by whom
+        pytest.param("RDBStorage.record_heartbeat", 1, marks=pytest.mark.slow),  # one is taken, and nobody knows by whom
     ],
 )
 def test_a_sweep_that_was_killed_while_it_began_goes_on_whole(

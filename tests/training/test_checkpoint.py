@@ -50,7 +50,7 @@ def test_many_killed_trainings_end_as_the_uncut_one() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("after", "in_evaluation"),
-    [(4, False), (6, True), *(pytest.param(*moment, marks=pytest.mark.slow) for moment in ((6, False), (12, True)))],
+    [(6, True), *(pytest.param(*moment, marks=pytest.mark.slow) for moment in ((4, False), (6, False), (12, True)))],
 )
 def test_a_signal_ends_it_whole_and_it_goes_on(
     number: int, after: int, in_evaluation: bool, pico: Make, data_dir: Path
@@ -72,6 +72,7 @@ def test_a_signal_ends_it_whole_and_it_goes_on(
     same("out", "uncut")
 
 
+@pytest.mark.slow
 def test_it_can_be_cut_twice_before_it_is_evaluated_at_all(pico: Make, data_dir: Path) -> None:
     base = pico(**DROPOUT)
     craft.train(config(base, data_dir, output_dir="uncut"))

@@ -81,6 +81,7 @@ def test_other_labels_or_no_names_get_a_probe(merged: Path, data_dir: Path) -> N
     assert "head_alone" in craft.train(own_config(merged, Path("other"), output_dir="c", max_steps=1)).baselines
 
 
+@pytest.mark.slow
 def test_a_probe_or_a_random_start_can_be_asked_for(merged: Path, data_dir: Path) -> None:
     kept, start = started(config(merged, data_dir, max_steps=1, output_dir="kept", **AUTO))
     fitted, probe = started(config(merged, data_dir, max_steps=1, output_dir="fitted", head_start="probe"))

@@ -90,7 +90,13 @@ def test_a_metric_that_the_task_does_not_have_is_refused(pico: Make, data_dir: P
 
 
 @pytest.mark.parametrize(
-    ("patience", "threshold", "updates"), [(2, None, 24), (1, None, 18), (2, 0.15, 18), (3, None, 36), (None, None, 36)]
+    ("patience", "threshold", "updates"),
+    [
+        (2, None, 24),
+        (1, None, 18),
+        (2, 0.15, 18),
+        *(pytest.param(one, None, 36, marks=pytest.mark.slow) for one in (3, None)),
+    ],
 )
 def test_early_stopping(
     patience: int | None,
@@ -232,6 +238,7 @@ def test_what_does_not_fit_another_runs_transforms_is_refused(pico: Make, data_d
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_a_requeued_start_from_another_run_still_knows_its_model(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir, output_dir="first", max_steps=1))
     command = ("train", "--init-from", "first", "--task", "sst2", "--data-dir", str(data_dir), "--max-steps", "1")
@@ -240,6 +247,7 @@ def test_a_requeued_start_from_another_run_still_knows_its_model(pico: Make, dat
     assert json.loads(done.stdout)["parameters"]["adapter"] == 130
 
 
+@pytest.mark.slow
 def test_model_and_ranks_of_the_other_run_need_not_be_said_again(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir, output_dir="first", max_steps=1))
     done = invoke(

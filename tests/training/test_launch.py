@@ -120,6 +120,7 @@ def test_a_precision_of_accelerate_that_craft_does_not_train_in(
 # -- signals ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_ends_a_training_with_a_checkpoint(pico: Make, data_dir: Path) -> None:
     class Closes(Listener):
         def updated(self, step: int, loss: float, rate: float, examples: int) -> None:

@@ -356,6 +356,7 @@ def test_under_the_hugging_face_trainer(pico: Make, data_dir: Path, tmp_path: Pa
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
 
 
+@pytest.mark.slow
 def test_labels_of_a_checkpoint_are_aligned_by_name(pico: Make, data_dir: Path) -> None:
     """A head that names the same labels in the other order keeps its order; the metrics do not notice."""
     names = {0: "POSITIVE", 1: "NEGATIVE"}

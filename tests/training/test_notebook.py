@@ -13,6 +13,7 @@ from helpers import config
 import craft_cli as craft
 
 
+@pytest.mark.slow
 def test_a_training_in_a_notebook_has_a_bar(
     pico: Callable[..., Path], data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

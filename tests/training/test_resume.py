@@ -20,6 +20,7 @@ from craft_cli.training.run import Run
 Make = Callable[..., Path]
 
 
+@pytest.mark.slow
 def test_more_epochs_and_other_logging_may_follow(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir))
     listener = Cut(0)
@@ -34,6 +35,7 @@ def test_more_epochs_and_other_logging_may_follow(pico: Make, data_dir: Path) ->
         craft.train(config(pico(), data_dir, resume=True, num_train_epochs=1))
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumed_says_the_same_again(pico: Make, data_dir: Path) -> None:
     first = craft.train(config(pico(), data_dir))
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file() and path.suffix != ".json"}
@@ -73,6 +75,7 @@ def test_another_spelling_and_no_cache_of_factors_are_no_change(half: Callable[.
     same("out", "uncut")
 
 
+@pytest.mark.slow
 def test_the_same_batch_in_other_portions_is_no_change(pico: Make, data_dir: Path) -> None:
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     craft.train(config(pico(), data_dir, output_dir="whole"))
@@ -136,6 +139,7 @@ def test_an_edited_recipe_is_no_way_round_the_settings(half: Callable[..., Any])
     same("out", "uncut")
 
 
+@pytest.mark.slow
 def test_a_run_of_bf16_by_the_launcher_goes_on_in_it_only(
     pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

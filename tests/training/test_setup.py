@@ -212,7 +212,10 @@ def test_a_quantised_base_needs_a_gpu(bits: str, pico: Make, data_dir: Path) -> 
     assert not os.path.exists("out")
 
 
-@pytest.mark.parametrize(("bits", "kind"), [("load_in_4bit", "Params4bit"), ("load_in_8bit", "Int8Params")])
+@pytest.mark.parametrize(
+    ("bits", "kind"),
+    [("load_in_4bit", "Params4bit"), pytest.param("load_in_8bit", "Int8Params", marks=pytest.mark.slow)],
+)
 def test_training_over_a_quantised_base(
     bits: str, kind: str, pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -241,6 +241,7 @@ def test_nothing_to_resume_and_nothing_to_train_on(pico: Make) -> None:
     assert told == "error: --resume: there is no run in typo; pass its folder as --output-dir\n"
 
 
+@pytest.mark.slow
 def test_layers_of_settings(pico: Make, data_dir: Path) -> None:
     """Of a former run, of a recipe, of flags: each speaks for itself, and epochs lift a former limit of updates."""
     Path("my.yaml").write_text("eval_strategy: epoch\n")
@@ -253,6 +254,7 @@ def test_layers_of_settings(pico: Make, data_dir: Path) -> None:
     assert [line["step"] for line in lines() if "eval_loss" in line] == [0, 2, 4, 6, 12]
 
 
+@pytest.mark.slow
 def test_the_command_line_goes_on_with_what_the_run_was_started_with(pico: Make, data_dir: Path) -> None:
     """`--resume` alone takes the latest run and its settings; a recipe that says otherwise is refused."""
     craft.train(config(pico(), data_dir, output_dir="uncut", seed=5))

@@ -285,7 +285,9 @@ def dying(asked: SweepOptions, place: str, call: int) -> None:
         pytest.param("RDBStorage.create_new_study", 1, marks=pytest.mark.slow),  # nothing is in the database
         pytest.param("RDBStorage.create_new_study", 2, marks=pytest.mark.slow),  # the second method is not
         ("Study.enqueue_trial", 4),  # some of the trials are
-        pytest.param("RDBStorage.record_heartbeat", 1, marks=pytest.mark.slow),  # one is taken, and nobody knows by whom
+        pytest.param(
+            "RDBStorage.record_heartbeat", 1, marks=pytest.mark.slow
+        ),  # one is taken, and nobody knows by whom
     ],
 )
 def test_a_sweep_that_was_killed_while_it_began_goes_on_whole(

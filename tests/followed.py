@@ -7,7 +7,7 @@ A fence ```console holds commands (`$ craft ...`) and what they print; a line `.
 ```python run too. A fence with title="FILE" is a file that the commands after it find. A comment above a fence says how it is treated:
 
     <!-- slow -->               runs in `pytest -m slow` only
-    <!-- needs: vllm -->        does not run: flags of craft are parsed, nothing else; Python runs where it is a package that is there
+    <!-- needs: vllm -->        runs where a Python package of this name is installed; elsewhere only the flags of craft are parsed
     <!-- interrupt: epoch 2 --> gets Ctrl-C once it has printed this
     <!-- varies -->             most lines must be as printed, not all: which rows they show depends on the machine
 
@@ -75,7 +75,7 @@ class Block:
     def needs_more(self) -> bool:
         """Whether it cannot run here."""
         needed = self.marks.get("needs")
-        return bool(needed) and not (self.kind == "python" and importlib.util.find_spec(str(needed)))
+        return bool(needed) and not (str(needed).isidentifier() and importlib.util.find_spec(str(needed)))
 
     @property
     def commands(self) -> list[Command]:

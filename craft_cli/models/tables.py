@@ -13,7 +13,7 @@ from craft_cli.errors import ModelError
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.loading import build_empty
 
-_POSITIONS, _TYPES = ("position_embeddings", "wpe"), ("token_type_embeddings",)
+_POSITIONS, _TYPES = ("position_embeddings", "wpe", "embed_positions"), ("token_type_embeddings",)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def tables_of(model: Any, name: str) -> Tables:
     found = {path.rpartition(".")[2]: part for path, part in model.named_modules() if isinstance(part, nn.Embedding)}
     positions = next((found[leaf] for leaf in _POSITIONS if leaf in found), None)
     types = next((found[leaf] for leaf in _TYPES if leaf in found), None)
-    before, counts_padding = 0, False
+    before, counts_padding = getattr(positions, "offset", 0), False  # OPT's table has two more entries
     if positions is not None and positions.padding_idx is not None:
         counts_padding = True
         # the first position follows the padding position; torch counts a padding index of -1 from the end

@@ -212,8 +212,8 @@ def test_peft_computes_the_same_attached_and_merged(family: str, trim: bool, pic
     }  # fmt: skip
     right = expected()
     model = with_peft(base)
-    assert apart(logits(model), right) <= 1e-6
-    assert apart(logits(model.merge_and_unload(safe_merge=True)), right) <= 1e-6
+    assert apart(logits(model), right) <= 3e-6
+    assert apart(logits(model.merge_and_unload(safe_merge=True)), right) <= 3e-6
     tensors = load_file("lora/adapter_model.safetensors")
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
     assert ranks == {result.rank} == {15 if family in FUSED else 5}  # query, key and value share a weight

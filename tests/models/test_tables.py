@@ -32,7 +32,15 @@ TEXTS = [
 FEW = [
     pytest.param(*one.values, marks=() if one.values[0] in ("llama", "roberta") else pytest.mark.slow)
     for one in families("AutoModelForSequenceClassification")
+    if one.values[0] != "qwen2"  # transformers replaces its tokenizer, and every text is the same unknown word
 ]
+COUNTS_PADDING = ("roberta", "xlm-roberta", "camembert")
+POSITIONS = (
+    dict.fromkeys(COUNTS_PADDING, 47)
+    | {"mpnet": 46}
+    | dict.fromkeys(("bert", "electra", "deberta-v2", "distilbert", "gpt2", "opt"), 48)
+)
+"""Tokens that a family's table of positions has room for; others have no table."""
 
 
 def change(file: str, **values: Any) -> None:
@@ -63,11 +71,11 @@ def scores(predictor: Predictor, texts: list[str]) -> torch.Tensor:
 @pytest.mark.parametrize("family", FEW)
 def test_a_text_alone_is_the_text_in_a_batch(family: str, pad: int | None, side: str, pico: Make) -> None:
     """Whatever configuration and tokenizer pad with, and on which side; without any token around a text, too."""
-    if pad is None and family in ("roberta", "xlm-roberta"):
+    if pad is None and family in COUNTS_PADDING:
         pytest.skip("transformers makes no such model")
     trained_elsewhere(pico(family), pad_token_id=pad)
     change("model/tokenizer_config.json", padding_side=side)
-    for tokens_around in (True, False):
+    for tokens_around in (True, False) if family != "t5" else (True,):  # T5's head reads the token at the end
         if not tokens_around:
             bare()
         predictor = load_predictor("model", use_cpu=True)
@@ -135,7 +143,7 @@ def test_a_text_is_cut_at_the_models_positions(family: str, pico: Make) -> None:
     long = "film " * 300
     encoded = predictor.encode(Split([(long,), ("film",)], None, "texts"), predictor.task, 256)
     assert max(encoded.lengths) == (positions or 256)
-    assert positions == {"roberta": 47, "xlm-roberta": 47, "llama": None}.get(family, 48)
+    assert positions == POSITIONS.get(family)
     assert torch.stack(predictor.scores(encoded, predictor.task, 2)).isfinite().all()
 
 

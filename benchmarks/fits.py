@@ -1,0 +1,188 @@
+"""What fits where: the memory of an update for models of several shapes, as craft estimates it for a GPU.
+
+    python benchmarks/fits.py [--json FILE]
+
+The models have random weights. Two shallow versions of each shape are built, with 2 and 4 layers, and `training/memory.py` estimates
+an update of each, as `craft train --dry-run` does. The cost of a layer is half of the difference, so that the estimate of the full depth
+is a straight line. This way, shapes of several billion parameters need little memory here. The method is CRAFT on query and value, and all
+tokens of a language model are targets.
+
+The estimate counts weights, trained parameters with their optimizer, and activations. It leaves out the CUDA context, the fragmentation of
+the allocator, and the growth of the heap that an estimate for the CPU includes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import measure
+
+BERT, LLAMA = "bert", "llama"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the batch that it is trained on.
+
+    Attributes:
+        config: settings of its transformers configuration.
+        rows: rows of a batch.
+        tokens: tokens of a row.
+    """
+
+    family: str
+    config: dict[str, int]
+    rows: int
+    tokens: int
+
+    @property
+    def layers(self) -> int:
+        """Layers of the full model."""
+        return self.config["num_hidden_layers"]
+
+
+def encoder(layers: int, width: int, heads: int) -> Shape:
+    """RoBERTa's shapes; a classifier of 32 texts of 128 tokens."""
+    config = {
+        "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width,
+        "vocab_size": 50265, "max_position_embeddings": 514,
+    }  # fmt: skip
+    return Shape(BERT, config, 32, 128)
+
+
+def decoder(layers: int, width: int, heads: int, kv: int, inner: int, vocabulary: int) -> Shape:
+    """Llama's shapes; 8 rows of 1,024 tokens."""
+    config = {
+        "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": kv,
+        "intermediate_size": inner, "vocab_size": vocabulary, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    return Shape(LLAMA, config, 8, 1024)
+
+
+SHAPES = {
+    "RoBERTa-base": encoder(12, 768, 12),
+    "RoBERTa-large": encoder(24, 1024, 16),
+    "SmolLM2-135M": decoder(30, 576, 9, 3, 1536, 49152),
+    "Llama-3.2-1B": decoder(16, 2048, 32, 8, 8192, 128256),
+    "Llama-3.2-3B": decoder(28, 3072, 24, 8, 8192, 128256),
+    "Llama-3.1-8B": decoder(32, 4096, 32, 8, 14336, 128256),
+}
+FLAGS: dict[str, dict[str, Any]] = {
+    "no flag": {},
+    "--bf16": {"bf16": True},
+    "--gradient-checkpointing": {"gradient_checkpointing": True},
+    "both": {"bf16": True, "gradient_checkpointing": True},
+}
+IN_4_BIT = "both and --load-in-4bit"
+CARDS = (8, 12, 16, 24, 40, 80)
+"""GiB of memory of common GPUs."""
+
+
+def main() -> None:
+    """Estimate every shape with every combination of flags, and print the tables."""
+    given = measure.arguments(__doc__)
+    shapes = {name: SHAPES[name] for name in ("SmolLM2-135M",)} if given.small else SHAPES
+    found: list[dict[str, Any]] = []
+    for name, shape in shapes.items():
+        for flags, settings in FLAGS.items():
+            _, ((few, less), (more, _)) = measure.peak_memory(both_depths, shape, settings, given.small)
+            deep = {part: few[part] + (more[part] - few[part]) // 2 * (shape.layers - 2) for part in few}
+            found.append({"shape": name, "flags": flags, "rows": shape.rows, "tokens": shape.tokens} | deep)
+            if flags == "both":
+                saved = less[0] + less[1] * (shape.layers - 2)
+                quantised = deep | {"weights": deep["weights"] - saved}
+                found.append({**found[-1], "flags": IN_4_BIT} | quantised)
+            print(name, flags, f"{total(found[-1]) / 2**30:.1f}", flush=True)
+            measure.write(given.json, found)
+    table(found)
+
+
+def both_depths(shape: Shape, settings: dict[str, Any], small: bool) -> list[tuple[dict[str, int], tuple[int, int]]]:
+    """Estimates for 2 and 4 layers, and what 4 bits save in 2 layers and in each further one."""
+    estimates = [estimate(shape, layers, settings, small) for layers in (2, 4)]
+    saved = [one.pop("in 4 bits") for one in estimates]
+    return [(one, (saved[0], (saved[1] - saved[0]) // 2)) for one in estimates]
+
+
+def estimate(shape: Shape, layers: int, settings: dict[str, Any], small: bool) -> dict[str, int]:
+    """The parts of craft's estimate for a shallow version of a shape."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from craft_cli.config import RunConfig
+    from craft_cli.training import memory
+    from craft_cli.training.progress import Listener
+    from craft_cli.training.setup import make_accelerator, set_up
+
+    torch.manual_seed(0)
+    rows, tokens = (2, 16) if small else (shape.rows, shape.tokens)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
+        config = AutoConfig.for_model(shape.family, **shape.config | {"num_hidden_layers": layers})
+        auto: Any = AutoModel if shape.family == BERT else AutoModelForCausalLM
+        auto.from_config(config).save_pretrained(folder)
+        _tokenizer(folder)
+        file = Path(folder) / "rows.jsonl"
+        labels = [{"label": "a"}, {"label": "b"}] if shape.family == BERT else [{}]
+        text = "x " * (tokens - 3)
+        lines = [{"text": f"{number} {text}"} | label for number in range(max(rows, 8)) for label in labels]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        run = RunConfig.build({
+            "model": folder, "train_file": str(file), "eval_strategy": "no", "ranks": "64,64,2", "use_cpu": True, "dry_run": True,
+            "per_device_train_batch_size": rows, "max_seq_length": tokens, "cache_dir": str(Path(folder) / "cache"),
+            "head_start": "random" if shape.family == BERT else "auto", "num_train_epochs": 1, **settings,
+        })  # fmt: skip
+        held.enter_context(mock.patch.object(memory, "_ON_CPU", 1.0))
+        found = memory.estimate(set_up(run, make_accelerator(run), Listener(), held, Path(folder)), savings=True)
+    assert found
+    assert found.length >= tokens - 4
+    return {
+        "weights": found.weights, "trained": found.trained, "activations": found.activations,
+        "in 4 bits": found.savings["--load-in-4bit"],
+    }  # fmt: skip
+
+
+def _tokenizer(folder: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "x": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", eos_token="[PAD]"
+    ).save_pretrained(folder)
+
+
+def total(row: dict[str, Any]) -> int:
+    """Bytes of an update."""
+    return sum(int(row[part]) for part in ("weights", "trained", "activations"))
+
+
+def table(found: list[dict[str, Any]]) -> None:
+    """A row for each shape, with the smallest card for each combination of flags."""
+    flags = [*FLAGS, IN_4_BIT]
+    rows = []
+    for name in dict.fromkeys(row["shape"] for row in found):
+        those = {row["flags"]: row for row in found if row["shape"] == name}
+        first = those["no flag"]
+        rows.append([name, f"{first['rows']} x {first['tokens']:,}", *(_cell(those[one]) for one in flags)])
+    print()
+    measure.table(("shape", "batch", *flags), rows)
+    print(
+        f"\nGiB of an update, and the smallest of {', '.join(map(str, CARDS))} GiB that holds it with a tenth to spare"
+    )
+
+
+def _cell(row: dict[str, Any]) -> str:
+    needed = total(row) / 2**30
+    card = next((size for size in CARDS if needed <= 0.9 * size), None)
+    return f"{needed:.1f} ({card or 'more'})"
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ from craft_cli.files import (
     write_bytes,
     write_json,
 )
-from craft_cli.methods.adapter_folder import CONFIG_FILE, HEAD, INCLUDE, read_adapter, write_adapter
+from craft_cli.methods.adapter_folder import CONFIG_FILE, HEAD, INCLUDE, SavedAdapter, read_adapter, write_adapter
 from craft_cli.methods.as_dense import AdaptedBase, Dense
 from craft_cli.methods.as_gguf import GgufWriter, base_gguf, check_known, write_modelfile
 from craft_cli.methods.as_lora import EXACT, LoraWriter
@@ -161,7 +161,8 @@ def merge(
     check_inputs("--output-dir", destination, [found, adapter_path])
     announce = partial(_announce, push_to_hub, private, notice) if push_to_hub else None
     if format == ADAPTER:
-        result = _copy(adapter_path, destination, announce, overwrite=overwrite)
+        saved = read_adapter(adapter_path, make=True, trusted=trust_remote_code)
+        result = _copy(saved, destination, announce, overwrite=overwrite)
     else:
         permitted = {"trust_remote_code": trust_remote_code, "allow_other_base": allow_other_base}
         result = _merge(adapter_path, destination, asked, permitted, progress, announce, overwrite=overwrite)
@@ -191,7 +192,8 @@ def _merge(
     """Write a checkpoint or a LoRA and compare it with the adapted model; `announce` is called if it is uploaded."""
     with whole_folder(destination, MERGED, overwrite=overwrite) as folder:
         progress("reading the adapter")
-        adapted = AdaptedBase(read_adapter(adapter_path, make=True), **permitted)
+        saved = read_adapter(adapter_path, make=True, trusted=permitted["trust_remote_code"])
+        adapted = AdaptedBase(saved, **permitted)
         check_inputs("--output-dir", destination, [adapted.checkpoint.folder])
         if announce:
             announce(adapted.checkpoint)
@@ -210,18 +212,17 @@ def _merge(
     return _told(adapted, written, destination, asked, difference, allowed)
 
 
-def _copy(adapter_path: Path, destination: Path, announce: Announce | None, *, overwrite: bool) -> Merged:
+def _copy(saved: SavedAdapter, destination: Path, announce: Announce | None, *, overwrite: bool) -> Merged:
     """Copy the adapter with its factors; a shared copy contains no local paths."""
-    saved = read_adapter(adapter_path, make=True)
     base = saved.record["base_model"]
-    checkpoint = Checkpoint(base["model"], base["revision"], adapter_path)
+    checkpoint = Checkpoint(base["model"], base["revision"], saved.path)
     local, frozen, record = Path(base["model"]).is_absolute(), saved.frozen, dict(saved.record)
     if "factors" in record:
         record["factors"] = {**record["factors"], "stored": INCLUDE}
     if announce:
         announce(checkpoint)
         record, frozen = without_folders(record), replace(frozen, model=without_folders(frozen.model))
-    card = adapter_path / "README.md"
+    card = saved.path / "README.md"
     described = saved.method.describe(record)
     text = read_content(card).decode(errors="replace") if card.is_file() else model_card(record, described, checkpoint)
     with whole_folder(destination, MERGED, overwrite=overwrite) as folder:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from craft_cli.api.predictor import Predictor, load_predictor
 from craft_cli.data.opened import ending
 from craft_cli.data.readers import SUFFIXES, TEXT, Row, read_rows, read_stdin
-from craft_cli.data.tables import column_named
+from craft_cli.data.tables import column_named, columns_listed
 from craft_cli.data.tokens import Encoded, Unseen
 from craft_cli.data.writers import RecordWriter, format_of, open_records, parts_of
 from craft_cli.errors import ConfigError, CraftError, DataError, plain
@@ -207,7 +207,9 @@ class _Kept:
         for name in columns:
             found = column_named(name, list(first.cells))
             if found is None:
-                raise ConfigError(f"--keep-columns: {origin} has no column '{name}'; it has {', '.join(first.cells)}")
+                raise ConfigError(
+                    f"--keep-columns: {origin} has no column '{name}'; it has {columns_listed(first.cells)}"
+                )
             self._columns.append(found)
 
     def __iter__(self) -> _Kept:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from craft_cli.config.hub import NOT_ASKED, patience, unanswered
+from craft_cli.config.names import join_names
 from craft_cli.data.cells import plain
 from craft_cli.data.conll import holds_tags
 from craft_cli.data.opened import ending, stem
 from craft_cli.data.readers import CONLL, MARKS, SUFFIXES, TEXT, read_rows
-from craft_cli.errors import DataError
+from craft_cli.errors import DataError, listed
 
 WHOLE = "train"
 """Split name for a saved dataset without splits."""
@@ -84,7 +85,12 @@ def columns_told(columns: Sequence[str], flag: str) -> str:
     """The end of an error about a missing column: the existing columns, and the flag that selects one."""
     if len(columns) == 1 and any(mark in columns[0] for mark in MARKS):
         return f"it has one column '{columns[0]}'; a .tsv file needs tabs between columns, rename it to .csv if it uses another separator"
-    return f"it has {', '.join(columns)} (choose with {flag})"
+    return f"it has {columns_listed(columns)} (choose with {flag})"
+
+
+def columns_listed(columns: Iterable[str]) -> str:
+    """Column names for an error, as a flag takes them: a name with a comma in quotes."""
+    return listed([join_names([name]) for name in columns])
 
 
 NAMES = {"validation": ("validation", "valid", "val", "dev")}

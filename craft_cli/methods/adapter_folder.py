@@ -143,21 +143,24 @@ def _is_hub_id(path: Path) -> bool:
     return is_hub_id(str(path)) and not path.exists() and not path.parent.exists()
 
 
-def read_adapter(path: Path, cache_dir: str | Path | None = None, *, make: bool = False) -> SavedAdapter:
+def read_adapter(
+    path: Path, cache_dir: str | Path | None = None, *, make: bool = False, trusted: bool = False
+) -> SavedAdapter:
     """Read and check an adapter's folder.
 
     Args:
         path: the folder.
         cache_dir: where it is looked for what the adapter only refers to; `~/.cache/craft` without.
         make: where the cache lacks that, have the method prepare it again from the base; else nothing is fetched or written.
+        trusted: whether the user lets Python code of that base run.
 
     Raises:
         FileError: it is no adapter, is damaged, or refers to what cannot be had.
     """
-    return steadily(path, lambda: _read(path, cache_dir, make=make))
+    return steadily(path, lambda: _read(path, cache_dir, make=make, trusted=trusted))
 
 
-def _read(path: Path, cache_dir: str | Path | None, *, make: bool) -> SavedAdapter:
+def _read(path: Path, cache_dir: str | Path | None, *, make: bool, trusted: bool) -> SavedAdapter:
     record = read_record(path)
     method = method_named(record["method"])
     file = path / TENSOR_FILE
@@ -171,7 +174,8 @@ def _read(path: Path, cache_dir: str | Path | None, *, make: bool) -> SavedAdapt
     if stored:
         frozen = method.read(tensors, header, file)
     else:
-        frozen = method.recall(record, path, None if cache_dir is None else str(cache_dir), make=make)
+        folder = None if cache_dir is None else str(cache_dir)
+        frozen = method.recall(record, path, folder, make=make, trusted=trusted)
     layers = {target: shape[0] for target, shape in frozen.shapes.items()}
     if len(set(layers.values())) != 1:
         raise FileError(f"{path} is damaged: its projections are of different numbers of layers {layers}")

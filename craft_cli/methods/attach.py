@@ -145,7 +145,8 @@ def load(
     held: ModelAdapter | None = getattr(model.base_model, ModelAdapter.ATTRIBUTE, None)
     if held is not None and name is None:
         raise ModelError("this model carries an adapter already: detach it first, or give name=... to hold several")
-    saved = read_adapter(folder, cache_dir, make=True)
+    trusted = checkpoint is not None and checkpoint.trusted
+    saved = read_adapter(folder, cache_dir, make=True, trusted=trusted)
     views = layer_views(model.config, saved.frozen.targets)
     base, frozen = saved.base, saved.frozen
     if held is None:

@@ -279,8 +279,12 @@ class Method(ABC):
         advice = [*([f"give {flags}"] if flags else []), *([f"leave out {others}"] if others else [])]
         return f"has {has}; {', '.join(advice)}"
 
-    def recall(self, record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool) -> Frozen:
+    def recall(
+        self, record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool, trusted: bool = False
+    ) -> Frozen:
         """What an adapter only refers to: out of the cache; else, with `make`, prepared again from its base.
+
+        Python code of that base runs only where it is `trusted`.
 
         Raises:
             FileError: it cannot be had.

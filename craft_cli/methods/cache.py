@@ -160,6 +160,7 @@ def recall(
     path: Path,
     *,
     make: bool,
+    trusted: bool = False,
 ) -> Entry:
     """What an adapter only refers to, by its record: out of the cache, else (with `make`) prepared again.
 
@@ -173,6 +174,7 @@ def recall(
         record: adapter_config.json.
         path: the adapter's folder, for messages.
         make: prepare it from the base that the adapter names; else nothing is fetched or written.
+        trusted: whether the user lets Python code of that base run.
 
     Raises:
         FileError: it is not in the cache, and cannot or may not be made.
@@ -191,7 +193,8 @@ def recall(
         raise FileError(f"{told}; load or merge it once, which makes them out of its base, or {copy}")
     base = record["base_model"]
     try:
-        weights = read_weights(resolve(base["model"], base["revision"]), tuple(record["targets"]))
+        checkpoint = resolve(base["model"], base["revision"], trust_remote_code=trusted)
+        weights = read_weights(checkpoint, tuple(record["targets"]))
         same = _are(weights, base)
         if same and is_it(made := prepare(weights)):
             return made

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,25 @@ class ModelAdapter(Adapter):
         self.made_on = [dict(frozen.fingerprints)]
         self._held: dict[str, _Held] = {}
         self._untrained = {name: tensor.clone() for name, tensor in self.head_state().items()}
+        self.register_load_state_dict_post_hook(_loaded)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or cast, as `to` and `half` do; after `to_empty`, the frozen tensors are filled in again."""
+        super()._apply(fn, recurse)
+        if _loses_values(fn):
+            self.fill_frozen()
+        return self
+
+    @torch.no_grad()
+    def fill_frozen(self) -> None:
+        """Make the change's frozen tensors again, where its parameters are: no `state_dict` holds them."""
+        device = next(self.change.parameters()).device
+        with torch.random.fork_rng(devices=[]):
+            fresh = self.method.build(self.frozen, self.options)
+        for module, other in zip(self.change.modules(), fresh.modules(), strict=True):
+            for name, tensor in module.named_buffers(recurse=False):
+                value = other.get_buffer(name).to(device, tensor.dtype)
+                module.register_buffer(name, value, persistent=False)
 
     def __repr__(self) -> str:
         """One line: what is adapted, and how many numbers are trained."""
@@ -325,3 +345,17 @@ class ModelAdapter(Adapter):
             raise ConfigError(f"factors: {self.method.name} has none to refer to; leave '{INCLUDE}'")
         change = {name: tensor.float() for name, tensor in self.change_state().items()}  # the model may be cast: half()
         write_adapter(folder, self.record(factors), self._trained() | change, self.frozen, card)
+
+
+def _loses_values(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether what is applied to every tensor leaves the values behind, as `to_empty` does."""
+    probe = torch.tensor(list(os.urandom(16)), dtype=torch.uint8)  # memory that was freed may hold any fixed numbers
+    moved = fn(probe)
+    return not moved.is_meta and not torch.equal(moved.to("cpu", torch.uint8), probe)
+
+
+def _loaded(adapter: ModelAdapter, keys: Any) -> None:
+    """After `load_state_dict`: with `assign` the parameters come from "meta", and what is frozen stays there."""
+    here = not next(adapter.change.parameters()).is_meta
+    if here and any(tensor.is_meta for tensor in adapter.change.buffers()):
+        adapter.fill_frozen()

@@ -293,7 +293,9 @@ class SingularMethod(Method):
         """The singular vectors, out of an adapter's file."""
         return SingularVectors.read(tensors, header, path)
 
-    def recall(self, record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool) -> SingularVectors:
+    def recall(
+        self, record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool, trusted: bool = False
+    ) -> SingularVectors:
         """The singular vectors that an adapter refers to."""
         options, targets = self.options(record), tuple(record["targets"])
         return recall(
@@ -304,6 +306,7 @@ class SingularMethod(Method):
             record,
             path,
             make=make,
+            trusted=trusted,
         )
 
 

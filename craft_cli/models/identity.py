@@ -75,9 +75,11 @@ class Base:
             if part in now.weights and self.weights[part] != now.weights[part]
         ]
         for name in sorted(self.config.keys() | now.config.keys()):
-            then, this = self.config.get(name), now.config.get(name)
+            then, this = (
+                quoted(config[name]) if name in config else "the default" for config in (self.config, now.config)
+            )
             if then != this and (training or not _is_dropout(name)):
-                found.append(f"{quoted(name)} of its configuration was {quoted(then)}, is {quoted(this)}")
+                found.append(f"{quoted(name)} of its configuration was {then}, is {this}")
         if self.tokenizer is not None and now.tokenizer is not None and self.tokenizer != now.tokenizer:
             names = sorted(
                 name

@@ -20,7 +20,7 @@ from torch import Tensor
 from craft_cli.config import AUTO, RunConfig
 from craft_cli.data.batches import Batch
 from craft_cli.data.sources import DataSource, Home, Split
-from craft_cli.data.tables import column_named
+from craft_cli.data.tables import column_named, columns_listed
 from craft_cli.data.tokens import IGNORED, Encoded
 from craft_cli.errors import ConfigError, DataError, ModelError
 from craft_cli.tasks.base import OWN
@@ -151,7 +151,7 @@ class CausalLM:
         if layout is None or missing:
             lacking = f"no column '{missing[0]}'" if missing else "no column of conversations, prompts or texts"
             raise DataError(
-                f"{table.origin} has {lacking}; it has {', '.join(table.columns)} (choose with --text-columns: messages, "
+                f"{table.origin} has {lacking}; it has {columns_listed(table.columns)} (choose with --text-columns: messages, "
                 "prompt,completion or text)"
             )
         if self.form and layout.form != self.form:
@@ -171,7 +171,7 @@ class CausalLM:
         layout = waiting(first.cells, wanted, self.beside, speaks=speaks)
         if layout is None:
             raise DataError(
-                f"{origin} has no column of prompts or conversations; it has {', '.join(first.cells)} (choose with --text-columns)"
+                f"{origin} has no column of prompts or conversations; it has {columns_listed(first.cells)} (choose with --text-columns)"
             )
 
         def read(rows: Sequence[Row]) -> Split:

@@ -204,7 +204,8 @@ def _shown(value: Any) -> str:
 
 def _other_run(config: RunConfig, path: str) -> SavedAdapter:
     """Read the adapter of another run, and check that method, projections and options match the settings."""
-    saved = read_adapter(adapter_to_start_from(path), config.cache_dir, make=True)
+    folder = adapter_to_start_from(path)
+    saved = read_adapter(folder, config.cache_dir, make=True, trusted=config.trust_remote_code)
     if saved.method.name != config.method:
         raise ConfigError(f"--init-from: {path} was trained by {saved.method.name}; pass --method {saved.method.name}")
     targets = config.targets

@@ -125,6 +125,30 @@ def test_a_reference_without_its_factors_is_refused(why: str, tmp_path: Path, mo
     assert "save it there with factors='include'" in told
 
 
+CODE = """
+from pathlib import Path
+Path("PROOF").write_text("ran")
+from transformers import BertConfig
+class Config(BertConfig):
+    pass
+"""
+
+
+def test_code_of_a_base_whose_factors_are_made_again_runs_only_with_the_flag(tmp_path: Path) -> None:
+    base = build_pico("bert", tmp_path / "base")
+    make_two(base)
+    (entry,) = (tmp_path / "cache/craft").glob("*.safetensors")
+    entry.unlink()
+    (base / "code.py").write_text(CODE)
+    settings = json.loads((base / "config.json").read_text())
+    settings |= {"model_type": "strange", "auto_map": {"AutoConfig": "code.Config"}}
+    (base / "config.json").write_text(json.dumps(settings))
+    assert "--trust-remote-code" in failure("merge", "one")
+    told = invoke("merge", "one", "--trust-remote-code").stderr
+    assert Path("PROOF").exists()
+    assert "--trust-remote-code" not in told
+
+
 def test_training_with_referred_factors(pico: Make, data_dir: Path) -> None:
     settings = ("--model", str(pico()), "--task", "sst2", "--data-dir", str(data_dir), "--ranks", "6,5,2", "--use-cpu")
     for kind in ("include", "reference"):
@@ -183,3 +207,32 @@ def test_an_adapter_of_a_model_that_was_cast_loads(method: str, cast: str, pico:
     loaded = craft.load(classifier(pico()), "adapter")
     for name, parameter in loaded.change.trained().items():
         assert torch.equal(parameter, adapter.change.trained()[name].float())
+
+
+FROZEN: list[tuple[str, dict[str, Any]]] = [
+    ("craft", {}), ("pissa", {"rank": 2}), ("lora-xs", {"rank": 2}), ("superlora", {"rank": 2, "superlora_projection": 0.3})
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "options"), FROZEN, ids=[name for name, _ in FROZEN])
+def test_a_model_that_was_emptied_has_its_frozen_tensors_again(
+    method: str, options: dict[str, Any], pico: Make
+) -> None:
+    """They are in no state_dict: `load_state_dict` alone would leave whatever lay in memory, without a word."""
+    model = classifier(pico())
+    shake(craft.attach(model, method=method, **options), 0.1)
+    expected = logits(model)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    transformers_own = [(name, tensor.clone()) for name, tensor in model.named_buffers() if ".craft." not in name]
+    for way in ("emptied", "through meta", "assigned"):
+        if way != "emptied":
+            model.to("meta")
+        if way != "assigned":
+            model.to_empty(device="cpu")
+            for parameter in model.parameters():
+                parameter.data.fill_(torch.nan)
+        model.load_state_dict(state, assign=way == "assigned")
+        for name, tensor in transformers_own:
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, tensor)
+        assert torch.equal(logits(model), expected), way

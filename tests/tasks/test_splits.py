@@ -127,6 +127,12 @@ def test_a_missing_column_lists_those_there_and_the_flag() -> None:
     path = write("t.csv", "text,mark\na,0\nb,1\n")
     assert problem(own, path) == "t.csv has no column 'label'; it has text, mark (choose with --label-column)"
     assert "no column 'x'; it has text, mark (choose with --text-columns)" in problem(own, path, text_columns=("x",))
+    several = write(
+        "several.csv", '"text, whole",label,' + ",".join(f"c{n}" for n in range(99)) + "\na,0" + 99 * ",1" + "\n"
+    )
+    told = problem(own, several, text_columns=("text",))
+    assert 'it has "text, whole", label, c0' in told  # as the flag takes it
+    assert "c17 and 81 more (choose with --text-columns)" in told
     _, (split,) = own(path, label_column="mark")
     assert split.labels == [0, 1]
 

@@ -97,7 +97,9 @@ def decompose_weights(
     return Decomposition(factors.select(targets, ranks), seconds, notes)
 
 
-def recall_factors(record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool) -> Factors:
+def recall_factors(
+    record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool, trusted: bool = False
+) -> Factors:
     """The factors that an adapter refers to; see `recall`.
 
     Raises:
@@ -113,6 +115,7 @@ def recall_factors(record: Mapping[str, Any], path: Path, cache_dir: str | None,
         record,
         path,
         make=make,
+        trusted=trusted,
     )
 
 

@@ -110,9 +110,11 @@ class Craft(Method):
         """The factors, out of an adapter's file."""
         return from_tensors(tensors, header, path)
 
-    def recall(self, record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool) -> Factors:
+    def recall(
+        self, record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool, trusted: bool = False
+    ) -> Factors:
         """The factors that an adapter refers to."""
-        return recall_factors(record, path, cache_dir, make=make)
+        return recall_factors(record, path, cache_dir, make=make, trusted=trusted)
 
     def trained_shapes(self, frozen: Factors, options: CraftOptions) -> dict[str, tuple[int, ...]]:
         """K (r, r) of every projection and mode."""

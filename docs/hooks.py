@@ -19,6 +19,8 @@ ELSEWHERE = {
 """Files of the project that are pages and pictures of the site."""
 WIDE = ("comparison.md",)
 """Pages without a table of contents, to make room for a wide table."""
+_NAME = re.compile(r"(`[\w./]+::[\w.]+`)")
+"""A name in a file, such as `training/loop.py::run`."""
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s:#]+)((?:#[^)\s]*)?)\)")
 
 
@@ -33,7 +35,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn links between files of the project into links between pages. A link to a file that is not a page becomes plain text."""
+    """Turn links between files of the project into links between pages, and mark names in files for `extra.css`.
+
+    A link to a file that is not a page becomes plain text.
+    """
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
     inside = {there: here for here, there in ELSEWHERE.items()}
@@ -47,7 +52,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return words
         return f"{picture}[{words}]({posixpath.relpath(there, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
 
-    return _LINK.sub(moved, markdown)
+    return _NAME.sub(r"\1{.name}", _LINK.sub(moved, markdown))
 
 
 def command_reference() -> str:

@@ -71,11 +71,6 @@ BANNED = {
 }
 """Turns as regular expressions, each with its plainer form."""
 
-NOT_YET = (
-    "craft_cli/methods/",
-)
-"""Rooms and pages that are not rewritten yet."""
-
 
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
@@ -112,6 +107,4 @@ def turns(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_words_are_plain(path: Path) -> None:
-    if path.relative_to(ROOT).as_posix().startswith(NOT_YET):
-        return
     assert not (found := list(turns(path))), "\n" + "\n".join(found)

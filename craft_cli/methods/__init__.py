@@ -1,4 +1,4 @@
-"""Adapter methods, and what holds for all of them: hooks, files, merging, export."""
+"""Adapter methods, and what they share: hooks, files, merging, export."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ METHODS = {
     "lotr": "craft_cli.methods.lotr",
     "superlora": "craft_cli.methods.superlora",
 }
-"""The module of every method, by its name after `--method`. Each has one object `METHOD`."""
+"""The module of every method, by its `--method` name. Each module has one object `METHOD`."""
 
 
 def method_named(name: Any) -> Method:
-    """The method of this name.
+    """The method with this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the name is unknown.
     """
     if name not in METHODS:
         raise ConfigError(f"--method: unknown method '{name}'{nearest(str(name), METHODS)}")

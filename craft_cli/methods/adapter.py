@@ -1,12 +1,12 @@
-"""The hooks that add a change to a model, whatever method computes it. This module knows torch only.
+"""The hooks that add the change of any method to a model. This module depends only on torch.
 
-Attached, an adapter is a submodule of the model, so that optimizers, DDP and `.to()` see it. The model's own modules stay
-as they are: a forward hook on each adapted layer adds x @ chain to its output.
+An attached adapter is a submodule of the model, so that optimizers, DDP and `.to()` see it. The model's own modules do
+not change. A forward hook on each adapted layer adds x @ chain to its output.
 
-The chains of a projection are computed when the first of its layers asks, and serve the others as long as a module that
-holds several of them runs, or, where activations are recomputed, for one backward pass. A layer called by itself gets
-chains of its own. So the change is that of the parameters as they are, whoever calls whatever part of the model; only
-inside one forward, or one backward pass, they must stay the same.
+The chains of a projection are computed for its first layer. The other layers reuse them while a module with several of
+these layers runs, or for one backward pass if activations are recomputed. A layer called alone computes its own chains.
+So every call, of any part of the model, uses the current parameters. They must stay the same only during one forward or
+backward pass.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from craft_cli.models.views import View
 _REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
 _SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 _Call = tuple[FrameType, nn.Module]
-_NOT_FINITE = "the change is not finite: train again with a lower learning rate"
+_NOT_FINITE = "the change is not finite: train with a lower learning rate"
 
 
 class _Layer:
     """The forward hook of one adapted layer.
 
-    Compiled, nothing in it differs between layers but tensors, so that all of them share one graph.
+    When compiled, only tensors differ between layers, so that all layers share one graph.
     """
 
     fed: Chain | None = None
-    """What a compiled block works with; its caller puts it here."""
+    """The chain for a compiled block, set by its caller."""
     in_compiled_block = False
 
     def __init__(self, adapter: Adapter, projection: str, number: int, view: View) -> None:
@@ -49,7 +49,7 @@ class _Layer:
         self.dropout = adapter.change.dropout
 
     def __getstate__(self) -> dict[str, object]:
-        """For copies and pickles: compiled code and the tensors of its last call stay behind."""
+        """The state for copies and pickles, without compiled code and the tensors of its last call."""
         return {name: value for name, value in vars(self).items() if name not in ("fed", "in_compiled_block")}
 
     def __call__(
@@ -60,7 +60,7 @@ class _Layer:
             chain = self.adapter.chain(self.projection, self.number, x)
         elif self.in_compiled_block:
             chain = self.fed
-        else:  # somebody compiles the whole model: equal computations of its layers become one
+        else:  # the user compiled the whole model, which merges equal computations
             chain = self.adapter.chain(self.projection, self.number, x, traced=True)
         if chain is None:  # disabled
             return output
@@ -73,10 +73,10 @@ class _Layer:
 
 
 class Adapter(nn.Module):
-    """A change and its place in a model.
+    """A change that can be attached to a model.
 
     Args:
-        change: of any method.
+        change: the change, of any method.
     """
 
     ATTRIBUTE = "craft"
@@ -92,11 +92,11 @@ class Adapter(nn.Module):
         self._enabled = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: what was computed for a running forward stays behind."""
+        """The state for copies and pickles, without the chains of a running forward."""
         return {**super().__getstate__(), "_running": {}, "_ready": {}}
 
     def count_parameters(self) -> int:
-        """How many numbers are trained, the head's not among them."""
+        """The number of trained parameters, without the head."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     # -- in a model -------------------------------------------------------------------------------------------------
@@ -105,24 +105,26 @@ class Adapter(nn.Module):
         """Adapt `root` in place.
 
         Args:
-            root: the module that paths in `views` start from.
-            views: for every projection, one view a layer.
+            root: the module that paths in `views` are relative to.
+            views: one view per layer, for every projection.
 
         Raises:
-            ValueError: `root` carries an adapter already, is compiled, or a view's weight has another shape.
+            ValueError: `root` already has an adapter, is compiled, or a weight has another shape.
         """
         if hasattr(root, self.ATTRIBUTE):
-            raise ValueError("this model carries an adapter already: detach it first")
+            raise ValueError("this model already has an adapter: detach it first")
         if any(getattr(module, "_compiled_call_impl", None) for module in root.modules()):
-            raise ValueError("this model is compiled, and compiled code does not see new hooks: attach, then compile")
+            raise ValueError("this model is compiled, and compiled code ignores new hooks: attach first, then compile")
         for name, shape in self.change.shapes.items():
-            found = [view.shape(view.stored_shape(root)) for view in views[name]]
-            if (len(found), *found[0]) != shape or len(set(found)) != 1:
-                raise ValueError(f"{name}: the model has {len(found)} layers {found[0]}, the change is for {shape}")
+            layers = [view.shape(view.stored_shape(root)) for view in views[name]]
+            if (len(layers), *layers[0]) != shape or len(set(layers)) != 1:
+                raise ValueError(
+                    f"{name}: the model has {len(layers)} layers {layers[0]}, but the change is for {shape}"
+                )
         self.to(next(root.parameters()).device)
         self._views = {name: views[name] for name in self.change.shapes}
-        for name, layers in self._views.items():
-            self._layers += [_Layer(self, name, number, view) for number, view in enumerate(layers)]
+        for name, adapted in self._views.items():
+            self._layers += [_Layer(self, name, number, view) for number, view in enumerate(adapted)]
         for layer in self._layers:
             module = layer.view.module_of(root)
             self._handles.append(module.register_forward_hook(layer, with_kwargs=True))
@@ -133,7 +135,7 @@ class Adapter(nn.Module):
         root.add_module(self.ATTRIBUTE, self)
 
     def detach(self, root: nn.Module) -> None:
-        """Take the adapter off: `root` is the base model again, bit for bit."""
+        """Remove the adapter, so that `root` is the base model, bit for bit."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._layers, self._views = [], [], {}
@@ -142,26 +144,26 @@ class Adapter(nn.Module):
             delattr(root, self.ATTRIBUTE)
 
     def modules_adapted(self) -> list[str]:
-        """Paths of the modules that are adapted, from the root it is attached to."""
+        """Paths of the adapted modules, relative to the root."""
         return list(dict.fromkeys(layer.view.module for layer in self._layers))
 
     @torch.no_grad()
     def changes_something(self) -> bool:
-        """Whether any weight's change is not zero, before it is rounded."""
+        """Whether the change of any weight is nonzero, before rounding."""
         return any(bool(delta(chain).any()) for name in self._views for chain in self.change.chains(name))
 
     @torch.no_grad()
     def merge(self, root: nn.Module) -> list[str]:
-        """Add dW to the weights of `root` and take the adapter off.
+        """Add dW to the weights of `root` and remove the adapter.
 
         Returns:
             The paths of the modules whose weight changed.
 
         Raises:
-            ValueError: no weight changes (merging nothing is a mistake somewhere before), or the change is not finite.
+            ValueError: no weight changes (an earlier mistake), the change is not finite, or the adapter is detached.
         """
         if not self._views:
-            raise ValueError("this adapter is attached to no model")
+            raise ValueError("this adapter is not attached to a model")
         changed = []
         chains = {name: self.change.chains(name) for name in self._views}
         if not all(delta(chain).isfinite().all() for layers in chains.values() for chain in layers):
@@ -174,17 +176,17 @@ class Adapter(nn.Module):
                 if not torch.equal(before, weight):
                     changed.append(view.module)
         if not changed:
-            raise ValueError("merging changes no tensor: the trained numbers are (or round to) zero")
+            raise ValueError("merging changes no tensor: the trained parameters are zero or round to zero")
         self.detach(root)
         return list(dict.fromkeys(changed))
 
     @torch.no_grad()
     def merge_into(self, state: dict[str, Tensor], prefix: str = "") -> None:
-        """Replace the adapted weights in a `state_dict` by copies that hold the change; the model stays as it is.
+        """Replace the adapted weights in a `state_dict` with merged copies; the model does not change.
 
         Args:
             state: weights by name.
-            prefix: of the names of the root's weights in it.
+            prefix: prefix of the root's names in it.
 
         Raises:
             ModelError: the change is not finite.
@@ -203,7 +205,7 @@ class Adapter(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model computes without the change, bit for bit as before it was attached."""
+        """Inside the block, the model computes without the change, bit for bit as before it was attached."""
         before, self._enabled = self._enabled, False
         try:
             yield
@@ -213,10 +215,10 @@ class Adapter(nn.Module):
     # -- in a forward -----------------------------------------------------------------------------------------------
 
     def chain(self, projection: str, layer: int, x: Tensor, *, traced: bool = False) -> Chain | None:
-        """The chain of one layer, in the dtype that a layer with the input `x` computes in; None where disabled.
+        """The chain of one layer, in the dtype that the layer computes the input `x` in; None if disabled.
 
         Raises:
-            ModelError: reentrant checkpointing, through which no right gradient comes.
+            ModelError: reentrant gradient checkpointing, which gives wrong gradients.
         """
         if not self._enabled:
             return None
@@ -224,7 +226,7 @@ class Adapter(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if traced:
             return self._compute(projection, dtype, device)[layer]
-        thread, backward = threading.get_ident(), torch._C._current_graph_task_id()  # -1 outside of a backward pass
+        thread, backward = threading.get_ident(), torch._C._current_graph_task_id()  # -1 outside a backward pass
         shared = backward != -1 or self._runs_in(thread)
         key = (thread, backward, projection, torch.is_grad_enabled(), dtype)
         chains = self._ready.get(key) if shared else None
@@ -238,11 +240,11 @@ class Adapter(nn.Module):
         return chains[layer]
 
     def feed(self, block: nn.Module, path: str) -> None:
-        """Have a compiled block called with the chains of its layers, which it cannot compute by itself.
+        """Pass the chains of its layers to a compiled block, which cannot compute them.
 
         Args:
-            block: compiled in place.
-            path: its own, from the root.
+            block: the block, compiled in place.
+            path: its path, relative to the root.
         """
         layers = [layer for layer in self._layers if layer.view.module.startswith(f"{path}.")]
         compiled: Callable[..., Any] = block._compiled_call_impl  # type: ignore[assignment]
@@ -262,7 +264,7 @@ class Adapter(nn.Module):
             return self.change.chains(projection, dtype)
 
     def _containers(self) -> list[str]:
-        """Paths of the modules that hold several layers of a projection, the root among them."""
+        """Paths of the modules with several layers of a projection, including the root."""
         counts: dict[str, int] = {"": 2}
         for views in self._views.values():
             for path in {path for view in views for path in _above(view.module)}:
@@ -274,7 +276,7 @@ class Adapter(nn.Module):
         if torch.compiler.is_compiling():
             return
         thread, backward = threading.get_ident(), torch._C._current_graph_task_id()
-        if not self._runs_in(thread):  # what former passes left, and backward passes of any thread
+        if not self._runs_in(thread):  # remove chains of earlier passes, and of backward passes in any thread
             self._forget(lambda key: key[1] != backward if key[1] != -1 else key[0] == thread)
         self._running.setdefault(thread, []).append((sys._getframe(1), module))
 
@@ -291,9 +293,9 @@ class Adapter(nn.Module):
             self._end_pass(thread)
 
     def _runs_in(self, thread: int) -> bool:
-        """Whether a module that holds several layers runs in this thread.
+        """Whether a module with several layers is running in this thread.
 
-        One that a Ctrl-C ended was never left: torch calls no hook for it.
+        torch calls no forward hook for a module that Ctrl-C ended, so its frame is checked.
         """
         calls = self._running.get(thread)
         if calls and _has_ended(calls[0][0]):
@@ -312,7 +314,7 @@ class Adapter(nn.Module):
 
 
 def _has_ended(frame: FrameType) -> bool:
-    """Whether what a frame belongs to has returned or raised; if so, its variables are let go."""
+    """Whether the call of a frame has returned or raised; if so, clear its variables."""
     try:
         frame.clear()
     except RuntimeError:  # it is executing
@@ -322,7 +324,7 @@ def _has_ended(frame: FrameType) -> bool:
 
 @contextmanager
 def _outside_of_checkpoints() -> Iterator[None]:
-    """What is computed inside is no part of what a checkpoint around it keeps, computes again, or looks up."""
+    """Inside the block, a surrounding activation checkpoint neither saves nor recomputes anything."""
     with ExitStack() as stack:
         modes = _get_current_dispatch_mode_stack()
         if any(isinstance(mode, _SELECTIVE) for mode in modes):
@@ -333,22 +335,22 @@ def _outside_of_checkpoints() -> Iterator[None]:
 
 
 def _above(path: str) -> list[str]:
-    """Every path above a module's, the root's left out."""
+    """All parent paths of a module, without the root."""
     parts = path.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def _refuse_reentrant() -> None:
-    """Reentrant checkpointing runs a forward outside of autograd, and again inside the backward pass.
+    """Refuse reentrant checkpointing: it runs a forward without autograd, and repeats it in the backward pass.
 
     Raises:
-        ModelError: the call that asks comes out of one.
+        ModelError: the current call is inside reentrant checkpointing.
     """
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code in _REENTRANT:
             raise ModelError(
-                "reentrant gradient checkpointing gives an adapter no gradient, or a wrong one: enable it with "
+                "reentrant gradient checkpointing gives an adapter no gradient or a wrong one: enable it with "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
         frame = frame.f_back  # type: ignore[assignment]

@@ -1,8 +1,8 @@
-"""An adapter's folder: `adapter_config.json` and `adapter_model.safetensors`, written and read without any model.
+"""Write and read an adapter's folder, `adapter_config.json` and `adapter_model.safetensors`, without a model.
 
-A folder may come from a stranger: nothing in it is believed. Either it holds what its method keeps of the base, or only the
-sha256 of that (`factors: reference`): then it is looked for in the cache. Reading fetches and computes nothing, unless the
-caller asks for what the cache lacks to be made again. Only `adapter_at` asks the hub, where a hub id is given.
+A folder may come from an untrusted source, so all of it is checked. It holds the frozen tensors of its method, or only
+their sha256 (`factors: reference`); these tensors are then read from the cache. Reading downloads and computes nothing,
+unless the caller allows missing tensors to be recomputed. Only `adapter_at` contacts the Hub, for a Hub id.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 KIND = "an adapter"
 BESIDE = "adapter"
-"""An adapter's folder inside that of a run, or beside the merged weights of a saved model."""
+"""The adapter's folder in a run, or in the folder of a saved model with merged weights."""
 INCLUDE, REFERENCE = "include", "reference"
 HEAD = "head."
 _DTYPES = tuple(getattr(torch, name) for name in DTYPES)
@@ -48,16 +48,16 @@ _DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 
 @dataclass(frozen=True, eq=False)
 class SavedAdapter:
-    """What an adapter's folder holds.
+    """The contents of an adapter's folder.
 
     Attributes:
         path: the folder.
         record: adapter_config.json.
-        method: that trained it.
-        frozen: what the method kept of the base, of the folder or of the cache.
-        trained: what was trained, by the names of the change's parameters.
-        head: the trained head by the names of the model's parameters.
-        sha256: of the file that it was read from.
+        method: the method.
+        frozen: the frozen tensors of the method, from the folder or the cache.
+        trained: trained parameters of the change, by name.
+        head: trained parameters of the head, by their names in the model.
+        sha256: sha256 of the tensor file.
     """
 
     path: Path
@@ -70,7 +70,7 @@ class SavedAdapter:
 
     @property
     def base(self) -> Base:
-        """The base that it was trained on."""
+        """The base it was trained on."""
         return Base.read(self.record["base_model"])
 
     @property
@@ -79,55 +79,55 @@ class SavedAdapter:
         return self.method.options(self.record)
 
     def chains(self, target: str) -> Iterator[Chain]:
-        """The change of every layer of a projection in float64, one at a time."""
+        """Iterate over the chains of a projection's layers, in float64."""
         return self.method.chains_in_turn(self.frozen, self.record, self.trained, target)
 
     def facts(self, target: str) -> dict[str, Any]:
-        """What is shown of a projection."""
+        """Facts about a projection, for display."""
         return self.method.facts(self.frozen, self.record, self.trained, target)
 
     def check_head(self, model: Any) -> None:
-        """Refuse a model without the place for the adapter's head; an adapter without a head fits any class and labels.
+        """Refuse a model that the adapter's head does not fit; an adapter without a head fits every class.
 
         Raises:
-            ModelError: so.
+            ModelError: the class, the number of labels or a parameter of the head differs.
         """
         if not self.head:
             return
-        state, told = model.state_dict(), self.record["model"]
-        kind = type(model).__name__.removeprefix("FSDP")  # which FSDP puts before it
-        if kind != told["architecture"]:
+        state, needed = model.state_dict(), self.record["model"]
+        kind = type(model).__name__.removeprefix("FSDP")  # a prefix that FSDP adds
+        if kind != needed["architecture"]:
             raise ModelError(
-                f"{self.path} was trained on a {told['architecture']}, this is a {kind}: load a "
-                f"{told['architecture']} with num_labels={told['num_labels']}"
+                f"{self.path} was trained on a {needed['architecture']}, but this is a {kind}: load a "
+                f"{needed['architecture']} with num_labels={needed['num_labels']}"
             )
-        if model.config.num_labels != told["num_labels"]:
+        if model.config.num_labels != needed["num_labels"]:
             raise ModelError(
-                f"{self.path} has {told['num_labels']} labels, this model {model.config.num_labels}: load a "
-                f"{told['architecture']} with num_labels={told['num_labels']}"
+                f"{self.path} has {needed['num_labels']} labels, but this model has {model.config.num_labels}: load a "
+                f"{needed['architecture']} with num_labels={needed['num_labels']}"
             )
         for parameter, tensor in self.head.items():
             if parameter not in state or state[parameter].shape != tensor.shape:
-                found = f"is {tuple(state[parameter].shape)}" if parameter in state else "is missing"
+                actual = f"is {tuple(state[parameter].shape)}" if parameter in state else "is missing"
                 raise ModelError(
-                    f"{self.path}: its head needs {parameter!r} {tuple(tensor.shape)}, which {found} in this model; load a "
-                    f"{told['architecture']} with num_labels={told['num_labels']}"
+                    f"{self.path}: its head needs {parameter!r} {tuple(tensor.shape)}, which {actual} in this model; load "
+                    f"a {needed['architecture']} with num_labels={needed['num_labels']}"
                 )
 
 
 def adapter_at(path: str | Path, revision: str | None = None) -> Path | None:
-    """The adapter's folder that a path or a hub id names.
+    """Resolve a path or a Hub id to an adapter's folder.
 
     Args:
-        path: the folder; one with an adapter in its folder `adapter`, as a run or a saved model is; or OWNER/NAME of a
-            repository on the hub, of which nothing but the two files of an adapter is fetched.
+        path: the folder; a run or saved model with an `adapter` folder; or OWNER/NAME of a Hub repository, of which
+            only the two files of an adapter are downloaded.
         revision: branch, tag or commit of the repository.
 
     Returns:
-        The folder; None where it is something else.
+        The folder; None if there is no adapter.
 
     Raises:
-        ModelError: it is a hub id, and the hub has no such repository or cannot be reached; or it cannot be a path.
+        ModelError: the Hub has no such repository or cannot be reached, or the path is invalid.
     """
     path = local_path(path)
     for folder in (path, path / BESIDE):
@@ -139,7 +139,7 @@ def adapter_at(path: str | Path, revision: str | None = None) -> Path | None:
 
 
 def _is_hub_id(path: Path) -> bool:
-    """Whether a path can only be meant as OWNER/NAME on the hub: it is not here, and there is no folder OWNER either."""
+    """Whether a path can only be OWNER/NAME on the Hub: neither it nor a folder OWNER exists."""
     return is_hub_id(str(path)) and not path.exists() and not path.parent.exists()
 
 
@@ -150,12 +150,13 @@ def read_adapter(
 
     Args:
         path: the folder.
-        cache_dir: where it is looked for what the adapter only refers to; `~/.cache/craft` without.
-        make: where the cache lacks that, have the method prepare it again from the base; else nothing is fetched or written.
-        trusted: whether the user lets Python code of that base run.
+        cache_dir: cache folder for tensors that the adapter only refers to. Default: `~/.cache/craft`.
+        make: whether to recompute such tensors from the base if they are not cached; if not, nothing is downloaded or
+            written.
+        trusted: whether Python code in the base checkpoint may run.
 
     Raises:
-        FileError: it is no adapter, is damaged, or refers to what cannot be had.
+        FileError: there is no adapter, it is damaged, or tensors that it refers to are not available.
     """
     return steadily(path, lambda: _read(path, cache_dir, make=make, trusted=trusted))
 
@@ -167,34 +168,34 @@ def _read(path: Path, cache_dir: str | Path | None, *, make: bool, trusted: bool
     tensors, header = read_tensors(file, KIND)
     head = {name.removeprefix(HEAD): tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
     if header.get("sha256") != record["base_model"]["sha256"] or header.get("targets") != record["targets"]:
-        raise FileError(f"{path} is damaged: {CONFIG_FILE} and {TENSOR_FILE} speak of other weights")
+        raise FileError(f"{path} is damaged: {CONFIG_FILE} and {TENSOR_FILE} refer to different weights")
     if sorted(head) != sorted(record["head"]):
-        raise FileError(f"{path} is damaged: {TENSOR_FILE} holds another head than {CONFIG_FILE} names")
-    stored = record.get("factors", {}).get("stored", INCLUDE) == INCLUDE
-    if stored:
+        raise FileError(f"{path} is damaged: {TENSOR_FILE} does not have the head that {CONFIG_FILE} names")
+    included = record.get("factors", {}).get("stored", INCLUDE) == INCLUDE
+    if included:
         frozen = method.read(tensors, header, file)
     else:
         folder = None if cache_dir is None else str(cache_dir)
         frozen = method.recall(record, path, folder, make=make, trusted=trusted)
     layers = {target: shape[0] for target, shape in frozen.shapes.items()}
     if len(set(layers.values())) != 1:
-        raise FileError(f"{path} is damaged: its projections are of different numbers of layers {layers}")
+        raise FileError(f"{path} is damaged: its projections have different numbers of layers {layers}")
 
     try:
         shapes = method.trained_shapes(frozen, method.options(record))
-    except (RuntimeError, OverflowError, TypeError) as error:  # of a size that cannot be
+    except (RuntimeError, OverflowError, TypeError) as error:  # impossible sizes
         raise FileError(f"{path / CONFIG_FILE} is damaged: {quoted(str(error).splitlines()[0])}") from error
-    expected = set(shapes) | {HEAD + name for name in head} | (set(frozen.tensors()) if stored else set())
+    expected = set(shapes) | {HEAD + name for name in head} | (set(frozen.tensors()) if included else set())
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)[0]
-        raise FileError(f"{file} is damaged: {quoted(odd)} is {'too much' if odd in tensors else 'missing'}")
+        raise FileError(f"{file} is damaged: {quoted(odd)} is {'unexpected' if odd in tensors else 'missing'}")
     for name, shape in shapes.items():
-        found = tensors[name]
-        if tuple(found.shape) != shape or found.dtype != torch.float32:
-            raise FileError(f"{file} is damaged: {name} is {found.dtype} {tuple(found.shape)}, not {shape}")
+        stored = tensors[name]
+        if tuple(stored.shape) != shape or stored.dtype != torch.float32:
+            raise FileError(f"{file} is damaged: {name} is {stored.dtype} {tuple(stored.shape)}, not {shape}")
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES or not torch.isfinite(tensor).all():
-            raise FileError(f"{file} is damaged: {quoted(name)} holds values that are not finite numbers")
+            raise FileError(f"{file} is damaged: {quoted(name)} has values that are not finite")
     trained = {name: tensors[name] for name in shapes}
     return SavedAdapter(path, record, method, frozen, trained, head, sha256_of(file))
 
@@ -202,40 +203,40 @@ def _read(path: Path, cache_dir: str | Path | None, *, make: bool, trusted: bool
 def write_adapter(
     folder: Path, record: Mapping[str, Any], trained: Mapping[str, Tensor], frozen: Frozen, card: str | None = None
 ) -> None:
-    """Write the files of an adapter into a folder that is there, and check them by reading them back.
+    """Write an adapter's files into an existing folder, and verify them by reading them back.
 
     Args:
-        folder: to write to.
-        record: what adapter_config.json says; see `AdapterRecord`.
-        trained: parameters of the change, and of the head with `HEAD` before their names.
-        frozen: what the method keeps of the base.
+        folder: the folder.
+        record: the content of adapter_config.json.
+        trained: parameters of the change, and of the head with the prefix `HEAD`.
+        frozen: the frozen tensors of the method.
         card: text of README.md.
 
     Raises:
-        FileError: one cannot be written, or reads back different; or a number is not finite.
+        FileError: a file cannot be written, differs when it is read back, or a parameter is not finite.
     """
     state = dict(trained)
     if record.get("factors", {}).get("stored", INCLUDE) == INCLUDE:
         state |= frozen.tensors()
     for name, tensor in trained.items():
-        if not torch.isfinite(tensor).all():  # it could not be read again
-            held = "nan, which is no number" if torch.isnan(tensor).any() else "an infinite number"
-            raise FileError(f"{folder}: the adapter is not written, since {name} holds {held}")
+        if not torch.isfinite(tensor).all():  # it could not be loaded
+            value = "nan" if torch.isnan(tensor).any() else "an infinite value"
+            raise FileError(f"{folder}: the adapter was not written, because {name} has {value}")
     write_tensors(folder / TENSOR_FILE, KIND, state, {"targets": list(frozen.targets)} | frozen.identity())
     write_json(folder / CONFIG_FILE, record)
     if card is not None:
         write_bytes(folder / "README.md", card.encode(errors="backslashreplace"))
     saved, _ = read_tensors(folder / TENSOR_FILE, KIND)
     if any(not torch.equal(saved[name], tensor.detach().cpu()) for name, tensor in state.items()):
-        raise FileError(f"{folder}: the adapter reads back different from what was written; the disk may be failing")
+        raise FileError(f"{folder}: the adapter differs when it is read back; the disk may be failing")
 
 
-# -- the description ----------------------------------------------------------------------------------------------------
+# -- adapter_config.json -----------------------------------------------------------------------------------------------
 
 
 def _one_line(text: str) -> str:
     if not text.isprintable():
-        raise ValueError("it holds control characters")
+        raise ValueError("it has control characters")
     return text
 
 
@@ -244,7 +245,7 @@ _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")  # later formats may say more
+    model_config = ConfigDict(strict=True, extra="allow")  # later formats may have more entries
 
 
 class _Base(_Strict):
@@ -295,7 +296,7 @@ class _Data(_Strict):
 
 
 class _Training(_Strict):
-    """All optional: a user of the Python API may say nothing."""
+    """All entries are optional, since a user of the Python API may set none."""
 
     task: _Line = ""
     task_type: _Line | None = None
@@ -326,16 +327,16 @@ class _Record(_Strict):
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What an adapter's folder says of itself.
+    """Read and check adapter_config.json.
 
     Raises:
-        FileError: it is no adapter, or is damaged.
+        FileError: there is no adapter, or it is damaged.
     """
     if not (path / CONFIG_FILE).is_file():
-        raise FileError(f"{path} is no adapter: it holds no {CONFIG_FILE}")
+        raise FileError(f"{path} is not an adapter: it has no {CONFIG_FILE}")
     record = read_json(path / CONFIG_FILE)
     if str(record.get("method")) not in METHODS:
-        raise FileError(f"{path} is not an adapter of craft's (an adapter of peft's is loaded with peft)")
+        raise FileError(f"{path} is not a craft adapter (load a PEFT adapter with peft)")
     check_version(record, path)
     try:
         checked = _Record.model_validate(record)
@@ -347,7 +348,7 @@ def read_record(path: Path) -> dict[str, Any]:
     targets = set(checked.targets)
     alike = targets == set(checked.base_model.sha256)
     if set(checked.model.id2label) != labels or not alike or not targets:
-        raise FileError(f"{path / CONFIG_FILE} is damaged: its labels or its projections contradict each other")
+        raise FileError(f"{path / CONFIG_FILE} is damaged: its labels or projections are inconsistent")
     if checked.task_type not in (None, checked.training.task_type):
         raise FileError(f"{path / CONFIG_FILE} is damaged: it names two task types")
     try:

@@ -1,4 +1,4 @@
-"""An adapter beside its base on disk, and its change written into dense weights, tensor by tensor."""
+"""A saved adapter on its base, streamed from disk, and its merged weights, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ class AdaptedBase:
 
     Args:
         saved: the adapter.
-        trust_remote_code: run Python code that comes with the base.
-        allow_other_base: take a base that is not as it was in training.
+        trust_remote_code: whether Python code in the base checkpoint may run.
+        allow_other_base: whether to accept a base that differs from the one in training.
 
     Attributes:
         saved: the adapter.
         base: the model, of the class that was trained.
-        views: of every projection, one a layer.
-        change: what the adapter does to the weights.
+        views: one view per layer, for every projection.
+        change: the change of the adapter.
 
     Raises:
-        ModelError: the base is missing, is another one, or does not fit the class that was trained.
+        ModelError: the base is missing, differs, or does not fit the class that was trained.
     """
 
     def __init__(self, saved: SavedAdapter, *, trust_remote_code: bool = False, allow_other_base: bool = False) -> None:
         self.saved = saved
-        base, told = saved.record["base_model"], saved.record["model"]
+        base, model = saved.record["base_model"], saved.record["model"]
         checkpoint = resolve(base["model"], base["revision"], trust_remote_code=trust_remote_code)
         self.views = layer_views(checkpoint.config(), saved.frozen.targets)
         self._check_weights(checkpoint, allow_other=allow_other_base)
         layered = [view.module for views in self.views.values() for view in views]
-        self.base = StreamedModel(checkpoint, told["architecture"], told, saved.head, layered)
+        self.base = StreamedModel(checkpoint, model["architecture"], model, saved.head, layered)
         self._marks = {file: stamp(file) for file in self.base.reader.weight_files()}
         self._check_head()
         self.change = saved.method.build(saved.frozen, saved.options)
@@ -61,51 +61,51 @@ class AdaptedBase:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """Of the base."""
+        """The checkpoint of the base."""
         return self.base.checkpoint
 
     @property
     def threshold(self) -> float:
-        """Above which a label applies, where several can."""
+        """Multi-label: the probability above which a label is predicted."""
         return float(self.saved.record.get("training", {}).get("threshold", THRESHOLD))
 
     @property
     def talks(self) -> bool:
-        """Whether it was trained on conversations."""
+        """Whether the adapter was trained on conversations."""
         return self.saved.record.get("training", {}).get("form") == "messages"
 
     @property
     def chat_template(self) -> str:
-        """That of the training, where it was not the tokenizer's own; else empty."""
+        """The chat template in training; empty if it was the tokenizer's own."""
         return str(self.saved.record.get("training", {}).get("chat_template") or "")
 
     @property
     def kept(self) -> dict[str, Any]:
-        """What of the training those must know who evaluate and predict: threshold, length, names of columns."""
+        """Training settings that evaluation and prediction need: threshold, maximum length, column names."""
         training = self.saved.record.get("training", {})
         data = training.get("data") or {}
         names = ("text_columns", "text_separator", "label_column", "label_separator", "beside")
-        found = {name: training.get(name) for name in ("max_seq_length", "form", "train_on")}
-        found |= {name: data.get(name) for name in names}
+        settings = {name: training.get(name) for name in ("max_seq_length", "form", "train_on")}
+        settings |= {name: data.get(name) for name in names}
         if self.threshold != THRESHOLD:
-            found["threshold"] = self.threshold
-        return {name: value for name, value in found.items() if value}
+            settings["threshold"] = self.threshold
+        return {name: value for name, value in settings.items() if value}
 
     def changes(self) -> dict[str, list[tuple[View, str, int]]]:
-        """Which views, of which projection and layer, the adapter changes in a tensor, by the tensor's name."""
-        found: dict[str, list[tuple[View, str, int]]] = {}
+        """The views that the adapter changes, with their projection and layer, by the name of the tensor."""
+        changes: dict[str, list[tuple[View, str, int]]] = {}
         for target, views in self.views.items():
             for layer, view in enumerate(views):
-                found.setdefault(f"{self.base.prefix}{view.module}.weight", []).append((view, target, layer))
-        return found
+                changes.setdefault(f"{self.base.prefix}{view.module}.weight", []).append((view, target, layer))
+        return changes
 
     def chains(self) -> dict[str, Sequence[Chain]]:
-        """The change of every projection."""
+        """The chains of every projection."""
         with torch.no_grad():
             return {target: self.change.chains(target) for target in self.views}
 
     def changes_something(self) -> bool:
-        """Whether any weight's change is not zero, before it is rounded."""
+        """Whether the change of any weight is nonzero, before rounding."""
         return any(bool(delta(chain).any()) for chains in self.chains().values() for chain in chains)
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
@@ -125,26 +125,27 @@ class AdaptedBase:
         reader = checkpoint.open()
         for target, views in self.views.items():
             shape = tuple(self.saved.frozen.shapes[target])
-            found = {(len(views), *matrix.shape) for matrix in reader.matrices(views)}
-            if found != {shape}:  # before anything is computed
+            shapes = {(len(views), *matrix.shape) for matrix in reader.matrices(views)}
+            if shapes != {shape}:  # before anything is computed
                 raise ModelError(
-                    f"{self.saved.path}: the change of {target} is for {shape}, {checkpoint.name} has "
-                    f"{' and '.join(map(str, sorted(found))) or 'no layers'} there"
+                    f"{self.saved.path}: the change of {target} is for {shape}, but {checkpoint.name} has "
+                    f"{' and '.join(map(str, sorted(shapes))) or 'no layers'}"
                 )
             layers = (checkpoint.open().matrices([view])[0] for view in views)  # mapped one after the other
             if not allow_other and fingerprint(layers) != self.saved.frozen.fingerprints[target]:
                 raise ModelError(
-                    f"this model has other weights ({target}) than {self.saved.frozen.model}, which the adapter belongs to"
+                    f"the weights of this model ({target}) differ from those of {self.saved.frozen.model}, which the "
+                    "adapter belongs to"
                 )
         if not allow_other:
             kind = self.saved.record["model"]["architecture"]
             self.saved.base.check(base_of(checkpoint, kind), str(self.saved.path))
 
     def check_unchanged(self) -> None:
-        """Refuse what was made of files that were replaced meanwhile: their hashes would not be those of what was read.
+        """Refuse base files that were replaced while they were read, since their hashes would be wrong.
 
         Raises:
-            ModelError: one is another now.
+            ModelError: a file was replaced.
         """
         for file, mark in self._marks.items():
             if stamp(file) != mark:
@@ -154,16 +155,16 @@ class AdaptedBase:
         changed = self.changes()
         for name in self.saved.head:
             if name not in self.base.shapes or name in changed:
-                why = "it adapts too" if name in changed else f"{self.checkpoint.name} lacks"
-                raise ModelError(f"{self.saved.path}: its head holds {quoted(name)}, which {why}")
+                why = "is also adapted" if name in changed else f"{self.checkpoint.name} does not have"
+                raise ModelError(f"{self.saved.path}: its head has {quoted(name)}, which {why}")
 
 
 class Dense:
     """A plain checkpoint, written tensor by tensor into `folder`.
 
     Attributes:
-        changed: names of the tensors that differ from the base's.
-        dtype: of the weights.
+        changed: names of the tensors that differ from the base.
+        dtype: dtype of the weights.
         head: names of the trained head's parameters.
     """
 
@@ -180,7 +181,7 @@ class Dense:
         entries = {}
         for name, shape in adapted.base.shapes.items():
             kind = adapted.base.dtypes[name]
-            if kind.is_floating_point:  # the head was trained in float32; it follows the rest
+            if kind.is_floating_point:  # the head was trained in float32, but follows the other weights
                 kind = self.dtype if dtype or name in adapted.saved.head else kind
             entries[adapted.base.name_on_disk(name)] = Entry(
                 shape, kind, partial(self._tensor, name, kind, changes.get(name, ()))
@@ -189,7 +190,7 @@ class Dense:
         config = adapted.base.model.config
         config.architectures = [type(adapted.base.model).__name__]
         config.dtype = self.dtype
-        vars(config).pop(MERGED_KEY, None)  # of a base that was merged too
+        vars(config).pop(MERGED_KEY, None)  # from a base that is a merged model
         if adapted.kept:
             setattr(config, MERGED_KEY, adapted.kept)
         config.save_pretrained(folder)
@@ -199,19 +200,19 @@ class Dense:
         for file in files:
             shutil.copyfile(file, folder / file.name)
         whole = Checkpoint(str(folder), None, folder, adapted.checkpoint.trusted)
-        tokens, former = probe(whole, adapted.base.tables), adapted.base.probe
-        if any(not torch.equal(tokens[name], former[name]) for name in former):
+        tokens, expected = probe(whole, adapted.base.tables), adapted.base.probe
+        if any(not torch.equal(tokens[name], expected[name]) for name in expected):
             raise ModelError(
-                f"{folder}: the tokenizer written gives other tokens than that of {adapted.checkpoint.name}"
+                f"{folder}: the saved tokenizer gives different tokens from that of {adapted.checkpoint.name}"
             )
         self._reader = whole.open()
 
     def read(self, name: str) -> Tensor:
-        """A tensor out of what was written."""
+        """Read a tensor of the written checkpoint."""
         return self._reader.read(self._base.name_on_disk(name))
 
     def _tensor(self, name: str, dtype: torch.dtype, changes: Sequence[tuple[View, str, int]]) -> Tensor:
-        """A tensor as it is written: the change is added in float32 (or wider), then rounded once."""
+        """A tensor for the checkpoint: the change is added in float32 or wider, then rounded once."""
         before = self._base.read(name)
         if not changes:
             return before.to(dtype)

@@ -1,10 +1,11 @@
-"""An adapter as a LoRA for llama.cpp and what is built on it: one file, `adapter.gguf`, put on the GGUF of the base.
+"""Export an adapter as a LoRA for llama.cpp and Ollama: one file, `adapter.gguf`, loaded on top of the base's GGUF.
 
-Every adapted weight has two tensors, by the name of the base's tensor: `blk.7.attn_q.weight.lora_a` (r, d_in) and `.lora_b`
-(d_out, r), with alpha = r, so that dW_l = B A. The rows of B follow the order that llama.cpp's converter gives the base's:
+Every adapted weight has two tensors, named after the base's tensor: `blk.7.attn_q.weight.lora_a` (r, d_in) and
+`.lora_b` (d_out, r), with alpha = r, so that dW_l = B A. The rows of B are in the order that llama.cpp's converter
+gives the base:
 
-- It rotates neighbouring rows of q and k (0 with 1, 2 with 3), transformers row i with row i + d/2 of a head. Of the
-  architectures in `TURNED` the converter moves them; those of the others are rotated as in transformers.
+- llama.cpp rotates neighbouring rows of q and k (0 with 1, 2 with 3), transformers row i with row i + d/2 of a head.
+  The converter reorders the rows for the architectures in `TURNED`; the others are rotated as in transformers.
 - A fused weight of query, key and value is in blocks: the query of all heads, the key of all, the value of all.
 """
 
@@ -35,32 +36,32 @@ ARCHITECTURES = {
     "granite": "granite", "phi": "phi2", "phi3": "phi3", "gpt2": "gpt2", "gpt_neox": "gptneox", "bloom": "bloom",
     "falcon": "falcon",
 }  # fmt: skip
-"""What llama.cpp calls the language models among our families."""
+"""llama.cpp's architecture by model type, for the supported language models."""
 TURNED = ("llama", "mistral", "smollm3", "granite")
 
 
 def known(adapted: AdaptedBase) -> bool:
-    """Whether llama.cpp runs models like this one."""
+    """Whether llama.cpp supports this model."""
     return adapted.base.model.config.model_type in ARCHITECTURES and is_language_model(adapted.base.model)
 
 
 def check_known(adapted: AdaptedBase) -> None:
-    """Refuse what cannot be a LoRA for llama.cpp.
+    """Refuse an adapter that cannot be a LoRA for llama.cpp.
 
     Raises:
-        ModelError: the model is no language model, or llama.cpp does not know its architecture.
+        ModelError: the model is not a language model, or llama.cpp does not support its architecture.
         CraftError: the package `gguf` is missing.
     """
     kind = adapted.base.model.config.model_type
     if not is_language_model(adapted.base.model):
         head = " and its trained head" if adapted.saved.head else ""
         raise ModelError(
-            f"--format gguf is for language models: llama.cpp runs no {type(adapted.base.model).__name__}{head}; "
-            "`craft merge` writes a checkpoint, --format peft a LoRA"
+            f"--format gguf is for language models: llama.cpp does not run a {type(adapted.base.model).__name__}"
+            f"{head}; `craft merge` writes a checkpoint, --format peft a LoRA"
         )
     if kind not in ARCHITECTURES:
         raise ModelError(
-            f"--format gguf: llama.cpp has no architecture for models of type '{kind}'; `craft merge` writes a checkpoint, "
+            f"--format gguf: llama.cpp does not support models of type '{kind}'; `craft merge` writes a checkpoint, "
             "--format peft a LoRA"
         )
     if find_spec("gguf") is None:
@@ -68,11 +69,11 @@ def check_known(adapted: AdaptedBase) -> None:
 
 
 def order_of(config: Any, name: str) -> Tensor | None:
-    """Which row of transformers' weight each row of the GGUF's is, (d_out,) int64; None where they are the same.
+    """The row in transformers' weight of every row in the GGUF, (d_out,) int64; None if the order is the same.
 
     Args:
-        config: of the model.
-        name: of the tensor in the GGUF, without `.weight`.
+        config: config of the model.
+        name: name of the tensor in the GGUF, without `.weight`.
     """
     kind = name.rpartition(".")[2]
     if kind == "attn_qkv":
@@ -93,15 +94,15 @@ class GgufWriter:
     """A LoRA for llama.cpp, written into `folder`.
 
     Args:
-        adapted: the adapter and its base, of an architecture that llama.cpp knows.
-        folder: to write into.
-        dtype: of the matrices, float32 or float16.
+        adapted: the adapter and its base, of an architecture that llama.cpp supports.
+        folder: the output folder.
+        dtype: dtype of the matrices, float32 or float16.
         trim: see `lora_pairs`.
         tolerance: see `lora_pairs`.
 
     Attributes:
-        changed: names of the weights that it changes.
-        rank: of every pair.
+        changed: names of the changed weights.
+        rank: rank of every pair.
 
     Raises:
         CraftError: a dense change has no low rank within the tolerance.
@@ -128,7 +129,7 @@ class GgufWriter:
         self._scale, self._written = _read(folder / GGUF_TENSORS)
 
     def read(self, name: str) -> Tensor:
-        """Base + scale B A, out of what was written, with the rows in transformers' order again."""
+        """Base + scale B A from the written file, with the rows in transformers' order."""
         tensor, module = self._base.read(name), name.removesuffix(".weight")
         if module not in self._names:
             return tensor
@@ -139,15 +140,15 @@ class GgufWriter:
 
 
 def tensor_names(config: Any, modules: Mapping[str, Any], prefix: str) -> dict[str, str]:
-    """What a GGUF calls these modules, without `.weight`: `blk.7.attn_q` for `model.layers.7.self_attn.q_proj`.
+    """The GGUF names of modules, without `.weight`: `blk.7.attn_q` for `model.layers.7.self_attn.q_proj`.
 
     Args:
-        config: of the model.
-        modules: by their paths in it.
-        prefix: of its base model, `model.` for example.
+        config: config of the model.
+        modules: modules by their path in the model.
+        prefix: prefix of the base model, such as `model.`.
 
     Raises:
-        ModelError: this version of the package gguf knows no name for one.
+        ModelError: this version of the package gguf has no name for a module.
     """
     import gguf
 
@@ -163,7 +164,7 @@ def tensor_names(config: Any, modules: Mapping[str, Any], prefix: str) -> dict[s
         name = table.get_name(module) or table.get_name(module.removeprefix(prefix))
         if name is None:
             raise ModelError(
-                f"the package gguf has no name for {module} of the architecture {wanted}: pip install -U gguf"
+                f"the package gguf has no name for {module} in the architecture {wanted}: pip install -U gguf"
             )
         names[module] = name
     return names
@@ -185,7 +186,7 @@ def _write(path: Path, architecture: str, alpha: float, tensors: Mapping[str, Te
 
 
 def _read(path: Path) -> tuple[float, dict[str, Tensor]]:
-    """Alpha, and every tensor by its name."""
+    """Read alpha, and the tensors by name."""
     from gguf import GGUFReader, Keys
 
     reader = GGUFReader(path)
@@ -194,18 +195,18 @@ def _read(path: Path) -> tuple[float, dict[str, Tensor]]:
 
 
 def base_gguf(adapted: AdaptedBase) -> Path | None:
-    """The base as a GGUF, where it lies on this machine: that of `demo-llm`."""
+    """The GGUF of the base, if it is on this machine: only for `demo-llm`."""
     return demo_gguf() if adapted.checkpoint.name == DEMO_LLM else None
 
 
 def write_modelfile(folder: Path, base: Path | None) -> None:
-    """The file from which Ollama makes a model; paths in it are relative to it.
+    """Write the Modelfile from which Ollama creates a model; its paths are relative to the file.
 
     Args:
-        folder: of the LoRA.
-        base: the GGUF of the base; None leaves a name to be replaced.
+        folder: folder of the LoRA.
+        base: the GGUF of the base; None writes a placeholder.
     """
     lines = [f"FROM {base or './MODEL.gguf'}", f"ADAPTER ./{GGUF_TENSORS}"]
     if base is None:
-        lines.insert(0, "# MODEL.gguf: the base as a GGUF, such as convert_hf_to_gguf.py of llama.cpp writes it")
+        lines.insert(0, "# MODEL.gguf: the base as a GGUF, such as one from llama.cpp's convert_hf_to_gguf.py")
     write_bytes(folder / MODELFILE, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))

@@ -1,11 +1,11 @@
-"""An adapter as a LoRA in PEFT's own layout, written directly: no peft is needed, and no nested head is lost.
+"""Export an adapter as a LoRA in PEFT's layout, written directly, so that peft is not needed and nested heads are kept.
 
-A chain (d_in, r) ... (r, d_out) of low rank is a LoRA. Split where it is narrowest, with alpha = r:
+A chain (d_in, r) ... (r, d_out) of low rank is a LoRA, split where it is narrowest, with alpha = r:
 
     A = (left part)^T   (r, d_in)        B = (right part)^T   (d_out, r)        dW_l = B A
 
-Where one weight holds several projections (GPT-2's c_attn), their A are stacked and their B stand in their own rows. All
-layers get the same rank, as servers want it: smaller ones are filled with zeros.
+If one weight holds several projections (GPT-2's c_attn), their A are stacked, and each B fills its own rows. All layers
+get the same rank, which servers require; smaller ones are padded with zeros.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from craft_cli.models.views import View, layer_of
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 
-_ROOT = "base_model.model."  # PEFT's names start with its own wrappers
+_ROOT = "base_model.model."  # PEFT's names start with its wrappers
 _EPSILON = 1e-6
 EXACT = 1e-6
-"""Error of a dense change that is none: the rounding of float32."""
+"""Relative error that counts as none: the rounding of float32."""
 
 
 def lora_pairs(
@@ -44,8 +44,8 @@ def lora_pairs(
 
     Args:
         adapted: the adapter and its base.
-        trim: leave out directions whose singular value is below 1e-6 of the largest one of all.
-        tolerance: error allowed of a dense change, relative to its norm.
+        trim: whether to omit directions with a singular value below 1e-6 of the largest one of all modules.
+        tolerance: allowed error of a dense change, relative to its norm.
 
     Raises:
         CraftError: a dense change has no low rank within the tolerance.
@@ -61,8 +61,8 @@ def lora_pairs(
     worst = max(errors, key=lambda what: errors[what])
     if errors[worst] > tolerance:
         raise CraftError(
-            f"the change of {worst} is dense: a LoRA smaller than it has an error of {errors[worst]:.2g} of its norm, more "
-            f"than {tolerance:g}; merge it into a checkpoint, or allow the error: "
+            f"the change of {worst} is dense: a smaller LoRA has a relative error of {errors[worst]:.2g}, more than "
+            f"{tolerance:g}; merge it into a checkpoint, or allow the error: "
             f"--tolerance {math.ceil(errors[worst] * 1e3) / 1e3:g}"
         )
     if trim:
@@ -86,10 +86,10 @@ def _approximated(change: Tensor, tolerance: float) -> tuple[tuple[Tensor, Tenso
     """A (r, d_in) and B (d_out, r) with ||dW - B A|| <= tolerance ||dW|| for dW^T (d_in, d_out), at the smallest r.
 
     Returns:
-        They, and 0; or, where they would be as large as dW, the largest that are not, and their error.
+        A and B, and 0; or, if they would be as large as dW, the largest that are smaller, and their error.
     """
     u, values, vh = torch.linalg.svd(change.T, full_matrices=False)
-    left_out = values.square().flip(0).cumsum(0).flip(0).sqrt()  # by ranks 0, 1, ...
+    left_out = values.square().flip(0).cumsum(0).flip(0).sqrt()  # for ranks 0, 1, ...
     d_in, d_out = change.shape
     needed, most = int((left_out > tolerance * left_out[0]).sum()), d_in * d_out // (d_in + d_out)
     rank = min(needed, most)
@@ -105,14 +105,14 @@ def _singular(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _trimmed(a: Tensor, b: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """The same product with the directions above a singular value alone."""
+    """The product, with only the directions whose singular value is above `floor`."""
     left, values, right = _singular(a, b)
     kept = int((values > floor).sum())
     return right[:kept], left[:, :kept] * values[:kept]
 
 
 def _in_rows(view: View, b: Tensor, stored: Sequence[int]) -> Tensor:
-    """B (d_out of the view, r) at the view's rows of the whole weight, zero elsewhere."""
+    """B (d_out of the view, r) in the view's rows of the whole weight, zero elsewhere."""
     if view.rows is None:
         return b
     whole = b.new_zeros(stored[1 if view.transposed else 0], b.shape[1])
@@ -129,7 +129,7 @@ def _filled(tensor: Tensor, dim: int, size: int) -> Tensor:
 def peft_tensors(
     adapted: AdaptedBase, pairs: Mapping[str, tuple[Tensor, Tensor]], *, head: bool = True
 ) -> dict[str, Tensor]:
-    """All tensors of adapter_model.safetensors by PEFT's names, with the trained head or without."""
+    """All tensors of adapter_model.safetensors by PEFT's names, with or without the trained head."""
     tensors = {}
     for module, (a, b) in pairs.items():
         tensors[f"{_ROOT}{module}.lora_A.weight"] = a.contiguous()
@@ -141,7 +141,7 @@ def peft_tensors(
 def peft_config(
     adapted: AdaptedBase, pairs: Mapping[str, tuple[Tensor, Tensor]], *, head: bool = True
 ) -> dict[str, Any]:
-    """adapter_config.json as PEFT reads it; without the head the LoRA is one for hidden states, or PEFT adds a head of its own."""
+    """PEFT's adapter_config.json; without the head it is for feature extraction, or PEFT would add a new head."""
     rank, checkpoint = next(len(a) for a, _ in pairs.values()), adapted.checkpoint
     transposed = any(view.transposed for changes in adapted.changes().values() for view, _, _ in changes)
     return {
@@ -163,7 +163,7 @@ def peft_config(
 
 
 def _shortest_names(adapted: AdaptedBase, modules: Sequence[str]) -> list[str]:
-    """The endings of paths, as short as possible, that mean the adapted modules of a projection and no others; or all paths."""
+    """The shortest path endings that match only the adapted modules of a projection; if there are none, the paths."""
     everywhere = [name for name, _ in adapted.base.model.named_modules()]
     chosen = []
     for ending in dict.fromkeys(_after_layer(module) for module in modules):
@@ -174,7 +174,7 @@ def _shortest_names(adapted: AdaptedBase, modules: Sequence[str]) -> list[str]:
             if {name for name in everywhere if name == short or name.endswith(f".{short}")} == wanted:
                 chosen.append(short)
                 break
-        else:  # the decoder of T5 calls its own alike
+        else:  # the decoder of T5 has the same names
             chosen += sorted(wanted)
     return chosen
 
@@ -184,8 +184,8 @@ def _after_layer(module: str) -> str:
 
 
 def _head_modules(adapted: AdaptedBase) -> list[str]:
-    """The outermost modules that hold the trained head and nothing else."""
-    found: dict[str, None] = {}
+    """The outermost modules that hold only the trained head."""
+    modules: dict[str, None] = {}
     head = set(adapted.saved.head)
     for name in adapted.saved.head:
         parts = name.split(".")
@@ -193,16 +193,16 @@ def _head_modules(adapted: AdaptedBase) -> list[str]:
             path = ".".join(parts[:length])
             inside = {other for other in adapted.base.shapes if other.startswith(f"{path}.")}
             if inside <= head:
-                found[path] = None
+                modules[path] = None
                 break
-    return list(found)
+    return list(modules)
 
 
 class LoraWriter:
     """A LoRA in PEFT's layout, written into `folder`.
 
     Attributes:
-        head: names of the trained head's parameters that it holds.
+        head: names of the trained head's parameters, if the LoRA includes it.
     """
 
     dtype = torch.float32
@@ -223,7 +223,7 @@ class LoraWriter:
         self._written = load_file(folder / PEFT_TENSORS)
 
     def read(self, name: str) -> Tensor:
-        """Base + B A, out of what was written; a head that was left out is the adapter's."""
+        """Base + B A from the written file; an omitted head is read from the adapter."""
         own = self._written.get(f"{_ROOT}{name}")
         if own is not None:
             return own

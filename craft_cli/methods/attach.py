@@ -1,15 +1,16 @@
-"""An adapter on a transformers model: attach it, save it as a folder, load it again onto the same base.
+"""Attach an adapter to a transformers model, save it as a folder, and load it onto the same base.
 
     factors = craft.decompose("roberta-base")
-    adapter = craft.attach(model, factors)      # adapts `model` in place, freezes all but what is trained and the head
+    adapter = craft.attach(model, factors)      # adapts `model` in place, freezes all but the adapter and the head
     adapter = craft.attach(model, method="lora", rank=8)    # another method
     ...                                         # any training loop, or the Hugging Face Trainer
     adapter.save("my-adapter")
     adapter = craft.load(fresh_model, "my-adapter")
-    craft.load(fresh_model, "another", name="other")    # held beside it, and in use now
+    craft.load(fresh_model, "another", name="other")    # a second adapter, which is active now
     adapter.use("default")
 
-`adapter.parameters()` are the numbers that the method trains; `adapter.head` names what is trained of the model itself.
+`adapter.parameters()` are the trained parameters of the method; `adapter.head` names the trained parameters of the
+model.
 """
 
 from __future__ import annotations
@@ -48,28 +49,28 @@ def attach(
     head: Iterable[str] | None = None,
     **options: Any,
 ) -> ModelAdapter:
-    """Adapt a transformers model in place and freeze everything but what the method trains and the head.
+    """Attach an adapter to a transformers model in place, and freeze everything but the adapter and the head.
 
     Args:
-        model: a supported `PreTrainedModel`; with `factors` loaded from the weights that were decomposed.
-        factors: of `craft.decompose`; made from the model's own weights without.
-        method: `craft`, or another one that `craft methods` lists.
-        targets: the projections to adapt, also with commas between them, or `all-linear`; those of the factors, or query and
-            value, without.
-        head: names of parameters to train in full; without, all outside the base model, but for a language model, whose head
-            was pre-trained too. Name those too that were newly initialised inside it.
-        options: of the method, such as `ranks` of craft (OUT,IN,LAYERS, those of the factors or smaller) or `rank` and `alpha`
-            of lora; `craft train --help` lists them.
+        model: a supported `PreTrainedModel`; with `factors`, loaded from the decomposed weights.
+        factors: result of `craft.decompose`. Default: computed from the model's weights.
+        method: `craft`, or another method listed by `craft methods`.
+        targets: projections to adapt, as a list or separated by commas, or `all-linear`. Default: those of the factors,
+            or query and value.
+        head: names of parameters to train in full, including newly initialized ones inside the base model. Default: all
+            outside the base model; none for a language model, whose head is pre-trained.
+        options: options of the method, such as `ranks` of craft (OUT,IN,LAYERS, at most those of the factors) or `rank`
+            and `alpha` of lora; `craft train --help` lists them.
 
     Raises:
-        TypeError: `model` is no loaded transformers model.
-        ConfigError: an unknown method or option, an option's value that cannot be, targets that were not decomposed, ranks
-            above those of the factors, or factors of another method.
-        ModelError: an unsupported family, or other weights than those decomposed.
+        TypeError: `model` is not a loaded transformers model.
+        ConfigError: an unknown method or option, an invalid value, targets that were not decomposed, ranks above those
+            of the factors, or factors of another method.
+        ModelError: an unsupported family, or weights that differ from the decomposed ones.
     """
     check_model(model, "the model comes first: craft.attach(model, factors)")
     if factors is not None and not isinstance(factors, Frozen):
-        raise wrong_type("factors", "those of craft.decompose", factors)
+        raise wrong_type("factors", "the result of craft.decompose", factors)
     chosen = method_named(method)
     names = [field.name for field in fields(chosen.Options)]
     for name in options:
@@ -85,7 +86,7 @@ def attach(
     elif isinstance(factors, Kept) and not getattr(model, "is_quantized", False):
         weights = weights_in(model, factors.targets)
         if not factors.belong_to(weights, max(SAME, torch.finfo(model.dtype).eps)):
-            raise ModelError("this model has other weights than those that the factors were made of")
+            raise ModelError("the weights of this model differ from those of the factors")
     frozen, complete = chosen.fit(factors, targets, options)
     return attach_prepared(model, chosen, frozen, complete, head_names(model) if head is None else head)
 
@@ -93,10 +94,10 @@ def attach(
 def attach_prepared(
     model: Any, method: Method, frozen: Frozen, options: Any, head: Iterable[str], base: Base | None = None
 ) -> ModelAdapter:
-    """Adapt a model by what a method has prepared of its weights, and of which base; see `attach`.
+    """Attach an adapter with the tensors that the method has prepared; see `attach`.
 
     Raises:
-        ModelError: an unsupported family, or other weights than those prepared.
+        ModelError: an unsupported family, or weights that differ from the prepared ones.
     """
     views = layer_views(model.config, frozen.targets)
     check_base(model, frozen, views)
@@ -117,34 +118,34 @@ def load(
     allow_other_base: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> ModelAdapter:
-    """Put a saved adapter and its head on a base model.
+    """Load a saved adapter and its head onto a base model.
 
     Args:
-        model: the base, with the right number of labels; it gets the adapter's label names. With `name` it may carry an
-            adapter already: those of one base, method and the same factors are held together, and this one is in use then.
-        path: the adapter's folder, that of a run, or OWNER/NAME of an adapter on the hub.
-        name: what it is called in `adapter.use`; `default` without.
-        revision: branch, tag or commit of an adapter on the hub.
-        cache_dir: where factors are looked for that the adapter only refers to, and made of the base where they are not
-            there; `~/.cache/craft` without.
-        allow_other_base: whether the base's weights, configuration or tokenizer may be others than in training. What is saved
-            afterwards names this base.
-        checkpoint: that the model was loaded from: then its tokenizer is compared too, and weights by its files.
+        model: the base, with the right number of labels; it gets the adapter's label names. With `name`, it may already
+            have adapters of the same base, method and factors; the new one becomes active.
+        path: an adapter's folder, a run, or OWNER/NAME of an adapter on the Hub.
+        name: name for `adapter.use`. Default: `default`.
+        revision: branch, tag or commit of an adapter on the Hub.
+        cache_dir: cache folder for factors that the adapter only refers to; missing ones are computed from the base.
+            Default: `~/.cache/craft`.
+        allow_other_base: whether the base's weights, configuration or tokenizer may differ from those in training. A
+            saved adapter then names this base.
+        checkpoint: the checkpoint of the model, to compare the tokenizer too, and the weights by its files.
 
     Raises:
-        TypeError: `model` is no loaded transformers model.
-        FileError: the folder is no adapter, is damaged, or refers to factors that cannot be had.
-        ModelError: the model is not the base it was trained on, has another head, or carries an adapter already.
+        TypeError: `model` is not a loaded transformers model.
+        FileError: the folder is not an adapter, is damaged, or refers to factors that are not available.
+        ModelError: the model is not the base it was trained on, has another head, or already has an adapter.
     """
     check_model(model, "the model comes first: craft.load(model, path)")
     if not isinstance(path, (str, Path)):
         raise wrong_type("path", "str | Path", path)
     folder = adapter_at(path, revision)
     if folder is None:
-        raise FileError(f"{path} is no adapter: it holds no {CONFIG_FILE}")
+        raise FileError(f"{path} is not an adapter: it has no {CONFIG_FILE}")
     held: ModelAdapter | None = getattr(model.base_model, ModelAdapter.ATTRIBUTE, None)
     if held is not None and name is None:
-        raise ModelError("this model carries an adapter already: detach it first, or give name=... to hold several")
+        raise ModelError("this model already has an adapter: detach it first, or pass name=... to load several")
     trusted = checkpoint is not None and checkpoint.trusted
     saved = read_adapter(folder, cache_dir, make=True, trusted=trusted)
     views = layer_views(model.config, saved.frozen.targets)
@@ -159,14 +160,16 @@ def load(
             base = now
         base.check(now, str(path))
     elif not _held_together(held, saved):
-        raise ModelError(f"{path} has another method, base or size than the adapter on this model: load it on its own")
+        raise ModelError(
+            f"{path} differs from the adapter on this model in method, base or size: load it on a fresh model"
+        )
     saved.check_head(model)
     adapter = ModelAdapter(model, saved.method, frozen, saved.options, saved.head, base) if held is None else held
     if held is None:
         adapter.active = name or DEFAULT_NAME
         adapter.made_on.append(dict(saved.frozen.fingerprints))
     if set(saved.head) != set(adapter.head):
-        raise ModelError(f"{path} trains another head than the adapter on this model: load it on its own")
+        raise ModelError(f"{path} trains a different head from the adapter on this model: load it on a fresh model")
     adapter.hold(name or DEFAULT_NAME, saved)
     if held is None:
         _put_on(adapter, views)
@@ -174,20 +177,20 @@ def load(
 
 
 def _on(model: Any, frozen: Frozen, views: Mapping[str, Sequence[View]], checkpoint: Checkpoint | None) -> Frozen:
-    """What was kept of another base, as of this one."""
+    """The frozen tensors, with this model as their origin."""
     if checkpoint is not None:
         return replace(frozen, **read_weights(checkpoint, frozen.targets).origin())
-    if getattr(model, "is_quantized", False):  # what its weights were is not known
+    if getattr(model, "is_quantized", False):  # its original weights are unknown
         return frozen
     here = weights_in(model, frozen.targets).origin()
     with suppress(ModelError):
-        check_base(model, frozen, views)  # the same weights: in memory they may be rounded
+        check_base(model, frozen, views)  # the weights are the same, but may be rounded in memory
         here |= {"dtype": frozen.dtype, "fingerprints": frozen.fingerprints}
     return replace(frozen, **here)
 
 
 def _held_together(held: ModelAdapter, saved: SavedAdapter) -> bool:
-    """Whether a saved adapter is of the method, the base, the frozen tensors and the options of the one held."""
+    """Whether a saved adapter has the same method, base, frozen tensors and options as the one on the model."""
     mine, theirs = held.method.settings(held.frozen, held.options), saved.method.settings(saved.frozen, saved.options)
     return (
         (held.method.name, mine, held.frozen.sha256()) == (saved.method.name, theirs, saved.frozen.sha256())

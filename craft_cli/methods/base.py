@@ -1,8 +1,8 @@
-"""What an adapter method is: a way to write the change dW_l of each adapted weight.
+"""The base class of adapter methods. A method is a way to write the change dW_l of each adapted weight.
 
-A change is a *chain* of matrices for each layer, (d_in, r) ... (r, d_out), whose product is dW_l^T. A forward adds
-x @ chain to the layer's output, merging adds the product to the weight, a chain of low rank is written as a LoRA, norms
-and cosines are computed from it. Hooks, merging, export, files and training know chains, and nothing of the method.
+A change is a *chain* of matrices per layer, (d_in, r) ... (r, d_out), whose product is dW_l^T. A forward adds x @ chain
+to the layer's output, merging adds the product to the weight, and a chain of low rank is exported as a LoRA. Norms and
+cosines are computed from it. Hooks, merging, export, files and training use chains and are independent of the method.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from craft_cli.models.cards import Description
 from craft_cli.models.stacks import Shape, Weights
 
 Chain = tuple[Tensor, ...]
-"""(d_in, r), ..., (r, d_out): the product is dW_l^T."""
+"""Matrices (d_in, r), ..., (r, d_out), whose product is dW_l^T."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
 
 
 def delta(chain: Chain) -> Tensor:
-    """dW_l (d_out, d_in), dense."""
+    """The dense dW_l (d_out, d_in)."""
     product: Tensor = reduce(torch.matmul, chain)
     return product.T
 
@@ -45,10 +45,10 @@ def low_rank(chain: Chain) -> tuple[Tensor, Tensor]:
 
 
 def singular_values(chains: Iterable[Chain]) -> Iterator[Tensor]:
-    """Of each dW_l, descending; of those that a low rank makes zero, not all are there.
+    """The singular values of each dW_l, descending; zeros that follow from the low rank may be omitted.
 
-    With M_1 = Q R and M_k^T = Q' R' they are those of R M_2 ... M_k-1 R'^T. R and R' are kept as long as the ends are the very
-    same tensors: layers share them in some methods.
+    With M_1 = Q R and M_k^T = Q' R' they are those of R M_2 ... M_k-1 R'^T. R and R' are reused while the ends are the
+    same tensors, since layers share them in some methods.
     """
     ends: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     for chain in chains:
@@ -62,7 +62,7 @@ def singular_values(chains: Iterable[Chain]) -> Iterator[Tensor]:
 
 
 def effective_rank(values: Tensor) -> float:
-    """How many directions these singular values use: exp of the entropy of their shares (Roy and Vetterli 2007); 0 of zero."""
+    """The effective rank, exp of the entropy of the singular values' shares (Roy and Vetterli 2007); 0 of zero."""
     if not values.any():
         return 0.0
     shares = values / values.sum()
@@ -70,18 +70,18 @@ def effective_rank(values: Tensor) -> float:
 
 
 def inner(one: Chain, other: Chain) -> float:
-    """<dW, dW'> of two changes of one shape, without making either dense."""
+    """<dW, dW'> of two changes of the same shape, without forming either as a dense matrix."""
     return next(inners([(one, other)]))
 
 
 def inners(pairs: Iterable[tuple[Chain, Chain]]) -> Iterator[float]:
     """<dW, dW'> of each pair of changes.
 
-    With dW^T = M_1 ... M_k and dW'^T = N_1 ... N_j it is
+    With dW^T = M_1 ... M_k and dW'^T = N_1 ... N_j, it is
 
         tr( (M_1^T N_1) (N_2 ... N_j-1) (N_j M_k^T) (M_2 ... M_k-1)^T )
 
-    What the ends of a chain give is kept as long as they are the very same tensors: layers share them in some methods.
+    The products of the ends are reused while the ends are the same tensors, since layers share them in some methods.
     """
     ends: tuple[Chain, Tensor, Tensor] | None = None
     for one, other in pairs:
@@ -102,83 +102,83 @@ def _as_flag(name: str, value: Any) -> str:
 
 
 class Change(nn.Module, ABC):
-    """The change of all adapted projections: one module, each trained parameter under one name.
+    """The change of all adapted projections, as one module; each trained parameter has one name.
 
     Attributes:
-        shapes: (L, d_out, d_in) of the stack of every projection it changes.
-        dropout: probability of an input's number to be dropped before the chain, in training only.
+        shapes: shape (L, d_out, d_in) of every changed projection's stack.
+        dropout: dropout probability of the input of the chain, in training only.
     """
 
     shapes: Mapping[str, Shape]
     dropout: float = 0.0
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by the names in an adapter's file."""
+        """The trained parameters, by their names in an adapter's file."""
         return dict(self.named_parameters())
 
     @torch.no_grad()
     def load(self, trained: Mapping[str, Tensor]) -> None:
-        """Put back what `trained` gave."""
+        """Load the values that `trained` returned."""
         for name, parameter in self.trained().items():
             parameter.copy_(trained[name])
 
     @abstractmethod
     def chains(self, projection: str, dtype: torch.dtype | None = None) -> Sequence[Chain]:
-        """The chain of every layer, made of what is trained now; what layers share is computed once.
+        """The chain of every layer, from the current parameters; shared parts are computed once.
 
         Args:
             projection: one of `shapes`.
-            dtype: to cast to when all is computed; that of the parameters without.
+            dtype: dtype to cast the result to. Default: that of the parameters.
         """
 
 
 class Method(ABC):
-    """One adapter method. What is not abstract here is for methods that keep no tensor of the base.
+    """An adapter method. The defaults here are for methods that keep no tensors of the base.
 
-    `settings` are always the method's own keys, as they stand in adapter_config.json.
+    `settings` are always the method's own entries of adapter_config.json.
     """
 
     name: ClassVar[str]
-    """After `--method`, and in adapter_config.json."""
+    """Name for `--method` and adapter_config.json."""
 
     title: ClassVar[str]
-    """Its name as people write it."""
+    """Display name."""
 
     idea: ClassVar[str]
-    """What is trained, in a line."""
+    """The trained parameters, in one line."""
 
     paper: ClassVar[str]
-    """Where it comes from: `arXiv NUMBER`."""
+    """The paper: `arXiv NUMBER`."""
 
     Options: ClassVar[Any]
-    """Its frozen dataclass of options, from `config`."""
+    """Frozen dataclass of its options, from `config`."""
 
     training_only: ClassVar[tuple[str, ...]] = ()
-    """Options that change only how it is trained."""
+    """Options that only affect training."""
 
     @abstractmethod
     def build(self, frozen: Any, options: Any) -> Change:
-        """The change at its start, where it is exactly zero."""
+        """Create the change, which is exactly zero at the start."""
 
     @abstractmethod
     def describe(self, settings: Mapping[str, Any]) -> Description:
-        """The method in words; `settings` may also be those of a recipe."""
+        """Describe the method; `settings` may also come from a recipe."""
 
     def reduced(self, frozen: Any, options: Any) -> str:
-        """What was asked for beyond the dimensions of the weights, as words after a description; mostly nothing."""
+        """A suffix for the description if a requested size exceeds the weights' dimensions; empty for most methods."""
         return ""
 
     @abstractmethod
     def count(self, shapes: Mapping[str, Shape], options: Any) -> int:
-        """The numbers that are trained for stacks of these shapes (L, d_out, d_in)."""
+        """The number of trained parameters for stacks of these shapes (L, d_out, d_in)."""
 
     def prepare(
         self, weights: Weights, options: Any, cache_dir: str | None, progress: Progress
     ) -> tuple[Frozen, Sequence[str]]:
-        """Once, from the weights: factors, singular vectors, or nothing but whose weights they are.
+        """Compute from the weights what the method keeps: factors, singular vectors, or only their identity.
 
         Returns:
-            What the method keeps, and notes for the user.
+            The frozen tensors, and notes for the user.
 
         Raises:
             ConfigError: a rank above that of every weight.
@@ -187,28 +187,28 @@ class Method(ABC):
         return Sketch.of(weights), ()
 
     def full_rank(self, shapes: Mapping[str, Shape], options: Any) -> int:
-        """The rank beyond which a larger one changes nothing more."""
+        """The largest rank that has an effect."""
         return max(min(shape[1:]) for shape in shapes.values())
 
     def check_rank(self, shapes: Mapping[str, Shape], options: Any) -> None:
-        """Refuse a rank that only takes memory.
+        """Refuse a rank above that of every weight, since it only costs memory.
 
         Raises:
-            ConfigError: it is above that of every weight.
+            ConfigError: the rank is too large.
         """
         most = self.full_rank(shapes, options)
         if options.rank > most:
             raise ConfigError(f"--rank {options.rank}: no adapted weight has a rank above {most}")
 
     def within(self, weights: Weights, options: Any, budget: int, progress: Progress) -> Any:
-        """These options at the largest rank that trains at most `budget` numbers, up to that of the weights.
+        """The options at the largest rank that trains at most `budget` parameters, up to that of the weights.
 
         Raises:
             ConfigError: rank 1 trains more.
         """
         numbers = lambda rank: self.count(weights.shapes, replace(options, rank=rank))  # noqa: E731
         if numbers(1) > budget:
-            raise ConfigError(f"--budget: {budget:,} is below {numbers(1):,}, the numbers of {self.name} at rank 1")
+            raise ConfigError(f"--budget: {budget:,} is below the {numbers(1):,} parameters of {self.name} at rank 1")
         rank, beyond = 1, self.full_rank(weights.shapes, options) + 1
         while beyond - rank > 1:
             middle = (rank + beyond) // 2
@@ -216,29 +216,29 @@ class Method(ABC):
         return replace(options, rank=rank)
 
     def fit(self, frozen: Any, targets: Sequence[str] | None, options: Mapping[str, Any]) -> tuple[Any, Any]:
-        """What was prepared before, cut down to what is asked for, and complete options that fit it.
+        """Restrict prepared tensors to the requested projections and ranks, and complete the options.
 
         Args:
-            frozen: of `prepare`.
-            targets: some of its projections; all without.
-            options: those given, by name.
+            frozen: result of `prepare`.
+            targets: some of its projections. Default: all.
+            options: given options, by name.
 
         Raises:
-            ConfigError: it was prepared for less than is asked for, or by another method.
+            ConfigError: the request exceeds what was prepared, or another method prepared it.
         """
         if not isinstance(frozen, Sketch):
-            raise ConfigError(f"{self.name} needs no factors, and these are another method's: leave them out")
+            raise ConfigError(f"{self.name} needs no factors, but these are from another method: omit them")
         return frozen if targets is None else frozen.select(targets), self.Options(**options)
 
     def settings(self, frozen: Any, options: Any) -> dict[str, Any]:
-        """The method's own keys of adapter_config.json."""
+        """The method's own entries of adapter_config.json."""
         return asdict(options)
 
     def options(self, settings: Mapping[str, Any]) -> Any:
-        """The options that `settings` came from; they may be a stranger's.
+        """Parse the options from `settings`, which may come from an untrusted source.
 
         Raises:
-            ValueError: one is missing or cannot be.
+            ValueError: an option is missing or invalid.
         """
         from pydantic import TypeAdapter, ValidationError
 
@@ -253,20 +253,20 @@ class Method(ABC):
         return self.Options(**values)
 
     def read(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Frozen:
-        """What is frozen, out of an adapter's file; distrusts all of it.
+        """Read the frozen tensors from an adapter's file, which may come from an untrusted source.
 
         Raises:
-            FileError: a tensor or a header entry is missing or of the wrong kind.
+            FileError: a tensor or a header entry is missing or invalid.
         """
         return Sketch.read(tensors, header, path)
 
     def unlike(self, frozen: Any, options: Any, wanted: Any) -> str | None:
-        """How an adapter's options differ from those wanted, and the flags that would fit; None where it can go on.
+        """How an adapter's options differ from those of a run, with the flags that match; None if they do not.
 
         Args:
-            frozen: of the adapter.
-            options: of the adapter.
-            wanted: of the run that would start from it.
+            frozen: frozen tensors of the adapter.
+            options: options of the adapter.
+            wanted: options of the run.
         """
         theirs, ours = asdict(options), asdict(wanted)
         compared = [name for name in option_names(self.name, start=False) if name not in self.training_only]
@@ -276,30 +276,30 @@ class Method(ABC):
         has = ", ".join(f"{name} {theirs[name]}" for name in differing)
         flags = " ".join(_as_flag(name, theirs[name]) for name in differing if theirs[name] is not None)
         others = " and ".join(flag(name) for name in differing if theirs[name] is None)
-        advice = [*([f"give {flags}"] if flags else []), *([f"leave out {others}"] if others else [])]
+        advice = [*([f"pass {flags}"] if flags else []), *([f"omit {others}"] if others else [])]
         return f"has {has}; {', '.join(advice)}"
 
     def recall(
         self, record: Mapping[str, Any], path: Path, cache_dir: str | None, *, make: bool, trusted: bool = False
     ) -> Frozen:
-        """What an adapter only refers to: out of the cache; else, with `make`, prepared again from its base.
+        """The tensors that an adapter only refers to: from the cache, or with `make` recomputed from its base.
 
-        Python code of that base runs only where it is `trusted`.
+        Python code in the base checkpoint runs only if it is `trusted`.
 
         Raises:
-            FileError: it cannot be had.
+            FileError: they are not available.
         """
-        raise FileError(f"{path} is damaged: {self.name} has nothing that an adapter could refer to")
+        raise FileError(f"{path} is damaged: {self.name} keeps no tensors that an adapter can refer to")
 
     def trained_shapes(self, frozen: Any, options: Any) -> dict[str, tuple[int, ...]]:
-        """The shape of every trained parameter by its name; nothing is allocated."""
+        """The shape of every trained parameter by name, without allocating memory."""
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in self.build(frozen, options).trained().items()}
 
     def chains_in_turn(
         self, frozen: Any, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str
     ) -> Iterator[Chain]:
-        """The chain of every layer of a saved adapter in float64, one at a time: it may be a stranger's."""
+        """Iterate over the chains of a saved adapter's layers, in float64; the adapter may be untrusted."""
         change = self.build(frozen, self.options(settings)).double().requires_grad_(False)
         change.load(trained)
         with torch.no_grad():
@@ -309,17 +309,17 @@ class Method(ABC):
     def facts(
         self, frozen: Any, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str
     ) -> dict[str, Any]:
-        """What is shown of a projection of a saved adapter: the method's own, and `parameters`, its numbers trained."""
+        """Facts about a projection of a saved adapter, for display; `parameters` is its parameter count."""
         own = [tensor.numel() for name, tensor in trained.items() if f".{projection}." in f".{name}."]
         return {"parameters": sum(own)}
 
     def described(self, settings: Mapping[str, Any], more: str, trained: str) -> Description:
-        """The words of a method whose size is a rank.
+        """The description of a method whose size is a rank.
 
         Args:
-            settings: with the rank.
-            more: what else decides, after the rank.
-            trained: where the trained numbers are, for a sentence.
+            settings: settings, including the rank.
+            more: other settings, which follow the rank.
+            trained: location of the trained parameters, as part of a sentence.
         """
         rank = settings["rank"]
         return Description(self.title, str(rank), f"rank {rank}, {more}", trained, f"{self.idea} ({self.paper})")

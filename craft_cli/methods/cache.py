@@ -1,4 +1,4 @@
-"""The cache of what methods keep of a base: a folder of files, each found by what the weights are, never by a name."""
+"""The cache of frozen tensors: a folder of files, found by the hashes of the weights, never by a name."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from craft_cli.models.hub import resolve
 from craft_cli.models.stacks import DTYPES, Weights, read_weights
 
 SAME = 1e-4
-"""What rounding to float32 may move, relative to the whole."""
+"""Maximum relative difference that rounding to float32 explains."""
 
 
 class Kept(Frozen):
-    """What a method keeps of a base in a file of its own."""
+    """Frozen tensors that a method caches in their own file."""
 
     @abstractmethod
     def contents(self) -> dict[str, Any]:
-        """What the header says of the tensors, by which an entry is chosen: `targets`, `shapes`, `ranks`, as JSON."""
+        """The header entries that an entry is chosen by, as JSON: `targets`, `shapes`, `ranks`."""
 
     @abstractmethod
     def belong_to(self, weights: Weights, tolerance: float = SAME) -> bool:
-        """Whether these were made of the weights, whatever a header says.
+        """Whether these tensors were computed from the weights, regardless of the header.
 
-        Their bases are orthonormal, and the weights projected on them are what is stored, to a relative precision.
+        Their bases must be orthonormal, and the weights projected on them must equal the stored tensors within a
+        relative tolerance.
         """
 
     @abstractmethod
@@ -43,29 +44,29 @@ class Kept(Frozen):
         """Write one file.
 
         Raises:
-            FileError: it cannot be written.
+            FileError: the file cannot be written.
         """
 
 
 Entry = TypeVar("Entry", bound=Kept)
 Serves = Callable[[Mapping[str, Any]], bool]
-"""Whether an entry with this header serves a request; the header is a stranger's."""
+"""Whether an entry with this untrusted header serves a request."""
 
 
 class FrozenCache(Generic[Entry]):
-    """The entries of one kind.
+    """The cache entries of one kind.
 
     Args:
-        folder: `~/.cache/craft` (or below XDG_CACHE_HOME) without.
-        kind: of the files.
-        load: reads one.
+        folder: cache folder. Default: `~/.cache/craft`, or under XDG_CACHE_HOME.
+        kind: kind of the files.
+        load: reads a file.
     """
 
     def __init__(self, folder: str | Path | None, kind: str, load: Callable[[Path], Entry]) -> None:
         self.folder, self.kind, self._load = cache_folder(folder), kind, load
 
     def all_that_serve(self, serves: Serves) -> Iterator[Entry]:
-        """Every whole entry that serves a request."""
+        """Iterate over the undamaged entries that serve a request."""
         for path in sorted(self.folder.glob("*.safetensors")):
             with suppress(FileError):
                 header = read_header(path, self.kind)
@@ -73,7 +74,7 @@ class FrozenCache(Generic[Entry]):
                     yield self._whole(path, header)
 
     def find(self, weights: Weights, serves: Serves) -> tuple[Entry | None, list[str]]:
-        """An entry that serves a request, or None; and a line for each damaged entry of these weights passed over."""
+        """Find an entry that serves a request, or None; and one line for each damaged entry of these weights."""
         damaged: list[str] = []
         for path in sorted(self.folder.glob("*.safetensors")):
             asked = False
@@ -85,26 +86,24 @@ class FrozenCache(Generic[Entry]):
                     self._verify(path, entry, weights)
                     return entry, damaged
             except FileError as error:
-                if (
-                    asked or self._key(weights.fingerprints) in path.name
-                ):  # another model's is made again when asked for
+                if asked or self._key(weights.fingerprints) in path.name:  # those of other models do not matter here
                     damaged.append(str(error))
         return None, damaged
 
     def keep(self, entry: Entry, path: Path) -> None:
-        """Write an entry that was made here.
+        """Write a new entry.
 
         Raises:
-            FileError: it cannot be written.
+            FileError: the file cannot be written.
         """
         entry.save(path)
         _mark(path, entry.targets)
 
     def _verify(self, path: Path, entry: Entry, weights: Weights) -> None:
-        """Compare an entry with the weights, once for each file: it may have been copied here from anywhere.
+        """Compare an entry with the weights, once per file, since it may have been copied from an untrusted source.
 
         Raises:
-            FileError: it was not made of them.
+            FileError: it was not computed from these weights.
         """
         known: set[str] = set()
         with suppress(FileError):
@@ -114,21 +113,21 @@ class FrozenCache(Generic[Entry]):
             return
         if not entry.belong_to(weights):
             raise FileError(
-                f"{path} holds other {self.kind} than those of {weights.model}, whatever it says: delete it"
+                f"{path} does not match the weights of {weights.model}, although its header does: delete it"
             )
         _mark(path, known | set(weights.targets))
 
     def path_for(self, model: str, fingerprints: Mapping[str, str]) -> Path:
-        """Where the entry for these weights is written: readable name, then what the weights are."""
+        """The path of the entry for these weights: a readable name and a hash of the weights."""
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or "model").strip(".-") or "model"
         return self.folder / f"{slug}-{self._key(fingerprints)}.safetensors"
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
-        """Held while an entry is made, so that a second process waits for it and then finds it.
+        """Hold a lock while an entry is computed, so that a second process waits and then finds it.
 
         Raises:
-            FileError: the cache folder cannot be written.
+            FileError: the cache folder is not writable.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -140,14 +139,14 @@ class FrozenCache(Generic[Entry]):
             yield
 
     def _whole(self, path: Path, header: Mapping[str, Any]) -> Entry:
-        """An entry that holds what its header promises."""
+        """Load an entry, and check that its tensors match its header."""
         entry = self._load(path)
         if any(header.get(name) != value for name, value in entry.contents().items()):
-            raise FileError(f"{path} is damaged: it holds other tensors than its header says")
+            raise FileError(f"{path} is damaged: its tensors do not match its header")
         return entry
 
     def _key(self, fingerprints: Mapping[str, str]) -> str:
-        """What the weights are, and what is kept of them, for the name of an entry."""
+        """A hash of the weights and the kind, for the name of an entry."""
         return sha256(json.dumps([self.kind, *sorted(fingerprints.items())]).encode()).hexdigest()[:16]
 
 
@@ -162,50 +161,50 @@ def recall(
     make: bool,
     trusted: bool = False,
 ) -> Entry:
-    """What an adapter only refers to, by its record: out of the cache, else (with `make`) prepared again.
+    """The tensors that an adapter only refers to: from the cache, or with `make` recomputed.
 
-    It has the sha256 recorded, or differs by rounding: on another machine the last bits do.
+    They must have the recorded sha256 or differ only by rounding, since the last bits differ between machines.
 
     Args:
-        cache: of that kind.
-        serves: whether an entry may hold it.
-        select: the part of an entry that the adapter uses.
-        prepare: that part, from the weights of the base.
+        cache: cache of that kind.
+        serves: whether an entry may have the tensors.
+        select: selects the adapter's part of an entry.
+        prepare: computes that part from the weights of the base.
         record: adapter_config.json.
         path: the adapter's folder, for messages.
-        make: prepare it from the base that the adapter names; else nothing is fetched or written.
-        trusted: whether the user lets Python code of that base run.
+        make: whether to compute the tensors from the adapter's base; if not, nothing is downloaded or written.
+        trusted: whether Python code in the base checkpoint may run.
 
     Raises:
-        FileError: it is not in the cache, and cannot or may not be made.
+        FileError: the tensors are not cached, and cannot be computed or `make` is off.
     """
     wanted: str = record["factors"]["sha256"]
 
-    def is_it(kept: Entry) -> bool:
+    def matches(kept: Entry) -> bool:
         return kept.sha256() == wanted or alike(kept.tensors(), record["factors"].get("sketch", {}))
 
-    for found in map(select, cache.all_that_serve(serves)):
-        if is_it(found):
-            return found
-    told = f"{path} only refers to its {cache.kind} (sha256 {wanted[:12]}...): they are not in the cache"
-    copy = f"copy the file of {cache.kind} from where it was trained into {cache.folder}"
+    for entry in map(select, cache.all_that_serve(serves)):
+        if matches(entry):
+            return entry
+    problem = f"{path} only refers to its {cache.kind} (sha256 {wanted[:12]}...): they are not in the cache"
+    copy = f"copy the file of {cache.kind} from the machine it was trained on into {cache.folder}"
     if not make:
-        raise FileError(f"{told}; load or merge it once, which makes them out of its base, or {copy}")
+        raise FileError(f"{problem}; load or merge the adapter once, which computes them from its base, or {copy}")
     base = record["base_model"]
     try:
         checkpoint = resolve(base["model"], base["revision"], trust_remote_code=trusted)
         weights = read_weights(checkpoint, tuple(record["targets"]))
         same = _are(weights, base)
-        if same and is_it(made := prepare(weights)):
+        if same and matches(made := prepare(weights)):
             return made
-        reason = "decomposing its base gives others here" if same else "its base has other weights now"
+        reason = "decomposing its base gives different ones here" if same else "the weights of its base have changed"
     except CraftError as error:
-        reason = f"its base is not at hand ({error})"
-    raise FileError(f"{told}, and {reason}; {copy}, or save it there with factors='include'")
+        reason = f"its base is not available ({error})"
+    raise FileError(f"{problem}, and {reason}; {copy}, or save it there with factors='include'")
 
 
 def _are(weights: Weights, base: Mapping[str, Any]) -> bool:
-    """Whether weights are those of the base that a record names, which may have been loaded in another dtype than stored."""
+    """Whether the weights are those of a recorded base, which may have been loaded in another dtype."""
     same = dict(weights.fingerprints) == base["sha256"]
     if same or base.get("dtype") not in DTYPES:
         return same
@@ -214,12 +213,12 @@ def _are(weights: Weights, base: Mapping[str, Any]) -> bool:
 
 
 def _verified(path: Path) -> Path:
-    """Beside an entry, that it was compared with its weights."""
+    """The file next to an entry that records its comparison with the weights."""
     return path.with_suffix(".verified")
 
 
 def _mark(path: Path, targets: Iterable[str]) -> None:
-    with suppress(FileError):  # else it is compared again
+    with suppress(FileError):  # otherwise it is compared again
         write_json(_verified(path), {"stamp": stamp(path), "targets": sorted(targets)})
 
 

@@ -1,6 +1,6 @@
-"""What a method keeps of the base's weights, and by what it knows them again.
+"""The frozen tensors that a method keeps of the base's weights, and how it recognizes these weights.
 
-`Sketch` is for methods that keep no tensor of the base: its weights, recognised by a few random projections of each layer.
+`Sketch` is for methods that keep no tensors of the base: a few random projections of each layer identify the weights.
 """
 
 from __future__ import annotations
@@ -24,61 +24,61 @@ from craft_cli.tucker import Matrix
 
 
 class Frozen(Origin, ABC):
-    """What a method keeps of the base's weights, and which weights they are."""
+    """The frozen tensors of a method, and the origin of their weights."""
 
     @property
     @abstractmethod
     def shapes(self) -> Mapping[str, Shape]:
-        """(L, d_out, d_in) of every projection's stack."""
+        """Shape (L, d_out, d_in) of every projection's stack."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What is frozen, by the names in an adapter's file."""
+        """The frozen tensors, by their names in an adapter's file."""
 
     @abstractmethod
     def resembles(self, target: str, layers: Sequence[Tensor], tolerance: float) -> bool:
-        """Whether L matrices (d_out, d_in) are the weights of this origin, rounded by loading them.
+        """Whether L matrices (d_out, d_in) are the weights of this origin, up to rounding when they were loaded.
 
         Args:
             target: the projection.
-            layers: in any floating-point dtype, of the shapes expected.
-            tolerance: relative error allowed.
+            layers: matrices of the expected shapes, of any floating-point dtype.
+            tolerance: allowed relative error.
         """
 
     def check_targets(self, targets: Sequence[str]) -> None:
         """Refuse projections that were not prepared.
 
         Raises:
-            ConfigError: one is not here.
+            ConfigError: a projection was not prepared.
         """
         missing = [target for target in targets if target not in self.targets]
         if missing:
-            raise ConfigError(f"this was prepared for {', '.join(self.targets)}, not for {', '.join(missing)}")
+            raise ConfigError(f"prepared only for {', '.join(self.targets)}, not for {', '.join(missing)}")
 
     def spectra(self, target: str) -> Mapping[str, tuple[Tensor, int]]:
-        """Singular values of a projection, descending, and how many are kept, by the name of a mode; none without."""
+        """Singular values of a projection, descending, and the number kept, by mode; empty if the method has none."""
         return {}
 
     def __repr__(self) -> str:
-        """One line: whose weights, and of what size."""
+        """One line with the model and the shapes."""
         stacks = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.shapes.items())
         return f"<{type(self).__name__} of {self.model}: {stacks}>"
 
     def sha256(self) -> str | None:
-        """Of what an adapter may refer to instead of including it; None where there is nothing of that kind."""
+        """The sha256 by which an adapter can refer to these tensors; None if they cannot be referred to."""
         return None
 
 
 NUMBERS = 16
-"""Of each layer; 24 layers of these tell weights from others at any tolerance that loading needs."""
+"""Random projections per layer. Those of 24 layers distinguish weights at any tolerance that loading needs."""
 MOST = 1 << 24
-"""A dimension that no stack has: what is computed from a stranger's file grows with it."""
+"""Upper bound of a stack's dimensions; it limits the work that an untrusted file can cause."""
 
 
 def sketch(layers: Sequence[Matrix] | Sequence[Tensor]) -> Tensor:
     """a_k^T W_l b_k of every layer W_l (d_out, d_in) for fixed random unit vectors, (L, NUMBERS), float32.
 
-    Rounding moves it, relative to its own size, about as much as it moves the weights.
+    The relative rounding error is about the same as that of the weights.
     """
     d_out, d_in = layers[0].shape
     generator = torch.Generator().manual_seed(0)
@@ -92,17 +92,17 @@ def sketch(layers: Sequence[Matrix] | Sequence[Tensor]) -> Tensor:
 
 
 def sketches(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """A few numbers of every tensor, by which another machine knows it again: see `sketch`."""
+    """A few numbers per tensor, by which another machine recognizes it; see `sketch`."""
     return {name: sketch([tensor.reshape(-1, tensor.shape[-1])])[0].tolist() for name, tensor in tensors.items()}
 
 
 def alike(tensors: Mapping[str, Tensor], known: Mapping[str, Sequence[float]]) -> bool:
-    """Whether tensors are those that some sketches were made of, but for rounding; a sign or an order matters."""
-    found = sketches(tensors)
-    if found.keys() != known.keys() or any(len(known[name]) != NUMBERS for name in found):
+    """Whether tensors have these sketches, up to rounding; signs and order matter."""
+    mine = sketches(tensors)
+    if mine.keys() != known.keys() or any(len(known[name]) != NUMBERS for name in mine):
         return False
-    pairs = [(torch.tensor(found[name]), torch.tensor(known[name])) for name in found]
-    return all((mine - theirs).norm() <= 1e-5 * theirs.norm() for mine, theirs in pairs)
+    pairs = [(torch.tensor(mine[name]), torch.tensor(known[name])) for name in mine]
+    return all((one - other).norm() <= 1e-5 * other.norm() for one, other in pairs)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,8 +110,8 @@ class Sketch(Frozen):
     """The identity of the weights and their sketches.
 
     Attributes:
-        sizes: (L, d_out, d_in) of every projection's stack.
-        sketches: (L, NUMBERS) of every projection.
+        sizes: shape (L, d_out, d_in) of every projection's stack.
+        sketches: sketch (L, NUMBERS) of every projection.
     """
 
     sizes: Mapping[str, Shape]
@@ -119,7 +119,7 @@ class Sketch(Frozen):
 
     @classmethod
     def of(cls, weights: Weights) -> Self:
-        """Of weights at hand."""
+        """Compute the sketches of weights."""
         return cls(
             **weights.origin(),
             sizes=weights.shapes,
@@ -128,30 +128,30 @@ class Sketch(Frozen):
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Self:
-        """Out of an adapter's file; nothing in it is believed.
+        """Read the sketches from an adapter's file, which may come from an untrusted source.
 
         Raises:
-            FileError: an entry is missing or of the wrong kind.
+            FileError: an entry is missing or invalid.
         """
         with entries_of(path):
             identity = read_identity(header)
             sizes, sketches = {}, {}
             for target in header["targets"]:
-                size, found = header["shapes"][target], tensors[f"{target}.sketch"]
+                size, stored = header["shapes"][target], tensors[f"{target}.sketch"]
                 if len(size) != 3 or not all(type(n) is int and 0 < n < MOST for n in size):
-                    raise ValueError(f"{target} is of no size")
+                    raise ValueError(f"{target} has an invalid shape")
                 if size[0] > MOST_LAYERS:
                     raise ValueError(f"{target} has {size[0]} layers, more than {MOST_LAYERS}")
-                if tuple(found.shape) != (size[0], NUMBERS) or found.dtype != torch.float32:
-                    raise ValueError(f"{target}.sketch is {found.dtype} {tuple(found.shape)}")
-                sizes[target], sketches[target] = (size[0], size[1], size[2]), found
+                if tuple(stored.shape) != (size[0], NUMBERS) or stored.dtype != torch.float32:
+                    raise ValueError(f"{target}.sketch is {stored.dtype} {tuple(stored.shape)}")
+                sizes[target], sketches[target] = (size[0], size[1], size[2]), stored
         return cls(**identity, sizes=sizes, sketches=sketches)
 
     def select(self, targets: Sequence[str]) -> Sketch:
-        """Only these projections.
+        """Select projections.
 
         Raises:
-            ConfigError: one is not here.
+            ConfigError: a projection was not prepared.
         """
         self.check_targets(targets)
         return replace(
@@ -163,7 +163,7 @@ class Sketch(Frozen):
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """(L, d_out, d_in) of every projection's stack."""
+        """Shape (L, d_out, d_in) of every projection's stack."""
         return self.sizes
 
     def tensors(self) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ class Sketch(Frozen):
         return {f"{target}.sketch": tensor for target, tensor in self.sketches.items()}
 
     def identity(self) -> dict[str, Any]:
-        """For the header of an adapter's file."""
+        """The entries for the header of an adapter's file."""
         return super().identity() | {"shapes": {target: list(size) for target, size in self.sizes.items()}}
 
     def resembles(self, target: str, layers: Sequence[Tensor], tolerance: float) -> bool:
@@ -181,15 +181,15 @@ class Sketch(Frozen):
 
 
 def check_base(model: Any, frozen: Frozen, views: Mapping[str, Sequence[View]], *, allow_other: bool = False) -> None:
-    """Refuse a model with other weights than those that a method prepared: what was trained belongs to these.
+    """Refuse a model whose weights differ from the prepared ones, because the trained parameters belong to these.
 
-    With `allow_other` only their shapes must be the same.
+    With `allow_other`, only the shapes must be the same.
 
-    The sha256 is compared in the dtype of the checkpoint, which a model loaded in a wider one converts to exactly. A
-    model loaded in a narrower dtype or quantised is rounded, so there its weights must resemble them to that precision.
+    The sha256 is compared in the dtype of the checkpoint, to which a model loaded in a wider dtype converts exactly. A
+    model loaded in a narrower dtype, or quantized, is rounded, so its weights must agree within that precision.
 
     Raises:
-        ModelError: other weights.
+        ModelError: the weights differ.
     """
     checkpoint_dtype = getattr(torch, frozen.dtype)
     for target, shape in frozen.shapes.items():
@@ -197,7 +197,7 @@ def check_base(model: Any, frozen: Frozen, views: Mapping[str, Sequence[View]], 
             modules = [view.module_of(model.base_model) for view in views[target]]
             weights = [dense_weight(module) for module in modules]
         except AttributeError as error:
-            raise ModelError(f"this model has no projection '{target}' where its family keeps it: {error}") from error
+            raise ModelError(f"this model does not have the projection '{target}' of its family: {error}") from error
         layers = [view.read(weight) for view, weight in zip(views[target], weights, strict=True)]
         same_shape = (len(layers), *layers[0].shape) == shape
         kind = kind_of(modules[0])
@@ -211,5 +211,5 @@ def check_base(model: Any, frozen: Frozen, views: Mapping[str, Sequence[View]], 
             same = same_shape and frozen.resembles(target, layers, torch.finfo(layers[0].dtype).eps)
         if not same:
             raise ModelError(
-                f"this model has other weights ({target}) than {frozen.model}, whose weights were prepared for the adapter"
+                f"the weights of this model ({target}) differ from those of {frozen.model}, which the adapter belongs to"
             )

@@ -1,9 +1,10 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): a trained product of two thin matrices for every layer.
 
-    dW_l = s B_l A_l        A_l (r, d_in), B_l (d_out, r)        s = alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)
+    dW_l = s B_l A_l        A_l (r, d_in), B_l (d_out, r)        s = alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv
+    2312.03732)
 
-A starts as peft has it (Kaiming uniform), B at zero, so that the change is exactly zero at the start. The chain of a layer
-is A_l^T, s B_l^T. Equal to peft's `LoraConfig(r, lora_alpha, lora_dropout, use_rslora)` on the same modules.
+A starts as in peft (Kaiming uniform) and B at zero, so that the change is exactly zero at the start. The chain of a
+layer is A_l^T, s B_l^T. It equals peft's `LoraConfig(r, lora_alpha, lora_dropout, use_rslora)` on the same modules.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class LoraChange(Change):
     """A and B of every projection and layer.
 
     Args:
-        shapes: (L, d_out, d_in) of the stack of every projection.
-        options: rank, alpha, dropout.
+        shapes: shape (L, d_out, d_in) of every projection's stack.
+        options: rank, alpha and dropout.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], options: LoraOptions) -> None:
@@ -55,7 +56,7 @@ def _scale(options: LoraOptions) -> float:
 
 
 class Lora(Method):
-    """LoRA as a method; it keeps nothing of the base's weights."""
+    """The LoRA method; it keeps no tensors of the base."""
 
     name, title, paper = "lora", "LoRA", "arXiv 2106.09685"
     idea = "a trained product of two thin matrices for every adapted weight"
@@ -63,15 +64,15 @@ class Lora(Method):
     training_only = ("lora_dropout",)
 
     def build(self, frozen: Frozen, options: LoraOptions) -> LoraChange:
-        """A at random, B zero."""
+        """Initialize A at random and B at zero."""
         return LoraChange(frozen.shapes, options)
 
     def count(self, shapes: Mapping[str, Shape], options: LoraOptions) -> int:
-        """L r (d_in + d_out) a projection."""
+        """L r (d_in + d_out) per projection."""
         return sum(n * options.rank * (d_out + d_in) for n, d_out, d_in in shapes.values())
 
     def describe(self, settings: Mapping[str, Any]) -> Description:
-        """Rank and alpha."""
+        """Describe it by rank and alpha."""
         rslora = ", rsLoRA" if settings["use_rslora"] else ""
         return self.described(settings, f"alpha {settings['alpha']:g}{rslora}", "in A and B of")
 

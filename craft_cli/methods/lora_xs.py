@@ -4,9 +4,9 @@ With the leading r singular vectors of W_l = U S V^T:
 
     dW_l = s U_r R_l S_r V_r^T        R_l (r, r) trained, s = alpha / r
 
-The singular values stand on the input side, and alpha / r scales, as in the authors' code (MohammadrezaBanaei/LoRA-XS). There R
-starts at N(0, 1e-5^2); here at zero, so that the change is exactly zero. The chain of a layer is V_r S_r (d_in, r), s R_l^T (r, r),
-U_r^T (r, d_out).
+The singular values are on the input side, and the scale is alpha / r, as in the authors' code
+(MohammadrezaBanaei/LoRA-XS). There R starts at N(0, 1e-5^2), here at zero, so that the change is exactly zero. The
+chain of a layer is V_r S_r (d_in, r), s R_l^T (r, r), U_r^T (r, d_out).
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ class LoraXsChange(Change):
 
 
 class LoraXs(SingularMethod):
-    """LoRA-XS as a method; it keeps the leading singular vectors of every weight."""
+    """The LoRA-XS method; it keeps the leading singular vectors of every weight."""
 
     name, title, paper = "lora-xs", "LoRA-XS", "arXiv 2405.17604"
     idea = "a small trained matrix between the frozen leading singular vectors of every adapted weight"
     Options = LoraXsOptions
 
     def build(self, frozen: SingularVectors, options: LoraXsOptions) -> LoraXsChange:
-        """R zero."""
+        """Initialize R at zero."""
         return LoraXsChange(frozen, options)
 
     def count(self, shapes: Mapping[str, Shape], options: LoraXsOptions) -> int:
-        """L r^2 a projection."""
+        """L r^2 per projection."""
         return sum(n * min(options.rank, d_out, d_in) ** 2 for n, d_out, d_in in shapes.values())
 
     def describe(self, settings: Mapping[str, Any]) -> Description:
-        """Rank and alpha."""
+        """Describe it by rank and alpha."""
         return self.described(settings, f"alpha {settings['alpha']:g}", "between the singular vectors of")
 
 

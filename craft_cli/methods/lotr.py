@@ -1,11 +1,13 @@
-"""LoTR (Bershatsky et al. 2024, arXiv 2402.01376): the changes of all layers as one tensor of low rank (Tucker-2).
+"""LoTR (Bershatsky et al. 2024, arXiv 2402.01376): the changes of all layers as one low-rank tensor (Tucker-2).
 
-    dW_l = s A G_l B        A (d_out, r) and B (r, d_in) of all layers, G_l (r, r) of layer l, all trained; s = alpha / r
+    dW_l = s A G_l B        A (d_out, r) and B (r, d_in) of all layers, G_l (r, r) of layer l, all trained; s = alpha /
+    r
 
-The authors' code (daskol/lotr) shares one pair A, B over query and value too; here over all projections that are adapted,
-where they are of one shape (`all`), or over the layers of a projection. G starts at zero; A and B at N(0, 1), or at the
-bases of the stacked weights, orthonormal as the authors leave them (`svd`: Tucker-2 by HOSVD; their variant with the core
-of the weights in G does not start at the base model). The chain of a layer is B^T (d_in, r), s G_l^T (r, r), A^T (r, d_out).
+The authors' code (daskol/lotr) also shares A and B between query and value. Here they are shared by all adapted
+projections if these have the same shape (`all`), or by the layers of a projection. G starts at zero. A and B start at
+N(0, 1), or at the orthonormal bases of the stacked weights, as in the authors' code (`svd`: Tucker-2 by HOSVD; their
+variant with the core of the weights in G does not start at the base model). The chain of a layer is B^T (d_in, r), s
+G_l^T (r, r), A^T (r, d_out).
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from craft_cli.models.stacks import Shape, Weights
 from craft_cli.tucker import hosvd
 
 Bases = tuple[Tensor, Tensor]
-"""U_out (d_out, r) and U_in (d_in, r)."""
+"""The bases U_out (d_out, r) and U_in (d_in, r)."""
 
 
 def sharing(shapes: Mapping[str, Shape], options: LotrOptions) -> dict[str, list[str]]:
-    """The projections that share one A and B, by the name of the pair."""
+    """The projections that share A and B, by the name of the pair."""
     if options.lotr_share == "all" and len({shape[1:] for shape in shapes.values()}) == 1:
         return {"all": list(shapes)}
     return {name: [name] for name in shapes}
@@ -38,21 +40,21 @@ def sharing(shapes: Mapping[str, Shape], options: LotrOptions) -> dict[str, list
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Start(Sketch):
-    """Whose weights they are, and the bases that A and B start at; these are no part of an adapter.
+    """The identity of the weights, and initial values of A and B, which an adapter does not store.
 
     Attributes:
-        bases: of every pair, where it starts so.
+        bases: bases of every pair; empty for a random start.
     """
 
     bases: Mapping[str, Bases] = field(default_factory=dict)
 
 
 class LotrChange(Change):
-    """A and B of every pair, G of every projection.
+    """A and B of every pair, and G of every projection.
 
     Args:
-        frozen: shapes, and perhaps bases to start at.
-        options: rank, alpha, sharing.
+        frozen: shapes, and optionally bases to start at.
+        options: rank, alpha and sharing.
     """
 
     def __init__(self, frozen: Frozen, options: LotrOptions) -> None:
@@ -79,7 +81,7 @@ class LotrChange(Change):
 
 
 class Lotr(Method):
-    """LoTR as a method; it keeps nothing of the base's weights."""
+    """The LoTR method; it keeps no tensors of the base."""
 
     name, title, paper = "lotr", "LoTR", "arXiv 2402.01376"
     idea = "trained bases shared by all layers, one small trained matrix for every adapted weight"
@@ -88,7 +90,7 @@ class Lotr(Method):
     def prepare(
         self, weights: Weights, options: LotrOptions, cache_dir: str | None, progress: Progress
     ) -> tuple[Start, Sequence[str]]:
-        """The bases of the stacked weights, where A and B start at these.
+        """Compute the bases of the stacked weights, if A and B start there.
 
         Raises:
             ConfigError: a rank above the dimensions of the weights.
@@ -98,14 +100,14 @@ class Lotr(Method):
         pairs = sharing(weights.shapes, options)
         notes = []
         if options.lotr_share == "all" and len(pairs) > 1:
-            notes.append("the projections differ in shape, so each has its own A and B (--lotr-share projection)")
+            notes.append("the projections have different shapes, so each has its own A and B (--lotr-share projection)")
         bases: dict[str, Bases] = {}
         if options.lotr_start == "svd":
             for pair, projections in pairs.items():
                 stack = [layer for name in projections for layer in weights.stacks[name]]
                 most = min(weights.shapes[projections[0]][1:])
                 if options.rank > most:
-                    raise ConfigError(f"--rank {options.rank}: --lotr-start svd has {most} at most here")
+                    raise ConfigError(f"--rank {options.rank}: the maximum with --lotr-start svd is {most} here")
                 progress(f"bases of {in_words(projections)}", 0, 1)
                 try:
                     _, u_out, u_in = hosvd(stack, (1, options.rank, options.rank)).factors
@@ -116,11 +118,11 @@ class Lotr(Method):
         return replace(Start.of(weights), bases=bases), notes
 
     def build(self, frozen: Frozen, options: LotrOptions) -> LotrChange:
-        """G zero."""
+        """Initialize G at zero."""
         return LotrChange(frozen, options)
 
     def count(self, shapes: Mapping[str, Shape], options: LotrOptions) -> int:
-        """Of each pair r (d_in + d_out), of each projection L r^2."""
+        """The sum of r (d_in + d_out) per pair and L r^2 per projection."""
         r = options.rank
         pairs = (shapes[projections[0]] for projections in sharing(shapes, options).values())
         return sum(r * (d_out + d_in) for _, d_out, d_in in pairs) + sum(n * r * r for n, _, _ in shapes.values())
@@ -128,14 +130,14 @@ class Lotr(Method):
     def facts(
         self, frozen: Any, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str
     ) -> dict[str, Any]:
-        """Its own numbers, and those of the pair, which others may share."""
+        """The number of its own parameters, and of those in the pair, which other projections may share."""
         options = self.options(settings)
         pair = next(name for name, them in sharing(frozen.shapes, options).items() if projection in them)
         shared = sum(trained[f"lotr_{part}.{pair}"].numel() for part in "AB")
         return {"parameters": trained[f"lotr_G.{projection}"].numel(), "shared": shared}
 
     def describe(self, settings: Mapping[str, Any]) -> Description:
-        """Rank, alpha, sharing."""
+        """Describe it by rank, alpha and sharing."""
         share = "over all projections" if settings["lotr_share"] == "all" else "by projection"
         return self.described(settings, f"alpha {settings['alpha']:g}, shared {share}", "in A, B and G of")
 

@@ -1,4 +1,4 @@
-"""A change on a transformers model, together with the model's task head: use, switch, merge, save."""
+"""An adapter on a transformers model, including the task head: use, switch, merge, save."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULT_NAME = "default"
 
 @dataclass
 class _Held:
-    """One of several adapters on a model, while another one may be in use."""
+    """One of several adapters on a model, which may be inactive."""
 
     trained: dict[str, Tensor]
     head: dict[str, Tensor]
@@ -38,26 +38,26 @@ class _Held:
 
 
 class ModelAdapter(Adapter):
-    """A change on a transformers model, together with the model's task head.
+    """An adapter on a transformers model, including the task head.
 
     Args:
         model: a `PreTrainedModel`.
-        method: that writes the change.
-        frozen: what it keeps of the base's weights, and which weights they are.
-        options: of the method.
+        method: the method.
+        frozen: frozen tensors of the method, and the origin of the weights.
+        options: options of the method.
         head: names of the model's parameters that are trained in full.
-        base: which one it is.
+        base: identity of the base.
 
     Attributes:
         model: the adapted `PreTrainedModel`.
-        method: that writes the change.
-        frozen: what it keeps of the base's weights, and which weights they are.
+        method: the method.
+        frozen: frozen tensors of the method, and the origin of the weights.
         head: names of the model's parameters that are trained in full.
-        base: which one it is.
-        training_record: what the adapter was trained on, for those who find its folder later.
-        active: name of the one in use, of those held.
-        made_on: fingerprints of the bases whose adapters may be held beside it: its own, and with `allow_other_base` that of
-            its training.
+        base: identity of the base.
+        training_record: data and settings of the training, for adapter_config.json.
+        active: name of the active adapter.
+        made_on: fingerprints of the bases whose adapters can be loaded next to this one: its own base, and with
+            `allow_other_base` that of its training.
     """
 
     model: Any
@@ -78,7 +78,7 @@ class ModelAdapter(Adapter):
         self.register_load_state_dict_post_hook(_loaded)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move or cast, as `to` and `half` do; after `to_empty`, the frozen tensors are filled in again."""
+        """Move or cast, as `to` and `half` do; after `to_empty`, restore the frozen tensors."""
         super()._apply(fn, recurse)
         if _loses_values(fn):
             self.fill_frozen()
@@ -86,7 +86,7 @@ class ModelAdapter(Adapter):
 
     @torch.no_grad()
     def fill_frozen(self) -> None:
-        """Make the change's frozen tensors again, where its parameters are: no `state_dict` holds them."""
+        """Restore the change's frozen tensors, on the device of its parameters; no `state_dict` has them."""
         device = next(self.change.parameters()).device
         with torch.random.fork_rng(devices=[]):
             fresh = self.method.build(self.frozen, self.options)
@@ -96,90 +96,93 @@ class ModelAdapter(Adapter):
                 module.register_buffer(name, value, persistent=False)
 
     def __repr__(self) -> str:
-        """One line: what is adapted, and how many numbers are trained."""
-        told, name = self.description, "" if self.active == DEFAULT_NAME else f" '{self.active}'"
+        """One line with the method, the adapted projections and the number of trained parameters."""
+        description, name = self.description, "" if self.active == DEFAULT_NAME else f" '{self.active}'"
         return (
-            f"<ModelAdapter{name}: {told.title}, {told.settings}, on {in_words(self.frozen.targets)} of "
-            f"{self.frozen.model}; trains {self.count_parameters():,} numbers, {self.count_head_parameters():,} in the head>"
+            f"<ModelAdapter{name}: {description.title}, {description.settings}, on {in_words(self.frozen.targets)} of "
+            f"{self.frozen.model}; trains {self.count_parameters():,} parameters, "
+            f"and {self.count_head_parameters():,} in the head>"
         )
 
     def _repr_html_(self) -> str:
-        """For notebooks: what is adapted, its spectra and sizes."""
+        """HTML for notebooks, with sizes and spectra."""
         return adapter_html(self)
 
     @property
     def description(self) -> Description:
-        """The method in words, with the size of its change."""
+        """The description of the method and its size."""
         return self.method.describe(self.method.settings(self.frozen, self.options))
 
     def head_state(self) -> dict[str, Tensor]:
         """The head's parameters by name."""
-        return {name: self.model.get_parameter(name).detach() for name in self.head}  # state_dict() disturbs FSDP
+        return {
+            name: self.model.get_parameter(name).detach() for name in self.head
+        }  # state_dict() has side effects with FSDP
 
     def trained_state(self) -> dict[str, Tensor]:
-        """A copy of what is trained on the CPU, the head too, by its names in the adapter's file."""
+        """A copy on the CPU of the trained parameters, including the head, by their names in the adapter's file."""
         self.refuse_disabled()
         return {name: tensor.detach().cpu().clone() for name, tensor in self._trained().items()}
 
     @torch.no_grad()
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `trained_state` gave, or a part of it.
+        """Load the values that `trained_state` returned, or some of them.
 
         Raises:
-            ModelError: a tensor has no place here, or not this shape.
+            ModelError: a name is unknown, or a shape differs.
         """
         mine = self._trained()
         for name, tensor in state.items():
             if name not in mine or mine[name].shape != tensor.shape:
-                found = f"is {tuple(mine[name].shape)}" if name in mine else "is missing"
-                raise ModelError(f"{name} {tuple(tensor.shape)} {found} in this model")
+                actual = f"is {tuple(mine[name].shape)}" if name in mine else "is missing"
+                raise ModelError(f"{name} {tuple(tensor.shape)} {actual} in this model")
             mine[name].copy_(tensor)
 
     def _trained(self) -> dict[str, Tensor]:
         return self.change_state() | {HEAD + name: tensor for name, tensor in self.head_state().items()}
 
     def change_state(self) -> dict[str, Tensor]:
-        """The parameters of the change by their names in the adapter's file."""
+        """The parameters of the change, by their names in the adapter's file."""
         return {name: parameter.detach() for name, parameter in self.change.trained().items()}
 
     def trained_names(self) -> set[str]:
-        """Names of the model's parameters that are trained: the change's, while it is attached, and the head's."""
+        """Names of the model's trained parameters: those of the attached change and of the head."""
         mine = {id(parameter) for parameter in self.parameters()}
         return {*self.head, *(name for name, parameter in self.model.named_parameters() if id(parameter) in mine)}
 
     def count_head_parameters(self) -> int:
-        """How many numbers of the head are trained."""
+        """The number of trained parameters in the head."""
         return sum(tensor.numel() for tensor in self.head_state().values())
 
     def print_trainable_parameters(self) -> None:
-        """Print how many numbers are trained, the head's among them, as peft does."""
+        """Print the number of trained parameters, including the head, as peft does."""
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         every = sum(parameter.numel() for parameter in self.model.parameters())
         print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
 
     def attach(self, root: nn.Module, views: Mapping[str, Sequence[View]]) -> None:
-        """Adapt the base model in place; from now on `save_pretrained` knows of the adapter, see `saving`."""
+        """Adapt the base model in place; `save_pretrained` then saves the adapter too, see `saving`."""
         super().attach(root, views)
         self._handles += install(self)
 
     def detach(self, root: nn.Module | None = None) -> None:
-        """Take the adapter off: the model computes what it did before, with the trained head."""
+        """Remove the adapter; the model then computes as before, with the trained head."""
         super().detach(self.model.base_model if root is None else root)
         uninstall(self)
 
     def merge(self, root: nn.Module | None = None) -> list[str]:
-        """Fold the change into the model's weights and take the adapter off.
+        """Merge the change into the model's weights and remove the adapter.
 
         Returns:
-            Paths of the modules whose weight changed; none where only the head was trained.
+            Paths of the modules whose weight changed; empty if only the head was trained.
 
         Raises:
-            ModelError: the model is quantised.
-            ValueError: nothing changes, the head neither, or the adapter is attached to no model.
+            ModelError: the model is quantized.
+            ValueError: neither a weight nor the head changes, or the adapter is not attached.
         """
         self.refuse_disabled()
         if getattr(self.model, "is_quantized", False):
-            raise ModelError("a quantised model cannot be merged into: load the adapter onto the full-precision base")
+            raise ModelError("cannot merge into a quantized model: load the adapter onto the full-precision base")
         trained = any(not torch.equal(tensor, self._untrained[name]) for name, tensor in self.head_state().items())
         if trained and self.modules_adapted() and not self.changes_something():
             self.detach(root)
@@ -190,21 +193,21 @@ class ModelAdapter(Adapter):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the adapters held, in the order they were loaded."""
+        """Names of the adapters on this model, in the order they were loaded."""
         return tuple(self._held) or (self.active,)
 
     def refuse_disabled(self) -> None:
-        """Inside `disabled` the head is not the trained one: nothing may be kept or changed there.
+        """Refuse to save or change the adapter inside `disabled`, where the head is not the trained one.
 
         Raises:
-            ConfigError: inside it.
+            ConfigError: the adapter is disabled.
         """
         if not self._enabled:
-            raise ConfigError("the adapter is disabled here: leave the `disabled()` block first")
+            raise ConfigError("the adapter is disabled: leave the `disabled()` block first")
 
     @torch.no_grad()
     def hold(self, name: str, saved: SavedAdapter) -> None:
-        """Keep a saved adapter of the same method, base and size under a name, and use it.
+        """Add a saved adapter of the same method, base and size under a name, and activate it.
 
         Raises:
             ConfigError: inside `disabled`.
@@ -218,10 +221,10 @@ class ModelAdapter(Adapter):
 
     @torch.no_grad()
     def use(self, name: str) -> None:
-        """Switch to another of the adapters held: what is trained, head and label names; nothing is attached again.
+        """Activate another adapter on this model: its trained parameters, head and label names.
 
         Raises:
-            ConfigError: none is held by this name, or inside `disabled`.
+            ConfigError: there is no adapter with this name, or inside `disabled`.
         """
         self.refuse_disabled()
         self._check_held(name)
@@ -230,27 +233,27 @@ class ModelAdapter(Adapter):
             self._show(name)
 
     def delete(self, name: str) -> None:
-        """Forget one of the adapters held; where it is in use, the first of the others is used.
+        """Delete one of several adapters; if it is active, the first of the others is activated.
 
         Raises:
-            ConfigError: none is held by this name, it is the only one, or inside `disabled`.
+            ConfigError: there is no adapter with this name, it is the only one, or inside `disabled`.
         """
         self.refuse_disabled()
         self._check_held(name)
         others = [other for other in self.names if other != name]
         if not others:
-            raise ConfigError(f"'{name}' is the only adapter here: adapter.detach() takes it off the model")
+            raise ConfigError(f"'{name}' is the only adapter: remove it from the model with adapter.detach()")
         if name == self.active:
             self.use(others[0])
         del self._held[name]
 
     def _check_held(self, name: str) -> None:
         if name not in self.names:
-            raise ConfigError(f"no adapter '{name}' is held here{nearest(name, self.names)}")
+            raise ConfigError(f"this model has no adapter '{name}'{nearest(name, self.names)}")
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base model, with the head it had before the adapter came."""
+        """Inside the block, the model is the base model, with its head from before the adapter was attached."""
         trained = {name: tensor.clone() for name, tensor in self.head_state().items()}
         self._set_head(self._untrained)
         try:
@@ -260,7 +263,7 @@ class ModelAdapter(Adapter):
             self._set_head(trained)
 
     def _put_away(self) -> None:
-        """What is in use may have been trained on since it was loaded."""
+        """Store the active adapter, which may have been trained since it was loaded."""
         self._held[self.active] = _Held(
             {name: tensor.clone() for name, tensor in self.change_state().items()},
             {name: tensor.clone() for name, tensor in self.head_state().items()},
@@ -286,7 +289,7 @@ class ModelAdapter(Adapter):
         self.training_record = held.training
         config = self.model.config
         if (held.model["architecture"], held.model["num_labels"]) != (self.architecture, config.num_labels):
-            return  # it has no head, and its labels mean nothing here
+            return  # it has no head, and its labels do not apply to this model
         config.id2label = {int(number): label for number, label in held.model["id2label"].items()}
         config.label2id = {label: number for number, label in config.id2label.items()}
         config.problem_type = held.model["problem_type"]
@@ -299,7 +302,7 @@ class ModelAdapter(Adapter):
     # -- on disk ----------------------------------------------------------------------------------------------------
 
     def record(self, factors: str = INCLUDE) -> dict[str, Any]:
-        """What adapter_config.json says, with what is frozen included or referred to."""
+        """The content of adapter_config.json, for frozen tensors that are included or referred to."""
         sha256 = self.frozen.sha256()
         known = {"sketch": sketches(self.frozen.tensors())} if factors == REFERENCE else {}
         return {
@@ -312,50 +315,53 @@ class ModelAdapter(Adapter):
             "head": list(self.head),
             **({"factors": {"stored": factors, "sha256": sha256} | known} if sha256 else {}),
             "parameters": {"adapter": self.count_parameters(), "head": self.count_head_parameters()},
-            "labels": [label for _, label in sorted(self.model.config.id2label.items())],  # in the head's order
+            "labels": [label for _, label in sorted(self.model.config.id2label.items())],  # in the order of the head
             "model": self._model_record(),
             "training": self.training_record,
         }
 
     def save(self, path: str | Path, *, card: str | None = None, factors: str = INCLUDE) -> None:
-        """Write the adapter as a folder, replacing one that is there, and check it by reading it back.
+        """Save the adapter as a folder, replacing an existing adapter, and verify it by reading it back.
 
         Args:
             path: the folder.
             card: text of its README.md.
-            factors: `include` makes the folder enough with the base; `reference` writes only the sha256 of the factors,
-                which loading then takes from the cache: a few tens of kilobytes for each of many adapters of one base.
+            factors: `include` saves the factors too; `reference` saves only their sha256, and loading reads them from
+                the
+                cache: a few tens of kilobytes for each of many adapters of one base.
 
         Raises:
-            FileError: it cannot be written, or reads back different; a former adapter there is untouched.
+            FileError: the folder cannot be written, or differs when it is read back; an existing adapter is kept.
         """
         with whole_folder(Path(path), ADAPTER, overwrite=True) as folder:
             self.write(folder, card=card, factors=factors)
 
     def write(self, folder: Path, *, card: str | None = None, factors: str = INCLUDE) -> None:
-        """Write the adapter's files into a folder that is there, and check them by reading them back; see `save`.
+        """Write the adapter's files into an existing folder, and verify them by reading them back; see `save`.
 
         Raises:
-            FileError: one cannot be written, or reads back different.
+            FileError: a file cannot be written, or differs when it is read back.
         """
         self.refuse_disabled()
         if factors not in (INCLUDE, REFERENCE):
             raise ConfigError(f"factors: expected {INCLUDE} or {REFERENCE}, not '{factors}'")
         if factors == REFERENCE and self.frozen.sha256() is None:
-            raise ConfigError(f"factors: {self.method.name} has none to refer to; leave '{INCLUDE}'")
-        change = {name: tensor.float() for name, tensor in self.change_state().items()}  # the model may be cast: half()
+            raise ConfigError(f"factors: {self.method.name} has no factors to refer to; use '{INCLUDE}'")
+        change = {
+            name: tensor.float() for name, tensor in self.change_state().items()
+        }  # the model may be in half precision
         write_adapter(folder, self.record(factors), self._trained() | change, self.frozen, card)
 
 
 def _loses_values(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Whether what is applied to every tensor leaves the values behind, as `to_empty` does."""
-    probe = torch.tensor(list(os.urandom(16)), dtype=torch.uint8)  # memory that was freed may hold any fixed numbers
+    """Whether a function that is applied to every tensor loses its values, as `to_empty` does."""
+    probe = torch.tensor(list(os.urandom(16)), dtype=torch.uint8)  # freed memory may hold any fixed values
     moved = fn(probe)
     return not moved.is_meta and not torch.equal(moved.to("cpu", torch.uint8), probe)
 
 
 def _loaded(adapter: ModelAdapter, keys: Any) -> None:
-    """After `load_state_dict`: with `assign` the parameters come from "meta", and what is frozen stays there."""
+    """Restore the frozen tensors, which `load_state_dict` with `assign` leaves on "meta"."""
     here = not next(adapter.change.parameters()).is_meta
     if here and any(tensor.is_meta for tensor in adapter.change.buffers()):
         adapter.fill_frozen()

@@ -1,9 +1,9 @@
-"""What `save_pretrained` writes of an adapted model, and what its `load_state_dict` accepts.
+"""The `save_pretrained` and `load_state_dict` of an adapted model.
 
-A hook is no weight, so a plain `save_pretrained` would write the base without the change. While an adapter is on a model,
-it writes the change merged into the weights, which any tool loads, and the adapter itself in the folder `adapter` beside
-them, which goes on training. `Trainer.save_model`, `push_to_hub`, a pipeline and sentence-transformers all call it.
-`state_dict` is untouched: base, change and head by their names, as `torch.save` and Accelerate's `save_state` need it.
+A hook is not a weight, so a plain `save_pretrained` would write the base without the change. While a model has an
+adapter, it writes merged weights, which any tool loads, and in the subfolder `adapter` the adapter itself, which can be
+trained further. `Trainer.save_model`, `push_to_hub`, a pipeline and sentence-transformers all call it. `state_dict`
+does not change: it has base, change and head by name, as `torch.save` and Accelerate's `save_state` need it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
-"""What the Hugging Face Trainer calls the folder of a checkpoint."""
+"""Name of a checkpoint folder of the Hugging Face Trainer."""
 _BASIS = "basis"
 _OF_THE_HUB = ("repo_id", "commit_message", "create_pr", "private", "token")
-"""What `save_pretrained` takes for `push_to_hub`."""
+"""Arguments of `save_pretrained` that are for `push_to_hub`."""
 
 
 class Saving:
-    """Stands in for `save_pretrained` of a model, or of its base model, while an adapter is on it.
+    """Replaces `save_pretrained` of a model, or of its base model, while it has an adapter.
 
     Args:
-        adapter: on the model.
-        model: the model, or the part of it, whose `save_pretrained` this is.
+        adapter: the adapter.
+        model: the model or base model whose `save_pretrained` this is.
 
     Attributes:
-        small_checkpoints: write only what is trained into the folders that are called as the Trainer's checkpoints.
+        small_checkpoints: whether to write only the trained parameters into the Trainer's checkpoint folders.
     """
 
     def __init__(self, adapter: ModelAdapter, model: Any) -> None:
@@ -59,7 +59,7 @@ class Saving:
 
         Raises:
             ConfigError: inside `disabled`, or with `distributed_checkpoint`, which cannot be merged.
-            ModelError: the model is quantised, or the change is not finite.
+            ModelError: the model is quantized, or the change is not finite.
         """
         self.adapter.refuse_disabled()
         folder, whole = Path(save_directory), self.model is self.adapter.model
@@ -67,35 +67,35 @@ class Saving:
             return self._write_small(folder) if is_main_process else None
         if getattr(self.model, "is_quantized", False):
             raise ModelError(
-                "save_pretrained: the change cannot be merged into a quantised model: save the adapter with "
+                "save_pretrained: the adapter cannot be merged into a quantized model: save the adapter with "
                 "adapter.save(FOLDER), and merge it into the full-precision base with craft.merge(FOLDER)"
             )
         if options.get("distributed_checkpoint"):
             raise ConfigError(
-                "save_pretrained: an adapted model has no distributed_checkpoint: leave it out, or save the adapter "
-                "with adapter.save(FOLDER)"
+                "save_pretrained: distributed_checkpoint is not supported for an adapted model: omit it, or save the "
+                "adapter with adapter.save(FOLDER)"
             )
         if whole and is_main_process:
             self.adapter.save(folder / BESIDE)
         state = dict(self.model.state_dict() if state_dict is None else state_dict)
         state = {name: tensor for name, tensor in state.items() if not name.startswith(self._own)}
-        if state or is_main_process:  # other processes may be given nothing: the main one writes
+        if state or is_main_process:  # other processes may have no tensors: the main one writes
             self.adapter.merge_into(state, self._prefix)
         push = options.pop("push_to_hub", False)
         asked = {name: options.pop(name) for name in _OF_THE_HUB if name in options}
         type(self.model).save_pretrained(self.model, save_directory, is_main_process, state, **options)
-        if push and is_main_process:  # transformers itself would leave out the adapter's folder
+        if push and is_main_process:  # transformers itself would omit the adapter's folder
             self.model.push_to_hub(asked.pop("repo_id", folder.name), **asked)
 
     @property
     def _own(self) -> str:
-        """What the names of the adapter's parameters begin with."""
+        """The prefix of the adapter's parameter names."""
         return f"{self._prefix}{self.adapter.ATTRIBUTE}."
 
     # -- checkpoints of the Trainer -----------------------------------------------------------------------------------
 
     def _write_small(self, folder: Path) -> None:
-        """The adapter, and what is trained by its names in the model, which the Trainer loads when it resumes."""
+        """Write the adapter, and the trained parameters by their names in the model, which the Trainer resumes from."""
         from safetensors.torch import save
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,24 +110,24 @@ class Saving:
         write_bytes(folder / WEIGHTS_FILE, save(state, metadata={"format": "pt"}))
 
     def _basis(self) -> Tensor:
-        """Which weights and frozen tensors the trained numbers belong to: they mean nothing with others."""
+        """The hashes of the weights and frozen tensors; the trained parameters are valid only with these."""
         frozen = self.adapter.frozen
-        told = " ".join([*frozen.fingerprints.values(), frozen.sha256() or ""])
-        return torch.frombuffer(bytearray(told.encode()), dtype=torch.uint8)
+        hashes = " ".join([*frozen.fingerprints.values(), frozen.sha256() or ""])
+        return torch.frombuffer(bytearray(hashes.encode()), dtype=torch.uint8)
 
     def before_loading(self, model: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Refuse numbers of another basis, and weights that hold a change already.
+        """Refuse parameters that were trained with other weights or factors, and merged weights.
 
         Raises:
-            ModelError: so.
+            ModelError: the state does not belong to this model.
         """
         own = f"{prefix}{self._own}"
         basis = state.pop(f"{own}{_BASIS}", None)
         self._loads_small = basis is not None
         if basis is not None and not torch.equal(basis.cpu(), self._basis()):
             raise ModelError(
-                "this checkpoint was trained over other weights or factors than those of the adapter on this model: "
-                "attach it as it was attached then"
+                "this checkpoint was trained with different weights or factors from the adapter on this model: "
+                "attach the adapter as in that training"
             )
         if not any(name.startswith(own) for name in state):
             for path in self.adapter.modules_adapted():
@@ -140,13 +140,13 @@ class Saving:
                     and not torch.equal(given.to(weight), weight)
                 ):
                     raise ModelError(
-                        f"these are the weights of a merged or another model ({name} differs), and would be changed twice "
-                        "under the adapter on this one: load its adapter onto the base with craft.load; with the Hugging "
-                        "Face Trainer give callbacks=[craft.CraftCallback()], whose checkpoints resume"
+                        f"these are the weights of a merged or a different model ({name} differs), which the adapter on "
+                        "this model would change again: load the saved adapter onto the base with craft.load; for "
+                        "checkpoints that the Hugging Face Trainer can resume, pass callbacks=[craft.CraftCallback()]"
                     )
 
     def after_loading(self, model: Any, keys: Any) -> None:
-        """What is frozen is not in a small checkpoint, and not missing."""
+        """Do not report frozen parameters as missing from a small checkpoint."""
         if self._loads_small:
             kept = self.adapter.trained_names()
             keys.missing_keys[:] = [name for name in keys.missing_keys if name in kept]
@@ -154,13 +154,13 @@ class Saving:
 
 
 def saving_of(model: Any) -> Saving | None:
-    """What stands in for a model's `save_pretrained`; None where there is no adapter on it."""
-    found = vars(model).get("save_pretrained")
-    return found if isinstance(found, Saving) else None
+    """The `Saving` of a model; None if it has no adapter."""
+    saving = vars(model).get("save_pretrained")
+    return saving if isinstance(saving, Saving) else None
 
 
 def install(adapter: ModelAdapter) -> list[Any]:
-    """Stand in for `save_pretrained` of the adapter's model and of its base model, and watch what is loaded.
+    """Replace `save_pretrained` of the adapter's model and of its base model, and check what is loaded.
 
     Returns:
         The handles of the hooks.
@@ -176,7 +176,7 @@ def install(adapter: ModelAdapter) -> list[Any]:
 
 
 def uninstall(adapter: ModelAdapter) -> None:
-    """Give the model its own `save_pretrained` back."""
+    """Restore the model's own `save_pretrained`."""
     for part in (adapter.model.base_model, adapter.model):
         if saving_of(part) is not None:
             del part.save_pretrained

@@ -1,24 +1,27 @@
-"""SuperLoRA (Chen et al. 2024, arXiv 2403.11887): the changes of all weights as one vector, in a few factored parts.
+"""SuperLoRA (Chen et al. 2024, arXiv 2403.11887): the changes of all weights as one vector, in a few factored groups.
 
-The changes of all layers and projections, row by row, projection after projection, are one vector of N numbers. It is cut
-evenly into G groups of n = ceil(N / G), the last one perhaps with numbers too many, which are left out. Each is
+The changes of all layers and projections are concatenated row by row, one projection after the other, into a vector of
+N entries. It is split evenly into G groups of n = ceil(N / G); excess entries of the last group are dropped. Each group
+is
 
     dW_g = F( T_1 (x) ... (x) T_K )                  (x): Kronecker product, K splits
     T_k  = C_k x1 A_k1 ... xM A_kM                   a tensor of order M, read row by row
 
-For M = 2, C is the identity and T = A_1 A_2^T. A tensor of order M has M dimensions as equal as can be whose product is n
-or a little more (what is more is left out). The dimensions of its K splits are as equal, too. F is the identity, or with a
-ratio rho < 1 a fixed map of ceil(rho n) numbers to n (fastfood, Le et al. 2013, as the paper has it): with H the
-Walsh-Hadamard transform, orthonormal, of the next power of two, Z Gaussian, P a permutation, B signs, all of a seed,
+For M = 2, C is the identity and T = A_1 A_2^T. A tensor of order M has M nearly equal dimensions whose product is at
+least n; excess entries are dropped. The dimensions of its K splits are nearly equal too. F is the identity, or with a
+ratio rho < 1 a fixed map from ceil(rho n) entries to n (fastfood, Le et al. 2013, as in the paper). With the
+orthonormal Walsh-Hadamard transform H of the next power of two, Gaussian Z, a permutation P and signs B, all from one
+seed,
 
     F(x) = (size / len(x))^1/2 (H Z P H B [x; 0])[:n]
 
-so that a number of F(x) is as large as one of x. Example: query and value of 12 layers of 768 x 768 are N = 14,155,776
-numbers; in one group of order 2 a matrix 3,763 x 3,762 of rank r, in 24 groups 768 x 768 each, which is LoRA without its scale;
-of order 3, 242 x 242 x 242. A group that is one weight keeps that weight's shape.
+so that the entries of F(x) and x have the same magnitude. Example: query and value of 12 layers of 768 x 768 have
+N = 14,155,776 entries. One group of order 2 is a matrix 3,763 x 3,762 of rank r; 24 groups are 768 x 768 each, which is
+LoRA without its scale; one group of order 3 is 242 x 242 x 242. A group that is exactly one weight keeps the shape of
+that weight.
 
-The first factor of the last split starts at zero, the others as LoRA's A, C at ones on its diagonal; so the change is exactly
-zero. The change of a layer is dense: its chain is one matrix (d_in, d_out).
+The first factor of the last split starts at zero, the others as LoRA's A, and C with ones on its diagonal, so the
+change is exactly zero at the start. The change of a layer is dense: its chain is one matrix (d_in, d_out).
 """
 
 from __future__ import annotations
@@ -40,11 +43,11 @@ from craft_cli.models.stacks import Shape, Weights
 from craft_cli.tucker import multi_mode_product
 
 MOST = 1 << 40
-"""Numbers in a weight or in all, more than any model has: a stranger's file may name sizes whose change fits no memory."""
+"""Upper bound of the entries in all weights, since an untrusted file can have sizes that do not fit in memory."""
 
 
 def near_equal(numbers: int, parts: int) -> list[int]:
-    """As equal dimensions as can be whose product is at least `numbers`."""
+    """Nearly equal dimensions whose product is at least `numbers`."""
     dimensions = []
     for left in range(parts, 0, -1):
         size = max(1, round(numbers ** (1 / left)))
@@ -58,7 +61,7 @@ def near_equal(numbers: int, parts: int) -> list[int]:
 
 
 def plan(shapes: Mapping[str, Shape], options: SuperloraOptions) -> tuple[int, list[int], list[list[int]]]:
-    """Numbers of a group, dimensions of what is built of it, and those of its splits, (K, M)."""
+    """Entries per group, the dimensions of the group's tensor, and those of its splits, (K, M)."""
     total = sum(math.prod(shape) for shape in shapes.values())
     numbers = -(-total // options.superlora_groups)
     built = math.ceil(numbers * (options.superlora_projection or 1))
@@ -73,7 +76,7 @@ def plan(shapes: Mapping[str, Shape], options: SuperloraOptions) -> tuple[int, l
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """The Walsh-Hadamard transform of a vector of 2^k numbers, orthonormal."""
+    """The orthonormal Walsh-Hadamard transform of a vector of 2^k entries."""
     size = len(x)
     left = size.bit_length() - 1
     while left:
@@ -82,12 +85,14 @@ def hadamard(x: Tensor) -> Tensor:
         matrix = x.new_ones(1, 1)
         for _ in range(step):
             matrix = torch.kron(matrix, x.new_tensor([[1.0, 1.0], [1.0, -1.0]]))
-        x = (matrix @ x.reshape(1 << step, -1)).T.reshape(-1)  # this dimension goes last; after all they are as before
+        x = (matrix @ x.reshape(1 << step, -1)).T.reshape(
+            -1
+        )  # moves this dimension to the end; finally the order is restored
     return x / math.sqrt(size)
 
 
 def kron(one: Tensor, other: Tensor) -> Tensor:
-    """The Kronecker product of two tensors of one order (torch's takes not every layout)."""
+    """The Kronecker product of two tensors of the same order (torch's does not support every layout)."""
     apart = one.reshape([n for size in one.shape for n in (size, 1)])
     product = apart * other.reshape([n for size in other.shape for n in (1, size)])
     return product.reshape([a * b for a, b in zip(one.shape, other.shape, strict=True)])
@@ -97,9 +102,9 @@ class Split(nn.Module):
     """T = C x1 A_1 ... xM A_M.
 
     Args:
-        dimensions: of T.
-        rank: of every mode; a dimension below it has its own.
-        zero: whether it starts at zero.
+        dimensions: dimensions of T.
+        rank: rank of every mode; reduced to the dimension.
+        zero: whether T starts at zero.
     """
 
     def __init__(self, dimensions: Sequence[int], rank: int, *, zero: bool) -> None:
@@ -115,13 +120,13 @@ class Split(nn.Module):
             self.core = nn.Parameter(core)
         factors = [torch.empty(size, r) for size, r in zip(dimensions, ranks, strict=True)]
         for factor in factors:
-            nn.init.uniform_(factor, -1 / math.sqrt(len(factor)), 1 / math.sqrt(len(factor)))  # of LoRA's A
+            nn.init.uniform_(factor, -1 / math.sqrt(len(factor)), 1 / math.sqrt(len(factor)))  # as LoRA's A
         if zero:
             factors[0].zero_()
         self.factors = nn.ParameterList(factors)
 
     def rows(self, first: int, last: int) -> Tensor:
-        """T[first:last]."""
+        """The rows T[first:last]."""
         lead, *others = self.factors
         if self.core is None:
             return lead[first:last] @ others[0].T
@@ -132,8 +137,8 @@ class SuperloraChange(Change):
     """The splits of every group.
 
     Args:
-        shapes: (L, d_out, d_in) of the stack of every projection.
-        options: groups, order, splits, rank, projection.
+        shapes: shape (L, d_out, d_in) of every projection's stack.
+        options: groups, order, splits, rank and projection.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], options: SuperloraOptions) -> None:
@@ -155,7 +160,7 @@ class SuperloraChange(Change):
                 self.register_buffer(name, tensor, persistent=False)
 
     def chains(self, projection: str, dtype: torch.dtype | None = None) -> Sequence[Chain]:
-        """dW_l^T (d_in, d_out) of every layer; where no gradient is wanted each is made when it is asked for."""
+        """dW_l^T (d_in, d_out) of every layer; without gradients, each is computed when it is indexed."""
 
         def made(number: int) -> Chain:
             return (self.layer(projection, number).T.to(dtype),)
@@ -174,7 +179,7 @@ class SuperloraChange(Change):
         return torch.cat(list(self._numbers(first, first + d_out * d_in))).reshape(d_out, d_in)
 
     def _numbers(self, first: int, last: int) -> Iterator[Tensor]:
-        """The numbers first:last of the vector of all, group by group."""
+        """Iterate over the entries first:last of the whole vector, group by group."""
         while first < last:
             group, start = divmod(first, self.numbers)
             stop = min(self.numbers, start + last - first)
@@ -182,11 +187,11 @@ class SuperloraChange(Change):
             first += stop - start
 
     def _built(self, group: int, start: int, stop: int) -> Tensor:
-        """The numbers start:stop of the tensor of a group, from the rows that hold them."""
+        """The entries start:stop of a group's tensor, computed from the rows that contain them."""
         width = math.prod(self.dimensions[1:])
         first, last = start // width, -(-stop // width)
         leading, *others = self._splits(group)
-        each = math.prod(other.dimensions[0] for other in others)  # rows of the product by one of the first split
+        each = math.prod(other.dimensions[0] for other in others)  # rows of the product per row of the first split
         tensor = leading.rows(first // each, -(-last // each))
         for other in others:
             tensor = kron(tensor, other.rows(0, other.dimensions[0]))
@@ -197,7 +202,7 @@ class SuperloraChange(Change):
         return tensor.reshape(-1)[start - first * width : stop - first * width]
 
     def _projected(self, group: int) -> Tensor:
-        """F of the tensor of a group, (n,)."""
+        """F of a group's tensor, (n,)."""
         built = self._built(group, 0, min(math.prod(self.dimensions), self.numbers))
         signs, order, gauss = (self.get_buffer(name) for name in ("signs", "order", "gauss"))
         padded = torch.cat([built, built.new_zeros(len(signs) - len(built))])
@@ -210,7 +215,7 @@ class SuperloraChange(Change):
 
 
 class _Layers(Sequence[Chain]):
-    """The chains of a projection, each made when it is asked for, without a gradient."""
+    """The chains of a projection, each computed when it is indexed, without gradients."""
 
     def __init__(self, layers: int, made: Callable[[int], Chain], device: str) -> None:
         self._layers, self._made, self._device = layers, made, device
@@ -226,40 +231,46 @@ class _Layers(Sequence[Chain]):
 
 
 class Superlora(Method):
-    """SuperLoRA as a method; it keeps nothing of the base's weights."""
+    """The SuperLoRA method; it keeps no tensors of the base."""
 
     name, title, paper = "superlora", "SuperLoRA", "arXiv 2403.11887"
-    idea = "the changes of all adapted weights as one vector, cut into groups that are products of trained factors"
+    idea = "the changes of all adapted weights as one vector, split into groups that are products of trained factors"
     Options = SuperloraOptions
 
     def prepare(
         self, weights: Weights, options: SuperloraOptions, cache_dir: str | None, progress: Progress
     ) -> tuple[Frozen, Sequence[str]]:
-        """Whose weights they are, and what a training step holds."""
+        """The identity of the weights, and a note on the memory of an update.
+
+        Raises:
+            ConfigError: more groups than entries.
+        """
         total = sum(math.prod(shape) for shape in weights.shapes.values())
         if options.superlora_groups > total:
-            raise ConfigError(f"--superlora-groups {options.superlora_groups}: there are {total:,} numbers to group")
-        held = f"superlora: an update holds the dense changes of all adapted weights, {4 * total / 1e6:,.0f} MB"
+            raise ConfigError(f"--superlora-groups {options.superlora_groups}: the weights have only {total:,} entries")
+        held = (
+            f"superlora: an update needs memory for the dense changes of all adapted weights, {4 * total / 1e6:,.0f} MB"
+        )
         if options.superlora_projection:
-            held += ", and makes them through a transform of each group for every weight"
+            held += ", and time to transform each group for every weight"
         return Sketch.of(weights), [held]
 
     def build(self, frozen: Frozen, options: SuperloraOptions) -> SuperloraChange:
-        """The first factor of the last split of each group zero."""
+        """Initialize the first factor of each group's last split at zero."""
         return SuperloraChange(frozen.shapes, options)
 
     def trained_shapes(self, frozen: Frozen, options: SuperloraOptions) -> dict[str, tuple[int, ...]]:
         """See `Method`.
 
         Raises:
-            OverflowError: the sizes are of no model.
+            OverflowError: the sizes exceed those of any model.
         """
         if sum(math.prod(shape) for shape in frozen.shapes.values()) > MOST:
             raise OverflowError("its weights are larger than those of any model")
         return super().trained_shapes(frozen, options)
 
     def count(self, shapes: Mapping[str, Shape], options: SuperloraOptions) -> int:
-        """Of each group and split r times the sum of its dimensions, and r^M for a core."""
+        """Per group and split, r times the sum of its dimensions, and r^M for a core."""
         *_, splits = plan(shapes, options)
         numbers = 0
         for sizes in splits:
@@ -269,18 +280,18 @@ class Superlora(Method):
         return options.superlora_groups * numbers
 
     def full_rank(self, shapes: Mapping[str, Shape], options: SuperloraOptions) -> int:
-        """Of the factors of a group; see `Method`."""
+        """The largest rank of a group's factors; see `Method`."""
         *_, splits = plan(shapes, options)
         return max(min(sizes) if len(sizes) == 2 else max(sizes) for sizes in splits)
 
     def facts(
         self, frozen: Any, settings: Mapping[str, Any], trained: Mapping[str, Tensor], projection: str
     ) -> dict[str, Any]:
-        """The numbers of all groups: a group belongs to no projection."""
+        """The number of parameters in all groups, since a group does not belong to one projection."""
         return {"parameters": 0, "shared": sum(tensor.numel() for tensor in trained.values())}
 
     def describe(self, settings: Mapping[str, Any]) -> Description:
-        """Groups, order, splits and ratio, where they say something."""
+        """Describe it by groups and order, and by splits and ratio if they are used."""
         options = self.Options(**{name: settings[name] for name in asdict(self.Options()) if name in settings})
         groups, order, splits = options.superlora_groups, options.superlora_order, options.superlora_splits
         words = f"{groups} {'groups' if groups > 1 else 'group'} of order {order}"

@@ -1,4 +1,4 @@
-"""`craft.CraftCallback`: the Hugging Face Trainer with an adapted model."""
+"""`craft.CraftCallback`, for an adapted model in the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ class CraftCallback(TrainerCallback):
         trainer.train()                                 # or trainer.train(resume_from_checkpoint=True)
         craft.load(fresh_model, "OUTPUT_DIR/adapter")
 
-    A checkpoint holds what is trained, and is an adapter's folder as well. The Trainer resumes it exactly as one of its own.
-    The adapter at the end is the best one with `load_best_model_at_end`, else the last. `trainer.save_model` still writes
-    a plain checkpoint, with the change merged into the weights.
+    A checkpoint has only the trained parameters, and is also an adapter's folder. The Trainer resumes from it exactly
+    as from its own. The adapter at the end is the best one with `load_best_model_at_end`, otherwise the last.
+    `trainer.save_model` still writes a plain checkpoint with merged weights.
 
     Raises:
-        ConfigError: when the Trainer is made: its model carries no adapter, or the checkpoints would be uploaded as models.
+        ConfigError: when the Trainer is created: its model has no adapter, or would upload the checkpoints as models.
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        """Check the model, where it is there already."""
+        """Check the arguments, and the model if the Trainer has one already."""
         if args.push_to_hub and args.hub_strategy in _UPLOADED_AT_ONCE:
             raise ConfigError(
-                "CraftCallback: a checkpoint holds only what is trained and is no model to upload: "
-                'give TrainingArguments hub_strategy="end"'
+                "CraftCallback: a checkpoint has only the trained parameters and cannot be uploaded as a model: "
+                'pass hub_strategy="end" to TrainingArguments'
             )
         if model is not None:
             _saving(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        """From now on checkpoints are small."""
+        """Turn on small checkpoints."""
         _saving(model).small_checkpoints = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
-        """Write the adapter."""
+        """Save the adapter."""
         saving = _saving(model)
         saving.small_checkpoints = False
         if state.is_world_process_zero:
@@ -58,13 +58,13 @@ def _saving(model: Any) -> Saving:
     saving = saving_of(model)
     if saving is None:
         raise ConfigError(
-            "CraftCallback: the Trainer's model carries no adapter: call craft.attach(model) before the Trainer is made"
+            "CraftCallback: the Trainer's model has no adapter: call craft.attach(model) before you create the Trainer"
         )
     return saving
 
 
 def _training(args: Any, state: Any) -> dict[str, Any]:
-    """Epoch and metrics of the evaluation that the adapter was saved with, as far as there is one."""
+    """Epoch and metrics of the saved adapter's evaluation, if there is one."""
     best = state.best_global_step if args.load_best_model_at_end else None
     evaluations = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
     chosen = [entry for entry in evaluations if best is None or entry["step"] == best]

@@ -120,7 +120,7 @@ def test_advice_on_factors_and_runs_is_on_their_base(pico: Make) -> None:
     assert "--energy: expected a number above 0 and up to 1, not 50" in failure("inspect", "adapter", "--energy", "50")
     assert "--energy: expected a number above 0" in failure("inspect", "adapter", "--energy", "0")
     assert "--budget: expected a number of parameters such as" in failure("inspect", "adapter", "--budget", "few")
-    assert "--budget: 2 is below 3, the numbers of ranks 1,1,1" in failure("inspect", "adapter", "--budget", "2")
+    assert "--budget: 2 is below the 3 parameters of ranks 1,1,1" in failure("inspect", "adapter", "--budget", "2")
 
 
 # -- runs side by side --------------------------------------------------------------------------------------------------

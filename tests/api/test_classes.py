@@ -127,7 +127,9 @@ def test_an_adapter_with_a_head_is_refused_by_a_model_of_another_class(pico: Mak
     adapter = craft.attach(load(pico(), num_labels=2), craft.decompose(str(pico()), ranks=(6, 5, 2)))
     adapter.save("adapter")
     other = transformers.AutoModelForSequenceClassification.from_pretrained(pico(), num_labels=2)
-    told = "was trained on a BertForTokenClassification, this is a BertForSequenceClassification: load a BertForToken"
+    told = (
+        "was trained on a BertForTokenClassification, but this is a BertForSequenceClassification: load a BertForToken"
+    )
     with pytest.raises(ModelError, match=told):
         craft.load(other, "adapter")
     craft.load(load(pico(), num_labels=2), "adapter")

@@ -100,7 +100,7 @@ def test_merging_onto_another_base_is_refused(pico: Make, tmp_path: Path) -> Non
     shutil.copy(
         build_pico("bert", tmp_path / "x", initializer_range=0.1) / "model.safetensors", base / "model.safetensors"
     )
-    with pytest.raises(ModelError, match="other weights"):
+    with pytest.raises(ModelError, match="the weights of this model"):
         craft.merge("adapter", "merged")
     assert not Path("merged").exists()
 

@@ -253,14 +253,14 @@ def test_one_row_alone_and_a_wider_output_are_adapted_too() -> None:
 
 def test_misuse_is_told() -> None:
     block, adapter = adapted_block()
-    with pytest.raises(ValueError, match="carries an adapter already"):
+    with pytest.raises(ValueError, match="already has an adapter"):
         adapter.attach(block, VIEWS)
     with pytest.raises(ValueError, match="merging changes no tensor"):
         adapter.merge(block)
     adapter.detach(block)
-    with pytest.raises(ValueError, match="attached to no model"):
+    with pytest.raises(ValueError, match="not attached to a model"):
         adapter.merge(block)
-    with pytest.raises(ValueError, match=r"the model has 2 layers \(6, 5\), the change is for \(3, 6, 5\)"):
+    with pytest.raises(ValueError, match=r"the model has 2 layers \(6, 5\), but the change is for \(3, 6, 5\)"):
         craft_adapter({"heads": decomposed((3, 6, 5))}).attach(block, VIEWS)
 
 

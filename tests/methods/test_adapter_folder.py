@@ -199,10 +199,10 @@ COMMANDS = {
 STRANGE = {
     "shape": (of_another_shape, "merge", "the change of query is for (3, 25, 24), "),
     "many layers": (of_many_layers, "merge", "the change of query is for (1000, 400, 400), "),
-    "fewer layers": (of_fewer_layers, "inspect", "its projections are of different numbers of layers"),
-    "head": (with_head("nonsense.weight", 2), "merge", "its head holds 'nonsense.weight', which "),
-    "adapted head": (with_head(ADAPTED, 24, 24), "merge", f"its head holds '{ADAPTED}', which it adapts too"),
-    "odd head": (with_odd_head, "inspect", "holds values that are not finite numbers"),
+    "fewer layers": (of_fewer_layers, "inspect", "its projections have different numbers of layers"),
+    "head": (with_head("nonsense.weight", 2), "merge", "its head has 'nonsense.weight', which "),
+    "adapted head": (with_head(ADAPTED, 24, 24), "merge", f"its head has '{ADAPTED}', which is also adapted"),
+    "odd head": (with_odd_head, "inspect", "has values that are not finite"),
     "pad": (padded, "merge", "the adapter pads with token 1000000000, but "),
     "nobody's home": (of_base("~nouser/x"), "merge", "'~nouser/x' names no folder (Could not determine home directory"),
     "long name": (of_base("x" * 300), "merge", f"'{'x' * 80}...' names no folder (File name too long)"),
@@ -224,7 +224,7 @@ def test_a_strange_adapter_is_refused_in_one_line(good: Path, what: str) -> None
 @pytest.mark.parametrize("given", ["~nobody_x/y", "x" * 300, "foo/bar--baz"])
 def test_what_cannot_be_a_path_is_told_in_one_line(given: str, pico: Callable[..., Path]) -> None:
     Path("in.txt").write_text("good film\n")
-    with pytest.raises(CraftError, match=r"names no folder|is no adapter"):
+    with pytest.raises(CraftError, match=r"names no folder|is not an adapter"):
         craft.load(classifier(pico()), given)
     for arguments in (("merge", given), ("predict", given, "--use-cpu", "--input", "in.txt")):
         said = failure(*arguments)
@@ -237,7 +237,7 @@ def test_a_reference_to_the_factors_of_no_weights_is_served_by_no_entry(good: Pa
     Path("in.txt").write_text("good film\n")
     rewrite(good / "small", of_no_weights)
     arguments = [argument.replace("whole", "small") for argument in COMMANDS[command]]
-    assert "its labels or its projections contradict each other" in failure(*arguments)
+    assert "its labels or projections are inconsistent" in failure(*arguments)
 
 
 def test_an_entry_that_holds_less_than_its_header_promises_is_passed_over(good: Path, tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def test_several_are_held_and_switched_in_place(pico: Make) -> None:
     adapter.use("one")
     assert torch.equal(logits(model), moved)
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
-    with pytest.raises(ConfigError, match="no adapter 'three' is held here; known: one, two"):
+    with pytest.raises(ConfigError, match="this model has no adapter 'three'; known: one, two"):
         adapter.use("three")
-    with pytest.raises(ModelError, match="carries an adapter already"):
+    with pytest.raises(ModelError, match="already has an adapter"):
         craft.load(model, "two")
 
 
@@ -77,7 +77,7 @@ def test_an_attached_adapter_is_held_beside_a_loaded_one(pico: Make) -> None:
     assert torch.equal(logits(model), own)
     other = craft.attach(classifier(pico()), craft.decompose(str(pico()), ranks=(4, 4, 2)))
     other.save("other")
-    with pytest.raises(ModelError, match="other has another method, base or size"):
+    with pytest.raises(ModelError, match="other differs from the adapter on this model in method, base or size"):
         craft.load(model, "other", name="other")
     assert torch.equal(logits(model), own)
 
@@ -105,19 +105,19 @@ def test_a_reference_without_its_factors_is_refused(why: str, tmp_path: Path, mo
     make_two(base)
     (entry,) = (tmp_path / "cache/craft").glob("*.safetensors")
     entry.unlink()
-    message = "its base has other weights now"
+    message = "the weights of its base have changed"
     if why == "gone":
         base.rename(tmp_path / "moved")
-        message = "its base is not at hand"
+        message = "its base is not available"
     elif why == "other weights":
         build_pico("bert", base, initializer_range=0.1)
     else:
         record = json.loads(Path("one/adapter_config.json").read_text())
         record["factors"] |= {"sha256": "0" * 64, "sketch": {}}
         Path("one/adapter_config.json").write_text(json.dumps(record))
-        message = "decomposing its base gives others here"
+        message = "decomposing its base gives different ones here"
     looked = failure("inspect", "one")  # it makes nothing
-    assert "they are not in the cache; load or merge it once" in looked
+    assert "they are not in the cache; load or merge the adapter once" in looked
     told = failure("merge", "one") if why == "gone" else invoke("merge", "one").stderr
     assert f"one only refers to its factors (sha256 {'0' if why == 'other factors' else ''}" in told
     assert message in told
@@ -184,7 +184,7 @@ def test_an_option_of_none_is_the_default(pico: Make) -> None:
 
 def test_what_one_method_prepared_is_refused_by_another(pico: Make) -> None:
     factors = craft.decompose(str(pico()), ranks=(6, 5, 2))
-    with pytest.raises(ConfigError, match=r"lora needs no factors, .* leave them out"):
+    with pytest.raises(ConfigError, match=r"lora needs no factors, .* omit them"):
         craft.attach(classifier(pico()), factors, method="lora")
     kept = craft.attach(classifier(pico()), method="lora").frozen
     with pytest.raises(ConfigError, match=r"craft needs the factors of craft\.decompose"):

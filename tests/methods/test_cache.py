@@ -48,7 +48,7 @@ def test_a_file_of_factors_from_elsewhere_does_not_serve(
     Path("cache").mkdir()
     false = replace(true, decompositions={name: lie(each) for name, each in true.decompositions.items()})
     false.save("cache/a-downloaded.safetensors")
-    with pytest.raises(ModelError, match="other weights than those that the factors were made of"):
+    with pytest.raises(ModelError, match="the weights of this model differ from those of the factors"):
         craft.attach(classifier(pico()), Factors.load("cache/a-downloaded.safetensors"))
     assert craft.decompose(str(pico()), ranks="6,5,2", cache_dir="cache").sha256() == true.sha256()
 
@@ -131,7 +131,7 @@ def test_an_adapter_that_refers_is_made_again_but_for_rounding(method: str, pico
     name = next(name for name in record["factors"]["sketch"] if "core" in name or "values" in name)
     record["factors"]["sketch"][name][0] *= 1.01
     file.write_text(json.dumps(record))
-    with pytest.raises(FileError, match="gives others here"):
+    with pytest.raises(FileError, match="gives different ones here"):
         read_adapter(Path("adapter"), make=True)
 
 
@@ -147,6 +147,6 @@ def test_nothing_is_made_of_a_base_that_is_another_one_now(
     before = list((tmp_path / "cache").rglob("*.safetensors"))
     for path in before:
         path.unlink()
-    with pytest.raises(FileError, match="its base has other weights now"):
+    with pytest.raises(FileError, match="the weights of its base have changed"):
         read_adapter(Path("adapter"), make=True)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

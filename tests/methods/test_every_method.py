@@ -119,7 +119,7 @@ def test_it_is_known_again_on_a_quantised_base(bits: int, method: str, pico: Mak
     craft.load(model, "saved")
     other = resolve(str(pico(hidden_size=64, intermediate_size=128, initializer_range=0.03)))
     wrong, _ = load_quantised(other, kind, {"num_labels": 2}, bits, torch.float32, cpu)
-    with pytest.raises(ModelError, match="has other weights"):
+    with pytest.raises(ModelError, match="the weights of this model"):
         craft.load(wrong, "saved")
 
 
@@ -247,13 +247,13 @@ def test_an_adapter_may_only_refer_to_what_is_frozen(method: str, pico: Make, da
 def test_one_without_factors_refuses_to_refer(method: str, pico: Make) -> None:
     with pytest.raises(ConfigError, match=f"{method} has no factors; remove it"):
         RunConfig.build({"task": "sst2", "method": method, "adapter_factors": "reference"})
-    with pytest.raises(ConfigError, match=f"{method} has none to refer to"):
+    with pytest.raises(ConfigError, match=f"{method} has no factors to refer to"):
         craft.attach(classifier(pico()), method=method).save("saved", factors="reference")
 
 
 def test_another_base_is_refused(method: str, pico: Make) -> None:
     craft.attach(classifier(pico()), method=method, **options_of(method)).save("saved")
-    with pytest.raises(ModelError, match="has other weights"):
+    with pytest.raises(ModelError, match="the weights of this model"):
         craft.load(classifier(pico(hidden_act="relu", initializer_range=0.5)), "saved")
 
 
@@ -263,7 +263,7 @@ def test_a_budget_is_used_as_far_as_it_goes(budget: int, method: str, pico: Make
     chosen = method_named(method)
     silent = lambda what, done, total: None  # noqa: E731
     if method != "craft" and chosen.count(weights.shapes, chosen.Options(rank=1)) > budget:
-        with pytest.raises(ConfigError, match=f"--budget: {budget:,} is below .* the numbers of {method} at rank 1"):
+        with pytest.raises(ConfigError, match=f"--budget: {budget:,} is below the .* parameters of {method} at rank 1"):
             chosen.within(weights, chosen.Options(), budget, silent)
         return
     found = chosen.within(weights, chosen.Options(), budget, silent)
@@ -323,7 +323,7 @@ def test_another_runs_options_are_told_as_flags(pico: Make) -> None:
     assert lora.unlike(frozen, scaled, plain) == "has use_rslora True; give --use-rslora"
     assert lora.unlike(frozen, plain, scaled) == "has use_rslora False; give --no-use-rslora"
     told = pissa.unlike(frozen, pissa.Options(rank=4), pissa.Options(pissa_niter=2))
-    assert told == "has rank 4, pissa_niter None; give --rank 4, leave out --pissa-niter"
+    assert told == "has rank 4, pissa_niter None; pass --rank 4, omit --pissa-niter"
 
 
 def test_no_projection_at_all_is_refused(method: str, pico: Make) -> None:

@@ -184,7 +184,7 @@ def test_a_base_in_another_precision_is_known_again_and_another_is_not(pico: Mak
     shake(adapter)
     adapter.save("saved")
     craft.load(classifier(pico(), dtype=torch.bfloat16), "saved")
-    with pytest.raises(craft.CraftError, match="other weights"):
+    with pytest.raises(craft.CraftError, match="the weights of this model"):
         craft.load(classifier(pico(initializer_range=0.1), dtype=torch.bfloat16), "saved")
 
 

@@ -59,7 +59,7 @@ def test_bases_start_at_random_or_at_those_of_the_stacked_weights(pico: Make) ->
 def test_a_rank_above_the_bases_is_refused_and_different_shapes_are_told(pico: Make, data_dir: Path) -> None:
     with pytest.raises(ConfigError, match="rank 30: no adapted weight has a rank above 24"):
         craft.attach(classifier(pico()), method="lotr", rank=30)
-    with pytest.raises(ConfigError, match="rank 22: lotr_start svd has 20 at most here"):  # of value
+    with pytest.raises(ConfigError, match="rank 22: the maximum with lotr_start svd is 20 here"):  # of value
         craft.attach(classifier(pico("llama")), method="lotr", rank=22, lotr_start="svd")
     from helpers import Remember
 

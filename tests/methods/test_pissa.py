@@ -136,7 +136,7 @@ def test_a_rank_above_the_dimension_is_lowered_and_told(pico: Make) -> None:
     weights = read_weights(resolve(str(pico("llama")), None), ("query", "value"))
     found, notes = singular_vectors(weights, 30, None, "kept", silent)
     assert [s.shape[1] for _, s, _ in found.parts.values()] == [24, 20]
-    assert "query: rank 30 lowered to 24, the smaller dimension of its weights" in notes
+    assert "query: rank 30 is reduced to 24, the smaller dimension of its weights" in notes
     model = classifier(pico("llama"))
     start = logits(model)
     adapter = craft.attach(model, method="lora-xs", rank=30)
@@ -148,7 +148,7 @@ def test_weights_that_are_not_finite_and_damaged_files_are_refused(pico: Make) -
     weights = read_weights(resolve(str(pico()), None), ("query",))
     broken = [torch.full((4, 4), float("nan"))]
     object.__setattr__(weights, "stacks", {"query": broken})
-    with pytest.raises(ModelError, match="query of layer 0 holds values that are not finite"):
+    with pytest.raises(ModelError, match="query of layer 0 has values that are not finite"):
         singular_vectors(weights, 2, None, "kept", silent)
     good = read_weights(resolve(str(pico()), None), ("query",))
     first, _ = singular_vectors(good, 2, None, "kept", silent)
@@ -160,7 +160,7 @@ def test_weights_that_are_not_finite_and_damaged_files_are_refused(pico: Make) -
     liar = again.identity() | again.contents() | {"ranks": {"query": 9}}
     write_tensors(file, "singular vectors", again.tensors(), liar)
     more, notes = singular_vectors(good, 5, None, "kept", silent)
-    assert any("it holds other tensors than its header says; decomposing again" in note for note in notes)
+    assert any("its tensors do not match its header; decomposing again" in note for note in notes)
     assert more.parts["query"][1].shape == (3, 5)
     header = again.identity() | {"targets": ["query"]}
     tensors = again.tensors() | {"query.singular.values": -again.tensors()["query.singular.values"]}

@@ -99,7 +99,7 @@ def test_what_cannot_be_saved_is_refused(pico: Make) -> None:
     with pytest.raises(ConfigError, match=r"distributed_checkpoint.*adapter\.save"):
         model.save_pretrained("saved", distributed_checkpoint=True)
     model.is_quantized = True
-    with pytest.raises(ModelError, match=r"quantised.*adapter\.save.*craft\.merge"):
+    with pytest.raises(ModelError, match=r"quantized.*adapter\.save.*craft\.merge"):
         model.save_pretrained("saved")
     assert not Path("saved").exists()
 
@@ -154,7 +154,7 @@ def test_merged_weights_are_not_loaded_under_an_adapter(pico: Make) -> None:
     shake(adapter)
     expected, whole = logits(model), copy.deepcopy(model.state_dict())
     model.save_pretrained("saved")
-    with pytest.raises(ModelError, match=r"changed twice.*CraftCallback"):
+    with pytest.raises(ModelError, match=r"change again.*CraftCallback"):
         model.load_state_dict(load_file("saved/model.safetensors"), strict=False)
     assert torch.equal(logits(model), expected)
     fresh, _ = adapted(pico())
@@ -244,7 +244,7 @@ def test_a_checkpoint_of_other_factors_is_not_resumed(pico: Make) -> None:
     query.factors[0].neg_()
     query.core.neg_()
     craft.attach(other, factors)
-    with pytest.raises(ModelError, match="other weights or factors"):
+    with pytest.raises(ModelError, match="different weights or factors"):
         trainer(other).train(resume_from_checkpoint=True)
 
 
@@ -261,7 +261,7 @@ def test_without_the_callback_nothing_is_lost_or_mistaken(pico: Make) -> None:
 
 
 def test_the_callback_is_refused_where_it_cannot_do_what_it_promises(pico: Make) -> None:
-    with pytest.raises(ConfigError, match=r"craft\.attach\(model\) before the Trainer"):
+    with pytest.raises(ConfigError, match=r"craft\.attach\(model\) before you create the Trainer"):
         trainer(classifier(pico()))
     arguments = TrainingArguments("out", use_cpu=True, push_to_hub=True)
     with pytest.raises(ConfigError, match='hub_strategy="end"'):
@@ -274,12 +274,12 @@ def test_the_callback_is_refused_where_it_cannot_do_what_it_promises(pico: Make)
 def test_an_adapter_held_is_deleted(pico: Make) -> None:
     model, adapter = adapted(pico())
     base = logits(model)
-    with pytest.raises(ConfigError, match=r"the only adapter here: adapter\.detach"):
+    with pytest.raises(ConfigError, match=r"the only adapter: .*adapter\.detach"):
         adapter.delete("default")
     adapter.save("one")
     craft.load(model, "one", name="other")
     shake(adapter)
-    with pytest.raises(ConfigError, match="no adapter 'ather' is held here; did you mean 'other'"):
+    with pytest.raises(ConfigError, match="this model has no adapter 'ather'; did you mean 'other'"):
         adapter.delete("ather")
     adapter.delete("other")
     assert (adapter.names, adapter.active) == (("default",), "default")
@@ -293,7 +293,7 @@ def test_one_line_in_python_and_a_table_in_a_notebook(pico: Make, capsys: pytest
     model, adapter = adapted(pico())
     assert repr(adapter) == (
         f"<ModelAdapter: CRAFT, ranks 6,5,2 (OUT,IN,LAYERS), on query and value of {pico()}; "
-        "trains 130 numbers, 50 in the head>"
+        "trains 130 parameters, and 50 in the head>"
     )
     assert repr(adapter.frozen).startswith(f"<Factors of {pico()}: query 3x24x24 at 6,5,2, value")
     assert "\n" not in repr(adapter.frozen)

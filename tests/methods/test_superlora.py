@@ -179,4 +179,6 @@ def test_what_an_update_holds_is_told(pico: Make, data_dir: Path) -> None:
     heard = Remember()
     craft.train(config(pico(), data_dir, method="superlora", dry_run=True, output_dir=None), heard)
     assert heard.plan
-    assert any("an update holds the dense changes of all adapted weights, 0 MB" in note for note in heard.plan.notes)
+    assert any(
+        "an update needs memory for the dense changes of all adapted weights, 0 MB" in note for note in heard.plan.notes
+    )

@@ -176,7 +176,7 @@ def test_no_room_for_any_word_is_refused(length: int, pico: Make) -> None:
     )
 
 
-@pytest.mark.parametrize(("value", "told"), [(float("nan"), "holds nan"), (float("inf"), "holds an infinite number")])
+@pytest.mark.parametrize(("value", "told"), [(float("nan"), "has nan"), (float("inf"), "has an infinite value")])
 def test_what_is_no_number_is_not_written(value: float, told: str, pico: Make) -> None:
     from conftest import classifier
 

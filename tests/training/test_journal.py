@@ -222,7 +222,7 @@ def test_it_starts_from_the_transforms_of_another_run_with_a_new_head(pico: Make
 def test_what_does_not_fit_another_runs_transforms_is_refused(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir, output_dir="first", max_steps=1))
     for settings, told in (
-        ({"ranks": "5,5,2"}, "init_from: first has the ranks 6,5,2; pass ranks 6,5,2"),
+        ({"ranks": "5,5,2"}, "init_from: first has ranks 6,5,2; pass ranks 6,5,2"),
         ({"targets": "query"}, "init_from: first adapts query,value; pass targets query,value"),
     ):
         with pytest.raises(ConfigError) as refused:

@@ -206,7 +206,7 @@ def test_every_setting_has_an_effect(pico: Make, data_dir: Path) -> None:
     assert (result.updates, result.examples, plan.eval_examples) == (3, 10, 10)
     assert [line["step"] for line in lines("more") if "loss" in line] == [1, 2]
     assert plan.targets == ("key", "output")
-    assert plan.sizes == "ranks 24,24,2 (OUT,IN,LAYERS), the most of 24,99,2 there are"
+    assert plan.sizes == "ranks 24,24,2 (OUT,IN,LAYERS), reduced from 24,99,2"
     assert plan.adapter_parameters == 2 * (24**2 + 24**2 + 2**2)
     assert [path.suffix for path in Path("factors").glob("*.safetensors")] == [".safetensors"]
     craft.train(config(pico(), data_dir, overwrite=True, max_steps=1))

@@ -1,1 +1,1 @@
-"""CRAFT: frozen Tucker factors of the stacked weights, one small trained matrix for every mode."""
+"""CRAFT: frozen Tucker factors of the stacked weights, one small trained matrix per mode."""

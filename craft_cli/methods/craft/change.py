@@ -1,4 +1,4 @@
-"""CRAFT's change: frozen Tucker factors, one small trained matrix for every mode (arXiv 2602.17510).
+"""CRAFT's change: frozen Tucker factors, one small trained matrix per mode (arXiv 2602.17510).
 
 For one projection with factors G, U_layer, U_out, U_in and transforms J = I + K, layer l's weight changes by
 
@@ -8,12 +8,12 @@ For one projection with factors G, U_layer, U_out, U_in and transforms J = I + K
     E    = C + K_out C
     S    = (C - C0) + K_out C + E K_in^T            (L, r_out, r_in)
 
-K is what is stored and trained. Every term of S carries a K, so at K = 0 the change is exactly zero and no two large
-reconstructions are ever subtracted. The dense form this equals is
+K is stored and trained. Every term of S has a factor K, so at K = 0 the change is exactly zero, and two large
+reconstructions are never subtracted. It equals the dense form
 
     dW = G x0 U_layer J_layer x1 U_out J_out x2 U_in J_in  -  G x0 U_layer x1 U_out x2 U_in
 
-The chain of a layer is U_in, S_l^T, U_out^T. This module knows torch only.
+The chain of a layer is U_in, S_l^T, U_out^T. This module depends only on torch.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from craft_cli.methods.base import Chain, Change
 from craft_cli.tucker import MODES, TuckerTensor, mode_product
 
 PAPER_NOISE = 0.01 * 0.02
-"""Standard deviation of K in the paper's start, J = I + 0.01 N(0, 0.02^2)."""
+"""Standard deviation of K in the paper's initialization, J = I + 0.01 N(0, 0.02^2)."""
 
 
 class Transforms(nn.Module):
-    """The transforms of one projection, for all its layers.
+    """The transforms of one projection, shared by all its layers.
 
     Args:
-        decomposition: of the stacked weight (L, d_out, d_in).
-        init_noise: standard deviation of K at the start; 0 starts exactly at the base model.
+        decomposition: decomposition of the stacked weight (L, d_out, d_in).
+        init_noise: standard deviation of the initial K; 0 starts exactly at the base model.
     """
 
     core: Tensor
@@ -57,16 +57,16 @@ class Transforms(nn.Module):
 
     @property
     def k(self) -> dict[str, nn.Parameter]:
-        """K of every mode by its name, (r, r)."""
+        """K (r, r) by mode."""
         return {mode: getattr(self, f"k_{mode}") for mode in MODES}
 
     @property
     def decomposition(self) -> TuckerTensor:
-        """The frozen factors, as they were given."""
+        """The frozen decomposition."""
         return TuckerTensor(self.core, (self.u_layer, self.u_out, self.u_in), self.spectra)
 
     def slices(self) -> Tensor:
-        """S (L, r_out, r_in), in the dtype of the transforms."""
+        """The slices S (L, r_out, r_in), in the dtype of the transforms."""
         k_layer, k_out, k_in = self.k.values()
         change = mode_product(self.core, self.u_layer @ k_layer, 0)  # C - C0
         c = self.c0 + change
@@ -75,10 +75,10 @@ class Transforms(nn.Module):
 
 
 def slices_in_turn(decomposition: TuckerTensor, k: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """S_l (r_out, r_in) of every layer in float64, one at a time: a stranger's file may name many layers.
+    """Iterate over S_l (r_out, r_in) in float64, since an untrusted file can have many layers.
 
-    S_l = sum_r (U_layer J_layer)_lr J_out G_r J_in^T - U_layer_lr G_r: the core is moved once for all layers, slice by
-    slice, and nothing is built that is larger than the core.
+    S_l = sum_r (U_layer J_layer)_lr J_out G_r J_in^T - U_layer_lr G_r: the core is transformed once for all layers,
+    slice by slice, and nothing larger than the core is computed.
     """
     core = decomposition.core.double()
     r_layer, r_out, r_in = core.shape
@@ -96,8 +96,8 @@ class CraftChange(Change):
     """The change of several projections.
 
     Args:
-        decompositions: of the stacked weight of every projection, by its name.
-        init_noise: standard deviation of K at the start.
+        decompositions: decomposition of the stacked weight, by projection.
+        init_noise: standard deviation of the initial K.
     """
 
     def __init__(self, decompositions: Mapping[str, TuckerTensor], init_noise: float = 0.0) -> None:
@@ -114,7 +114,7 @@ class CraftChange(Change):
         return transforms
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """K of every projection and mode, by its name in an adapter's file."""
+        """K of every projection and mode, by name in an adapter's file."""
         return {f"transform.{name}.{mode}": k for name in self.transform for mode, k in self.of(name).k.items()}
 
     def chains(self, projection: str, dtype: torch.dtype | None = None) -> list[Chain]:

@@ -1,4 +1,4 @@
-"""HOSVD of a model's stacked weights, once: from the cache of factors where it has them."""
+"""HOSVD of a model's stacked weights, from the cache or newly computed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from craft_cli.tucker import hosvd
 
 @dataclass(frozen=True)
 class Decomposition:
-    """What `decompose_weights` did.
+    """The result of `decompose_weights`.
 
     Attributes:
-        factors: at the ranks asked for, lowered to the dimensions.
-        seconds: time spent on each projection; nothing where all came from the cache.
-        notes: what the user should know (damaged entries made again).
+        factors: factors at the requested ranks, reduced to the dimensions.
+        seconds: seconds per projection; empty if all came from the cache.
+        notes: notes for the user, about damaged cache entries.
     """
 
     factors: Factors
@@ -32,7 +32,7 @@ class Decomposition:
 
     @property
     def cached(self) -> bool:
-        """Whether nothing had to be computed."""
+        """Whether all factors came from the cache."""
         return not self.seconds
 
 
@@ -45,36 +45,36 @@ def decompose_weights(
     force: bool = False,
     progress: Callable[[str, int, int], None] = lambda target, done, total: None,
 ) -> Decomposition:
-    """Factors of a model's weights, from the cache where it has them.
+    """The factors of a model's weights, from the cache or newly computed.
 
     Args:
-        weights: of the projections to decompose.
-        ranks: to keep; one above its dimension is lowered to it.
-        cache_dir: folder of the factor files; `~/.cache/craft` without.
-        device: where to compute; the CPU without.
-        force: decompose again even if the cache has it.
+        weights: weights of the projections to decompose.
+        ranks: ranks to keep; a rank above its dimension is reduced to it.
+        cache_dir: cache folder. Default: `~/.cache/craft`.
+        device: device for the computation. Default: the CPU.
+        force: decompose again even if the factors are cached.
         progress: called with (projection, layers read, layers to read).
 
     Raises:
         ModelError: a weight is not finite.
-        FileError: the cache cannot be written.
+        FileError: the cache is not writable.
     """
     prints, targets = weights.fingerprints, weights.targets
     lowered = {target: ranks.lowered(shape) for target, shape in weights.shapes.items()}
     notes: list[str] = []
     cache = FactorCache(cache_dir)
     if not force:
-        found, damaged = cache.find(weights, serving(prints, ranks))
-        if found:
-            return Decomposition(_named(found, weights).select(targets, ranks), notes=notes)
+        entry, damaged = cache.find(weights, serving(prints, ranks))
+        if entry:
+            return Decomposition(_named(entry, weights).select(targets, ranks), notes=notes)
         notes += [f"{line}; decomposing again" for line in damaged]
 
     path = cache.path_for(weights.model, prints)
     with cache.lock(path):
-        if not force:  # another process may have made it while we waited
-            found, _ = cache.find(weights, serving(prints, ranks))
-            if found:
-                return Decomposition(_named(found, weights).select(targets, ranks), notes=notes)
+        if not force:  # another process may have computed it in the meantime
+            entry, _ = cache.find(weights, serving(prints, ranks))
+            if entry:
+                return Decomposition(_named(entry, weights).select(targets, ranks), notes=notes)
             kept = cache.ranks_at(path, prints)
             lowered = {target: Ranks(*map(max, lowered[target], kept.get(target, (0, 0, 0)))) for target in targets}
         seconds, decompositions = {}, {}
@@ -103,14 +103,14 @@ def recall_factors(
     """The factors that an adapter refers to; see `recall`.
 
     Raises:
-        FileError: they are not in the cache, and cannot or may not be made.
+        FileError: the factors are not cached, and cannot be computed or `make` is off.
     """
     targets = tuple(record["targets"])
     ranks = Ranks(*(max(sizes) for sizes in zip(*record["ranks"].values(), strict=True)))
     return recall(
         FactorCache(cache_dir),
         serving(record["base_model"]["sha256"], ranks),
-        lambda found: found.select(targets, ranks),
+        lambda entry: entry.select(targets, ranks),
         lambda weights: decompose_weights(weights, ranks, cache_dir=cache_dir).factors,
         record,
         path,
@@ -119,6 +119,6 @@ def recall_factors(
     )
 
 
-def _named(found: Factors, weights: Weights) -> Factors:
-    """The same weights may have been decomposed under another name; speak of them by the user's."""
-    return replace(found, model=weights.model, revision=weights.revision)
+def _named(factors: Factors, weights: Weights) -> Factors:
+    """Set the model name given by the user; the same weights may have been decomposed under another name."""
+    return replace(factors, model=weights.model, revision=weights.revision)

@@ -1,7 +1,7 @@
-"""The frozen factors of a model's projections: as an object, as a file, and the cache of those files.
+"""The frozen factors of a model's projections, their files, and the cache of these files.
 
-A cache entry is found by what the weights are (sha256 of each stack), never by name. Because HOSVD factors nest, an
-entry serves every request for some of its projections at the same or smaller ranks.
+A cache entry is found by the sha256 of the stacked weights, never by name. HOSVD factors are nested, so an entry serves
+every request for some of its projections at the same or smaller ranks.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ KIND = "factors"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Factors(Kept):
-    """Decompositions of some projections of one model.
+    """The decompositions of some projections of a model.
 
     Attributes:
-        decompositions: by projection, in canonical order of the request.
-        path: the file they came from.
+        decompositions: decompositions by projection, in the order of the request.
+        path: the file of the factors.
     """
 
     decompositions: Mapping[str, TuckerTensor]
@@ -40,16 +40,16 @@ class Factors(Kept):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The projections decomposed."""
+        """The decomposed projections."""
         return tuple(self.decompositions)
 
     def __repr__(self) -> str:
-        """One line: whose weights, of what size, at which ranks."""
+        """One line with the model, the shapes and the ranks."""
         stacks = [f"{name} {'x'.join(map(str, shape))} at {self.ranks(name)}" for name, shape in self.shapes.items()]
         return f"<Factors of {self.model}: {', '.join(stacks)} (OUT,IN,LAYERS)>"
 
     def _repr_html_(self) -> str:
-        """For notebooks: what is decomposed, and its spectra."""
+        """HTML for notebooks, with shapes and spectra."""
         return factors_html(self)
 
     def spectra(self, target: str) -> dict[str, tuple[Tensor, int]]:
@@ -58,14 +58,14 @@ class Factors(Kept):
         return dict(zip(MODES, zip(decomposition.spectra, decomposition.ranks, strict=True), strict=True))
 
     def ranks(self, target: str) -> Ranks:
-        """The ranks kept of one projection."""
+        """The ranks of one projection."""
         return Ranks.of_modes(self.decompositions[target].ranks)
 
     def select(self, targets: tuple[str, ...], ranks: Ranks) -> Factors:
-        """Only these projections, at these ranks (lowered to the dimensions).
+        """Select projections, and truncate to ranks (reduced to the dimensions).
 
         Raises:
-            ValueError: a rank above what is kept here.
+            ValueError: a rank exceeds the stored one.
         """
         chosen = {}
         for target in targets:
@@ -77,19 +77,19 @@ class Factors(Kept):
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """(L, d_out, d_in) of every projection's stack."""
+        """Shape (L, d_out, d_in) of every projection's stack."""
         return {target: decomposition.shape for target, decomposition in self.decompositions.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Core, factors and spectra by their names in a file."""
+        """Core, factors and spectra, by their names in a file."""
         return factor_tensors(self.decompositions)
 
     def sha256(self) -> str:
-        """Of all tensors, by which an adapter refers to them."""
+        """The sha256 of all tensors, by which an adapter refers to them."""
         return checksum(self.tensors())
 
     def resembles(self, target: str, layers: Sequence[Tensor], tolerance: float) -> bool:
-        """Whether the core that these layers give is the stored one, to a relative precision; see `Frozen`."""
+        """Whether the core of these layers equals the stored one within a relative tolerance; see `Frozen`."""
         decomposition = self.decompositions[target]
         u_layer, u_out, u_in = (factor.to(layers[0].device) for factor in decomposition.factors)
         stack = torch.stack([u_out.T @ layer.float() @ u_in for layer in layers])  # (L, r_out, r_in)
@@ -123,7 +123,7 @@ class Factors(Kept):
         """Write one safetensors file: `TARGET.core`, `TARGET.factor.MODE`, `TARGET.spectrum.MODE`, float32.
 
         Raises:
-            FileError: it cannot be written.
+            FileError: the file cannot be written.
         """
         write_tensors(Path(path), KIND, factor_tensors(self.decompositions), self.identity() | self.contents())
 
@@ -137,10 +137,10 @@ class Factors(Kept):
 
     @classmethod
     def load(cls, path: str | Path) -> Factors:
-        """Read a file of factors.
+        """Read a factor file.
 
         Raises:
-            FileError: there is none, it is damaged, or it is something else.
+            FileError: the file does not exist, is damaged, or is of another kind.
         """
         path = Path(path)
         tensors, header = read_tensors(path, KIND)
@@ -148,7 +148,7 @@ class Factors(Kept):
 
 
 def factor_tensors(decompositions: Mapping[str, TuckerTensor]) -> dict[str, Tensor]:
-    """Every tensor of some decompositions by its name in a file."""
+    """All tensors of some decompositions, by their names in a file."""
     tensors = {}
     for target, decomposition in decompositions.items():
         tensors[f"{target}.core"] = decomposition.core
@@ -159,10 +159,10 @@ def factor_tensors(decompositions: Mapping[str, TuckerTensor]) -> dict[str, Tens
 
 
 def from_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Factors:
-    """The factors that `factor_tensors` and `Factors.identity` describe.
+    """Parse the tensors of `factor_tensors` and the header of `Factors.identity`.
 
     Raises:
-        FileError: a tensor or a header entry is missing or of the wrong shape.
+        FileError: a tensor or a header entry is missing or invalid.
     """
     with entries_of(path):
         identity = read_identity(header)
@@ -177,7 +177,7 @@ def from_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path:
         for target, decomposition in decompositions.items():
             for tensor in (decomposition.core, *decomposition.factors, *decomposition.spectra):
                 if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
-                    raise ValueError(f"{target} holds values that are not finite float32 numbers")
+                    raise ValueError(f"{target} has values that are not finite float32 numbers")
             if decomposition.shape[0] > MOST_LAYERS:
                 raise ValueError(f"{target} has {decomposition.shape[0]} layers, more than {MOST_LAYERS}")
         return Factors(**identity, decompositions=decompositions, path=path)
@@ -192,14 +192,14 @@ class FactorCache(FrozenCache[Factors]):
     """The cached factors.
 
     Args:
-        folder: `~/.cache/craft` (or below XDG_CACHE_HOME) without.
+        folder: cache folder. Default: `~/.cache/craft`, or under XDG_CACHE_HOME.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         super().__init__(folder, KIND, Factors.load)
 
     def ranks_at(self, path: Path, fingerprints: Mapping[str, str]) -> dict[str, Ranks]:
-        """The ranks of the entry at `path`, which a larger one is to replace; empty if there is none to keep."""
+        """The ranks of the entry at `path`, which its replacement must include; empty if there is no valid entry."""
         try:
             header = read_header(path, KIND)
             if header["sha256"] != dict(fingerprints):
@@ -210,7 +210,7 @@ class FactorCache(FrozenCache[Factors]):
 
 
 def serving(fingerprints: Mapping[str, str], ranks: Ranks) -> Serves:
-    """Whether a cache entry's header promises these projections of these very weights at these ranks or larger."""
+    """Whether an entry's header has these projections of the same weights, at these ranks or larger."""
 
     def serves(header: Mapping[str, Any]) -> bool:
         for target, fingerprint in fingerprints.items():

@@ -1,4 +1,4 @@
-"""Which ranks? The fewest numbers that keep an energy of the weights, or the most energy within a number of numbers."""
+"""Propose ranks: the fewest parameters that keep an energy of the weights, or the most energy within a budget."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from craft_cli.tucker import EnergyTable, Matrix, energy_table, stack_shape
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """What `propose` found.
+    """The result of `propose`.
 
     Attributes:
-        ranks: one for all projections, as in training; no rank is above every projection's dimension.
-        tables: the energy kept, of every projection, at the ranks considered.
-        ranks_out: the output ranks considered.
-        ranks_in: the input ranks considered.
+        ranks: ranks for all projections, as in training; none exceeds the dimension of every projection.
+        tables: energy kept at the candidate ranks, by projection.
+        ranks_out: candidate output ranks.
+        ranks_in: candidate input ranks.
     """
 
     ranks: Ranks
@@ -30,7 +30,7 @@ class Proposal:
     ranks_in: Sequence[int]
 
     def energy(self, target: str) -> float:
-        """Of a projection, at the ranks proposed."""
+        """The energy kept of a projection at the proposed ranks."""
         table = self.tables[target]
         out, in_ = (list(ranks) for ranks in (self.ranks_out, self.ranks_in))
         layer = min(self.ranks.layers, table.shape[0]) - 1
@@ -45,14 +45,14 @@ def propose(
     most: int | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Proposal:
-    """Choose ranks by the energy of all smaller ones.
+    """Choose ranks by the energy kept at all candidate ranks.
 
     Args:
-        stacks: L matrices (d_out, d_in) of every projection.
-        model: whose, for messages.
-        energy: part of the squared norm to keep, with the fewest numbers.
-        most: else the numbers trained at most, over all projections, keeping the most energy.
-        progress: called with what is being done.
+        stacks: L matrices (d_out, d_in) per projection.
+        model: model name, for messages.
+        energy: share of the squared norm to keep, with the fewest parameters.
+        most: if `energy` is None, maximum number of trained parameters over all projections.
+        progress: called with a description of the current step.
 
     Raises:
         ConfigError: ranks 1,1,1 train more than `most`.
@@ -71,7 +71,7 @@ def propose(
 
 
 def _grid(size: int) -> list[int]:
-    """Ranks to consider: every one up to 128, then some 200 more up to the dimension."""
+    """Candidate ranks: all up to 128, then about 200 more up to the dimension."""
     return sorted(
         {*range(1, min(size, 128) + 1), *range(128, size, max(1, size // 200)), size} & set(range(1, size + 1))
     )
@@ -81,7 +81,7 @@ def _choose(
     tables: Mapping[str, EnergyTable], ranks_out: Sequence[int], ranks_in: Sequence[int],
     energy: float | None, most: int | None,
 ) -> Ranks:  # fmt: skip
-    """The ranks of the grid that keep `energy` with the fewest numbers, or the most energy with at most `most`."""
+    """The ranks that keep `energy` with the fewest parameters, or the most energy with at most `most`."""
     deepest = max(table.shape[0] for table in tables.values())
     layers, out, in_ = (torch.tensor(ranks) for ranks in (list(range(1, deepest + 1)), ranks_out, ranks_in))
     numbers = torch.zeros(deepest, len(out), len(in_), dtype=torch.int64)
@@ -96,11 +96,11 @@ def _choose(
         allowed = kept >= min(energy, float(kept.max()))
         best = int(
             torch.where(allowed, numbers.double() - kept, torch.inf).argmin()
-        )  # of equal numbers the most energy
+        )  # among equal counts, the most energy
     else:
         allowed = numbers <= (most or 0)
         if not allowed.any():
-            raise ConfigError(f"--budget: {most} is below {int(numbers.min())}, the numbers of ranks 1,1,1")
+            raise ConfigError(f"--budget: {most} is below the {int(numbers.min())} parameters of ranks 1,1,1")
         best = int(torch.where(allowed, kept, -torch.inf).argmax())
     layer, rest = divmod(best, len(out) * len(in_))
     return Ranks(int(out[rest // len(in_)]), int(in_[rest % len(in_)]), int(layers[layer]))

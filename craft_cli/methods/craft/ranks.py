@@ -1,4 +1,4 @@
-"""Ranks as a user writes them: OUT,IN,LAYERS."""
+"""Ranks in flag form: OUT,IN,LAYERS."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class Ranks(NamedTuple):
 
     @classmethod
     def parse(cls, ranks: str | Sequence[int]) -> Ranks:
-        """From `64,64,8` or (64, 64, 8).
+        """Parse `64,64,8` or (64, 64, 8).
 
         Raises:
-            ConfigError: not three positive whole numbers.
+            ConfigError: not three positive integers.
         """
         return cls(*parse_ranks(ranks))
 
     @classmethod
     def of_modes(cls, modes: tuple[int, int, int]) -> Ranks:
-        """From (r_layer, r_out, r_in)."""
+        """Convert from (r_layer, r_out, r_in)."""
         layers, out, in_ = modes
         return cls(out, in_, layers)
 
@@ -36,12 +36,12 @@ class Ranks(NamedTuple):
         return self.layers, self.out, self.in_
 
     def lowered(self, shape: tuple[int, int, int]) -> Ranks:
-        """No rank above its dimension of a stack (L, d_out, d_in)."""
+        """The ranks, each reduced to its dimension of a stack (L, d_out, d_in)."""
         layer, out, in_ = shape
         return Ranks(min(self.out, out), min(self.in_, in_), min(self.layers, layer))
 
     def count_parameters(self) -> int:
-        """Numbers trained for one projection: r_layer^2 + r_out^2 + r_in^2."""
+        """The number of trained parameters per projection: r_layer^2 + r_out^2 + r_in^2."""
         return self.out**2 + self.in_**2 + self.layers**2
 
     def __str__(self) -> str:

@@ -71,7 +71,6 @@ BANNED = {
 }
 """Turns as regular expressions, each with its plainer form."""
 
-
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 

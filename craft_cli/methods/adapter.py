@@ -87,7 +87,7 @@ class Adapter(nn.Module):
         self._views: dict[str, Sequence[View]] = {}
         self._layers: list[_Layer] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._running: dict[int, list[_Call]] = {}  # by thread: calls of modules that hold several layers
+        self._running: dict[int, list[_Call]] = {}  # by thread: calls of modules with several layers
         self._ready: dict[tuple[Any, ...], Sequence[Chain]] = {}
         self._enabled = True
 

@@ -9,8 +9,7 @@
     craft.load(fresh_model, "another", name="other")    # a second adapter, which is active now
     adapter.use("default")
 
-`adapter.parameters()` are the trained parameters of the method; `adapter.head` names the trained parameters of the
-model.
+`adapter.parameters()` are the trained parameters of the method; `adapter.head` names those of the model.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ Chain = tuple[Tensor, ...]
 """Matrices (d_in, r), ..., (r, d_out), whose product is dW_l^T."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
+"""Called with (description, done, total)."""
 
 
 def delta(chain: Chain) -> Tensor:

@@ -1,13 +1,12 @@
 """LoTR (Bershatsky et al. 2024, arXiv 2402.01376): the changes of all layers as one low-rank tensor (Tucker-2).
 
-    dW_l = s A G_l B        A (d_out, r) and B (r, d_in) of all layers, G_l (r, r) of layer l, all trained; s = alpha /
-    r
+    dW_l = s A G_l B        A (d_out, r) and B (r, d_in) of all layers, G_l (r, r) of layer l; s = alpha / r
 
-The authors' code (daskol/lotr) also shares A and B between query and value. Here they are shared by all adapted
-projections if these have the same shape (`all`), or by the layers of a projection. G starts at zero. A and B start at
-N(0, 1), or at the orthonormal bases of the stacked weights, as in the authors' code (`svd`: Tucker-2 by HOSVD; their
-variant with the core of the weights in G does not start at the base model). The chain of a layer is B^T (d_in, r), s
-G_l^T (r, r), A^T (r, d_out).
+A, B and G are trained. The authors' code (daskol/lotr) also shares A and B between query and value. Here they are
+shared by all adapted projections if these have the same shape (`all`), or by the layers of a projection. G starts at
+zero. A and B start at N(0, 1), or at the orthonormal bases of the stacked weights, as in the authors' code (`svd`:
+Tucker-2 by HOSVD; their variant with the core of the weights in G does not start at the base model). The chain of a
+layer is B^T (d_in, r), s G_l^T (r, r), A^T (r, d_out).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """SuperLoRA (Chen et al. 2024, arXiv 2403.11887): the changes of all weights as one vector, in a few factored groups.
 
 The changes of all layers and projections are concatenated row by row, one projection after the other, into a vector of
-N entries. It is split evenly into G groups of n = ceil(N / G); excess entries of the last group are dropped. Each group
-is
+N entries. It is split evenly into G groups of n = ceil(N / G); excess entries of the last group are dropped. A group is
 
     dW_g = F( T_1 (x) ... (x) T_K )                  (x): Kronecker product, K splits
     T_k  = C_k x1 A_k1 ... xM A_kM                   a tensor of order M, read row by row
@@ -10,8 +9,7 @@ is
 For M = 2, C is the identity and T = A_1 A_2^T. A tensor of order M has M nearly equal dimensions whose product is at
 least n; excess entries are dropped. The dimensions of its K splits are nearly equal too. F is the identity, or with a
 ratio rho < 1 a fixed map from ceil(rho n) entries to n (fastfood, Le et al. 2013, as in the paper). With the
-orthonormal Walsh-Hadamard transform H of the next power of two, Gaussian Z, a permutation P and signs B, all from one
-seed,
+orthonormal Walsh-Hadamard transform H of the next power of two, Gaussian Z, a permutation P and signs B (one seed),
 
     F(x) = (size / len(x))^1/2 (H Z P H B [x; 0])[:n]
 

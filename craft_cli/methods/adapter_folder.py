@@ -110,8 +110,8 @@ class SavedAdapter:
             if parameter not in state or state[parameter].shape != tensor.shape:
                 actual = f"is {tuple(state[parameter].shape)}" if parameter in state else "is missing"
                 raise ModelError(
-                    f"{self.path}: its head needs {parameter!r} {tuple(tensor.shape)}, which {actual} in this model; load "
-                    f"a {needed['architecture']} with num_labels={needed['num_labels']}"
+                    f"{self.path}: its head needs {parameter!r} {tuple(tensor.shape)}, which {actual} in this model; "
+                    f"load a {needed['architecture']} with num_labels={needed['num_labels']}"
                 )
 
 

@@ -211,5 +211,6 @@ def check_base(model: Any, frozen: Frozen, views: Mapping[str, Sequence[View]], 
             same = same_shape and frozen.resembles(target, layers, torch.finfo(layers[0].dtype).eps)
         if not same:
             raise ModelError(
-                f"the weights of this model ({target}) differ from those of {frozen.model}, which the adapter belongs to"
+                f"the weights of this model ({target}) differ from those of {frozen.model}, which the "
+                "adapter belongs to"
             )

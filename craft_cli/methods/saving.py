@@ -140,8 +140,8 @@ class Saving:
                     and not torch.equal(given.to(weight), weight)
                 ):
                     raise ModelError(
-                        f"these are the weights of a merged or a different model ({name} differs), which the adapter on "
-                        "this model would change again: load the saved adapter onto the base with craft.load; for "
+                        f"these are the weights of a merged or a different model ({name} differs), which the adapter "
+                        "on this model would change again: load the saved adapter onto the base with craft.load; for "
                         "checkpoints that the Hugging Face Trainer can resume, pass callbacks=[craft.CraftCallback()]"
                     )
 

@@ -53,7 +53,7 @@ def wrong(pico: Make) -> dict[str, tuple[Callable[[], Any], type[Exception], str
         "swapped": (lambda: public.attach(factors, model), TypeError, r"model: .* not Factors; the model comes first"),
         "swapped to load": (lambda: public.load("run", model), TypeError, "the model comes first"),
         "a layer": (lambda: public.attach(torch.nn.Linear(2, 2)), TypeError, "not Linear"),
-        "a number for factors": (lambda: public.attach(model, 3), TypeError, "factors: expected those of craft.decompose, not int 3"),
+        "a number for factors": (lambda: public.attach(model, 3), TypeError, "factors: expected the result of craft.decompose, not int 3"),
         "a number for a model": (lambda: public.decompose(3), TypeError, "not int; craft.decompose expects a model, or the name"),
         "two ranks": (lambda: public.decompose(base, ranks="6,5"), ConfigError, "^ranks: expected three"),
         "a number of ranks": (lambda: public.decompose(base, ranks=6), TypeError, "^ranks: expected str .* not int 6"),

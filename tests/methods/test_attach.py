@@ -121,7 +121,7 @@ def test_a_reference_without_its_factors_is_refused(why: str, tmp_path: Path, mo
     told = failure("merge", "one") if why == "gone" else invoke("merge", "one").stderr
     assert f"one only refers to its factors (sha256 {'0' if why == 'other factors' else ''}" in told
     assert message in told
-    assert "copy the file of factors from where it was trained into" in told
+    assert "copy the file of factors from the machine it was trained on into" in told
     assert "save it there with factors='include'" in told
 
 
@@ -193,7 +193,7 @@ def test_what_one_method_prepared_is_refused_by_another(pico: Make) -> None:
     assert (adapter.frozen.targets, list(adapter.frozen.shapes)) == (("value",), ["value"])
     adapter.save("value")
     assert craft.load(classifier(pico()), "value").frozen.targets == ("value",)
-    with pytest.raises(ConfigError, match="prepared for query, value, not for key"):
+    with pytest.raises(ConfigError, match="prepared only for query, value, not for key"):
         craft.attach(classifier(pico()), kept, method="lora", targets=["key"])
 
 

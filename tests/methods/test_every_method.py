@@ -320,8 +320,8 @@ def test_another_runs_options_are_told_as_flags(pico: Make) -> None:
     frozen = craft.attach(classifier(pico()), method="lora").frozen
     lora, pissa = method_named("lora"), method_named("pissa")
     plain, scaled = lora.Options(), lora.Options(use_rslora=True, lora_dropout=0.1)
-    assert lora.unlike(frozen, scaled, plain) == "has use_rslora True; give --use-rslora"
-    assert lora.unlike(frozen, plain, scaled) == "has use_rslora False; give --no-use-rslora"
+    assert lora.unlike(frozen, scaled, plain) == "has use_rslora True; pass --use-rslora"
+    assert lora.unlike(frozen, plain, scaled) == "has use_rslora False; pass --no-use-rslora"
     told = pissa.unlike(frozen, pissa.Options(rank=4), pissa.Options(pissa_niter=2))
     assert told == "has rank 4, pissa_niter None; pass --rank 4, omit --pissa-niter"
 

@@ -173,7 +173,7 @@ def test_another_run_may_start_from_it(pico: Make, data_dir: Path) -> None:
     ours = {name: tensor for name, tensor in tensors("second").items() if name.startswith("lora_")}
     assert ours
     assert all(torch.equal(tensor, tensors("first")[name]) for name, tensor in ours.items())
-    with pytest.raises(ConfigError, match="first has rank 4; give rank 4"):
+    with pytest.raises(ConfigError, match="first has rank 4; pass rank 4"):
         craft.train(lora(pico(), data_dir, output_dir="third", init_from="first", rank=5))
     with pytest.raises(ConfigError, match="first was trained by lora; pass method lora"):
         craft.train(config(pico(), data_dir, output_dir="third", init_from="first"))

@@ -172,7 +172,7 @@ def test_what_was_prepared_serves_fewer_projections_at_smaller_ranks_and_no_othe
     kept = craft.attach(classifier(pico()), method="pissa", rank=6).frozen
     adapter = craft.attach(classifier(pico()), kept, method="lora-xs", rank=4, targets=["value"])
     assert adapter.count_parameters() == 3 * 16
-    with pytest.raises(ConfigError, match="rank 7: 6 singular vectors of query were prepared"):
+    with pytest.raises(ConfigError, match="rank 7: only 6 singular vectors of query were prepared"):
         craft.attach(classifier(pico()), kept, method="pissa", rank=7)
     with pytest.raises(ConfigError, match="lora needs no factors"):
         craft.attach(classifier(pico()), kept, method="lora")

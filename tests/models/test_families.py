@@ -234,7 +234,7 @@ def test_a_base_in_another_precision_is_still_the_same(pico: Make, tmp_path: Pat
     assert all(k.dtype == torch.float32 for k in adapter.parameters())
     shake(adapter)
     assert logits(model).dtype == torch.bfloat16
-    with pytest.raises(ModelError, match="other weights"):
+    with pytest.raises(ModelError, match="the weights of this model"):
         craft.attach(classifier(build_pico("bert", tmp_path / "x", initializer_range=0.1), dtype=torch.bfloat16), whole)
 
 
@@ -263,7 +263,7 @@ def test_targets_and_ranks_of_the_api(pico: Make) -> None:
     adapter.detach()
     with pytest.raises(ConfigError, match="ranks: cannot truncate"):
         craft.attach(model, factors, ranks=(20, 12, 3))
-    with pytest.raises(ConfigError, match="not output"):
+    with pytest.raises(ConfigError, match="not for output"):
         craft.attach(model, craft.decompose(str(pico()), ("query",), (4, 4, 2)), targets=("output",))
     craft.attach(model, factors)
     with pytest.raises(ModelError, match="already has an adapter"):

@@ -142,7 +142,7 @@ def test_what_is_saved_on_another_base_belongs_to_it(method: str, pico: Callable
     craft.load(model, "other", name="other")
     assert other.names == ("default", "second", "other")
     craft.merge("other", "merged")  # it finds this base by its name
-    with pytest.raises(ModelError, match="other weights"):
+    with pytest.raises(ModelError, match="the weights of this model"):
         craft.load(classifier(pico()), "other")
 
 

@@ -273,7 +273,9 @@ def test_inspect_only_looks_into_the_cache(good: Path, tmp_path: Path) -> None:
     for entry in (tmp_path / "cache/craft").glob("*.safetensors"):
         entry.unlink()
     told = failure("inspect", "good/small")
-    assert "they are not in the cache; load or merge the adapter once, which computes them from its base, or copy" in told
+    assert (
+        "they are not in the cache; load or merge the adapter once, which computes them from its base, or copy" in told
+    )
     assert list((tmp_path / "cache/craft").glob("*.safetensors")) == []
     craft.merge("good/small", "out")
     assert craft.inspect("good/small").kind == "adapter"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from craft_cli.errors import ConfigError
-from craft_cli.files import write_bytes
+from craft_cli.files import reason_of, write_bytes
 
 _INK, _BLUE, _ORANGE, _GREY = "#222222", "#2563a8", "#d9730d", "#9a9a9a"
 _COLOURS = (_BLUE, _ORANGE, "#3a8f4d", "#8a4fa3", "#b3323c", "#4a4a4a", "#a07d1c", "#2a9d9d")
@@ -207,7 +207,7 @@ def svg(figure: Any) -> bytes:
 
     picture = BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "craft"}):
-        figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
+        _literal(figure).savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
     return picture.getvalue()
 
 
@@ -225,7 +225,16 @@ def _figure(panels: int) -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:
     picture = BytesIO()
     try:
-        figure.savefig(picture, format=path.suffix.removeprefix(".") or "png")
+        _literal(figure).savefig(picture, format=path.suffix.removeprefix(".") or "png")
     except ValueError as error:  # an unknown file extension
-        raise ConfigError(f"--plot: {path}: {error}") from error
+        raise ConfigError(f"--plot: {path}: {reason_of(error)}") from error
     write_bytes(path, picture.getvalue())
+
+
+def _literal(figure: Any) -> Any:
+    """The figure with all text as it is: a folder's name may hold what matplotlib would read as a formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    return figure

@@ -104,6 +104,7 @@ def test_a_key_which_is_no_text_is_unknown_like_any_other() -> None:
         ("seed", "x"),
         ("seed", 1.5),
         ("seed", -1),
+        ("seed", 1 << 31),
         ("max_steps", 0),
         ("max_steps", "1e3"),
         ("warmup_ratio", 1.5),

@@ -151,7 +151,7 @@ class RunConfig(MethodOptions):
         AUTO, "Multi-label: predict every label above this probability. auto: the best on the validation rows."
     )
     max_grad_norm: Rate = setting(1.0, "Maximum gradient norm for clipping; 0 turns it off.")
-    seed: Annotated[int, Ge(0)] = setting(42, "Random seed for the head, the data order and dropout.")
+    seed: Annotated[int, Ge(0), Lt(1 << 31)] = setting(42, "Random seed for the head, the data order and dropout.")
 
     eval_strategy: Strategy = setting(
         "epoch",

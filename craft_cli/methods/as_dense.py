@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from craft_cli.models.loading import is_language_model
 from craft_cli.models.shards import Entry, shard_bytes, write_shards
 from craft_cli.models.streaming import StreamedModel, probe
 from craft_cli.models.views import View
+from craft_cli.tucker import Matrix
 
 
 class AdaptedBase:
@@ -122,7 +123,7 @@ class AdaptedBase:
             adapter.detach(self.base.model.base_model)
 
     def _check_weights(self, checkpoint: Checkpoint, *, allow_other: bool) -> None:
-        reader = checkpoint.open()
+        reader, wide = checkpoint.open(), getattr(torch, self.saved.frozen.dtype)
         for target, views in self.views.items():
             shape = tuple(self.saved.frozen.shapes[target])
             shapes = {(len(views), *matrix.shape) for matrix in reader.matrices(views)}
@@ -132,7 +133,7 @@ class AdaptedBase:
                     f"{' and '.join(map(str, sorted(shapes))) or 'no layers'}"
                 )
             layers = (checkpoint.open().matrices([view])[0] for view in views)  # mapped one after the other
-            if not allow_other and fingerprint(layers) != self.saved.frozen.fingerprints[target]:
+            if not allow_other and fingerprint(_widened(layers, wide)) != self.saved.frozen.fingerprints[target]:
                 raise ModelError(
                     f"the weights of this model ({target}) differ from those of {self.saved.frozen.model}, which the "
                     "adapter belongs to"
@@ -159,6 +160,13 @@ class AdaptedBase:
                 raise ModelError(f"{self.saved.path}: its head has {quoted(name)}, which {why}")
 
 
+def _widened(layers: Iterable[Matrix], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Weights in a dtype that holds all their values; others as they are: a model may have been loaded in a wider one."""
+    for layer in layers:
+        weight = layer[:]
+        yield weight.to(dtype) if torch.promote_types(weight.dtype, dtype) == dtype else weight
+
+
 class Dense:
     """A plain checkpoint, written tensor by tensor into `folder`.
 
@@ -181,8 +189,9 @@ class Dense:
         entries = {}
         for name, shape in adapted.base.shapes.items():
             kind = adapted.base.dtypes[name]
-            if kind.is_floating_point:  # the head was trained in float32, but follows the other weights
-                kind = self.dtype if dtype or name in adapted.saved.head else kind
+            # the head was trained in float32, but follows the other weights; a change is not rounded to a narrower dtype
+            if kind.is_floating_point and (dtype or name in adapted.saved.head or name in changes):
+                kind = self.dtype
             entries[adapted.base.name_on_disk(name)] = Entry(
                 shape, kind, partial(self._tensor, name, kind, changes.get(name, ()))
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Any
 
 import torch
@@ -178,12 +179,13 @@ def weights_in(model: Any, targets: Sequence[str]) -> Weights:
 
 
 def _weights(name: str, revision: str | None, model_type: str, stacks: Mapping[str, Sequence[Matrix]]) -> Weights:
-    first = next(iter(stacks.values()))[0]
+    dtypes = [layer[0:1].dtype for stack in stacks.values() for layer in stack]
+    dtype = reduce(torch.promote_types, dtypes)  # a checkpoint may hold several; this one holds all values
     return Weights(
         model=name,
         revision=revision,
         model_type=model_type,
-        dtype=str(first[0:1].dtype).removeprefix("torch."),
-        fingerprints={target: fingerprint(stack) for target, stack in stacks.items()},
+        dtype=str(dtype).removeprefix("torch."),
+        fingerprints={target: fingerprint(stack, dtype) for target, stack in stacks.items()},
         stacks=stacks,
     )

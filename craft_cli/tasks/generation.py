@@ -47,6 +47,8 @@ class Generation:
             raise ConfigError(f"--temperature: expected a number from 0 to 100, not {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"--top-p: expected a number above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"--seed: expected a whole number from 0 to {(1 << 63) - 1}, not {self.seed}")
         if not all(self.stop):
             raise ConfigError("--stop: an empty text would end every answer at once")
 

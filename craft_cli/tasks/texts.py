@@ -57,9 +57,21 @@ def settled_columns(table: Table, texts: tuple[str, ...], label: str, *, labelle
         raise DataError(f"{table.origin}: which columns hold the text? I{problem[1:]}")
     label = label or next((guess for guess in _LABELS if column_named(guess, table.columns)), _LABELS[0])
     names = [known_column(table, column, "--text-columns") for column in texts]
-    return tuple(names), known_column(table, label, "--label-column") if labelled else (
-        column_named(label, table.columns) or label
-    )
+    found = known_column(table, label, "--label-column") if labelled else (column_named(label, table.columns) or label)
+    check_distinct([*names, found], table.origin)
+    return tuple(names), found
+
+
+def check_distinct(columns: Sequence[str], origin: str) -> None:
+    """Refuse a column that is used twice, such as a label that would be read as the text.
+
+    Raises:
+        DataError: one is.
+    """
+    if twice := [name for number, name in enumerate(columns) if name in columns[:number]]:
+        raise DataError(
+            f"{origin}: column '{twice[0]}' is used twice; choose different columns with --text-columns and --label-column"
+        )
 
 
 def known_column(table: Table, name: str, flag: str) -> str:

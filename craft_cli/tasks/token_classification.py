@@ -32,7 +32,7 @@ from craft_cli.tasks.base import OWN
 from craft_cli.tasks.labelled import Labelled
 from craft_cli.tasks.probe import Progress, fit_labels, silent
 from craft_cli.tasks.tags import OUTSIDE, READ, Entity, by_kind, entities_of, entity_metrics, one_form, scheme
-from craft_cli.tasks.texts import known_column, text_of
+from craft_cli.tasks.texts import check_distinct, known_column, text_of
 
 if TYPE_CHECKING:
     from craft_cli.data.readers import Row
@@ -115,6 +115,7 @@ class TokenClassification(Labelled):
         if labelled:
             known_column(table, task.label_column, "--label-column")
         tag_column = column_named(task.label_column, table.columns)
+        check_distinct([column, *filter(None, [tag_column])], table.origin)
         cells = table.column(column)
         words = [_parts(cell, "words", column, partial(table.place, row)) for row, cell in enumerate(cells)]
         if tag_column is None:

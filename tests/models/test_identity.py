@@ -100,6 +100,34 @@ def test_the_same_base_in_any_form(pico: Callable[..., Path], tmp_path: Path) ->
     assert identity(half).weights == before
 
 
+@pytest.mark.parametrize("odd", ["layer.1.attention.self", "self.value", "layer.0.attention.self.query"])
+def test_weights_of_two_dtypes_are_known_again(odd: str, tmp_path: Path) -> None:
+    base = build_pico("bert", tmp_path / "base")
+    mixed = {
+        name: tensor.bfloat16() if odd in name else tensor
+        for name, tensor in load_file(base / "model.safetensors").items()
+    }
+    save_file(mixed, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = craft.attach(classifier(base, dtype=torch.float32), craft.decompose(str(base), ranks="6,5,2"))
+    shake(adapter)
+    adapter.save("adapter")
+    assert torch.equal(
+        logits(craft.load(classifier(base, dtype=torch.float32), "adapter").model), logits(adapter.model)
+    )
+    assert craft.merge("adapter", "merged").tensors_changed == 6
+
+
+def test_an_adapter_of_a_model_in_a_wider_dtype_is_merged_onto_its_checkpoint(tmp_path: Path) -> None:
+    base = build_pico("bert", tmp_path / "base", dtype=torch.bfloat16)
+    adapter = craft.attach(classifier(base, dtype=torch.float32), ranks="6,5,2")
+    shake(adapter)
+    adapter.save("adapter")
+    assert craft.merge("adapter", "merged").tensors_changed == 6
+    build_pico("bert", base, dtype=torch.float32)
+    with pytest.raises(ModelError, match="other weights"):
+        craft.merge("adapter", "other")
+
+
 def test_hashes_are_kept_until_the_file_changes(pico: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(pico(), "base")
     monkeypatch.setattr("craft_cli.models.identity._KEPT_FROM", 0)

@@ -137,6 +137,18 @@ def test_a_missing_column_lists_those_there_and_the_flag() -> None:
     assert split.labels == [0, 1]
 
 
+def test_a_label_is_not_read_as_the_text() -> None:
+    """It would be learned, and every metric would be perfect."""
+    path = write("t.csv", "text,label\na,0\nb,1\n")
+    for settings in ({"text_columns": ("label",)}, {"text_columns": ("text", "Text")}, {"label_column": "TEXT"}):
+        assert "is used twice; choose different columns with --text-columns and --label-column" in problem(
+            own, path, **settings
+        )
+    tags = write("t.jsonl", '{"tokens": ["O"], "tags": ["O"]}\n')
+    named = {"task_type": "token-classification", "text_columns": ("tags",)}
+    assert "column 'tags' is used twice" in problem(own, tags, **named)
+
+
 def test_columns_are_found_by_their_usual_names_or_asked_for() -> None:
     pair = write("p.csv", "premise,hypothesis,label\na,b,0\nc,d,1\n")
     assert own(pair)[1][0].texts == [("a", "b"), ("c", "d")]

@@ -140,7 +140,7 @@ def test_fsdp_shards_the_base_and_computes_the_same(pico: Make, data_dir: Path) 
     for part in ("--max-steps 4 --save-steps 4", "--max-steps 6 --resume"):
         code, err = settle(start(*command, *flags(pico(), data_dir, **settings), *part.split()))
         assert code == 0, err
-    held, whole = (int(n.replace(",", "")) for n in err.split("FSDP: ")[1].split(" numbers")[0].split(" of "))
+    held, whole = (int(n.replace(",", "")) for n in err.split("FSDP: ")[1].split(" parameters")[0].split(" of "))
     assert held < 0.6 * whole
     craft.train(config(pico(), data_dir, num_train_epochs=1, per_device_eval_batch_size=8, output_dir="a", max_steps=4))
     craft.train(config(pico(), data_dir, num_train_epochs=1, per_device_eval_batch_size=8, output_dir="a", resume=True))

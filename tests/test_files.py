@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import classifier, failure, invoke, shake, tree
 from helpers import flip, full_disk, leftovers
 from safetensors.torch import load_file, save_file
 
 import craft_cli as craft
 from craft_cli.errors import FileError
-from craft_cli.files import read_json, write_json
+from craft_cli.files import read_json, read_tensors, write_json, write_tensors
 
 Make = Callable[..., Path]
 ADAPTER, TENSORS, CONFIG = (
@@ -195,3 +196,29 @@ def test_files_go_to_the_home_directory_where_the_shell_leaves_that_to_craft(
     assert invoke("inspect", "run", "--plot=~/spectra.png", "--html=~/page.html").exit_code == 0
     assert {path.name for path in Path("home").iterdir()} == {"rows.csv", "spectra.png", "page.html"}
     assert not Path("~").exists()
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors opens it twice: sizes and numbers could be of two files."""
+    import safetensors.torch
+
+    small, large = {"x": torch.zeros(3)}, {"x": torch.ones(300)}
+    write_tensors(Path("kept.safetensors"), "factors", large, {"of": "large"})
+    real = safetensors.torch.load_file
+    others: list[RuntimeError | None] = [RuntimeError("smaller than the required mapping size"), None]
+
+    def replaced(path: Path) -> dict[str, torch.Tensor]:
+        found = real(path)
+        if others:
+            tensors, name = (small, "small") if len(others) == 2 else (large, "large again")
+            write_tensors(path, "factors", tensors, {"of": name})
+            if error := others.pop(0):
+                raise error
+        return found
+
+    monkeypatch.setattr(safetensors.torch, "load_file", replaced)
+    tensors, header = read_tensors(Path("kept.safetensors"), "factors")
+    assert (header["of"], len(tensors["x"])) == ("large again", 300)
+    others[:] = [RuntimeError("again and again") for _ in range(99)]
+    with pytest.raises(FileError, match="keeps being replaced by another process"):
+        read_tensors(Path("kept.safetensors"), "factors")

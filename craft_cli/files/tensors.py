@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from craft_cli.errors import FileError, OtherVersion
-from craft_cli.files.reading import cannot_read, quoted, reason_of
+from craft_cli.files.reading import cannot_read, quoted, reason_of, stamp
 from craft_cli.files.writing import write_bytes
 
 FORMAT_VERSION = 3
+_TRIES = 20
+T = TypeVar("T")
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -57,6 +59,10 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
     Raises:
         FileError: the file does not exist, is damaged, or is of another kind.
     """
+    return _of_one_file(path, lambda: _header(path, kind))
+
+
+def _header(path: Path, kind: str) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -75,6 +81,32 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
         raise FileError(f"{path} is not a craft file with {kind}")
     check_version(header, path)
     return header
+
+
+def _of_one_file(path: Path, read: Callable[[], T]) -> T:
+    """Read a file again if it was replaced meanwhile: safetensors opens it several times.
+
+    Raises:
+        FileError: `read` raised it for an unchanged file; or the file keeps being replaced.
+    """
+    for _ in range(_TRIES):
+        before = _stamp(path)
+        try:
+            result = read()
+        except FileError:
+            if _stamp(path) == before:
+                raise
+        else:
+            if _stamp(path) == before:
+                return result
+    raise FileError(f"{path} keeps being replaced by another process; try again later")
+
+
+def _stamp(path: Path) -> list[int] | None:
+    try:
+        return stamp(path)
+    except FileError:
+        return None
 
 
 def check_version(header: Mapping[str, Any], path: Path) -> None:
@@ -98,13 +130,17 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     Raises:
         FileError: the file does not exist, is damaged, or is of another kind.
     """
+    return _of_one_file(path, lambda: _tensors(path, kind))
+
+
+def _tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    header = read_header(path, kind)
+    header = _header(path, kind)
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise FileError(f"{path} is damaged or truncated ({reason_of(error)})") from error
     if checksum(tensors) != header.get("checksum"):
         raise FileError(f"{path} is damaged: its contents do not match the checksum")

@@ -199,6 +199,7 @@ class RunConfig(MethodOptions):
     num_processes: Positive | None = setting(
         None, "Processes to start. Default: one per visible GPU, or one on the CPU.", free=True
     )
+    fsdp: bool = setting(False, "Shard the base over the processes (FSDP), for models larger than one GPU.", free=True)
     bf16: bool = setting(False, "bfloat16 autocast; trained parameters stay float32.")
     fp16: bool = setting(False, "float16 autocast with loss scaling; trained parameters stay float32.")
     gradient_checkpointing: bool = setting(

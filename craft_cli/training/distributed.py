@@ -1,6 +1,6 @@
 """FSDP: shard the frozen base over the processes, and keep trained parameters whole on each of them.
 
-Accelerate's configuration turns it on (`distributed_type: FSDP`). torch's `fully_shard` is called here directly, because
+`--fsdp` or Accelerate's configuration (`distributed_type: FSDP`) turns it on. torch's `fully_shard` is called here directly, because
 Accelerate shards only on accelerators and not every base (it would shard BERT's embeddings twice).
 """
 
@@ -19,18 +19,21 @@ from accelerate.utils import (
 )
 from torch import Tensor, distributed, nn
 
+from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, CraftError
 from craft_cli.methods.model_adapter import ModelAdapter
 
 
-def fsdp_asked() -> bool:
-    """Whether there are several processes and Accelerate's configuration requests FSDP.
+def fsdp_asked(config: RunConfig) -> bool:
+    """Whether there are several processes and the settings or Accelerate's configuration request FSDP.
 
     Must be called before the model is loaded, because every process has to load the real weights for the fingerprint.
 
     Raises:
         ConfigError: FSDP version 1 is requested.
     """
+    if config.fsdp:
+        return distributed.is_initialized()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -49,7 +52,7 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
         raise ConfigError(f"FSDP requires torch 2.7 or later, but {torch.__version__} is installed")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
+    plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin(fsdp_version=2)
     if plugin.activation_checkpointing:
         raise ConfigError("fsdp_activation_checkpointing is not supported: use --gradient-checkpointing")
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}

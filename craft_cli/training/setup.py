@@ -153,7 +153,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if precision == "fp16" and (config.use_cpu or not torch.cuda.is_available()):
         whence = "--fp16" if config.fp16 else "ACCELERATE_MIXED_PRECISION=fp16"
         raise ConfigError(f"{whence} needs a GPU; on the CPU use --bf16 or neither")
-    fsdp_asked()  # raises a clear error before Accelerate fails
+    fsdp_asked(config)  # raises a clear error before Accelerate fails
     for name, engine in _ENGINES.items():
         if os.environ.get(name, "false").lower() in ("true", "1"):
             raise ConfigError(
@@ -191,7 +191,7 @@ def set_up(config: RunConfig, accelerator: Accelerator, listener: Listener, held
     processes = accelerator.num_processes
     listener = listener if accelerator.is_main_process else Listener()
     config = _as_launched(config, accelerator)
-    sharded = fsdp_asked()
+    sharded = fsdp_asked(config)
     _check_devices(config, sharded)
     config = from_main(accelerator, lambda: within_budget(config, listener.preparing))
     start = from_main(accelerator, lambda: find_start(config, processes, held, runs))
@@ -270,6 +270,10 @@ def _as_launched(config: RunConfig, accelerator: Accelerator) -> RunConfig:
 def _check_devices(config: RunConfig, sharded: bool) -> None:
     if config.load_in_4bit or config.load_in_8bit:
         check_available()
+    if config.fsdp and not sharded:
+        raise ConfigError(
+            "--fsdp shards the base over several processes, but there is only one: pass --num-processes N"
+        )
     if sharded and (config.torch_compile or config.load_in_4bit or config.load_in_8bit):
         raise ConfigError("FSDP cannot be combined with --torch-compile, --load-in-4bit or --load-in-8bit; remove one")
 

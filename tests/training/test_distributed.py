@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import opinions, write_rows
+from conftest import failure, opinions, write_rows
 from helpers import config, craft_command, flags, lines, tensors
 
 import craft_cli as craft
@@ -154,6 +154,13 @@ def test_fsdp_shards_the_base_and_computes_the_same(pico: Make, data_dir: Path) 
     assert "error: FSDP version 1 cannot shard part of a module; set fsdp_version: 2" in err
 
 
+def test_one_process_has_nothing_to_shard(pico: Make, data_dir: Path) -> None:
+    told = failure("train", *flags(pico(), data_dir), "--fsdp")
+    assert (
+        told == "error: --fsdp shards the base over several processes, but there is only one: pass --num-processes N\n"
+    )
+
+
 @pytest.mark.slow
 def test_two_launchers_with_ranks_of_their_own_are_two_machines(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir))
@@ -276,8 +283,7 @@ def test_two_processes_train_every_method_as_one_does(method: str, pico: Make, d
     done = craft_command("train", *flags(pico(), data_dir, num_processes=2, output_dir="two", **given))
     assert done.returncode == 0, done.stderr
     alike("two", "one", tolerance=3e-6)
-    Path("fsdp.yaml").write_text(yaml.safe_dump(FSDP))
-    command = ["accelerate.commands.launch", "--config_file", "fsdp.yaml", "-m", "craft_cli", "train"]
-    code, err = settle(start(*command, *flags(pico(), data_dir, output_dir="sharded", **given)))
-    assert code == 0, err
+    done = craft_command("train", *flags(pico(), data_dir, num_processes=2, output_dir="sharded", **given), "--fsdp")
+    assert done.returncode == 0, done.stderr
+    assert "FSDP: " in done.stderr
     alike("sharded", "one", tolerance=3e-6)

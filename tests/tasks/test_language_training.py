@@ -292,7 +292,9 @@ def test_the_same_update_however_it_is_divided(changed: dict[str, Any], pico_lm:
         Path("recipe.yaml").write_text(
             json.dumps(settings(base, chats, output_dir="other", **flags, **changed).recipe())
         )
-        done = craft_command("train", "--recipe", "recipe.yaml", "--output-dir", "other", "--use-cpu", "--logging-steps", "1")
+        done = craft_command(
+            "train", "--recipe", "recipe.yaml", "--output-dir", "other", "--use-cpu", "--logging-steps", "1"
+        )
         assert done.returncode == 0, done.stderr
     else:
         craft.train(settings(base, chats, output_dir="other", **flags, **changed))

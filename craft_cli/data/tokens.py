@@ -208,7 +208,8 @@ def _blocks(
     for row in texts:
         if sum(map(len, row)) > _FAR * limit:
             row = _first_words(row, tokenizer, limit) if of_words else row
-            row = tuple(near_end(text, tokenizer, limit) for text in row)
+            left = tokenizer.truncation_side == "left"
+            row = tuple(near_end(text, tokenizer, limit, left=left) for text in row)
         held += sum(map(len, row))
         block.append(row)
         if len(block) == _ROWS_AT_ONCE or held > _AT_ONCE:
@@ -218,9 +219,9 @@ def _blocks(
         yield block
 
 
-def near_end(text: str, tokenizer: Any, limit: int) -> str:
-    """The start of a long text, long enough that the rest would be truncated."""
-    size, left = _FAR * limit, tokenizer.truncation_side == "left"
+def near_end(text: str, tokenizer: Any, limit: int, *, left: bool = False) -> str:
+    """The start of a long text, or its end if truncated on the left, long enough that the rest would be truncated."""
+    size = _FAR * limit
     while len(text) > size:
         part = _head(text[::-1], size)[::-1] if left else _head(text, size)
         if len(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]) > limit:

@@ -78,9 +78,16 @@ def entries_of(path: Path) -> Iterator[None]:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, read in chunks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The sha256 of a file, read in chunks.
+
+    Raises:
+        FileError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise cannot_read(path, error) from error
 
 
 def stamp(path: Path) -> list[int]:

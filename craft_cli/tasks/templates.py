@@ -143,7 +143,7 @@ class Renderer:
             return self._by_marks(talk, place)
         text = self._render(talk, talk.messages, place)
         wanted = [(0, len(text))] if self._train_on == ALL else self._answers(talk, text, place)
-        ids, spans = self._ids(text, own=False)
+        ids, spans = self._ids(near_end(text, self._tokenizer, limit), own=False)
         learned = [any(begin < end_of and end > start for start, end_of in wanted) for begin, end in spans]
         if self._train_on != ALL:
             self._drop_blanks(ids, learned)

@@ -179,6 +179,22 @@ def test_a_token_over_the_boundary_is_learned(tmp_path: Path) -> None:
     assert (found.ids, found.targets) == ([0, 3, 0, 4], [IGNORED, 3, 0, 4])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_of_a_long_row_only_the_start_is_tokenized(side: str, pico_lm: Make) -> None:
+    """The same targets, whichever side the tokenizer truncates for others."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(pico_lm())
+    tokenizer.truncation_side = side
+    talk = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "word " * 50_000}], [])
+    for form, train_on, row in (
+        (MESSAGES, "assistant", (talk.packed(),)), (COMPLETION, "completion", ("say: ", "word " * 50_000)),
+    ):  # fmt: skip
+        whole = Renderer(tokenizer, form, train_on).row(row, "row 1", 1_000_000)
+        start = Renderer(tokenizer, form, train_on).row(row, "row 1", 40)
+        assert len(start.ids) < 0.5 * len(whole.ids)
+        assert (start.ids[:40], start.targets[:40]) == (whole.ids[:40], whole.targets[:40])
+        assert len(start.ids) > 40
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn(pico_lm: Make) -> None:
     row = (Conversation(TURNS, []).packed(),)
     with pytest.raises(DataError, match=r"row 1: the chat template renders message 3 differently.*--train-on last"):

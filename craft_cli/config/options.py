@@ -196,7 +196,7 @@ def parse_ranks(ranks: str | Sequence[int]) -> tuple[int, int, int]:
             raise ValueError
     except (ValueError, TypeError):
         raise ConfigError(
-            f"--ranks: expected three positive integers OUT,IN,LAYERS such as 64,64,8, not '{ranks}'"
+            f"--ranks: expected three positive integers OUT,IN,LAYERS such as 64,64,8, not {ranks!r}"
         ) from None
     return out, in_, layers
 

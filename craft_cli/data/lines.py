@@ -11,6 +11,9 @@ from typing import BinaryIO
 
 from craft_cli.errors import DataError
 
+STDIN = "standard input"
+"""Its name in messages."""
+
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -38,9 +41,10 @@ def lines_of(file: BinaryIO, origin: str) -> Iterator[tuple[int, str]]:
     try:
         for number, line in enumerate(text, start=1):
             if not line.isascii() and _UNDECODED.search(line):
-                raise DataError(
-                    f"{origin}, line {number}: not UTF-8; convert the file (of Windows: iconv -f cp1252 -t utf-8 {origin} > NEW)"
-                )
+                way = f"convert the file (of Windows: iconv -f cp1252 -t utf-8 {origin} > NEW)"
+                if origin == STDIN:
+                    way = "convert it first (of Windows: pipe it through iconv -f cp1252 -t utf-8)"
+                raise DataError(f"{origin}, line {number}: not UTF-8; {way}")
             yield number, line
     except UnicodeDecodeError as error:
         raise DataError(f"{origin}, after line {number}: invalid UTF-16, although the file starts as UTF-16") from error

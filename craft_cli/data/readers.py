@@ -19,9 +19,10 @@ from typing import Any, BinaryIO
 
 from craft_cli.data import conll, json_rows
 from craft_cli.data.cells import Row, plain
-from craft_cli.data.lines import lines_of
+from craft_cli.data.lines import STDIN, lines_of
 from craft_cli.data.opened import ending, opened
 from craft_cli.errors import DataError
+from craft_cli.files import reason_of
 
 CONLL = ".conll"
 """CoNLL extension: one word per line with its tag in the last column, read as rows of `tokens` and `tags`."""
@@ -63,7 +64,7 @@ def read_stdin(kind: str) -> Iterator[Row]:
     """
     if sys.stdin is None:
         raise DataError("standard input is closed; pass a file with --input")
-    return rows_of(sys.stdin.buffer, kind, "standard input")
+    return rows_of(sys.stdin.buffer, kind, STDIN)
 
 
 def rows_of(file: BinaryIO, kind: str, origin: str) -> Iterator[Row]:
@@ -139,4 +140,4 @@ def _parquet(file: BinaryIO, origin: str) -> Iterator[Row]:
                 number += 1
                 yield Row(f"row {number}", plain(cells))
     except (ArrowException, OSError) as error:
-        raise DataError(f"{origin}: invalid parquet ({str(error).strip().splitlines()[0]})") from error
+        raise DataError(f"{origin}: invalid parquet ({reason_of(error)})") from error

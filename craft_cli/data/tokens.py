@@ -219,9 +219,9 @@ def _blocks(
         yield block
 
 
-def near_end(text: str, tokenizer: Any, limit: int, *, left: bool = False) -> str:
+def near_end(text: str, tokenizer: Any, limit: int, *, far: int = _FAR, left: bool = False) -> str:
     """The start of a long text, or its end if truncated on the left, long enough that the rest would be truncated."""
-    size = _FAR * limit
+    size = far * limit
     while len(text) > size:
         part = _head(text[::-1], size)[::-1] if left else _head(text, size)
         if len(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]) > limit:

@@ -19,6 +19,9 @@ from craft_cli.tasks.dialogues import ASSISTANT, COMPLETION, MESSAGES, USER, Con
 ANSWERS, LAST, ONLY_COMPLETION, ALL = TRAIN_ON = "assistant", "last", "completion", "all"
 """The parts of a row that can be trained on; see `learned_by_default`."""
 
+_LONGEST = 1 << 20
+"""Maximum tokens of a prompt, more than models take; of a longer one only the start is tokenized."""
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -119,12 +122,15 @@ class Renderer:
         """Tokenize a prompt.
 
         Raises:
-            DataError: the template rejects the conversation.
+            DataError: the template rejects the conversation, or the prompt is longer than any model takes.
         """
-        if self._form != MESSAGES:
-            return self._ids(row[0], own=True)[0]
-        talk = Conversation.of(row[0])
-        return self._ids(self._render(talk, talk.prompt, place, ask=True), own=False)[0]
+        own, text = self._form != MESSAGES, row[0]
+        if not own:
+            talk = Conversation.of(row[0])
+            text = self._render(talk, talk.prompt, place, ask=True)
+        if len(near_end(text, self._tokenizer, _LONGEST, far=4)) < len(text):
+            raise DataError(f"{place}: the prompt has more than {_LONGEST:,} tokens; shorten it")
+        return self._ids(text, own=own)[0]
 
     def row(self, row: Sequence[str], place: str, limit: int) -> Rendered:
         """Tokenize a row; tokens beyond `limit` may be incomplete.

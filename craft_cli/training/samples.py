@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate.utils import gather_object
 
-from craft_cli.files import write_bytes
+from craft_cli.files import read_content, write_bytes
 from craft_cli.tasks.generation import MAX_NEW_TOKENS, Answer, Generation, write_answers
 
 if TYPE_CHECKING:
@@ -41,7 +42,12 @@ def write_samples(training: Training) -> list[Answer]:
 
 
 def forget_samples(file: Path, step: int) -> None:
-    """Remove the samples of evaluations after this update."""
-    if file.is_file():
-        lines = file.read_bytes().splitlines(keepends=True)
-        write_bytes(file, b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step))
+    """Remove the samples of evaluations after this update, and damaged lines."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in read_content(file).splitlines(keepends=True):
+        with suppress(KeyError, RecursionError, TypeError, ValueError):
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_bytes(file, b"".join(kept))

@@ -77,6 +77,8 @@ def test_the_advice_for_cp1252_gives_the_text_back() -> None:
     assert message.startswith(
         "t.csv, line 2: not UTF-8; convert the file (of Windows: iconv -f cp1252 -t utf-8 t.csv > NEW)"
     )
+    with pytest.raises(DataError, match=r"standard input, line 2: not UTF-8; convert it first \(of Windows: pipe it"):
+        list(rows_of(io.BytesIO(Path(path).read_bytes()), ".csv", "standard input"))
     converted = subprocess.run(["iconv", "-f", "cp1252", "-t", "utf-8", path], capture_output=True, check=True).stdout
     assert texts_and_labels(write("new.csv", converted))[0] == ["\u201ccaf\u00e9 \u20ac5\u201d", "pos"]
 

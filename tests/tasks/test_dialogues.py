@@ -195,6 +195,17 @@ def test_of_a_long_row_only_the_start_is_tokenized(side: str, pico_lm: Make) -> 
         assert len(start.ids) > 40
 
 
+def test_a_prompt_that_no_model_takes_is_refused(pico_lm: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before all of it is tokenized, which takes 100 bytes for each of it."""
+    monkeypatch.setattr("craft_cli.tasks.templates._LONGEST", 100)
+    renderer = Renderer(AutoTokenizer.from_pretrained(pico_lm()), MESSAGES, "assistant")
+    talk = Conversation([{"role": "user", "content": "word " * 90}], [])
+    with pytest.raises(DataError, match=r"in\.txt, line 1: the prompt has more than 100 tokens; shorten it"):
+        renderer.prompt((talk.packed(),), "in.txt, line 1")
+    with pytest.raises(DataError, match="more than 100 tokens"):
+        Renderer(AutoTokenizer.from_pretrained(pico_lm()), TEXT, "all").prompt(("word " * 90,), "")
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_turn(pico_lm: Make) -> None:
     row = (Conversation(TURNS, []).packed(),)
     with pytest.raises(DataError, match=r"row 1: the chat template renders message 3 differently.*--train-on last"):

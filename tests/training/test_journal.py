@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import invoke, opinions, write_rows
-from helpers import Remember, config, lines, tensors
+from helpers import Remember, config, lines, tensors, write
 
 import craft_cli as craft
 from craft_cli.api.predict import predict_file
 from craft_cli.errors import ConfigError, CraftError, FileError
 from craft_cli.training import loop, setup
 from craft_cli.training.preparation import Measured
+from craft_cli.training.samples import forget_samples
 
 Make = Callable[..., Path]
 
@@ -258,3 +259,12 @@ def test_model_and_ranks_of_the_other_run_need_not_be_said_again(pico: Make, dat
     assert json.loads(done.stdout)["parameters"]["adapter"] == 130
     Path("in.txt").write_text("the film was good\n")
     assert predict_file("second", input="in.txt", output="out.jsonl", use_cpu=True) == 1
+
+
+def test_damaged_samples_of_former_evaluations_are_left_out() -> None:
+    good = b'{"step": 2, "answer": "a"}\n'
+    write(
+        "samples.jsonl", b"\xff\xfe\n[]\n5\n{}\n" + good + b'{"step": "x"}\n{"step": 9}\n' + b"[" * 100_000 + b'\n{"st'
+    )
+    forget_samples(Path("samples.jsonl"), 4)
+    assert Path("samples.jsonl").read_bytes() == good

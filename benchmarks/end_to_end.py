@@ -159,11 +159,13 @@ def train(arm: str, settings: dict[str, Any], rank: int, rate: float) -> dict[st
     """Train one arm; see `Watch.result`."""
     watch = Watch()
     from craft_cli.config import RunConfig, load_recipe
+    from craft_cli.tasks.sequence_classification import SequenceClassification
 
     with tempfile.TemporaryDirectory() as folder:
         given = settings | {"cache_dir": f"{folder}/cache", "output_dir": f"{folder}/run", "head_start": "random"}
         recipe = load_recipe(given.pop("recipe")) if "recipe" in given else None
         config = RunConfig.build(given, recipe)
+        config = config.settled(SequenceClassification.defaults)
         return with_craft(watch, config) if arm == "craft" else with_lora(watch, config, ORDERS[arm], rank, rate)
 
 
@@ -177,6 +179,7 @@ def with_craft(watch: Watch, config: Any) -> dict[str, Any]:
         accuracy: list[float] = []  # noqa: RUF012
 
         def started(self, plan: Any) -> None:
+            watch.seen = dict.fromkeys(watch.seen, 0)  # without the forward passes that estimate the memory
             measure.reset_peak()
 
         def evaluated(self, step: int, epoch: float, metrics: Any, *, best: bool) -> None:

@@ -172,6 +172,7 @@ def scores(
                 axis.plot([it["x"]], [it["mean"]], "o", markersize=12, markerfacecolor="none", color=_INK)
     axis.margins(x=0.08, y=0.12)
     if len(places) == 1:
+        axis.set_autoscalex_on(False)  # it warns about a single place
         axis.set_xlim(places[0] / 2, places[0] * 2)
     _plain_ticks(axis, places)
     axis.set_xlabel(across)

@@ -253,7 +253,7 @@ class World:
 
         text = shlex.split(inside["text"])[0] + "\n" if inside["text"] else None
         with contextlib.chdir(self.folder):
-            result = CliRunner().invoke(app, shlex.split(inside["arguments"]), input=text)
+            result = CliRunner(env={"COLUMNS": "120"}).invoke(app, shlex.split(inside["arguments"]), input=text)
         return result.exit_code, result.output
 
     def _interrupted(self, words: str, after: str) -> tuple[int, str]:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 from conftest import classifier, shake, token_batch
-from picos import PICO
+from picos import families
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -105,6 +105,15 @@ def test_every_part_is_changed_as_its_weights_would_be(
         assert torch.equal(off, run(plain))
 
 
+CLASSES = [
+    pytest.param(name, kind, marks=[pytest.mark.slow] * (name != "bert"))
+    for kind in ("Model", "ModelForSequenceClassification", "ModelForTokenClassification")
+    for name in (family.values[0] for family in families(f"Auto{kind}"))
+    if name != "t5"  # its classes take no embeddings alone
+]
+"""Families with the classes that transformers has for them."""
+
+
 def by_swapped_tensors(model: Any, adapter: Any) -> None:
     for parameter in adapter.parameters():
         torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach() * 0.7))
@@ -129,8 +138,7 @@ def by_modes(model: Any, adapter: Any) -> None:
 
 
 @pytest.mark.parametrize("update", [by_swapped_tensors, by_load_state_dict, by_casting, by_modes])
-@pytest.mark.parametrize("kind", ["Model", "ModelForSequenceClassification", "ModelForTokenClassification"])
-@pytest.mark.parametrize("family", [pytest.param(name, marks=[pytest.mark.slow] * (name != "bert")) for name in PICO])
+@pytest.mark.parametrize(("family", "kind"), CLASSES)
 def test_every_class_sees_its_change_however_it_came(
     family: str, kind: str, update: Callable[[Any, Any], None], pico: Make
 ) -> None:

@@ -75,7 +75,7 @@ def check(method: str, options: dict[str, Any], base: Path, dtype: torch.dtype =
     assert adapter.count_parameters() == adapter.method.count(adapter.frozen.shapes, adapter.options)
     shake(adapter, 0.1)
     adapted = logits(model)
-    assert not torch.allclose(adapted, start, atol=1e-5)
+    assert not torch.allclose(adapted, start, rtol=1e-6, atol=1e-6)
     adapter.save("saved")
     other = classifier(base, dtype=dtype)
     craft.load(other, "saved")
@@ -208,10 +208,8 @@ def test_what_is_trained_and_where_it_comes_from_is_told(method: str, pico: Make
     shown = invoke("inspect", "out").stdout
     assert f"{chosen.title}, " in shown
     assert f"{result.parameters['adapter']:,}" in shown
-    assert (
-        chosen.describe(json.loads(Path("out/adapter/adapter_config.json").read_text())).size
-        in invoke("inspect", ".").stdout
-    )
+    listed = invoke("inspect", ".").stdout
+    assert all(part in listed for part in (f" {method} ", f" {result.parameters['adapter']:,} "))
     # the recipe repeats the run
     again = craft.train(RunConfig.build({"output_dir": "again"}, craft_recipe("out")))
     assert again.metrics == result.metrics

@@ -225,7 +225,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(silent: list[str]) -> None:
         del silent[1:]
         done = craft_command(*command, env=environment)
         assert done.returncode == 1
-        assert "(no answer in 1 s): connect once" in done.stderr, done.stderr
+        assert "(no answer in 1 s); connect once" in done.stderr, done.stderr
         assert silent[1:] == [request]
 
 

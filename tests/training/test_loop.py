@@ -211,7 +211,7 @@ def test_every_setting_has_an_effect(pico: Make, data_dir: Path) -> None:
     assert [path.suffix for path in Path("factors").glob("*.safetensors")] == [".safetensors"]
     craft.train(config(pico(), data_dir, overwrite=True, max_steps=1))
     assert lines()[-1]["step"] == 1
-    with pytest.raises(ConfigError, match="fp16 requires a GPU"):
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         craft.train(config(pico(), data_dir, fp16=True))
 
 

@@ -125,7 +125,7 @@ def test_without_a_terminal_there_is_a_line_every_few_updates(pico: Make, data_d
 def test_on_a_terminal_the_bar_shows_loss_speed_time_left_and_the_last_metric(pico: Make, data_dir: Path) -> None:
     command = [sys.executable, "-m", "craft_cli", "train", *flags(pico(), data_dir, num_train_epochs=9)]
     text = on_a_terminal(command, 120)
-    assert re.search(r"training .*\d+/54 +loss \d\.\d+ +[\d,]+ examples/s +accuracy \d\.\d+ +\d:\d\d:\d\d", text), text[
+    assert re.search(r"training .*\d+/54 +\d:\d\d:\d\d +loss \d\.\d+ +accuracy \d\.\d+ +[\d,]+ examples/s", text), text[
         -3000:
     ]
     assert "update 10/" not in text

@@ -270,8 +270,11 @@ def splits(config: Any) -> tuple[Sequence[str], list[Any]]:
     from craft_cli.tasks.splits import load_splits
 
     loaded = load_splits(DataSource.of(config), [TRAIN, VALIDATION])
-    rows = (config.max_train_samples, config.max_eval_samples)
-    return loaded.task.labels, [split.first(most) for split, most in zip(loaded.splits.values(), rows, strict=True)]
+    train, validation = loaded.splits.values()
+    return loaded.task.labels, [
+        train.first(config.max_train_samples, by_label=loaded.task.stratified),
+        validation.first(config.max_eval_samples),
+    ]
 
 
 def encode(split: Any, tokenizer: Any, limit: int) -> list[dict[str, Any]]:

@@ -386,7 +386,7 @@ def test_a_command_that_is_killed_loses_nothing_and_is_repeated(command: str, ru
         assert command == "predict" or Path("out/NOTES.md").read_text() == "mine", moment
         assert leftovers() == [], moment
     print(f"{command}: {kills} kills")
-    assert kills > 2
+    assert kills > 1
 
 
 EVENTS = {

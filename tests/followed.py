@@ -249,11 +249,11 @@ class World:
             return done.returncode, done.stdout
         from typer.testing import CliRunner
 
-        from craft_cli.cli import app
+        from craft_cli.cli import app, console
 
         text = shlex.split(inside["text"])[0] + "\n" if inside["text"] else None
-        with contextlib.chdir(self.folder):
-            result = CliRunner(env={"COLUMNS": "120"}).invoke(app, shlex.split(inside["arguments"]), input=text)
+        with contextlib.chdir(self.folder), mock.patch.object(console.err, "_width", 120):
+            result = CliRunner().invoke(app, shlex.split(inside["arguments"]), input=text)
         return result.exit_code, result.output
 
     def _interrupted(self, words: str, after: str) -> tuple[int, str]:

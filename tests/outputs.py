@@ -115,7 +115,23 @@ def refreshed(shown: list[str], printed: list[str]) -> list[str]:
         for line in rest[start:stop]:
             result.append(next((old for old in lines if _comparable(old)[0] and alike(old, line)), line))
         rest = rest[stop:]
-    return result
+    return _boxed(result)
+
+
+_EDGES = {"╭": "╮", "│": "│", "╰": "╯"}
+
+
+def _boxed(lines: list[str]) -> list[str]:
+    """The lines of a box, some of them new, with one right edge."""
+    kept = [line.rstrip("╮│╯─ ") or line[:1] if line[:1] in _EDGES else line for line in lines]
+    width = max((len(line) for line in kept if line[:1] in _EDGES), default=0) + 1
+    padded = []
+    for line in kept:
+        if edge := _EDGES.get(line[:1]):
+            between = " " if len(line) > 1 else ""
+            line = (line + between).ljust(width, " " if edge == "│" else "─") + edge
+        padded.append(line)
+    return padded
 
 
 def _nearest(line: str, lines: Sequence[str]) -> int:

@@ -273,6 +273,8 @@ def test_what_matters_of_an_output_is_compared() -> None:
 def test_a_page_can_be_refreshed() -> None:
     shown = ["first 1", "...", "said 3", "last 4"]
     assert refreshed(shown, ["first 1", "between", "told 3", "last 4"]) == ["first 1", "...", "told 3", "last 4"]
+    now = ["╭─ a ────╮", "│ x 1    │", "│ y long │", "╰────────╯"]
+    assert refreshed(["╭─ a ─╮", "│ x 1 │", "│ y   │", "╰─────╯"], now) == now
 
 
 def test_marks_of_a_fence_are_read(tmp_path: Path) -> None:

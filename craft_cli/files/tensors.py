@@ -84,7 +84,7 @@ def _header(path: Path, kind: str) -> dict[str, Any]:
 
 
 def _of_one_file(path: Path, read: Callable[[], T]) -> T:
-    """Read a file again if it was replaced meanwhile: safetensors opens it several times.
+    """Read a file again if it was replaced in the meantime: safetensors opens it several times.
 
     Raises:
         FileError: `read` raised it for an unchanged file; or the file keeps being replaced.

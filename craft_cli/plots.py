@@ -178,8 +178,9 @@ def scores(
     axis.set_xlabel(across)
     axis.set_ylabel(up)
     handles, labels = axis.get_legend_handles_labels()
-    handles += axis.plot([], [], "o", markersize=9, markerfacecolor="none", color=_INK, linestyle="")
-    labels += ["best of its method" if len(points) > 1 else "best"]
+    if any(it["chosen"] for settings in points.values() for it in settings):
+        handles += axis.plot([], [], "o", markersize=9, markerfacecolor="none", color=_INK, linestyle="")
+        labels += ["best of its method" if len(points) > 1 else "best"]
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     axis.set_title(title, loc="left", fontsize=10, color=_INK)
     _save(figure, path)

@@ -209,7 +209,7 @@ def _blocks(
         if sum(map(len, row)) > _FAR * limit:
             row = _first_words(row, tokenizer, limit) if of_words else row
             left = tokenizer.truncation_side == "left"
-            row = tuple(near_end(text, tokenizer, limit, left=left) for text in row)
+            row = tuple(near_end(text, tokenizer, limit, far=_FAR, left=left) for text in row)
         held += sum(map(len, row))
         block.append(row)
         if len(block) == _ROWS_AT_ONCE or held > _AT_ONCE:

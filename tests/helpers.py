@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,11 @@ def lines(run: str = "out") -> list[dict[str, Any]]:
 
 def tensors(run: str = "out") -> dict[str, torch.Tensor]:
     return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
+
+
+def mostly_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of a test, all slow but these."""
+    return [pytest.param(value, marks=() if value in quick else pytest.mark.slow) for value in values]
 
 
 def craft_command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -95,3 +95,8 @@ def families(auto_class: str, among: Iterable[str] = ()) -> list[Any]:
     classes = getattr(transformers, auto_class)._model_mapping._model_mapping
     names = [name for name in PICO if name in known and name in classes and (not among or name in among)]
     return [pytest.param(name, marks=() if name in LAYOUTS else pytest.mark.slow) for name in names]
+
+
+def names(auto_class: str) -> list[str]:
+    """The names of these families."""
+    return [str(one.values[0]) for one in families(auto_class)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import failure, invoke, opinions, write_rows
+from helpers import mostly_slow
 
 from craft_cli.config import load_recipe, shipped_recipes
 from craft_cli.tasks.glue import TASKS, task_named
@@ -63,7 +64,7 @@ def write_data(recipe: dict[str, Any]) -> list[str]:
     return ["--data-dir", "data"]
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("name", mostly_slow(sorted(RECIPES), "quickstart", "quickstart-llm"))
 def test_every_recipe_goes_down_to_one_step(name: str, pico: Callable[..., Path], pico_lm: Callable[..., Path]) -> None:
     flags = write_data(load_recipe(name))
     base = pico_lm(max_position_embeddings=700) if name == "quickstart-llm" else pico()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import classifier, failure, invoke, opinions, save_tokenizer, shake, write_rows
-from helpers import config, flags
+from helpers import config, flags, mostly_slow
 from safetensors.torch import load_file, save_file
 
 import craft_cli as craft
@@ -32,9 +32,12 @@ def elsewhere(base: Path, labels: int, **settings: Any) -> None:
     change("model/config.json", **settings)
 
 
-@pytest.mark.parametrize(
-    "names", [{"0": 0, "1": 1}, {"0": None, "1": "x"}, {"0": "a", "2": "b"}, {"0": "x", "1": "x"}, {}, {"0": ["q"], "1": {}}]
-)  # fmt: skip
+NAMES: list[Any] = [
+    {"0": 0, "1": 1}, {"0": None, "1": "x"}, {"0": "a", "2": "b"}, {"0": "x", "1": "x"}, {}, {"0": ["q"], "1": {}}
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", mostly_slow(NAMES, NAMES[1]))
 def test_names_of_a_base_that_name_nothing_are_not_needed(names: Any, pico: Make, data_dir: Path) -> None:
     shutil.copytree(pico(), "base")
     change("base/config.json", id2label=names)

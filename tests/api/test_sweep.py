@@ -182,6 +182,7 @@ def test_where_every_trial_fails_the_sweep_does(asked: Any) -> None:
     assert rows_of("out/table.csv")[0]["state"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pretend")
 @pytest.mark.parametrize("pruner", ["median", pytest.param("hyperband", marks=pytest.mark.slow)])
 def test_what_looks_worse_than_others_is_pruned(asked: Any, monkeypatch: pytest.MonkeyPatch, pruner: str) -> None:
@@ -205,6 +206,7 @@ def test_what_looks_worse_than_others_is_pruned(asked: Any, monkeypatch: pytest.
 # -- choosing -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pretend")
 def test_test_rows_say_how_good_the_chosen_are_and_choose_nothing(
     asked: Any, monkeypatch: pytest.MonkeyPatch, data_dir: Path

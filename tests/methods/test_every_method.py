@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from conftest import classifier, failure, invoke, shake, token_batch
-from helpers import Cut, config, cut, lines, logits, same, tensors
+from helpers import Cut, config, cut, lines, logits, mostly_slow, same, tensors
 from picos import LAYOUTS
 from transformers import AutoModelForSequenceClassification
 
@@ -221,7 +221,7 @@ def craft_recipe(run: str) -> dict[str, Any]:
     return load_recipe(f"{run}/recipe.yaml")
 
 
-@pytest.mark.parametrize("method", WITH_FACTORS)
+@pytest.mark.parametrize("method", mostly_slow(WITH_FACTORS, "craft"))
 def test_an_adapter_may_only_refer_to_what_is_frozen(method: str, pico: Make, data_dir: Path) -> None:
     base = pico()
     run = settings(base, data_dir, method, adapter_factors="reference", cache_dir="kept", num_train_epochs=1)

@@ -136,6 +136,7 @@ def test_the_same_loop_trains_it_and_a_cut_run_ends_equal(pico: Make, data_dir: 
     same("out", "uncut")
 
 
+@pytest.mark.slow
 def test_run_and_adapter_say_what_they_are(pico: Make, data_dir: Path) -> None:
     craft.train(lora(pico(), data_dir, output_dir="runs/mine", num_train_epochs=1))
     record = json.loads(Path("runs/mine/adapter/adapter_config.json").read_text())

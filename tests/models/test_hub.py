@@ -169,6 +169,7 @@ def test_a_data_set_of_ones_own_with_a_configuration_and_split_names(
     assert json.loads(craft(hub, "eval", "out", "--json").stdout)["examples"] == 24
 
 
+@pytest.mark.slow
 def test_a_task_by_its_name_alone_without_a_hub(hub: LoopbackHub, pico: Callable[..., Path]) -> None:
     hub.stop()
     done = craft(hub, "train", "--model", str(pico()), "--task", "sst2", "--use-cpu")

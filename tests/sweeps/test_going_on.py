@@ -220,6 +220,7 @@ def test_who_joins_waits_while_trials_are_queued(asked: Any) -> None:
         assert joined.result() == (plan, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pretend")
 def test_no_trial_begins_after_the_time(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRETEND_SECONDS", "0.1")
@@ -228,6 +229,7 @@ def test_no_trial_begins_after_the_time(asked: Any, monkeypatch: pytest.MonkeyPa
     assert all(row.state == "complete" for row in results.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pretend")
 def test_each_trial_at_once_has_a_gpu_of_its_own(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")

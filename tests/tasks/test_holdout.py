@@ -173,6 +173,7 @@ def test_a_run_that_starts_from_another_keeps_its_division(pico: Make, run: dict
     assert not wrong & run["train"]
 
 
+@pytest.mark.slow
 def test_another_seed_keeps_the_division_and_a_resumed_run_needs_no_other_adapter(
     pico: Make, run: dict[str, set[str]]
 ) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import failure, invoke, write_rows
-from helpers import Cut, conll, craft_command, cut, lines, same, sentences, tensors, write
-from picos import families
+from helpers import Cut, conll, craft_command, cut, lines, mostly_slow, same, sentences, tensors, write
+from picos import names
 
 import craft_cli as craft
 from craft_cli.config import RunConfig
@@ -226,6 +226,7 @@ def test_a_sentence_without_a_target_is_left_out(pico: Make) -> None:
     assert all(torch.equal(tensor, tensors("taught")[name]) for name, tensor in tensors("all").items())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_ends_as_if_it_had_not_been(pico: Make, words: Path) -> None:
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     craft.train(settings(pico(**dropout), words, output_dir="whole"))
@@ -268,7 +269,7 @@ def test_the_first_loss_is_the_mean_over_the_words_of_its_update(pico: Make, wor
     assert first == pytest.approx(total / count, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", families("AutoModelForTokenClassification"))
+@pytest.mark.parametrize("family", mostly_slow(names("AutoModelForTokenClassification"), "bert"))
 def test_every_family_has_a_model_for_words(family: str, pico: Make, words: Path) -> None:
     result = craft.train(settings(pico(family), words, num_train_epochs=1, ranks="4,4,2"))
     assert dict(craft.evaluate("out").metrics) == pytest.approx(dict(result.metrics), abs=1e-5)

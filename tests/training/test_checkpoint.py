@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import DROPOUT, Cut, config, cut, flip, full_disk, leftovers, lines, same
+from helpers import DROPOUT, Cut, config, cut, flip, full_disk, leftovers, lines, mostly_slow, same
 from safetensors import safe_open
 
 import craft_cli as craft
@@ -133,7 +133,7 @@ def test_a_checkpoint_is_an_adapter_and_holds_no_base_weights(pico: Make, data_d
 FILES = ("adapter_model.safetensors", "training_state.safetensors", "metrics.jsonl")
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("damage", mostly_slow(["flip", "cut", "gone"], "flip"))
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_passed_over_and_told(damage: str, name: str, half: Callable[..., Any]) -> None:
     victim = Path("out/checkpoints/step-9") / name

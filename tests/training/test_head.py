@@ -13,8 +13,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, invoke, opinions, write_rows
-from helpers import Cut, Remember, config, craft_command, cut, flags, lines, numbers, own_config, same, tensors
-from picos import families
+from helpers import (
+    Cut,
+    Remember,
+    config,
+    craft_command,
+    cut,
+    flags,
+    lines,
+    mostly_slow,
+    numbers,
+    own_config,
+    same,
+    tensors,
+)
+from picos import names
 from sklearn.linear_model import LogisticRegression
 
 import craft_cli as craft
@@ -29,7 +42,7 @@ Make = Callable[..., Path]
 PROBE = {"head_start": "probe"}
 
 
-@pytest.mark.parametrize("family", families("AutoModelForSequenceClassification"))
+@pytest.mark.parametrize("family", mostly_slow(names("AutoModelForSequenceClassification"), "bert", "llama"))
 def test_the_last_layer_is_found_and_fitted_for_every_family(family: str, pico: Make, data_dir: Path) -> None:
     """Evaluated on the rows that the probe is fitted on: on others, the features of a random model may say nothing."""
     if family == "qwen2":
@@ -110,6 +123,7 @@ def test_the_same_start_resumed_and_on_two_processes(pico: Make, data_dir: Path)
         assert torch.allclose(tensor, tensors("uncut")[name], rtol=0, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_cut_before_the_first_update_it_starts_alike(pico: Make, data_dir: Path) -> None:
     batch = {"per_device_eval_batch_size": 8}
     craft.train(config(pico(), data_dir, output_dir="uncut", **batch, **PROBE))
@@ -168,7 +182,7 @@ def test_a_model_is_left_as_it_was(pico: Make, data_dir: Path) -> None:
 # -- numbers ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", ["probe", "random"])
+@pytest.mark.parametrize("start", mostly_slow(["probe", "random"], "probe"))
 def test_numbers_of_any_size_are_learned_alike(start: str, pico: Make) -> None:
     """Targets 4,096 times as large: the same adapter to the bit, and a head that answers in their units."""
     for name, times in (("small", 1.0), ("large", 4096.0)):
@@ -196,6 +210,7 @@ def test_numbers_of_any_size_are_learned_alike(start: str, pico: Make) -> None:
     assert updates[-1] / second["loss"] == pytest.approx(1, abs=5)  # in the same units
 
 
+@pytest.mark.slow
 def test_numbers_are_resumed_to_the_bit(pico: Make) -> None:
     for split, count, seed in (("train", 45, 1), ("validation", 23, 2)):
         numbers(Path("data") / f"{split}.jsonl", count, seed, times=900.0, plus=-3000.0)
@@ -212,6 +227,7 @@ def test_own_numbers_choose_by_loss_and_a_known_task_by_its_metric(pico: Make, d
     assert result.metrics["loss"] == min(line["eval_loss"] for line in lines() if "eval_loss" in line)
 
 
+@pytest.mark.slow
 def test_of_equal_evaluations_the_lower_loss_is_better(pico: Make, data_dir: Path) -> None:
     result = craft.train(config(pico(), data_dir, num_train_epochs=12, ranks="24,24,3"))
     best = max(line["eval_accuracy"] for line in lines() if "eval_loss" in line)

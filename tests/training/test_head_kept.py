@@ -67,6 +67,7 @@ def test_it_is_resumed_to_the_bit(merged: Path, data_dir: Path) -> None:
         same(name, "uncut")
 
 
+@pytest.mark.slow
 def test_other_labels_or_no_names_get_a_probe(merged: Path, data_dir: Path) -> None:
     rows = [{"text": row["sentence"], "label": ("positive", "negative")[row["label"]]} for row in opinions(45, 1)]
     for folder, names in (("same", ("positive", "negative")), ("other", ("up", "down"))):

@@ -43,11 +43,11 @@ def evaluations(run: str = "out") -> list[int]:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, [0, 6, 12]),
-        ({"eval_steps": 4}, [0, 4, 8, 12]),
         ({"eval_strategy": "steps", "eval_steps": 5}, [0, 5, 10, 12]),
-        ({"eval_strategy": "no"}, []),
-        ({"num_train_epochs": 1.5}, [0, 6, 9]),
+        pytest.param({}, [0, 6, 12], marks=pytest.mark.slow),
+        pytest.param({"eval_steps": 4}, [0, 4, 8, 12], marks=pytest.mark.slow),
+        pytest.param({"eval_strategy": "no"}, [], marks=pytest.mark.slow),
+        pytest.param({"num_train_epochs": 1.5}, [0, 6, 9], marks=pytest.mark.slow),
     ],
 )
 def test_it_evaluates_when_it_is_told_to_and_at_the_end(
@@ -60,6 +60,7 @@ def test_it_evaluates_when_it_is_told_to_and_at_the_end(
     assert craft.evaluate("out").examples == 23
 
 
+@pytest.mark.slow
 def test_without_evaluations_the_last_adapter_is_kept(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir, eval_strategy="no"))
     craft.train(config(pico(), data_dir, output_dir="each", save_total_limit=1))
@@ -94,9 +95,10 @@ def test_a_metric_that_the_task_does_not_have_is_refused(pico: Make, data_dir: P
     ("patience", "threshold", "updates"),
     [
         (2, None, 24),
-        (1, None, 18),
-        (2, 0.15, 18),
-        *(pytest.param(one, None, 36, marks=pytest.mark.slow) for one in (3, None)),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in ((1, None, 18), (2, 0.15, 18), (3, None, 36), (None, None, 36))
+        ),
     ],
 )
 def test_early_stopping(
@@ -203,6 +205,7 @@ def nli(folder: str, rows: int = 12) -> Path:
     return write_rows(Path(folder) / "validation.jsonl", written).parent
 
 
+@pytest.mark.slow
 def test_it_starts_from_the_transforms_of_another_run_with_a_new_head(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), nli("mnli"), task="mnli", output_dir="first"))
     settings = {"init_from": "first", "learning_rate": 0.0, "num_train_epochs": 1}

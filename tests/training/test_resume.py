@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import opinions, write_rows
-from helpers import Cut, config, cut, flip, lines, same, tensors
+from helpers import Cut, config, cut, flip, lines, mostly_slow, same, tensors
 
 import craft_cli as craft
 from craft_cli.errors import ConfigError, CraftError, FileError
@@ -103,7 +103,7 @@ def test_another_base_model_is_refused(pico: Make, data_dir: Path) -> None:
         craft.train(config(Path("base"), data_dir, resume=True))
 
 
-@pytest.mark.parametrize("case", ["finished", "damaged", "never"])
+@pytest.mark.parametrize("case", mostly_slow(["finished", "damaged", "never"], "damaged"))
 def test_a_run_without_a_usable_checkpoint_is_left_alone(case: str, pico: Make, data_dir: Path) -> None:
     settings = {"save_strategy": "no" if case == "never" else "epoch", "save_total_limit": 1}
     craft.train(config(pico(), data_dir, **settings))
@@ -160,6 +160,7 @@ def test_evaluations_cannot_be_given_up_once_there_is_a_best(half: Callable[...,
         craft.train(half(eval_strategy="no"))
 
 
+@pytest.mark.slow
 def test_data_that_moved_is_the_same_data(pico: Make, data_dir: Path) -> None:
     shutil.copytree(data_dir, "data")
     craft.train(config(pico(), Path("data"), output_dir="uncut"))
@@ -169,6 +170,7 @@ def test_data_that_moved_is_the_same_data(pico: Make, data_dir: Path) -> None:
     same("out", "uncut")
 
 
+@pytest.mark.slow
 def test_with_nothing_to_resume_it_begins(pico: Make, data_dir: Path) -> None:
     listener = Cut(0)
     craft.train(config(pico(), data_dir, resume=True, output_dir="new"), listener)

@@ -159,6 +159,7 @@ def test_a_compiled_run_trains_as_a_plain_one_without_a_graph_break(
     assert craft.evaluate("compiled").examples == 23
 
 
+@pytest.mark.slow
 def test_layers_share_one_compiled_graph(pico: Make) -> None:
     from torch._dynamo.utils import counters
 

@@ -37,6 +37,7 @@ def logged(key: str, run: str = "out") -> list[tuple[int, Any]]:
     return [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines(run) if key in line]
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_what_metrics_jsonl_says(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir, report_to="tensorboard"))
     shown = events()
@@ -131,6 +132,7 @@ def test_on_a_terminal_the_bar_shows_loss_speed_time_left_and_the_last_metric(pi
     assert "update 10/" not in text
 
 
+@pytest.mark.slow
 def test_a_folder_of_runs_is_listed(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir, output_dir="runs/done"))
     cut(config(pico(), data_dir, output_dir="runs/stopped"), Cut(8))

@@ -87,11 +87,15 @@ def evaluate(
         split: `validation`, or `test` if it has labels.
         predictions: write one row per example to this file (.jsonl or .csv), with its row number.
         worst: number of most confident mistakes to collect.
-        max_eval_samples, max_seq_length: maximum rows per split and tokens per row. Default: as in training.
+        max_eval_samples: maximum rows per split. Default: as in training.
+        max_seq_length: maximum tokens per row. Default: as in training.
         eval_generate: number of rows to generate answers to with a language model, for exact match.
-        answer_pattern, max_new_tokens: the part of an answer to compare, and its maximum length, as in training.
+        answer_pattern: the part of an answer to compare, as in training.
+        max_new_tokens: maximum length of an answer.
         per_device_eval_batch_size: batch size. Default: 64, or 8 for language models.
-        use_cpu, trust_remote_code, allow_other_base: as in `predict`.
+        use_cpu: as in `predict`.
+        trust_remote_code: as in `predict`.
+        allow_other_base: as in `predict`.
         progress: called with (rows done, total rows).
         data: instead of `source`: `task`, `data_dir`, `validation_file`, `dataset_name`, `text_columns`, `label_column`, ...
 
@@ -107,8 +111,7 @@ def evaluate(
     loaded = load_splits(_checked(predictor.source(source), written), [split], predictor.task)
     task = loaded.task
     asked, size = _asked(task, eval_generate, answer_pattern, max_new_tokens), per_device_eval_batch_size
-    metrics, gold, every = dict[str, float](), list[Any](), list[Any]()
-    mistakes: list[tuple[float, dict[str, Any]]] = []
+    metrics, gold, every, mistakes = dict[str, float](), list[Any](), list[Any](), list[tuple[float, dict[str, Any]]]()
     notes = _notes(predictor, source, loaded)
     with open_records(written, format_of(written)) if written else nullcontext() as writer:
         for name, whole in loaded.splits.items():

@@ -1,6 +1,6 @@
 """What fits where: the memory of an update for models of several shapes, as craft estimates it for a GPU.
 
-    python benchmarks/fits.py [--json FILE]
+    python benchmarks/fits.py [--shapes NAME,NAME] [--json FILE]
 
 The models have random weights. Two shallow versions of each shape are built, with 2 and 4 layers, and `training/memory.py` estimates
 an update of each, as `craft train --dry-run` does. The cost of a layer is half of the difference, so that the estimate of the full depth
@@ -61,6 +61,7 @@ def decoder(layers: int, width: int, heads: int, kv: int, inner: int, vocabulary
     config = {
         "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": kv,
         "intermediate_size": inner, "vocab_size": vocabulary, "max_position_embeddings": 2048,
+        "tie_word_embeddings": layers < 32,  # only the largest has an output embedding of its own
     }  # fmt: skip
     return Shape(LLAMA, config, 8, 1024)
 
@@ -85,60 +86,62 @@ CARDS = (8, 12, 16, 24, 40, 80)
 
 
 def main() -> None:
-    """Estimate every shape with every combination of flags, and print the tables."""
-    given = measure.arguments(__doc__)
-    shapes = {name: SHAPES[name] for name in ("SmolLM2-135M",)} if given.small else SHAPES
+    """Estimate the shapes with every combination of flags, and print the table."""
+    given = measure.arguments(__doc__, shapes={"default": ",".join(SHAPES)})
+    wanted = ["SmolLM2-135M"] if given.small else given.shapes.split(",")
     found: list[dict[str, Any]] = []
-    for name, shape in shapes.items():
-        for flags, settings in FLAGS.items():
-            _, ((few, less), (more, _)) = measure.peak_memory(both_depths, shape, settings, given.small)
-            deep = {part: few[part] + (more[part] - few[part]) // 2 * (shape.layers - 2) for part in few}
-            found.append({"shape": name, "flags": flags, "rows": shape.rows, "tokens": shape.tokens} | deep)
+    for name in wanted:
+        shape = SHAPES[name]
+        _, few = measure.peak_memory(estimates, shape, 2, given.small)
+        _, more = measure.peak_memory(estimates, shape, 4, given.small)
+        for flags, parts in few.items():
+            deep = {part: size + (more[flags][part] - size) // 2 * (shape.layers - 2) for part, size in parts.items()}
+            saved = deep.pop("in 4 bits")
+            row = {"shape": name, "flags": flags, "rows": shape.rows, "tokens": shape.tokens} | deep
+            found.append(row)
             if flags == "both":
-                saved = less[0] + less[1] * (shape.layers - 2)
-                quantised = deep | {"weights": deep["weights"] - saved}
-                found.append({**found[-1], "flags": IN_4_BIT} | quantised)
-            print(name, flags, f"{total(found[-1]) / 2**30:.1f}", flush=True)
-            measure.write(given.json, found)
+                found.append(row | {"flags": IN_4_BIT, "weights": row["weights"] - saved})
+        measure.write(given.json, found)
     table(found)
 
 
-def both_depths(shape: Shape, settings: dict[str, Any], small: bool) -> list[tuple[dict[str, int], tuple[int, int]]]:
-    """Estimates for 2 and 4 layers, and what 4 bits save in 2 layers and in each further one."""
-    estimates = [estimate(shape, layers, settings, small) for layers in (2, 4)]
-    saved = [one.pop("in 4 bits") for one in estimates]
-    return [(one, (saved[0], (saved[1] - saved[0]) // 2)) for one in estimates]
-
-
-def estimate(shape: Shape, layers: int, settings: dict[str, Any], small: bool) -> dict[str, int]:
-    """The parts of craft's estimate for a shallow version of a shape."""
+def estimates(shape: Shape, layers: int, small: bool) -> dict[str, dict[str, int]]:
+    """The parts of craft's estimate for a shallow version of a shape, for each combination of flags."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    rows, tokens = (2, 16) if small else (shape.rows, shape.tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        config = AutoConfig.for_model(shape.family, **shape.config | {"num_hidden_layers": layers})
+        auto: Any = AutoModel if shape.family == BERT else AutoModelForCausalLM
+        auto.from_config(config).save_pretrained(folder)
+        _tokenizer(folder)
+        labels = [{"label": "a"}, {"label": "b"}] if shape.family == BERT else [{}]
+        text = "x " * (tokens - 3)
+        lines = [{"text": f"{number} {text}"} | label for number in range(max(rows, 8)) for label in labels]
+        (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return {flags: _estimate(shape, folder, rows, tokens, settings) for flags, settings in FLAGS.items()}
+
+
+def _estimate(shape: Shape, folder: str, rows: int, tokens: int, settings: dict[str, Any]) -> dict[str, int]:
+    from accelerate.state import AcceleratorState
 
     from craft_cli.config import RunConfig
     from craft_cli.training import memory
     from craft_cli.training.progress import Listener
     from craft_cli.training.setup import make_accelerator, set_up
 
-    torch.manual_seed(0)
-    rows, tokens = (2, 16) if small else (shape.rows, shape.tokens)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
-        config = AutoConfig.for_model(shape.family, **shape.config | {"num_hidden_layers": layers})
-        auto: Any = AutoModel if shape.family == BERT else AutoModelForCausalLM
-        auto.from_config(config).save_pretrained(folder)
-        _tokenizer(folder)
-        file = Path(folder) / "rows.jsonl"
-        labels = [{"label": "a"}, {"label": "b"}] if shape.family == BERT else [{}]
-        text = "x " * (tokens - 3)
-        lines = [{"text": f"{number} {text}"} | label for number in range(max(rows, 8)) for label in labels]
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        run = RunConfig.build({
-            "model": folder, "train_file": str(file), "eval_strategy": "no", "ranks": "64,64,2", "use_cpu": True, "dry_run": True,
-            "per_device_train_batch_size": rows, "max_seq_length": tokens, "cache_dir": str(Path(folder) / "cache"),
-            "head_start": "random" if shape.family == BERT else "auto", "num_train_epochs": 1, **settings,
-        })  # fmt: skip
-        held.enter_context(mock.patch.object(memory, "_ON_CPU", 1.0))
-        found = memory.estimate(set_up(run, make_accelerator(run), Listener(), held, Path(folder)), savings=True)
+    run = RunConfig.build({
+        "model": folder, "train_file": str(Path(folder) / "rows.jsonl"), "eval_strategy": "no", "ranks": "64,64,2",
+        "use_cpu": True, "dry_run": True, "per_device_train_batch_size": rows, "max_seq_length": tokens,
+        "cache_dir": str(Path(folder) / "cache"), "head_start": "random" if shape.family == BERT else "auto",
+        "num_train_epochs": 1, **settings,
+    })  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)  # or the precision of the first one stays
+    with ExitStack() as held, mock.patch.object(memory, "_ON_CPU", 1.0):
+        training = set_up(run, make_accelerator(run), Listener(), held, Path(folder))
+        found = memory.estimate(training, savings=True)
     assert found
     assert found.length >= tokens - 4
     return {

@@ -306,6 +306,9 @@ _SAMPLES = (
 )
 
 
+_UPGRADE = ": pip install -U transformers (5.20 reads it)"
+
+
 def _compare_tokenizer(tokenizer: Any, before: list[list[int]], reader: Any) -> None:
     """Compare the tokenizer that was written with the GGUF.
 
@@ -320,13 +323,13 @@ def _compare_tokenizer(tokenizer: Any, before: list[list[int]], reader: Any) -> 
     fields = reader.fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     if tokenizer.get_vocab() != {token: number for number, token in enumerate(tokens)}:
-        raise ModelError("the vocabulary of its tokenizer comes out otherwise")
+        raise ModelError(f"this transformers reads the vocabulary of its tokenizer wrongly{_UPGRADE}")
     for kind in ("bos", "eos"):
         number = int(fields[f"tokenizer.ggml.{kind}_token_id"].contents())
         if getattr(tokenizer, f"{kind}_token_id") != number or tokenizer(tokens[number])["input_ids"] != [number]:
-            raise ModelError(f"the {kind} token of its tokenizer comes out otherwise")
+            raise ModelError(f"this transformers reads the {kind} token of its tokenizer wrongly{_UPGRADE}")
     if tokenizer.chat_template != fields["tokenizer.chat_template"].contents():
-        raise ModelError("its chat template comes out otherwise")
+        raise ModelError(f"this transformers reads its chat template wrongly{_UPGRADE}")
     for text, known in zip(_SAMPLES, before, strict=True):
         ids = tokenizer(text)["input_ids"]
         if tokenizer.decode(ids) != text:

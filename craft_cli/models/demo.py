@@ -306,7 +306,7 @@ _SAMPLES = (
 )
 
 
-_UPGRADE = ": pip install -U transformers (5.20 reads it)"
+_UPGRADE = "; demo-llm needs transformers 5.20 or later: pip install -U transformers"
 
 
 def _compare_tokenizer(tokenizer: Any, before: list[list[int]], reader: Any) -> None:

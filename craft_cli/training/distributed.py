@@ -32,14 +32,12 @@ def fsdp_asked(config: RunConfig) -> bool:
     Raises:
         ConfigError: FSDP version 1 is requested.
     """
-    if config.fsdp:
-        return distributed.is_initialized()
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return False
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ConfigError("FSDP version 1 cannot shard part of a module; set fsdp_version: 2")
-    disable_fsdp_ram_efficient_loading()
-    return distributed.is_initialized()
+    in_accelerate = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if in_accelerate:
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ConfigError("FSDP version 1 cannot shard part of a module; set fsdp_version: 2")
+        disable_fsdp_ram_efficient_loading()
+    return (config.fsdp or in_accelerate) and distributed.is_initialized()
 
 
 def shard(model: Any, accelerator: Accelerator) -> Any:

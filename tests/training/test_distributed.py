@@ -161,6 +161,16 @@ def test_one_process_has_nothing_to_shard(pico: Make, data_dir: Path) -> None:
     )
 
 
+def test_the_flag_does_not_hide_a_version_of_accelerates_configuration(
+    pico: Make, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    for more in ([], ["--fsdp"]):
+        told = failure("train", *flags(pico(), data_dir), *more)
+        assert told == "error: FSDP version 1 cannot shard part of a module; set fsdp_version: 2\n"
+
+
 @pytest.mark.slow
 def test_two_launchers_with_ranks_of_their_own_are_two_machines(pico: Make, data_dir: Path) -> None:
     craft.train(config(pico(), data_dir))

@@ -24,9 +24,9 @@ from craft_cli.files.marker import (
     holds_something,
     read_marker,
 )
+from craft_cli.files.reading import read_unchanged
 from craft_cli.files.writing import bring_home, cannot_write, hidden, sync_folder, tidied, write_bytes
 
-_TRIES = 50
 _MOMENT = 1.0
 """Longest time in seconds that a folder may be missing while it is replaced."""
 T = TypeVar("T")
@@ -197,20 +197,14 @@ def steadily(folder: Path, read: Callable[[], T]) -> T:
     Raises:
         FileError: `read` raised it for an unchanged folder; or the folder keeps being replaced.
     """
-    for _ in range(_TRIES):
+
+    def attempt() -> T:
         if not wait_until(lambda: not _gives_way(folder), _MOMENT):
             with tidied(folder.parent):  # restores the folder if the process that replaced it was killed
                 pass
-        before = _identity(folder)
-        try:
-            result = read()
-        except FileError:
-            if _identity(folder) == before and not _gives_way(folder):
-                raise
-        else:
-            if _identity(folder) == before:
-                return result
-    raise FileError(f"{folder} keeps being replaced by another process; try again later")
+        return read()
+
+    return read_unchanged(folder, lambda: (_identity(folder), _gives_way(folder)), attempt)
 
 
 def _identity(folder: Path) -> tuple[int, ...] | None:

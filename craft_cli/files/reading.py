@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from craft_cli.errors import FileError
+
+_TRIES = 50
+T = TypeVar("T")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -101,3 +104,35 @@ def stamp(path: Path) -> list[int]:
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}") from error
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def stamp_or_none(path: Path) -> list[int] | None:
+    """The stamp of a file; None if it does not exist."""
+    try:
+        return stamp(path)
+    except FileError:
+        return None
+
+
+def read_unchanged(path: Path, identity: Callable[[], Any], read: Callable[[], T]) -> T:
+    """Read a file or folder that another process may be replacing, again if it was replaced in the meantime.
+
+    Args:
+        path: the file or folder, for messages.
+        identity: returns what differs once it is replaced.
+        read: reads it.
+
+    Raises:
+        FileError: `read` raised it for an unchanged file or folder; or it keeps being replaced.
+    """
+    for _ in range(_TRIES):
+        before = identity()
+        try:
+            result = read()
+        except FileError:
+            if identity() == before:
+                raise
+        else:
+            if identity() == before:
+                return result
+    raise FileError(f"{path} keeps being replaced by another process; try again later")

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from craft_cli.errors import FileError, OtherVersion
-from craft_cli.files.reading import cannot_read, quoted, reason_of, stamp
+from craft_cli.files.reading import cannot_read, quoted, read_unchanged, reason_of, stamp_or_none
 from craft_cli.files.writing import write_bytes
 
 FORMAT_VERSION = 3
-_TRIES = 20
-T = TypeVar("T")
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -59,7 +57,7 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
     Raises:
         FileError: the file does not exist, is damaged, or is of another kind.
     """
-    return _of_one_file(path, lambda: _header(path, kind))
+    return read_unchanged(path, lambda: stamp_or_none(path), lambda: _header(path, kind))
 
 
 def _header(path: Path, kind: str) -> dict[str, Any]:
@@ -83,32 +81,6 @@ def _header(path: Path, kind: str) -> dict[str, Any]:
     return header
 
 
-def _of_one_file(path: Path, read: Callable[[], T]) -> T:
-    """Read a file again if it was replaced in the meantime: safetensors opens it several times.
-
-    Raises:
-        FileError: `read` raised it for an unchanged file; or the file keeps being replaced.
-    """
-    for _ in range(_TRIES):
-        before = _stamp(path)
-        try:
-            result = read()
-        except FileError:
-            if _stamp(path) == before:
-                raise
-        else:
-            if _stamp(path) == before:
-                return result
-    raise FileError(f"{path} keeps being replaced by another process; try again later")
-
-
-def _stamp(path: Path) -> list[int] | None:
-    try:
-        return stamp(path)
-    except FileError:
-        return None
-
-
 def check_version(header: Mapping[str, Any], path: Path) -> None:
     """Refuse a file with another format version.
 
@@ -130,7 +102,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     Raises:
         FileError: the file does not exist, is damaged, or is of another kind.
     """
-    return _of_one_file(path, lambda: _tensors(path, kind))
+    return read_unchanged(path, lambda: stamp_or_none(path), lambda: _tensors(path, kind))
 
 
 def _tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

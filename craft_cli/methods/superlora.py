@@ -83,9 +83,8 @@ def hadamard(x: Tensor) -> Tensor:
         matrix = x.new_ones(1, 1)
         for _ in range(step):
             matrix = torch.kron(matrix, x.new_tensor([[1.0, 1.0], [1.0, -1.0]]))
-        x = (matrix @ x.reshape(1 << step, -1)).T.reshape(
-            -1
-        )  # moves this dimension to the end; finally the order is restored
+        # moves this dimension to the end; after the last one, the order is restored
+        x = (matrix @ x.reshape(1 << step, -1)).T.reshape(-1)
     return x / math.sqrt(size)
 
 

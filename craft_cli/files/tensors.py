@@ -73,7 +73,7 @@ def _header(path: Path, kind: str) -> dict[str, Any]:
         raise FileError(f"{path}: no such file") from None
     except PermissionError as error:
         raise cannot_read(path, error) from error
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise FileError(f"{path} is damaged or truncated ({reason_of(error)})") from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise FileError(f"{path} is not a craft file with {kind}")

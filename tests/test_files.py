@@ -8,8 +8,10 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors
 import torch
 from conftest import classifier, failure, invoke, shake, tree
 from helpers import flip, full_disk, leftovers
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import craft_cli as craft
 from craft_cli.errors import FileError
-from craft_cli.files import read_json, read_tensors, write_json, write_tensors
+from craft_cli.files import read_header, read_json, read_tensors, write_json, write_tensors
 
 Make = Callable[..., Path]
 ADAPTER, TENSORS, CONFIG = (
@@ -222,3 +224,22 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(monkeypatch: pyt
     others[:] = [RuntimeError("again and again") for _ in range(99)]
     with pytest.raises(FileError, match="keeps being replaced by another process"):
         read_tensors(Path("kept.safetensors"), "factors")
+
+
+def test_a_header_that_is_replaced_while_it_is_read_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch maps the file by the size that it had when safetensors opened it."""
+    path = Path("kept.safetensors")
+    write_tensors(path, "factors", {"x": torch.ones(300)}, {"of": "large"})
+    real, others = safetensors.safe_open, ["small"]
+
+    def replaced(*args: Any, **options: Any) -> Any:
+        if others:
+            write_tensors(path, "factors", {"x": torch.zeros(3)}, {"of": others.pop()})
+            raise RuntimeError("smaller than the required mapping size")
+        return real(*args, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", replaced)
+    assert read_header(path, "factors")["of"] == "small"
+    others[:] = [str(n) for n in range(99)]
+    with pytest.raises(FileError, match="keeps being replaced by another process"):
+        read_header(path, "factors")

@@ -200,8 +200,13 @@ class RunConfig(MethodOptions):
         None, "Processes to start. Default: one per visible GPU, or one on the CPU.", free=True
     )
     fsdp: bool = setting(False, "Shard the base over the processes (FSDP), for models larger than one GPU.", free=True)
-    bf16: bool = setting(False, "bfloat16 autocast; trained parameters stay float32.")
-    fp16: bool = setting(False, "float16 autocast with loss scaling; trained parameters stay float32.")
+    bf16: bool = setting(
+        False, "bfloat16 autocast; trained parameters stay float32. A language model stored in bfloat16 stays in it."
+    )
+    fp16: bool = setting(
+        False,
+        "float16 autocast with loss scaling; trained parameters stay float32. A language model stored in float16 stays in it.",
+    )
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, more time, same result.", free=True
     )

@@ -78,6 +78,13 @@ def load_model(
     return model, fresh
 
 
+def stored_in(checkpoint: Checkpoint) -> torch.dtype | None:
+    """The dtype of all weights of a checkpoint; None if they differ."""
+    reader = checkpoint.open()
+    dtypes = {dtype for _, dtype in map(reader.shape_and_dtype, reader.names())}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
 def build_empty(config: Any, class_name: str, *, trusted: bool = False, **more: Any) -> Any:
     """Build a model with random weights; use the meta device to avoid allocating them.
 
@@ -153,8 +160,9 @@ def load_quantised(
     bits: int,
     compute: torch.dtype,
     device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, list[str]]:
-    """Load a model with frozen linear layers in 4 or 8 bits; trained parameters stay in float32.
+    """Load a model with frozen linear layers in 4 or 8 bits.
 
     Args:
         checkpoint: a checkpoint in full precision.
@@ -163,6 +171,7 @@ def load_quantised(
         bits: 4 or 8.
         compute: compute dtype of a 4-bit layer.
         device: device of the model.
+        dtype: dtype of all other parameters.
 
     Returns:
         As `load_model`.
@@ -179,7 +188,7 @@ def load_quantised(
     while True:
         whole = sorted({name.rpartition(".")[0] for name in trained})
         settings = quantization_config(bits, compute, whole)
-        model, fresh = load_model(checkpoint, class_name, options, quantization_config=settings, **place)
+        model, fresh = load_model(checkpoint, class_name, options, dtype, quantization_config=settings, **place)
         inside = [name for name in fresh if name.rpartition(".")[0] not in whole]
         if not inside:  # otherwise a part of the base is missing, such as a pooler, and is trained too
             after_loading(model)

@@ -50,14 +50,14 @@ def kind_of_model(record: Mapping[str, Any], architectures: list[str] | None, *,
     task_type = str(record.get("task_type"))
     if task_type in KINDS:
         kind = kind_named(task_type)
-        if strict and not any(name.endswith(_head(kind)) for name in architectures or []):
+        if strict and not any(name.endswith(_heads(kind)) for name in architectures or []):
             raise ConfigError(
                 f"the adapter is damaged: its task type is {task_type}, but its model class is {', '.join(architectures or [])}"
             )
         return kind
     kinds = [kind_named(name) for name in KINDS]
     names = architectures or []
-    matching = next((kind for kind in kinds if any(name.endswith(_head(kind)) for name in names)), None)
+    matching = next((kind for kind in kinds if any(name.endswith(_heads(kind)) for name in names)), None)
     if matching is None and strict:
         raise ConfigError(
             f"the head of a {', '.join(names)} fits none of the task types {', '.join(KINDS)}; merge it and use it with its own tools"
@@ -65,5 +65,7 @@ def kind_of_model(record: Mapping[str, Any], architectures: list[str] | None, *,
     return matching or kinds[-1]
 
 
-def _head(kind: Any) -> str:
-    return str(kind.auto_model).removeprefix("AutoModel")
+def _heads(kind: Any) -> tuple[str, ...]:
+    """How the names of the model classes of a task type end: GPT-2's language model is a GPT2LMHeadModel."""
+    head = str(kind.auto_model).removeprefix("AutoModel")
+    return (head, "LMHeadModel") if head == "ForCausalLM" else (head,)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +63,7 @@ def estimate(training: Training, *, savings: bool = False) -> Memory | None:
     model, data = training.accelerator.unwrap_model(training.model), training.prepared.train
     rows = min(training.prepared.train_batch, len(data))
     length = max(data.lengths)
-    layers, inputs = _layers(model), 4 * length * _width(model)
+    layers, inputs = _layers(model), model.dtype.itemsize * length * _width(model)
     training.model.train()
     if config.gradient_checkpointing:
         keep_activations(model)
@@ -136,23 +138,60 @@ def _kept(training: Training, precision: Callable[[], AbstractContextManager[Any
 def _forward(
     training: Training, rows: list[int], precision: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[int, int]:
-    """Bytes that autograd saves for these rows, and bytes of the largest tensor."""
+    """Bytes that autograd saves for these rows, at most, and bytes of the largest tensor at the end.
+
+    The loss of a language model runs small backward passes of its own. What these save is gone before the forward pass ends.
+    """
     prepared, device = training.prepared, training.accelerator.device
     model = training.accelerator.unwrap_model(training.model)
     own = set(
         _storages([*model.parameters(), *model.buffers(), *training.adapter.parameters(), *training.adapter.buffers()])
     )
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        for place in set(_storages([tensor])) - own:
-            kept[place] = tensor.untyped_storage().nbytes()
-        return tensor
-
+    tally = _Tally(own)
     batch = collate(prepared.train, rows, prepared.tokenizer).to(device)
-    with untouched_rng(device), precision(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        prepared.task.loss(model, batch)
-    return sum(kept.values()), max(kept.values(), default=0)
+    with untouched_rng(device), precision(), torch.autograd.graph.saved_tensors_hooks(tally.pack, _Saved.unpack):
+        loss = prepared.task.loss(model, batch)
+    largest = max(tally.sizes.values(), default=0)
+    del loss  # until here, its graph holds them
+    return tally.most, largest
+
+
+class _Tally:
+    """The storages that autograd holds, without those that the model owns.
+
+    Attributes:
+        sizes: bytes of each, by address.
+        most: the largest sum of them so far.
+    """
+
+    def __init__(self, own: set[int]) -> None:
+        self.own, self.sizes, self.holders, self.most = own, dict[int, int](), Counter[int](), 0
+
+    def pack(self, tensor: Tensor) -> _Saved:
+        return _Saved(tensor, self)
+
+    def hold(self, place: int, size: int) -> None:
+        self.holders[place] += 1
+        self.sizes[place] = size
+        self.most = max(self.most, sum(self.sizes.values()))
+
+    def release(self, place: int) -> None:
+        self.holders[place] -= 1
+        if not self.holders[place]:
+            del self.sizes[place]
+
+
+class _Saved:
+    """A tensor that autograd holds, until its graph is gone."""
+
+    def __init__(self, tensor: Tensor, tally: _Tally) -> None:
+        self.tensor = tensor
+        for place in set(_storages([tensor])) - tally.own:
+            tally.hold(place, tensor.untyped_storage().nbytes())
+            finalize(self, tally.release, place)
+
+    def unpack(self) -> Tensor:
+        return self.tensor
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterable[int]:
@@ -169,9 +208,12 @@ def _width(model: Any) -> int:
     return int(getattr(model.config.get_text_config(), "hidden_size", 0))
 
 
-def _quantised(model: nn.Module, own: set[int]) -> int:
-    """Bytes that 4-bit loading saves in the base's linear layers."""
+def _quantised(model: Any, own: set[int]) -> int:
+    """Bytes that 4-bit loading saves in the base's linear layers; the head of a language model stays as it is."""
+    head = model.get_output_embeddings()
     weights = [
-        layer.weight for layer in model.modules() if isinstance(layer, nn.Linear) and id(layer.weight) not in own
+        layer.weight
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) and layer is not head and id(layer.weight) not in own
     ]
     return sum(int(weight.nbytes - _IN_4_BIT * weight.numel()) for weight in weights)

@@ -26,7 +26,14 @@ from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import resolve
 from craft_cli.models.identity import Base, base_of
-from craft_cli.models.loading import head_of, load_model, load_quantised, load_tokenizer, recompute_activations
+from craft_cli.models.loading import (
+    head_of,
+    load_model,
+    load_quantised,
+    load_tokenizer,
+    recompute_activations,
+    stored_in,
+)
 from craft_cli.models.stacks import Weights, read_weights
 from craft_cli.models.tables import agree_on_padding, tables_in
 from craft_cli.tasks.base import OWN, Task
@@ -268,6 +275,9 @@ def describe_tokens(config: RunConfig, prepared: Prepared, update_size: int) -> 
 def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[Any, ModelAdapter, list[str]]:
     """Build the adapted model with its task head. Also returns the names of parameters missing from the base checkpoint.
 
+    The base is loaded in float32. A language model that is stored in the run's half precision keeps it: no part of it is
+    trained, and nothing is rounded.
+
     Args:
         config: settings of the run.
         prepared: the preparation of the run.
@@ -277,11 +287,13 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
         ModelError: the model cannot be loaded, quantized or compiled, or does not support gradient checkpointing.
     """
     name, options = prepared.task.auto_model, prepared.task.model_options()
+    compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    kept = not prepared.task.trains_head and stored_in(prepared.checkpoint) == compute
+    dtype = compute if kept else torch.float32
     if bits := 4 if config.load_in_4bit else 8 if config.load_in_8bit else None:
-        compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-        model, fresh = load_quantised(prepared.checkpoint, name, options, bits, compute, device)
+        model, fresh = load_quantised(prepared.checkpoint, name, options, bits, compute, device, dtype)
     else:
-        model, fresh = load_model(prepared.checkpoint, name, options)
+        model, fresh = load_model(prepared.checkpoint, name, options, dtype)
     freeze_cache(model)
     agree_on_padding(model, prepared.tokenizer)
     head = head_of(model, fresh) if prepared.task.trains_head else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import failure, invoke, write_rows
-from helpers import Cut, craft_command, cut, lines, same
+from helpers import Cut, Remember, craft_command, cut, lines, same
+from picos import families
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import craft_cli as craft
@@ -22,6 +25,8 @@ from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, CraftError, ModelError
 
 Make = Callable[..., Path]
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+DECODERS = [one for one in families("AutoModelForCausalLM") if one.values[0] not in ENCODERS]
 NAMES = ("ann", "bob", "cat", "dan", "eve", "fay", "gus", "hal")
 
 
@@ -120,6 +125,40 @@ def test_page_card_and_inspect_tell_of_answers_and_name_no_labels(trained: Path)
     )
     settings = craft.Generation(max_new_tokens=20)
     assert written == craft.predict(trained, ["ann 1"], generation=settings)[0]["answer"]
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_every_family_is_trained_evaluated_and_answers(family: str, pico_lm: Make, chats: Path) -> None:
+    """Stored in half precision, which the training keeps; the answers of the run are those of the merged model."""
+    base = pico_lm(family, dtype=torch.bfloat16)
+    told = craft.train(settings(base, chats, max_steps=2, ranks="6,6,2", targets="query,value", bf16=True))
+    assert told.baselines["checkpoint"]["loss"] > told.metrics["loss"]
+    assert dict(craft.evaluate("out").metrics) == pytest.approx(dict(told.metrics), rel=1e-2)
+    craft.merge("out", "merged")
+    asked = ["ann 1", "bob 70 and a longer one"]
+    generation = craft.Generation(max_new_tokens=8)
+    answers = [craft.predict(path, asked, generation=generation) for path in ("out", "merged", str(base))]
+    assert [len(rows) for rows in answers] == [2, 2, 2]
+    assert {row["stopped"] for rows in answers for row in rows} <= {"end", "length"}
+    assert craft.Chat("out", generation=generation).ask("ann 1").text == answers[0][0]["answer"]
+
+
+def test_a_base_stays_in_the_half_precision_that_it_is_stored_and_trained_in(pico_lm: Make, chats: Path) -> None:
+    """Nothing of it is trained, so float32 copies would only take memory."""
+    held = {}
+    for stored, half in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        listener = Remember()
+        craft.train(settings(pico_lm(dtype=stored), chats, bf16=half, dry_run=True), listener)
+        assert listener.plan
+        assert listener.plan.memory
+        held[stored, half] = listener.plan.memory.weights
+    whole = held[torch.float32, False]
+    assert held == {
+        (torch.float32, False): whole,
+        (torch.float32, True): whole,
+        (torch.bfloat16, False): whole,
+        (torch.bfloat16, True): whole // 2,
+    }
 
 
 def test_predictions_are_what_the_merged_model_generates(trained: Path, pico_lm: Make) -> None:

@@ -47,7 +47,11 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 """Numbers that CRAFT trains in SmolLM2-135M (30 layers of 576), and LoRA; in the order in which they are run."""
-RATES = {"craft": (1e-2, 3e-3, 3e-2, 1e-3), "lora": (1e-3, 3e-3, 3e-4, 1e-2)}
+RATES = {
+    LORA: (1e-3, 3e-3, 3e-4, 1e-2), "16k": (3e-3, 1e-2, 1e-3, 3e-2), "41k": (3e-3, 1e-2, 1e-3, 3e-2),
+    "160k": (1e-3, 3e-4, 3e-3, 1e-2), "640k": (1e-3, 3e-4, 3e-3, 1e-4),
+}  # fmt: skip
+"""Rates of a size: the larger the ranks of CRAFT, the lower the best one."""
 NUMBER = r"####\s*(-?[\d,.]*\d)"
 NEW_TOKENS = 160
 SETTING = ("rows", "held_out", "test", "tokens", "batch", "epochs", "seed", "bf16")
@@ -122,7 +126,7 @@ class Study:
     def need(self, targets: str, size: str) -> None:
         """Train at the rates that are missing, and score the best."""
         method = "lora" if size == LORA else "craft"
-        rates = () if size == "base" else RATES[method][: 2 if self.given.small else None]
+        rates = () if size == "base" else RATES[size][: 2 if self.given.small else None]
         for rate in rates:
             if not any(row["rate"] == rate for row in self.of(self.trained, targets, size)):
                 memory, found = measure.peak_memory(train, self.recipe(targets, size, method, rate))
@@ -240,9 +244,8 @@ def table(study: Study) -> None:
         parts: dict[str, float] = {}
         for size in sorted(sizes, key=lambda size: (size == LORA, int(size.strip("r=k")))):
             best, tested = study.best(targets, size), study.tests(targets, size)
-            method = "lora" if size == LORA else "craft"
             tried = [row["rate"] for row in study.of(study.trained, targets, size)]
-            missing += [f"{targets} {size} {rate:g}" for rate in RATES[method] if rate not in tried]
+            missing += [f"{targets} {size} {rate:g}" for rate in RATES[size] if rate not in tried]
             if best is None:
                 continue
             part = math.nan

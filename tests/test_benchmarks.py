@@ -245,8 +245,7 @@ def test_sft_takes_rows_that_fit_and_tells_what_is_missing(
     setting = dict.fromkeys(sft.SETTING, 1)
     study = sft.Study(SimpleNamespace(json=None, **setting))
     for size, losses in (("r=8", (1.2, 1.0)), ("16k", (1.5, 1.4)), ("160k", (1.01, 1.3))):
-        method = "lora" if size == "r=8" else "craft"
-        for rate, loss in zip(sft.RATES[method], losses, strict=False):
+        for rate, loss in zip(sft.RATES[size], losses, strict=False):
             study.trained.append({
                 "targets": "query,value", "size": size, "rate": rate, "numbers": 9, "validation": {"loss": loss}, "seconds": 1,
                 "cpu": 1, "memory": 1e6, **setting,
@@ -262,9 +261,9 @@ def test_sft_takes_rows_that_fit_and_tells_what_is_missing(
     study.tested.append({"targets": "", "size": "base", "rate": None, "metrics": metrics | {"loss": 2.0}, **setting})
     sft.table(study)
     shown = capsys.readouterr().out
-    assert "| CRAFT 16k | 9 | 0.003 of 2 | 1.4000 | 1.4000 | 1.000 | 50.0 | 25.0 | 0.60 |" in shown
+    assert "| CRAFT 16k | 9 | 0.01 of 2 | 1.4000 | 1.4000 | 1.000 | 50.0 | 25.0 | 0.60 |" in shown
     assert "query,value: CRAFT follows LoRA r=8 from 160k on (0.99 of its gain)." in shown
-    assert "Missing: query,value 16k 0.03, query,value 16k 0.001, query,value 41k 0.01" in shown
+    assert "Missing: query,value 16k 0.001, query,value 16k 0.03, query,value 41k 0.003" in shown
 
 
 def test_the_figure_is_drawn_from_the_results_kept() -> None:

@@ -200,10 +200,18 @@ def test_predict_on_the_command_line(trained: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-@pytest.mark.parametrize("method", ["craft", pytest.param("lora", marks=pytest.mark.slow)])
-def test_a_training_that_was_cut_goes_on_to_the_same_bits(method: str, pico_lm: Make, chats: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "half"),
+    [
+        ("craft", False),
+        pytest.param("lora", False, marks=pytest.mark.slow),
+        pytest.param("craft", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_training_that_was_cut_goes_on_to_the_same_bits(method: str, half: bool, pico_lm: Make, chats: Path) -> None:
     changed: dict[str, Any] = {
         "method": method,
+        "bf16": half,
         "eval_generate": 2,
         "max_new_tokens": 4,
         "packing": True,
@@ -212,7 +220,7 @@ def test_a_training_that_was_cut_goes_on_to_the_same_bits(method: str, pico_lm: 
     changed["per_device_train_batch_size"] = 2
     if method != "craft":
         changed["ranks"] = None
-    base = pico_lm()
+    base = pico_lm(dtype=torch.bfloat16 if half else torch.float32)
     craft.train(settings(base, chats, output_dir="whole", **changed))
     cut(settings(base, chats, output_dir="cut", **changed), Cut(7))
     craft.train(settings(base, chats, output_dir="cut", resume=True, **changed))

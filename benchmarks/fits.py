@@ -98,18 +98,18 @@ def main() -> None:
         for flags, on in FLAGS.items():
             precision = "bf16" if "bf16" in on else "float32"
             longer = shape.tokens // shape.measured
-            fixed, *parts = (full[f"{precision} {part}"] for part in ("fixed", "row", "largest"))
-            kept = _Kept(fixed, *(longer * part for part in parts), growth=1.0)
+            fixed, row, largest = (full[f"{precision} {part}"] for part in ("fixed", "row", "largest"))
+            kept = _Kept(fixed, longer * row, longer * largest, growth=1.0)
             inputs = full[f"{precision} number"] * shape.tokens * shape.config["hidden_size"]
             deep = (shape.layers, inputs) if "recompute" in on else ()
-            row = {
+            result = {
                 "shape": name, "flags": flags, "rows": shape.rows, "tokens": shape.tokens,
                 "weights": full[f"{precision} weights"], "trained": full[f"{precision} trained"],
                 "activations": kept.of(shape.rows, *deep),
             }  # fmt: skip
-            found.append(row)
+            found.append(result)
             if flags == "both":
-                found.append(row | {"flags": IN_4_BIT, "weights": row["weights"] - full["bf16 in 4 bits"]})
+                found.append(result | {"flags": IN_4_BIT, "weights": result["weights"] - full["bf16 in 4 bits"]})
         measure.write(given.json, found)
     table(found)
 

@@ -20,7 +20,7 @@ from craft_cli.methods.attach import load
 from craft_cli.methods.model_adapter import ModelAdapter
 from craft_cli.models.checkpoint import Checkpoint
 from craft_cli.models.hub import resolve
-from craft_cli.models.loading import load_model, load_tokenizer
+from craft_cli.models.loading import load_model, load_tokenizer, stored_in
 from craft_cli.models.tables import agree_on_padding, tables_of
 from craft_cli.tasks import kind_of_model
 from craft_cli.tasks.base import OWN, Task
@@ -153,25 +153,34 @@ def load_predictor(
     adapter_path = find_adapter(found)
     record: Mapping[str, Any] = {}
     adapter: ModelAdapter | None = None
+    device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
     if adapter_path:
         record = read_record(adapter_path)
         kind = kind_of_model(record.get("training", {}), [record["model"]["architecture"]], strict=True)
         model, adapter, checkpoint = load_adapted(
-            adapter_path, trust_remote_code=trust_remote_code, allow_other_base=allow_other_base
+            adapter_path,
+            lambda base: _dtype(base, kind, device),
+            trust_remote_code=trust_remote_code,
+            allow_other_base=allow_other_base,
         )
         record = adapter.training_record
     else:
         checkpoint = resolve(str(path or found), trust_remote_code=trust_remote_code)
         kind = kind_of_model({}, checkpoint.config().architectures)
-        model, fresh = load_model(checkpoint, str(kind.auto_model))
+        model, fresh = load_model(checkpoint, str(kind.auto_model), dtype=_dtype(checkpoint, kind, device))
         record = merged_record(model.config)
         if fresh:
             raise ConfigError(f"{found} has no trained head ({', '.join(fresh)} would be random); train it first")
     tokenizer = load_tokenizer(checkpoint)
     agree_on_padding(model, tokenizer)
-    device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
     task = kind.of_record(record, model.config)
     return Predictor(str(path or found), model.to(device), tokenizer, device, task, record, adapter)
+
+
+def _dtype(checkpoint: Checkpoint, kind: Any, device: torch.device) -> torch.dtype:
+    """float32; on a GPU, the half precision that a language model is stored in: float32 needs twice the memory and more time."""
+    stored = None if kind.trains_head or device.type == "cpu" else stored_in(checkpoint)
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def merged_record(config: Any) -> dict[str, Any]:
@@ -208,12 +217,18 @@ def merged_record(config: Any) -> dict[str, Any]:
 
 def load_adapted(
     path: Path,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: Callable[[Checkpoint], torch.dtype] = lambda base: torch.float32,
     *,
     trust_remote_code: bool = False,
     allow_other_base: bool = False,
 ) -> tuple[Any, ModelAdapter, Checkpoint]:
     """Load an adapter's base model, in the class of the training, with the adapter and its head attached.
+
+    Args:
+        path: the folder of the adapter.
+        dtype: gives the dtype of the base's weights. Default: float32.
+        trust_remote_code: run Python code from the model's repository.
+        allow_other_base: accept a base that has changed since the training.
 
     Raises:
         FileError: the adapter is missing or damaged.
@@ -229,6 +244,6 @@ def load_adapted(
         "id2label": names,
         "label2id": {name: number for number, name in names.items()},
     }
-    model, _ = load_model(checkpoint, trained["architecture"], options, dtype)
+    model, _ = load_model(checkpoint, trained["architecture"], options, dtype(checkpoint))
     model.config.pad_token_id = trained["pad_token_id"]
     return model, load(model, path, allow_other_base=allow_other_base, checkpoint=checkpoint), checkpoint

@@ -79,9 +79,9 @@ def load_model(
 
 
 def stored_in(checkpoint: Checkpoint) -> torch.dtype | None:
-    """The dtype of all weights of a checkpoint; None if they differ."""
+    """The dtype of all weights of a checkpoint; None if they differ. Masks and other integers do not count."""
     reader = checkpoint.open()
-    dtypes = {dtype for _, dtype in map(reader.shape_and_dtype, reader.names())}
+    dtypes = {dtype for _, dtype in map(reader.shape_and_dtype, reader.names()) if dtype.is_floating_point}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 

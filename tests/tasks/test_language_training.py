@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import failure, invoke, write_rows
-from helpers import Cut, Remember, craft_command, cut, lines, same
+from helpers import Cut, Remember, config, craft_command, cut, lines, same
 from picos import families
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import craft_cli as craft
+from craft_cli.api import predictor
 from craft_cli.config import RunConfig
 from craft_cli.errors import ConfigError, CraftError, ModelError
 
@@ -159,6 +160,22 @@ def test_a_base_stays_in_the_half_precision_that_it_is_stored_and_trained_in(pic
         (torch.bfloat16, False): whole,
         (torch.bfloat16, True): whole // 2,
     }
+
+
+def test_on_a_gpu_a_language_model_answers_in_the_half_precision_that_it_is_stored_in(
+    pico_lm: Make, pico: Make, chats: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = predictor._dtype
+    monkeypatch.setattr(predictor, "_dtype", lambda base, kind, device: real(base, kind, torch.device("cuda")))
+    for stored in (torch.bfloat16, torch.float32):
+        base = pico_lm(dtype=stored)
+        told = craft.train(settings(base, chats, max_steps=2, bf16=True, overwrite=True))
+        assert [predictor.load_predictor(path).model.dtype for path in ("out", base)] == [stored, stored]
+        assert dict(craft.evaluate("out").metrics) == pytest.approx(dict(told.metrics), rel=1e-2)
+        craft.merge("out", "merged", overwrite=True)
+        assert {row["stopped"] for row in craft.predict("merged", ["ann 1", "bob and more"])} <= {"end", "length"}
+    craft.train(config(pico(dtype=torch.bfloat16), data_dir, max_steps=1, output_dir="classifier"))
+    assert predictor.load_predictor("classifier").model.dtype == torch.float32
 
 
 def test_predictions_are_what_the_merged_model_generates(trained: Path, pico_lm: Make) -> None:

@@ -100,3 +100,9 @@ def families(auto_class: str, among: Iterable[str] = ()) -> list[Any]:
 def names(auto_class: str) -> list[str]:
     """The names of these families."""
     return [str(one.values[0]) for one in families(auto_class)]
+
+
+_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+"""Families with a class of language models that are none as they were pre-trained."""
+DECODERS = [one for one in families("AutoModelForCausalLM") if one.values[0] not in _ENCODERS]
+"""The families of language models, as parameters of a test."""

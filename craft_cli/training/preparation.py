@@ -288,8 +288,9 @@ def build(config: RunConfig, prepared: Prepared, device: torch.device) -> tuple[
     """
     name, options = prepared.task.auto_model, prepared.task.model_options()
     compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-    kept = not prepared.task.trains_head and stored_in(prepared.checkpoint) == compute
-    dtype = compute if kept else torch.float32
+    dtype = torch.float32
+    if (config.bf16 or config.fp16) and not prepared.task.trains_head and stored_in(prepared.checkpoint) == compute:
+        dtype = compute
     if bits := 4 if config.load_in_4bit else 8 if config.load_in_8bit else None:
         model, fresh = load_quantised(prepared.checkpoint, name, options, bits, compute, device, dtype)
     else:

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from conftest import build_pico, shake, token_batch
-from picos import families
+from picos import DECODERS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -26,9 +26,6 @@ from craft_cli.models.loading import load_model
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
 Make = Callable[..., Path]
 KIND = "AutoModelForCausalLM"
-ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-"""Families with such a class that are no language models as they were pre-trained."""
-DECODERS = [one for one in families(KIND) if one.values[0] not in ENCODERS]
 
 
 def loaded(folder: Path | str) -> Any:

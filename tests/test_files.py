@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import craft_cli as craft
 from craft_cli.errors import FileError
-from craft_cli.files import read_header, read_json, read_tensors, write_json, write_tensors
+from craft_cli.files import folders, hidden, read_header, read_json, read_tensors, write_json, write_tensors
 
 Make = Callable[..., Path]
 ADAPTER, TENSORS, CONFIG = (
@@ -243,3 +244,9 @@ def test_a_header_that_is_replaced_while_it_is_read_is_read_again(monkeypatch: p
     others[:] = [str(n) for n in range(99)]
     with pytest.raises(FileError, match="keeps being replaced by another process"):
         read_header(path, "factors")
+
+
+def test_a_folder_that_is_being_replaced_leaves_no_listing_open() -> None:
+    hidden(Path("out"), "old").mkdir()
+    assert folders._gives_way(Path("out"))
+    gc.collect()  # a listing left open is a ResourceWarning here

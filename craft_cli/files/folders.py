@@ -223,8 +223,8 @@ def _gives_way(folder: Path) -> bool:
     """Whether the folder is missing at the moment because it is being replaced."""
     if folder.exists():
         return False
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(os.path.dirname(os.path.realpath(folder))):
+    with contextlib.suppress(OSError), os.scandir(os.path.dirname(os.path.realpath(folder))) as entries:
+        for entry in entries:
             match = HIDDEN.fullmatch(entry.name)
             if match and match["end"] == "old" and match["name"] == os.path.basename(os.path.realpath(folder)):
                 return True

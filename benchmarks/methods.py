@@ -1,13 +1,15 @@
 """The methods beside each other at equal numbers, each at the best of its rates: sweeps of craft.
 
     python benchmarks/methods.py --data-dir DIR --json FILE --work FOLDER [--data sst2,mrpc] [--methods A,B] [--sizes 16k,41k]
-        [--seeds 2,3,4] [--rows 1000] [--epochs 4] [--jobs 2] [--model demo] [--table] [--plot FILE]
+        [--seeds 2,3,4] [--rows 1000] [--epochs 4] [--jobs 2] [--model demo] [--bf16] [--table] [--plot FILE]
 
 For each data set, size and method a sweep over rates with seed 1 chooses the rate by the loss on a fifth of the training
 rows, held out; where the best one lies at an edge, the next one is tried too, twice at most. Runs of other seeds at that
 rate are then scored on GLUE's validation rows, which nothing was chosen on. Training rows are a seeded, stratified draw of
 DIR's, as in own_data.py. All runs have the same rows in the same order, the same head and start, and `--epochs` epochs.
-Sizes are about 16,500 and 41,000 numbers in the adapter of the demo model; `lora-8` is the reference at 73,728.
+Sizes are about 16,500 and 41,000 numbers in the adapter of the demo model, and LoRA r=8, the reference, with 73,728. `base` is
+about 41,000 numbers in an adapter of RoBERTa-base's shape: `--model FOLDER --sizes base`, with a name of its own for FOLDER in
+the table.
 
 FOLDER keeps the sweeps, and FILE every finished cell: called again, only what is missing is run. `--table` prints what there is.
 """
@@ -41,6 +43,10 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "lotr": {"rank": 34}, "superlora": {"rank": 15},
     },
     "reference": {"lora": {"rank": 8}},
+    "base": {
+        "craft": {"ranks": "100,100,12"}, "lora": {"rank": 1}, "pissa": {"rank": 1}, "lora-xs": {"rank": 41},
+        "lotr": {"rank": 20}, "superlora": {"rank": 5},
+    },
 }  # fmt: skip
 RATES = {
     "craft": (1e-3, 3e-3, 1e-2, 3e-2), "lora": (3e-4, 1e-3, 3e-3, 1e-2), "pissa": (1e-4, 3e-4, 1e-3, 3e-3),
@@ -56,12 +62,13 @@ def main() -> None:
     given = measure.arguments(
         __doc__,
         data_dir={"type": Path}, work={"type": Path}, data={"default": "sst2,mrpc"}, methods={}, model={"default": "demo"},
-        sizes={"default": ",".join(SIZES)}, seeds={"default": "2,3,4"}, rows={"type": int, "default": 1000},
-        epochs={"type": float, "default": 4.0}, jobs={"type": int, "default": 1}, table={"action": "store_true"}, plot={},
+        sizes={"default": "16k,reference,41k"}, seeds={"default": "2,3,4"}, rows={"type": int, "default": 1000},
+        epochs={"type": float, "default": 4.0}, jobs={"type": int, "default": 1}, bf16={"action": "store_true"},
+        table={"action": "store_true"}, plot={},
     )  # fmt: skip
     done = json.loads(given.json.read_text())["results"] if given.json and given.json.exists() else []
     cells = [
-        {"data": data, "rows": given.rows, "size": size, "method": method}
+        {"model": Path(given.model).name, "data": data, "rows": given.rows, "size": size, "method": method}
         for data in given.data.split(",")
         for size in given.sizes.split(",")
         for method in SIZES[size]
@@ -77,14 +84,14 @@ def main() -> None:
 
 def run(cell: dict[str, Any], given: Any) -> dict[str, Any]:
     """A cell: its rate, and its scores on the test rows."""
-    folder = given.work / f"{cell['data']}-{cell['rows']}"
+    folder = given.work / f"{cell['model']}-{cell['data']}-{cell['rows']}"
     files = {part: folder / f"{part}.jsonl" for part in ("train", "test")}
     if not files["test"].exists():
         _write_rows(cell, files, given.data_dir)
     options = SIZES[cell["size"]][cell["method"]]
     recipe = {
         "model": given.model, "train_file": str(files["train"]), "validation_share": 0.2, "method": cell["method"],
-        "num_train_epochs": given.epochs, "metric_for_best_model": "loss", "use_cpu": True, **options,
+        "num_train_epochs": given.epochs, "metric_for_best_model": "loss", "bf16": given.bf16, "use_cpu": True, **options,
     }  # fmt: skip
     name = f"{cell['size']}-{cell['method']}"
     by_rate: dict[float, float] = {}
@@ -109,7 +116,7 @@ def run(cell: dict[str, Any], given: Any) -> dict[str, Any]:
     results = [run.results() for run in runs]
     result = cell | {
         "rate": best, "by_rate": {f"{rate:g}": loss for rate, loss in sorted(by_rate.items())}, "seeds": seeds,
-        "numbers": results[0]["parameters"]["adapter"], "epochs": given.epochs,
+        "numbers": results[0]["parameters"]["adapter"], "epochs": given.epochs, "bf16": given.bf16,
         "metrics": {metric: [one[metric] for one in found] for metric in found[0]},
         "validation": [one["metrics"]["loss"] for one in results],
         "seconds": statistics.mean(one["seconds"] for one in results),
@@ -140,11 +147,12 @@ def _write_rows(cell: dict[str, Any], files: dict[str, Path], data_dir: Path) ->
 
 
 def tables(done: Sequence[dict[str, Any]], given: Any) -> None:
-    """For each data set a table, and a picture of the first metric against the numbers trained."""
-    for data in dict.fromkeys(row["data"] for row in done):
-        mine = [row for row in done if row["data"] == data]
+    """For each model and data set a table, and a picture of the first metric against the numbers trained."""
+    for model, data in dict.fromkeys((row["model"], row["data"]) for row in done):
+        mine = [row for row in done if (row["model"], row["data"]) == (model, data)]
         first = "accuracy"
-        print(f"\n{data}, {mine[0]['rows']:,} rows, {first} on the test rows, seeds {mine[0]['seeds']}:\n")
+        about = f"{model}, {data}, {mine[0]['rows']:,} rows, {'bf16' if mine[0]['bf16'] else 'float32'}"
+        print(f"\n{about}, {first} on the test rows, seeds {mine[0]['seeds']}:\n")
         measure.table(
             ("size", "method", "numbers", "rate", first, "held-out loss", "seconds"),
             [
@@ -162,8 +170,8 @@ def tables(done: Sequence[dict[str, Any]], given: Any) -> None:
                 std = statistics.stdev(values) if len(values) > 1 else None
                 point = {"x": row["numbers"], "mean": statistics.mean(values), "std": std, "chosen": ""}
                 points.setdefault(row["method"], []).append(point)
-            path = Path(given.plot).with_stem(f"{Path(given.plot).stem}_{data}")
-            title = f"{data}, {mine[0]['rows']:,} rows: mean and standard deviation over {len(mine[0]['seeds'])} seeds"
+            path = Path(given.plot).with_stem(f"{Path(given.plot).stem}_{model}_{data}")
+            title = f"{about}: mean and standard deviation over {len(mine[0]['seeds'])} seeds"
             scores(points, path, across="numbers trained in the adapter", up=f"test {first}", title=title,
                    lower_is_better=False, envelope=False)  # fmt: skip
 

@@ -1,15 +1,16 @@
 """The methods beside each other at equal numbers, each at the best of its rates: sweeps of craft.
 
     python benchmarks/methods.py --data-dir DIR --json FILE --work FOLDER [--data sst2,mrpc] [--methods A,B] [--sizes 16k,41k]
-        [--seeds 2,3,4] [--rows 1000] [--epochs 4] [--jobs 2] [--model demo] [--bf16] [--table] [--plot FILE]
+        [--seeds 2,3,4] [--rows 1000] [--epochs 4] [--jobs 2] [--model demo] [--bf16] [--choose loss] [--table]
+        [--plot FILE]
 
-For each data set, size and method a sweep over rates with seed 1 chooses the rate by the loss on a fifth of the training
-rows, held out; where the best one lies at an edge, the next one is tried too, twice at most. Runs of other seeds at that
-rate are then scored on GLUE's validation rows, which nothing was chosen on. Training rows are a seeded, stratified draw of
-DIR's, as in own_data.py. All runs have the same rows in the same order, the same head and start, and `--epochs` epochs.
-Sizes are about 16,500 and 41,000 numbers in the adapter of the demo model, and LoRA r=8, the reference, with 73,728. `base` is
-about 41,000 numbers in an adapter of RoBERTa-base's shape: `--model FOLDER --sizes base`, with a name of its own for FOLDER in
-the table.
+For each data set, size and method a sweep over rates with seed 1 chooses the rate, and each run its update, by the loss (or
+`--choose accuracy`) on a fifth of the training rows, held out; where the best rate lies at an edge, the next one is tried
+too, twice at most. Runs of other seeds at that rate are then scored on GLUE's validation rows, which nothing was chosen on.
+Training rows are a seeded, stratified draw of DIR's, as in own_data.py. All runs have the same rows in the same order, the
+same head and start, and `--epochs` epochs. Sizes are about 16,500 and 41,000 numbers in the adapter of the demo model, and
+LoRA r=8, the reference, with 73,728. `base` is about 41,000 numbers in an adapter of RoBERTa-base's shape, for
+`--model MODEL_FOLDER --sizes base`; the name of the folder stands in the table.
 
 FOLDER keeps the sweeps, and FILE every finished cell: called again, only what is missing is run. `--table` prints what there is.
 """
@@ -64,6 +65,7 @@ def main() -> None:
         data_dir={"type": Path}, work={"type": Path}, data={"default": "sst2,mrpc"}, methods={}, model={"default": "demo"},
         sizes={"default": "16k,reference,41k"}, seeds={"default": "2,3,4"}, rows={"type": int, "default": 1000},
         epochs={"type": float, "default": 4.0}, jobs={"type": int, "default": 1}, bf16={"action": "store_true"},
+        choose={"default": "loss", "choices": ("loss", "accuracy")},
         table={"action": "store_true"}, plot={},
     )  # fmt: skip
     done = json.loads(given.json.read_text())["results"] if given.json and given.json.exists() else []
@@ -91,21 +93,22 @@ def run(cell: dict[str, Any], given: Any) -> dict[str, Any]:
     options = SIZES[cell["size"]][cell["method"]]
     recipe = {
         "model": given.model, "train_file": str(files["train"]), "validation_share": 0.2, "method": cell["method"],
-        "num_train_epochs": given.epochs, "metric_for_best_model": "loss", "bf16": given.bf16, "use_cpu": True, **options,
+        "num_train_epochs": given.epochs, "metric_for_best_model": given.choose, "bf16": given.bf16, "use_cpu": True,
+        **options,
     }  # fmt: skip
     name = f"{cell['size']}-{cell['method']}"
     by_rate: dict[float, float] = {}
     rates: Sequence[float] = RATES[cell["method"]]
     for _ in range(1 + BEYOND):
-        by_rate |= _losses(folder / f"{name}-{rates[0]:g}", recipe, rates, (1,), given.jobs)
-        best = min(by_rate, key=lambda rate: by_rate[rate])
+        by_rate |= _scores(folder / f"{name}-{rates[0]:g}", recipe, rates, (1,), given.jobs)
+        best = (min if given.choose == "loss" else max)(by_rate, key=lambda rate: by_rate[rate])
         edge = {min(by_rate): -1, max(by_rate): 1}.get(best)
         if edge is None:
             break
         rates = (LADDER[LADDER.index(best) + edge],)
     seeds = [int(seed) for seed in given.seeds.split(",")]
     last = folder / f"{name}-best"
-    _losses(last, recipe, (best,), seeds, given.jobs)
+    _scores(last, recipe, (best,), seeds, given.jobs)
     runs = [Run(path) for path in sorted((last / "runs").iterdir()) if path.is_dir() and not path.is_symlink()]
     if len(runs) != len(seeds):
         raise SystemExit(f"{last / 'runs'} holds {len(runs)} runs, not one for each of the seeds {seeds}")
@@ -117,7 +120,7 @@ def run(cell: dict[str, Any], given: Any) -> dict[str, Any]:
     result = cell | {
         "rate": best, "by_rate": {f"{rate:g}": loss for rate, loss in sorted(by_rate.items())}, "seeds": seeds,
         "numbers": results[0]["parameters"]["adapter"], "epochs": given.epochs, "bf16": given.bf16,
-        "metrics": {metric: [one[metric] for one in found] for metric in found[0]},
+        "choose": given.choose, "metrics": {metric: [one[metric] for one in found] for metric in found[0]},
         "validation": [one["metrics"]["loss"] for one in results],
         "seconds": statistics.mean(one["seconds"] for one in results),
     }  # fmt: skip
@@ -125,10 +128,10 @@ def run(cell: dict[str, Any], given: Any) -> dict[str, Any]:
     return result
 
 
-def _losses(
+def _scores(
     folder: Path, recipe: dict[str, Any], rates: Sequence[float], seeds: Sequence[int], jobs: int
 ) -> dict[float, float]:
-    """The loss on the held-out rows at each rate, of a sweep that goes on where it stopped."""
+    """The score on the held-out rows at each rate, of a sweep that goes on where it stopped."""
     found = sweep(
         SweepOptions(
             recipe=recipe, sets=[f"learning_rate={','.join(f'{rate:g}' for rate in rates)}"], seeds=seeds, jobs=jobs,
@@ -151,7 +154,8 @@ def tables(done: Sequence[dict[str, Any]], given: Any) -> None:
     for model, data in dict.fromkeys((row["model"], row["data"]) for row in done):
         mine = [row for row in done if (row["model"], row["data"]) == (model, data)]
         first = "accuracy"
-        about = f"{model}, {data}, {mine[0]['rows']:,} rows, {'bf16' if mine[0]['bf16'] else 'float32'}"
+        precision = "bf16" if mine[0]["bf16"] else "float32"
+        about = f"{model}, {data}, {mine[0]['rows']:,} rows, {precision}, chosen by {mine[0]['choose']}"
         print(f"\n{about}, {first} on the test rows, seeds {mine[0]['seeds']}:\n")
         measure.table(
             ("size", "method", "numbers", "rate", first, "held-out loss", "seconds"),

@@ -1,8 +1,8 @@
 """The methods beside each other at equal numbers, each at the best of its rates: sweeps of craft.
 
     python benchmarks/methods.py --data-dir DIR --json FILE --work FOLDER [--data sst2,mrpc] [--methods A,B] [--sizes 16k,41k]
-        [--seeds 2,3,4] [--rows 1000] [--epochs 4] [--jobs 2] [--model demo] [--bf16] [--choose loss] [--table]
-        [--plot FILE]
+        [--seeds 2,3,4] [--rows 1000] [--epochs 4] [--batch 32] [--jobs 2] [--model demo] [--bf16]
+        [--choose loss] [--table] [--plot FILE]
 
 For each data set, size and method a sweep over rates with seed 1 chooses the rate, and each run its update, by the loss (or
 `--choose accuracy`) on a fifth of the training rows, held out; where the best rate lies at an edge, the next one is tried
@@ -64,9 +64,9 @@ def main() -> None:
         __doc__,
         data_dir={"type": Path}, work={"type": Path}, data={"default": "sst2,mrpc"}, methods={}, model={"default": "demo"},
         sizes={"default": "16k,reference,41k"}, seeds={"default": "2,3,4"}, rows={"type": int, "default": 1000},
-        epochs={"type": float, "default": 4.0}, jobs={"type": int, "default": 1}, bf16={"action": "store_true"},
-        choose={"default": "loss", "choices": ("loss", "accuracy")},
-        table={"action": "store_true"}, plot={},
+        epochs={"type": float, "default": 4.0}, batch={"type": int, "default": 32},
+        jobs={"type": int, "default": 1}, bf16={"action": "store_true"},
+        choose={"default": "loss", "choices": ("loss", "accuracy")}, table={"action": "store_true"}, plot={},
     )  # fmt: skip
     done = json.loads(given.json.read_text())["results"] if given.json and given.json.exists() else []
     cells = [
@@ -93,8 +93,8 @@ def run(cell: dict[str, Any], given: Any) -> dict[str, Any]:
     options = SIZES[cell["size"]][cell["method"]]
     recipe = {
         "model": given.model, "train_file": str(files["train"]), "validation_share": 0.2, "method": cell["method"],
-        "num_train_epochs": given.epochs, "metric_for_best_model": given.choose, "bf16": given.bf16, "use_cpu": True,
-        **options,
+        "num_train_epochs": given.epochs, "per_device_train_batch_size": given.batch, "bf16": given.bf16, "use_cpu": True,
+        "metric_for_best_model": given.choose, **options,
     }  # fmt: skip
     name = f"{cell['size']}-{cell['method']}"
     by_rate: dict[float, float] = {}
@@ -119,7 +119,7 @@ def run(cell: dict[str, Any], given: Any) -> dict[str, Any]:
     results = [run.results() for run in runs]
     result = cell | {
         "rate": best, "by_rate": {f"{rate:g}": loss for rate, loss in sorted(by_rate.items())}, "seeds": seeds,
-        "numbers": results[0]["parameters"]["adapter"], "epochs": given.epochs, "bf16": given.bf16,
+        "numbers": results[0]["parameters"]["adapter"], "epochs": given.epochs, "batch": given.batch, "bf16": given.bf16,
         "choose": given.choose, "metrics": {metric: [one[metric] for one in found] for metric in found[0]},
         "validation": [one["metrics"]["loss"] for one in results],
         "seconds": statistics.mean(one["seconds"] for one in results),
@@ -158,11 +158,11 @@ def tables(done: Sequence[dict[str, Any]], given: Any) -> None:
         about = f"{model}, {data}, {mine[0]['rows']:,} rows, {precision}, chosen by {mine[0]['choose']}"
         print(f"\n{about}, {first} on the test rows, seeds {mine[0]['seeds']}:\n")
         measure.table(
-            ("size", "method", "numbers", "rate", first, "held-out loss", "seconds"),
+            ("size", "method", "numbers", "rate", first, "macro F1", "held-out loss", "seconds"),
             [
                 (
                     row["size"], row["method"], f"{row['numbers']:,}", f"{row['rate']:g}", _spread(row["metrics"][first], 100, 1),
-                    _spread(row["validation"], 1, 3), f"{row['seconds']:.0f}",
+                    _spread(row["metrics"]["f1_macro"], 100, 1), _spread(row["validation"], 1, 3), f"{row['seconds']:.0f}",
                 )
                 for row in mine
             ],

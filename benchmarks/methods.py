@@ -175,7 +175,7 @@ def tables(done: Sequence[dict[str, Any]], given: Any) -> None:
                 point = {"x": row["numbers"], "mean": statistics.mean(values), "std": std, "chosen": ""}
                 points.setdefault(row["method"], []).append(point)
             path = Path(given.plot).with_stem(f"{Path(given.plot).stem}_{model}_{data}")
-            title = f"{about}: mean and standard deviation over {len(mine[0]['seeds'])} seeds"
+            title = f"{model}, {data}, {mine[0]['rows']:,} rows: mean and standard deviation of {len(mine[0]['seeds'])} seeds"
             scores(points, path, across="numbers trained in the adapter", up=f"test {first}", title=title,
                    lower_is_better=False, envelope=False)  # fmt: skip
 

@@ -188,14 +188,18 @@ def scores(
 
 def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
     """Plain numbers on a logarithmic axis; the values themselves if they are few and far apart."""
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     if len(values) <= 6 and all(high >= 1.3 * low for low, high in pairwise(values)):
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticks(values, [_tick(value) for value in values])
         return
-    narrow = values[-1] < 30 * values[0]
     axis.xaxis.set_major_formatter(lambda value, _: _tick(value))
+    if values[-1] < 3 * values[0]:  # too close for powers of ten and their multiples
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_minor_locator(NullLocator())
+        return
+    narrow = values[-1] < 30 * values[0]
     axis.xaxis.set_minor_formatter(lambda value, _: _tick(value) if narrow and f"{value:e}"[0] in "235" else "")
 
 

@@ -13,7 +13,7 @@ ELSEWHERE = {
     "benchmarks/README.md": "benchmarks/index.md",
     "benchmarks/speed.png": "benchmarks/speed.png",
     "benchmarks/growth.png": "benchmarks/growth.png",
-    "benchmarks/methods_sst2.png": "benchmarks/methods_sst2.png",
+    "benchmarks/methods_demo_sst2.png": "benchmarks/methods_demo_sst2.png",
     "CONTRIBUTING.md": "contributing.md",
 }
 """Files of the project that are pages and pictures of the site."""

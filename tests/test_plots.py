@@ -21,7 +21,8 @@ def test_names_are_no_formulas(title: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "numbers", [[16456], [15360, 15966, 16456], [15360, 18432], [15966, 18432, 39915, 40368], [1000, 30000], [10, 11, 900]]
+    "numbers",
+    [[16456], [15360, 15966, 16456], [15360, 18432], [15966, 18432, 39915, 40368], [1000, 30000], [10, 11, 900]],
 )
 def test_the_axis_of_numbers_has_labels(numbers: list[int]) -> None:
     points = {"craft": [{"x": number, "mean": 0.7, "std": None, "chosen": False} for number in numbers]}

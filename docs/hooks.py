@@ -14,6 +14,7 @@ ELSEWHERE = {
     "benchmarks/speed.png": "benchmarks/speed.png",
     "benchmarks/growth.png": "benchmarks/growth.png",
     "benchmarks/methods_demo_sst2.png": "benchmarks/methods_demo_sst2.png",
+    "benchmarks/methods_demo_mrpc.png": "benchmarks/methods_demo_mrpc.png",
     "CONTRIBUTING.md": "contributing.md",
 }
 """Files of the project that are pages and pictures of the site."""

@@ -69,8 +69,10 @@ def main() -> None:
         choose={"default": "loss", "choices": ("loss", "accuracy")}, table={"action": "store_true"}, plot={},
     )  # fmt: skip
     done = json.loads(given.json.read_text())["results"] if given.json and given.json.exists() else []
+    about = {"model": Path(given.model).name, "rows": given.rows}
+    about |= {name: getattr(given, name) for name in ("epochs", "batch", "bf16", "choose")}
     cells = [
-        {"model": Path(given.model).name, "data": data, "rows": given.rows, "size": size, "method": method}
+        about | {"data": data, "size": size, "method": method}
         for data in given.data.split(",")
         for size in given.sizes.split(",")
         for method in SIZES[size]
@@ -100,7 +102,7 @@ def run(cell: dict[str, Any], given: Any) -> dict[str, Any]:
     by_rate: dict[float, float] = {}
     rates: Sequence[float] = RATES[cell["method"]]
     for _ in range(1 + BEYOND):
-        by_rate |= _scores(folder / f"{name}-{rates[0]:g}", recipe, rates, (1,), given.jobs)
+        by_rate |= _held_out(folder / f"{name}-{rates[0]:g}", recipe, rates, (1,), given.jobs)
         best = (min if given.choose == "loss" else max)(by_rate, key=lambda rate: by_rate[rate])
         edge = {min(by_rate): -1, max(by_rate): 1}.get(best)
         if edge is None:
@@ -108,7 +110,7 @@ def run(cell: dict[str, Any], given: Any) -> dict[str, Any]:
         rates = (LADDER[LADDER.index(best) + edge],)
     seeds = [int(seed) for seed in given.seeds.split(",")]
     last = folder / f"{name}-best"
-    _scores(last, recipe, (best,), seeds, given.jobs)
+    _held_out(last, recipe, (best,), seeds, given.jobs)
     runs = [Run(path) for path in sorted((last / "runs").iterdir()) if path.is_dir() and not path.is_symlink()]
     if len(runs) != len(seeds):
         raise SystemExit(f"{last / 'runs'} holds {len(runs)} runs, not one for each of the seeds {seeds}")
@@ -118,9 +120,8 @@ def run(cell: dict[str, Any], given: Any) -> dict[str, Any]:
     ]
     results = [run.results() for run in runs]
     result = cell | {
-        "rate": best, "by_rate": {f"{rate:g}": loss for rate, loss in sorted(by_rate.items())}, "seeds": seeds,
-        "numbers": results[0]["parameters"]["adapter"], "epochs": given.epochs, "batch": given.batch, "bf16": given.bf16,
-        "choose": given.choose, "metrics": {metric: [one[metric] for one in found] for metric in found[0]},
+        "rate": best, "by_rate": {f"{rate:g}": score for rate, score in sorted(by_rate.items())}, "seeds": seeds,
+        "numbers": results[0]["parameters"]["adapter"], "metrics": {metric: [one[metric] for one in found] for metric in found[0]},
         "validation": [one["metrics"]["loss"] for one in results],
         "seconds": statistics.mean(one["seconds"] for one in results),
     }  # fmt: skip
@@ -128,7 +129,7 @@ def run(cell: dict[str, Any], given: Any) -> dict[str, Any]:
     return result
 
 
-def _scores(
+def _held_out(
     folder: Path, recipe: dict[str, Any], rates: Sequence[float], seeds: Sequence[int], jobs: int
 ) -> dict[float, float]:
     """The score on the held-out rows at each rate, of a sweep that goes on where it stopped."""
